@@ -1,0 +1,42 @@
+"""DeepEP V2 under Megatron-Core's flex token dispatcher, with Megatron unchanged.
+
+    import megatron_ep_v2
+    megatron_ep_v2.install()          # before the model is built
+
+Importing this package does nothing: no deep_ep, no Megatron, no CUDA, no environment.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+__version__ = "0.1.0"
+__all__ = ["destroy_buffers", "install", "status", "uninstall"]
+
+
+def install(**settings: Any) -> dict[str, Any]:
+    """Bind this package to Megatron-Core; see `installer.install`."""
+    from megatron_ep_v2 import installer
+
+    return installer.install(**settings)
+
+
+def uninstall() -> None:
+    """Undo `install()`; see `installer.uninstall`."""
+    from megatron_ep_v2 import installer
+
+    installer.uninstall()
+
+
+def status() -> dict[str, Any]:
+    """What is installed and active, as JSON-able values; see `installer.status`."""
+    from megatron_ep_v2 import installer
+
+    return installer.status()
+
+
+def destroy_buffers() -> None:
+    """Destroy all expert-parallel buffers of this process; see `buffers.pool.destroy_buffers`."""
+    from megatron_ep_v2.buffers import pool
+
+    pool.destroy_buffers()

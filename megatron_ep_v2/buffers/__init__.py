@@ -1,0 +1,1 @@
+"""Expert-parallel buffers: one contract, several carriers. See `contract.py`."""

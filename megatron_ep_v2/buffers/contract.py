@@ -1,0 +1,181 @@
+"""The contract of an expert-parallel buffer: the calls of deep_ep 2.1.0's `ElasticBuffer` that training needs.
+
+`deep_ep.ElasticBuffer` itself, the adapter over deep_ep's legacy `Buffer` and the reference on `torch.distributed` all
+answer these calls, with these argument names, shapes and dtypes. The autograd functions know nothing else.
+
+Letters in shapes:
+    T  local tokens (may differ between ranks, may be 0)          H  hidden size
+    K  picks per token (top-k, including -1 = dropped)            L  local experts = num_experts / group size
+    R  received rows, one per (source rank, token) with at least one pick on this rank
+    P  expert-sorted rows, one per received pick, each expert's rows padded to a multiple of `expert_alignment`
+
+Layouts:
+    compact   recv_x [R, H]; recv_topk_idx [R, K] int64 LOCAL expert ids, -1 where the pick belongs to another rank;
+              recv_topk_weights [R, K] fp32, only meaningful where recv_topk_idx >= 0
+    expanded  recv_x [P, H] sorted by local expert; recv_topk_idx is None; recv_topk_weights [P] fp32.
+              Padding rows are uninitialised unless `do_zero_padding` (then rows and weights are zero)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import torch
+
+# x, or (x in float8_e4m3fn, scales [T, S] of 4 bytes per element): deep_ep's two kinds of payload.
+Payload: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+MAX_TOPK = 32  # deep_ep 2.1.0: one warp lane per pick (impls/dispatch_copy_epilogue.cuh)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BufferSpec:
+    """What a buffer is built for. Equal on every rank of the group.
+
+    Attributes:
+        num_max_tokens_per_rank: Most tokens that any rank may dispatch at once; the row stride of the wire.
+        hidden: H, in elements. Buffers are sized for 2-byte elements whatever the forward payload is, because the
+            backward carries gradients in bf16.
+        num_topk: K.
+        num_experts: Experts in the whole group.
+    """
+
+    num_max_tokens_per_rank: int
+    hidden: int
+    num_topk: int
+    num_experts: int
+
+
+class Handle(Protocol):
+    """What a dispatch leaves behind for its combine and for the two backwards (names of deep_ep 2.1.0's EPHandle).
+
+    Attributes:
+        do_expand: True for the expanded layout.
+        num_experts: Experts in the whole group.
+        expert_alignment: Rows of each local expert are padded to a multiple of this.
+        num_max_tokens_per_rank: The capacity that the dispatch ran with.
+        num_sms: SMs of the dispatch. The combine and both backwards must use the same.
+        topk_idx: [T, K] int64, a copy of the picks.
+        num_recv_tokens: R.
+        num_expanded_tokens: P.
+        num_recv_tokens_per_expert_list: L host integers, each padded to `expert_alignment`.
+        psum_num_recv_tokens_per_scaleup_rank: int32, running sum of rows received by source rank; the last is R.
+        psum_num_recv_tokens_per_expert: [L] int32. Compact: running sum of the padded counts. Expanded: where each
+            expert's real rows end, its first row being `align(psum[i - 1], expert_alignment)`.
+        num_unaligned_recv_tokens_per_expert: [L] int32, real rows of each local expert (expanded only).
+        recv_src_metadata: [R, 2 + K] int32. Column 0: source rank * num_max_tokens_per_rank + token. Columns 2 and on,
+            expanded only: the row of [P, H] that holds pick k, or -1.
+    """
+
+    do_expand: bool
+    num_experts: int
+    expert_alignment: int
+    num_max_tokens_per_rank: int
+    num_sms: int
+    topk_idx: torch.Tensor
+    num_recv_tokens: int
+    num_expanded_tokens: int
+    num_recv_tokens_per_expert_list: list[int]
+    psum_num_recv_tokens_per_scaleup_rank: torch.Tensor
+    psum_num_recv_tokens_per_expert: torch.Tensor
+    num_unaligned_recv_tokens_per_expert: torch.Tensor | None
+    recv_src_metadata: torch.Tensor
+
+
+class Event(Protocol):
+    """The end of an asynchronous call."""
+
+    def current_stream_wait(self) -> None:
+        """Make the current CUDA stream wait for the call. Nothing to do on CPU."""
+
+
+class Buffer(Protocol):
+    """An expert-parallel buffer. Every call but `capture`, `get_theoretical_num_sms` and `destroy` is collective.
+
+    Attributes:
+        group: The process group.
+        num_max_tokens_per_rank: The capacity.
+        num_bytes: Device memory that the buffer holds.
+        num_sms: SMs that a call takes unless told otherwise; 0 where there are none.
+        num_qps: RDMA queue pairs allocated; 0 where that is not the buffer's choice.
+        supports_expand: Whether `do_expand=True` is carried.
+    """
+
+    group: Any
+    num_max_tokens_per_rank: int
+    num_bytes: int
+    num_sms: int
+    num_qps: int
+    supports_expand: bool
+
+    def dispatch(
+        self,
+        x: Payload,
+        *,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        num_experts: int | None = None,
+        num_max_tokens_per_rank: int | None = None,
+        expert_alignment: int | None = None,
+        num_sms: int = 0,
+        previous_event: Any = None,
+        async_with_compute_stream: bool = False,
+        allocate_on_comm_stream: bool = False,
+        handle: Any = None,
+        do_expand: bool = False,
+        do_zero_padding: bool = False,
+    ) -> tuple[Payload, torch.Tensor | None, torch.Tensor | None, Any, Event]:
+        """Send each token to every rank that holds one of its experts, once per rank.
+
+        Args:
+            x: [T, H], or ([T, H] float8_e4m3fn, [T, S] scales).
+            topk_idx: [T, K] int64 global expert ids, -1 = no pick, no id twice in one token. None with `handle`.
+            topk_weights: [T, K] fp32, or None.
+            num_experts: Experts in the whole group; a multiple of its size. None with `handle`.
+            num_max_tokens_per_rank: None = the buffer's own.
+            expert_alignment: Pad each expert's rows to a multiple of this. None = 1, or the handle's.
+            num_sms: 0 = the library decides. With `handle`, pass `handle.num_sms`.
+            previous_event: From `capture()`: the call waits for it. Needs `allocate_on_comm_stream`.
+            async_with_compute_stream: The caller waits on the returned event; else the call does.
+            allocate_on_comm_stream: Results belong to the communication stream.
+            handle: Of an earlier dispatch: repeat its routing, with no exchange of counts and no host wait.
+            do_expand: The expanded layout. With `handle`, must repeat the handle's own.
+            do_zero_padding: Zero the padding rows (expanded only).
+
+        Returns:
+            `(recv_x, recv_topk_idx, recv_topk_weights, handle, event)`; see the module's docstring for the layouts.
+            recv_x has x's own type; recv_topk_weights is None when none were sent.
+        """
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        handle: Any,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        num_sms: int = 0,
+        previous_event: Any = None,
+        async_with_compute_stream: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Event]:
+        """Send rows back and add up those of one token. `x` is NOT scaled by the weights.
+
+        Args:
+            x: [R, H] compact, [P, H] expanded.
+            handle: Of the dispatch.
+            topk_weights: [R, K] compact, [P] expanded, fp32, or None: carried back pick by pick, not added up.
+            num_sms: 0 = the handle's own.
+
+        Returns:
+            `(combined_x [T, H], combined_topk_weights [T, K] fp32 or None, event)`. Weights of -1 picks are 0.
+        """
+
+    def capture(self) -> Any:
+        """An event of the current stream, for `previous_event`."""
+
+    def get_theoretical_num_sms(self, num_experts: int, num_topk: int) -> int:
+        """SMs that the library would take for `num_sms=0`; 0 where there are none."""
+
+    def destroy(self) -> None:
+        """Release everything. Harmless a second time."""

@@ -1,0 +1,218 @@
+"""`deep_ep.ElasticBuffer` (DeepEP V2) as a buffer of the contract: built safely, checked, and torn down without a hang.
+
+The calls themselves are handed through; ElasticBuffer is what the contract was taken from.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_ep_v2.buffers.checks import check_combine, check_dispatch, check_group_open
+from megatron_ep_v2.buffers.contract import MAX_TOPK, BufferSpec, Payload
+from megatron_ep_v2.buffers.teardown import everyone_arrives
+from megatron_ep_v2.errors import ClosedError, InputError, UnavailableError
+from megatron_ep_v2.probe import import_deep_ep
+from megatron_ep_v2.settings import Settings, environment, gin_disabled_by_user
+
+logger = logging.getLogger("megatron_ep_v2")
+
+# The combine reads rows in 16-byte pieces, 32 lanes at a time, and refuses a remainder at compile time
+# (deep_ep 2.1.0, impls/combine_utils.cuh: kHiddenVec % 32 == 0): 512 bytes, so 256 elements of bf16.
+HIDDEN_MULTIPLE = 256
+# deep_ep 2.1.0, csrc and layout.cuh: limits of its workspace.
+MAX_RANKS, MAX_EXPERTS, MAX_LOCAL_EXPERTS = 1024, 2048, 256
+
+_RDMA_DEVICES = Path("/sys/class/infiniband")
+
+
+class ElasticBuffer:
+    """An expert-parallel buffer on `deep_ep.ElasticBuffer`; `contract.Buffer` documents the calls.
+
+    Sized for bf16 with the real top-k, whatever the forward payload is: the backward carries gradients in bf16.
+
+    Args:
+        group: NCCL process group whose communicator exists (a collective ran on it).
+        spec: What the buffer is built for; equal on every rank.
+        settings: The settings in force.
+        hosts: Host name of each rank of the group.
+
+    Raises:
+        InputError: A size that the kernels do not carry.
+        UnavailableError: The group needs RDMA that is not there, or deep_ep could not build the buffer.
+    """
+
+    supports_expand = True
+
+    def __init__(self, group: Any, spec: BufferSpec, settings: Settings, hosts: list[str]):
+        _check_limits(group, spec)
+        self.group, self.spec = group, spec
+        self.num_max_tokens_per_rank = spec.num_max_tokens_per_rank
+        disable_gin, self.gin_reason = _choose_gin(settings, hosts)
+        logger.info("EP_DISABLE_GIN=%d for this buffer: %s", disable_gin, self.gin_reason)
+        try:
+            with environment(EP_DISABLE_GIN=str(int(disable_gin))):
+                self._buffer: Any = import_deep_ep().ElasticBuffer(
+                    group,
+                    num_max_tokens_per_rank=spec.num_max_tokens_per_rank,
+                    hidden=spec.hidden,
+                    num_topk=spec.num_topk,
+                    deterministic=settings.deterministic,
+                    allow_hybrid_mode=settings.allow_hybrid_mode,
+                    allow_multiple_reduction=settings.allow_multiple_reduction,
+                    prefer_overlap_with_compute=settings.prefer_overlap_with_compute,
+                    sl_idx=settings.sl_idx,
+                    num_allocated_qps=settings.num_qps,
+                    num_cpu_timeout_secs=settings.num_cpu_timeout_secs,
+                    num_gpu_timeout_secs=settings.num_gpu_timeout_secs,
+                    explicitly_destroy=True,
+                )
+        except (RuntimeError, AssertionError) as error:
+            raise UnavailableError(
+                f"deep_ep could not build an ElasticBuffer for a group of {group.size()}",
+                found=f"{type(error).__name__}: {error}",
+                needed="NVLink between the ranks of a host, and NCCL GIN (RDMA) between hosts",
+                fix="on one host without RDMA set MCORE_DEEPEP_V2_GIN=off; else install the fabric's driver (OFED)",
+            ) from error
+        self.num_bytes = int(self._buffer.num_bytes)
+        self.num_qps = int(self._buffer.num_allocated_qps)
+        self.num_sms = settings.num_sms or self.get_theoretical_num_sms(spec.num_experts, spec.num_topk)
+
+    def capture(self) -> Any:
+        return self._buffer.capture()
+
+    def get_theoretical_num_sms(self, num_experts: int, num_topk: int) -> int:
+        return int(self._buffer.get_theoretical_num_sms(num_experts, num_topk))
+
+    def dispatch(
+        self,
+        x: Payload,
+        *,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        num_experts: int | None = None,
+        num_max_tokens_per_rank: int | None = None,
+        expert_alignment: int | None = None,
+        num_sms: int = 0,
+        previous_event: Any = None,
+        async_with_compute_stream: bool = False,
+        allocate_on_comm_stream: bool = False,
+        handle: Any = None,
+        do_expand: bool = False,
+        do_zero_padding: bool = False,
+    ) -> tuple[Payload, torch.Tensor | None, torch.Tensor | None, Any, Any]:
+        """See `contract.Buffer.dispatch`. InputError, TokenCapacityError, ClosedError come before any kernel runs."""
+        self._check_open()
+        capacity = num_max_tokens_per_rank or self.num_max_tokens_per_rank
+        check_dispatch(x, topk_idx, topk_weights, num_experts, capacity, handle, do_expand, self.group)
+        self._check_rows(
+            x[0] if isinstance(x, tuple) else x, torch.float8_e4m3fn if isinstance(x, tuple) else torch.bfloat16
+        )
+        if num_sms == 0:
+            num_sms = self.num_sms if handle is None else handle.num_sms
+        return self._buffer.dispatch(
+            x,
+            topk_idx=topk_idx,
+            topk_weights=topk_weights,
+            num_experts=num_experts,
+            num_max_tokens_per_rank=num_max_tokens_per_rank,
+            expert_alignment=expert_alignment,
+            num_sms=num_sms,
+            previous_event=previous_event,
+            async_with_compute_stream=async_with_compute_stream,
+            allocate_on_comm_stream=allocate_on_comm_stream,
+            handle=handle,
+            do_expand=do_expand,
+            do_zero_padding=do_zero_padding,
+        )
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        handle: Any,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        num_sms: int = 0,
+        previous_event: Any = None,
+        async_with_compute_stream: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
+        """See `contract.Buffer.combine`. Raises InputError and ClosedError before any kernel runs."""
+        self._check_open()
+        check_combine(x, handle, topk_weights, self.group.rank())
+        self._check_rows(x, torch.bfloat16)
+        return self._buffer.combine(
+            x,
+            handle,
+            topk_weights=topk_weights,
+            num_sms=num_sms,  # 0 is the handle's own
+            previous_event=previous_event,
+            async_with_compute_stream=async_with_compute_stream,
+            allocate_on_comm_stream=allocate_on_comm_stream,
+        )
+
+    def destroy(self) -> None:
+        """Release the buffer. deep_ep's own destroy is a barrier of kernels, so it runs only once every rank came here;
+        where one does not come (it failed, or left), the memory is left to the end of the process instead."""
+        buffer, self._buffer = self._buffer, None
+        if buffer is None:
+            return
+        if everyone_arrives(self.group, "ElasticBuffer.destroy"):
+            buffer.destroy()
+
+    def _check_open(self) -> None:
+        if self._buffer is None:
+            raise ClosedError("this ElasticBuffer was destroyed", fix="ask get_buffer() for a new one")
+        check_group_open(self.group)
+
+    def _check_rows(self, rows: torch.Tensor, dtype: torch.dtype) -> None:
+        if rows.dtype != dtype or not rows.is_cuda or rows.shape[1] != self.spec.hidden:
+            raise InputError(
+                f"rank {self.group.rank()}: ElasticBuffer cannot carry these rows",
+                found=f"{rows.dtype} {tuple(rows.shape)} on {rows.device}",
+                needed=f"{dtype} [rows, {self.spec.hidden}] on a CUDA device",
+                fix="train in bf16 (--bf16), or set MCORE_DEEPEP_V2_BUFFER=reference for other dtypes",
+            )
+
+
+def _check_limits(group: Any, spec: BufferSpec) -> None:
+    num_local = spec.num_experts // group.size()
+    limits = (
+        (spec.hidden % HIDDEN_MULTIPLE == 0, f"hidden={spec.hidden}", f"a multiple of {HIDDEN_MULTIPLE}"),
+        (1 <= spec.num_topk <= MAX_TOPK, f"top-k={spec.num_topk}", f"1 to {MAX_TOPK}"),
+        (group.size() <= MAX_RANKS, f"{group.size()} ranks", f"at most {MAX_RANKS}"),
+        (spec.num_experts <= MAX_EXPERTS, f"{spec.num_experts} experts", f"at most {MAX_EXPERTS}"),
+        (num_local <= MAX_LOCAL_EXPERTS, f"{num_local} experts a rank", f"at most {MAX_LOCAL_EXPERTS}"),
+    )
+    for good, found, needed in limits:
+        if not good:
+            raise InputError(
+                "deep_ep's ElasticBuffer does not carry this shape",
+                found=found,
+                needed=needed,
+                fix="change the model's shape, or set MCORE_DEEPEP_V2_BUFFER=reference to run without DeepEP's kernels",
+            )
+
+
+def _choose_gin(settings: Settings, hosts: list[str]) -> tuple[bool, str]:
+    """Whether to set EP_DISABLE_GIN, and why. Without it, deep_ep asserts that NCCL GIN is there even on one host."""
+    one_host = len(set(hosts)) == 1
+    if settings.gin != "auto":
+        return settings.gin == "off", f"gin={settings.gin} by {settings.source('gin')}"
+    if gin_disabled_by_user():
+        return True, "EP_DISABLE_GIN was set when the job started"
+    have_rdma = _RDMA_DEVICES.is_dir() and any(_RDMA_DEVICES.iterdir())
+    if have_rdma:
+        return False, "RDMA devices are present"
+    if one_host:
+        return True, "all ranks are on one host, and it has no RDMA device: NVLink alone carries the tokens"
+    raise UnavailableError(
+        f"the expert-parallel group spans {len(set(hosts))} hosts, but {socket.gethostname()} has no RDMA device",
+        found=f"hosts {sorted(set(hosts))}; {_RDMA_DEVICES} is empty",
+        needed="NCCL GIN over RDMA between hosts",
+        fix="install the fabric's driver (OFED, or EFA with aws-ofi-nccl), or keep expert parallelism inside one host",
+    )

@@ -1,0 +1,180 @@
+"""deep_ep's legacy `Buffer` (DeepEP V1) as a buffer of the contract: compact layout only.
+
+For installations that have only V1 but want this package's checks and pool, and for comparing V1 with V2 in one job.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_ep_v2.buffers.checks import check_combine, check_dispatch, check_group_open
+from megatron_ep_v2.buffers.contract import BufferSpec, Payload
+from megatron_ep_v2.buffers.teardown import everyone_arrives
+from megatron_ep_v2.errors import ClosedError, InputError
+from megatron_ep_v2.probe import import_deep_ep
+from megatron_ep_v2.settings import Settings
+
+DEFAULT_NUM_SMS = 20  # deep_ep's own default for Buffer, and Megatron-Core's
+
+
+@dataclass(frozen=True)
+class LegacyHandle:
+    """The fields of `contract.Handle` that a compact dispatch of V1 can tell, around V1's own tuple."""
+
+    raw: tuple[Any, ...]
+    num_experts: int
+    expert_alignment: int
+    num_max_tokens_per_rank: int
+    num_sms: int
+    topk_idx: torch.Tensor
+    num_recv_tokens: int
+    num_recv_tokens_per_expert_list: list[int]
+    do_expand: bool = False
+
+    @property
+    def num_expanded_tokens(self) -> int:
+        return sum(self.num_recv_tokens_per_expert_list)
+
+
+class LegacyBuffer:
+    """An expert-parallel buffer on `deep_ep.Buffer`; `contract.Buffer` documents the calls.
+
+    Args:
+        group: NCCL process group.
+        spec: What the buffer is built for; V1 sizes by hidden size alone.
+        settings: The settings in force.
+        hosts: Unused; V1 finds its hosts itself.
+    """
+
+    supports_expand = False
+
+    def __init__(self, group: Any, spec: BufferSpec, settings: Settings, hosts: list[str]):
+        kind = import_deep_ep().Buffer
+        self.group, self.spec = group, spec
+        self.num_max_tokens_per_rank = spec.num_max_tokens_per_rank
+        self.num_sms = settings.num_sms or DEFAULT_NUM_SMS
+        self.num_qps = 0  # not a choice of this class
+        kind.set_num_sms(self.num_sms)
+        hidden_bytes = spec.hidden * 2
+        configs = (kind.get_dispatch_config(group.size()), kind.get_combine_config(group.size()))
+        num_nvl_bytes = max(config.get_nvl_buffer_size_hint(hidden_bytes, group.size()) for config in configs)
+        num_rdma_bytes = max(config.get_rdma_buffer_size_hint(hidden_bytes, group.size()) for config in configs)
+        # Early V1 has no explicit destroy; its destructor then releases the buffer.
+        self._explicit = "explicitly_destroy" in inspect.signature(kind).parameters
+        options = {"explicitly_destroy": True} if self._explicit else {}
+        self._buffer: Any = kind(group, num_nvl_bytes, num_rdma_bytes, **options)
+        self.num_bytes = num_nvl_bytes + num_rdma_bytes
+
+    def capture(self) -> Any:
+        return self._buffer.capture()
+
+    def get_theoretical_num_sms(self, num_experts: int, num_topk: int) -> int:
+        return self.num_sms
+
+    def dispatch(
+        self,
+        x: Payload,
+        *,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        num_experts: int | None = None,
+        num_max_tokens_per_rank: int | None = None,
+        expert_alignment: int | None = None,
+        num_sms: int = 0,
+        previous_event: Any = None,
+        async_with_compute_stream: bool = False,
+        allocate_on_comm_stream: bool = False,
+        handle: LegacyHandle | None = None,
+        do_expand: bool = False,
+        do_zero_padding: bool = False,
+    ) -> tuple[Payload, torch.Tensor | None, torch.Tensor | None, LegacyHandle, Any]:
+        """See `contract.Buffer.dispatch`. `num_sms` is fixed when the buffer is built.
+
+        Raises:
+            InputError: Also for the expanded layout, and for weights with a handle, which V1 does not have.
+        """
+        self._check_open()
+        capacity = num_max_tokens_per_rank or self.num_max_tokens_per_rank
+        check_dispatch(x, topk_idx, topk_weights, num_experts, capacity, handle, do_expand, self.group)
+        if do_expand or (handle is not None and topk_weights is not None):
+            raise InputError(
+                f"rank {self.group.rank()}: deep_ep's legacy Buffer has no expanded layout and no cached weights",
+                fix="use layout=compact, or buffer=elastic with deep_ep >= 2.0",
+            )
+        ordering = {
+            "previous_event": previous_event,
+            "async_finish": async_with_compute_stream,
+            "allocate_on_comm_stream": allocate_on_comm_stream,
+        }
+        if handle is not None:
+            recv_x, _, _, _, _, event = self._buffer.dispatch(x, handle=handle.raw, **ordering)
+            return recv_x, None, None, handle, event
+
+        assert topk_idx is not None and num_experts is not None
+        per_rank, per_rdma_rank, per_expert, is_in_rank, layout_event = self._buffer.get_dispatch_layout(
+            topk_idx, num_experts, **ordering
+        )
+        if async_with_compute_stream:
+            ordering["previous_event"] = layout_event
+        alignment = expert_alignment or 1
+        recv_x, recv_idx, recv_weights, counts, raw, event = self._buffer.dispatch(
+            x,
+            topk_idx=topk_idx,
+            topk_weights=topk_weights,
+            num_tokens_per_rank=per_rank,
+            num_tokens_per_rdma_rank=per_rdma_rank,
+            is_token_in_rank=is_in_rank,
+            num_tokens_per_expert=per_expert,
+            expert_alignment=alignment,
+            **ordering,
+        )
+        rows = recv_x[0] if isinstance(recv_x, tuple) else recv_x
+        fresh = LegacyHandle(
+            raw=raw,
+            num_experts=num_experts,
+            expert_alignment=alignment,
+            num_max_tokens_per_rank=capacity,
+            num_sms=self.num_sms,
+            topk_idx=topk_idx,
+            num_recv_tokens=len(rows),
+            num_recv_tokens_per_expert_list=counts,
+        )
+        return recv_x, recv_idx, recv_weights, fresh, event
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        handle: LegacyHandle,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        num_sms: int = 0,
+        previous_event: Any = None,
+        async_with_compute_stream: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
+        """See `contract.Buffer.combine`."""
+        self._check_open()
+        check_combine(x, handle, topk_weights, self.group.rank())
+        return self._buffer.combine(
+            x,
+            handle.raw,
+            topk_weights=topk_weights,
+            previous_event=previous_event,
+            async_finish=async_with_compute_stream,
+            allocate_on_comm_stream=allocate_on_comm_stream,
+        )
+
+    def destroy(self) -> None:
+        """Release the buffer once every rank came here; see `ElasticBuffer.destroy`."""
+        buffer, self._buffer = self._buffer, None
+        if buffer is not None and everyone_arrives(self.group, "Buffer.destroy") and self._explicit:
+            buffer.destroy()
+
+    def _check_open(self) -> None:
+        if self._buffer is None:
+            raise ClosedError("this legacy Buffer was destroyed", fix="ask get_buffer() for a new one")
+        check_group_open(self.group)

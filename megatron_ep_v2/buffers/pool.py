@@ -1,0 +1,133 @@
+"""One buffer per process group and shape, shared by all layers, micro-batches and pipeline chunks.
+
+The first dispatch of a group builds its buffer. That is the one moment when the ranks compare what must be equal and
+agree on a capacity; afterwards no rank changes it on its own.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_ep_v2 import settings as settings_module
+from megatron_ep_v2.buffers.checks import check_group_open, compare_over_group
+from megatron_ep_v2.buffers.contract import Buffer, BufferSpec
+from megatron_ep_v2.buffers.elastic import ElasticBuffer
+from megatron_ep_v2.buffers.legacy import LegacyBuffer
+from megatron_ep_v2.buffers.reference import ReferenceBuffer
+from megatron_ep_v2.probe import choose, loaded_nccl_version, probe
+from megatron_ep_v2.settings import Settings
+
+logger = logging.getLogger("megatron_ep_v2")
+
+_KINDS: dict[str, Callable[..., Buffer]] = {
+    "elastic": ElasticBuffer,
+    "legacy": LegacyBuffer,
+    "reference": lambda group, spec, settings, hosts: ReferenceBuffer(group, spec),
+}
+
+_pool: dict[tuple[Any, int, int], Buffer] = {}
+_capacity_source: dict[int, str] = {}  # id(buffer) -> where its capacity came from
+_expected_tokens: Callable[[], int] = int  # int() == 0: unknown
+
+
+def get(group: Any, *, hidden: int, num_topk: int, num_experts: int, num_tokens: int, payload: str) -> Buffer:
+    """The buffer of a group for a shape; built by the first call, which is collective.
+
+    Args:
+        group: Process group.
+        hidden: H of the payload.
+        num_topk: K.
+        num_experts: Experts in the whole group.
+        num_tokens: This rank's tokens now; they count towards the agreed capacity when the buffer is built.
+        payload: Name of the payload's dtype.
+
+    Raises:
+        GroupMismatchError: On every rank, naming the rank whose value differs.
+        UnavailableError: No buffer can be built here.
+        InputError: The buffer does not carry this shape.
+        ClosedError: The group was destroyed.
+    """
+    key = (group, hidden, num_topk)
+    buffer = _pool.get(key)
+    if buffer is None:
+        check_group_open(group)
+        settings = settings_module.active()
+        found = probe()
+        kind = choose(found, settings, managed=True).kind
+        beliefs: dict[str, Any] = {
+            "hidden": hidden,
+            "top-k": num_topk,
+            "num_experts": num_experts,
+            "payload dtype": payload,
+            "buffer": kind,
+            "deep_ep": found.version,
+            "NCCL": loaded_nccl_version() if found.cuda else None,
+            **{name: getattr(settings, name) for name in settings_module.NAMES},
+        }
+        expected = _expected_tokens()
+        # On NCCL this is also the first collective of the group: it makes the communicator that DeepEP borrows.
+        told: list[Any] = [None] * group.size()
+        dist.all_gather_object(told, (beliefs, max(num_tokens, expected), socket.gethostname()), group=group)
+        compare_over_group("their buffer", {name: [each[name] for each, _, _ in told] for name in beliefs})
+
+        most = max(1, *(tokens for _, tokens, _ in told))
+        capacity = settings.num_max_tokens_per_rank or most
+        spec = BufferSpec(num_max_tokens_per_rank=capacity, hidden=hidden, num_topk=num_topk, num_experts=num_experts)
+        buffer = _pool[key] = _KINDS[kind](group, spec, settings, [host for _, _, host in told])
+        _capacity_source[id(buffer)] = (
+            settings.source("num_max_tokens_per_rank")
+            if settings.num_max_tokens_per_rank
+            else "Megatron's sequence length and micro-batch size"
+            if most == expected
+            else "the most tokens of any rank at its first dispatch"
+        )
+        logger.info("%s", ", ".join(f"{name} {value}" for name, value in describe(buffer, settings).items()))
+    return buffer
+
+
+def describe(buffer: Buffer, settings: Settings) -> dict[str, str]:
+    """The live facts of a buffer, each with where it came from: the proof that it, and nothing else, is in use."""
+    return {
+        "class": type(buffer).__name__,
+        "ranks": str(buffer.group.size()),
+        "num_max_tokens_per_rank": f"{buffer.num_max_tokens_per_rank} ({_capacity_source[id(buffer)]})",
+        "num_sms": _explain(buffer.num_sms, settings, "num_sms"),
+        "num_qps": _explain(buffer.num_qps, settings, "num_qps"),
+        "num_bytes": str(buffer.num_bytes),
+    }
+
+
+def _explain(value: int, settings: Settings, name: str) -> str:
+    return f"{value} ({settings.source(name) if getattr(settings, name) else 'chosen by the buffer'})"
+
+
+def set_expected_tokens(source: Callable[[], int]) -> None:
+    """Give a function that tells how many tokens a rank may dispatch, 0 if unknown (from Megatron's arguments)."""
+    global _expected_tokens
+    _expected_tokens = source
+
+
+def buffers() -> list[Buffer]:
+    """The live buffers, oldest first."""
+    return list(_pool.values())
+
+
+def destroy_buffers(group: Any = None) -> None:
+    """Destroy the buffers of a group (None or the world: all), newest first. Called again, it does nothing.
+
+    Must come before torch.distributed.destroy_process_group(); after `install()` that happens by itself.
+    """
+    everything = group is None or group is dist.group.WORLD
+    for key in reversed([key for key in _pool if everything or key[0] is group]):
+        buffer = _pool.pop(key)
+        _capacity_source.pop(id(buffer))
+        buffer.destroy()
+
+
+atexit.register(destroy_buffers)

@@ -1,0 +1,237 @@
+"""The reference buffer: the contract of `contract.py` on `torch.distributed`, on CPU (gloo) and GPU (nccl).
+
+It is what a laptop trains with and what the other buffers are compared against, so it is strict where they are fast:
+
+- Results repeat bit for bit. Received rows are ordered by (source rank, token), an expert's rows likewise, and sums run
+  in a fixed order, accumulated in at least fp32 (fp64 for fp64): the picks on one rank first, in pick order, rounded to
+  the payload's dtype as the wire carries it, then the ranks in order.
+- Rows that deep_ep leaves uninitialised are NaN here, so that code which reads them fails on every machine.
+- A rank that refuses its input tells the others in the exchange of counts, and every rank raises: nobody waits on.
+
+Two collectives per first dispatch (header; rows with their picks and weights), one per cached dispatch and per combine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_ep_v2.buffers.checks import check_combine, check_dispatch, check_group_open
+from megatron_ep_v2.buffers.contract import BufferSpec, Payload
+from megatron_ep_v2.buffers.route import Route, agree_on_route
+from megatron_ep_v2.buffers.rows import exchange_rows, expand_rows, sum_rows
+from megatron_ep_v2.errors import ClosedError
+
+
+@dataclass(frozen=True)
+class ReferenceHandle:
+    """`contract.Handle`, and what the reference needs beyond it to repeat or reverse the routing."""
+
+    do_expand: bool
+    num_experts: int
+    expert_alignment: int
+    num_max_tokens_per_rank: int
+    num_sms: int
+    topk_idx: torch.Tensor
+    num_recv_tokens: int
+    num_expanded_tokens: int
+    num_recv_tokens_per_expert_list: list[int]
+    psum_num_recv_tokens_per_scaleup_rank: torch.Tensor
+    psum_num_recv_tokens_per_expert: torch.Tensor
+    num_unaligned_recv_tokens_per_expert: torch.Tensor | None
+    recv_src_metadata: torch.Tensor
+    route: Route
+    recv_topk_idx: torch.Tensor  # [R, K] int64 local expert ids, -1 elsewhere
+
+
+class CompletedEvent:
+    """The event of a call that is done when it returns."""
+
+    def current_stream_wait(self) -> None:
+        """Nothing to wait for."""
+
+
+class ReferenceBuffer:
+    """An expert-parallel buffer on `torch.distributed.all_to_all_single`; `contract.Buffer` documents the calls.
+
+    Args:
+        group: Process group; its backend must carry the payload's device.
+        spec: What the buffer is built for.
+    """
+
+    supports_expand = True
+    num_bytes = num_sms = num_qps = 0  # it holds nothing between calls
+
+    def __init__(self, group: Any, spec: BufferSpec):
+        self.group = group
+        self.num_max_tokens_per_rank = spec.num_max_tokens_per_rank
+        self.num_ranks, self.rank = group.size(), group.rank()
+        self._destroyed = False
+
+    def capture(self) -> CompletedEvent:
+        return CompletedEvent()
+
+    def get_theoretical_num_sms(self, num_experts: int, num_topk: int) -> int:
+        return 0
+
+    def destroy(self) -> None:
+        self._destroyed = True
+
+    def dispatch(
+        self,
+        x: Payload,
+        *,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        num_experts: int | None = None,
+        num_max_tokens_per_rank: int | None = None,
+        expert_alignment: int | None = None,
+        num_sms: int = 0,
+        previous_event: Any = None,
+        async_with_compute_stream: bool = False,
+        allocate_on_comm_stream: bool = False,
+        handle: ReferenceHandle | None = None,
+        do_expand: bool = False,
+        do_zero_padding: bool = False,
+    ) -> tuple[Payload, torch.Tensor | None, torch.Tensor | None, ReferenceHandle, CompletedEvent]:
+        """See `contract.Buffer.dispatch`. With an fp64 payload, fp64 weights are carried too.
+
+        Raises:
+            InputError, TokenCapacityError: This rank's input is refused.
+            PeerError: Another rank refused its own.
+            GroupMismatchError: The ranks disagree on sizes, dtypes, capacity or layout.
+            ClosedError: The buffer or its group was destroyed.
+        """
+        self._check_open()
+        values = list(x) if isinstance(x, tuple) else [x]
+        if handle is not None:
+            check_dispatch(x, topk_idx, topk_weights, None, self.num_max_tokens_per_rank, handle, do_expand, self.group)
+            route, picks = handle.route, []
+        else:
+            capacity = num_max_tokens_per_rank or self.num_max_tokens_per_rank
+            alignment = expert_alignment or 1
+            route = agree_on_route(self.group, x, topk_idx, topk_weights, num_experts, capacity, alignment, do_expand)
+            assert topk_idx is not None
+            token = torch.arange(len(topk_idx), device=topk_idx.device)[:, None]
+            picks = [torch.cat([token, topk_idx], dim=1).to(torch.int32)]
+        weights = [] if topk_weights is None else [topk_weights]
+        columns = values + weights + picks
+        received = exchange_rows(self.group, columns, route.send_tokens, route.send_counts, route.recv_counts)
+        if handle is None:
+            assert topk_idx is not None and num_experts is not None  # or they would have been refused
+            handle = self._make_handle(
+                topk_idx, received.pop(), num_experts, capacity, alignment, num_sms, do_expand, route
+            )
+
+        if do_expand:
+            received = expand_rows(
+                received,
+                handle.recv_src_metadata[:, 2:].long(),
+                handle.num_expanded_tokens,
+                has_weights=bool(weights),
+                zero=do_zero_padding,
+            )
+        else:
+            received = [rows.contiguous() for rows in received]
+        recv_weights = received.pop() if weights else None
+        recv_x = (received[0], received[1]) if isinstance(x, tuple) else received[0]
+        return recv_x, None if do_expand else handle.recv_topk_idx, recv_weights, handle, CompletedEvent()
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        handle: ReferenceHandle,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        num_sms: int = 0,
+        previous_event: Any = None,
+        async_with_compute_stream: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, CompletedEvent]:
+        """See `contract.Buffer.combine`.
+
+        Raises:
+            InputError: Shapes or dtypes do not fit the handle.
+            ClosedError: The buffer or its group was destroyed.
+        """
+        self._check_open()
+        check_combine(x, handle, topk_weights, self.rank)
+        if handle.do_expand:
+            slots = handle.recv_src_metadata[:, 2:]
+            held = slots >= 0
+            x = sum_rows(x, slots[held], held.sum(dim=1))
+            topk_weights = None if topk_weights is None else topk_weights[slots.clamp(min=0)]
+        columns = [x] if topk_weights is None else [x, topk_weights]
+        route = handle.route
+        returned = exchange_rows(self.group, columns, None, route.recv_counts, route.send_counts)
+
+        num_tokens, num_topk = handle.topk_idx.shape
+        by_token = torch.argsort(route.send_tokens, stable=True)  # of one token: in the order of the ranks
+        combined_x = sum_rows(returned[0], by_token, torch.bincount(route.send_tokens, minlength=num_tokens))
+        if topk_weights is None:
+            return combined_x, None, CompletedEvent()
+        ranks = torch.arange(self.num_ranks, device=x.device)
+        sent_to = ranks.repeat_interleave(torch.tensor(route.send_counts, device=x.device))
+        picked_rank = handle.topk_idx[route.send_tokens] // (handle.num_experts // self.num_ranks)  # -1 stays -1
+        row, pick = (picked_rank == sent_to[:, None]).nonzero(as_tuple=True)
+        combined_weights = topk_weights.new_zeros(num_tokens, num_topk)
+        combined_weights[route.send_tokens[row], pick] = returned[1][row, pick]
+        return combined_x, combined_weights, CompletedEvent()
+
+    def _check_open(self) -> None:
+        if self._destroyed:
+            raise ClosedError("this reference buffer was destroyed", fix="ask get_buffer() for a new one")
+        check_group_open(self.group)
+
+    def _make_handle(
+        self,
+        topk_idx: torch.Tensor,
+        recv_picks: torch.Tensor,
+        num_experts: int,
+        capacity: int,
+        alignment: int,
+        num_sms: int,
+        do_expand: bool,
+        route: Route,
+    ) -> ReferenceHandle:
+        """Find a place for every received pick. recv_picks: [R, 1 + K] int32, source token and global expert ids."""
+        device = topk_idx.device
+        num_local = num_experts // self.num_ranks
+        local_idx = recv_picks[:, 1:].long() - self.rank * num_local
+        is_local = (local_idx >= 0) & (local_idx < num_local)
+        local_idx = torch.where(is_local, local_idx, -1)
+        row, pick = is_local.nonzero(as_tuple=True)
+        expert = local_idx[row, pick]
+        counts = torch.bincount(expert, minlength=num_local)
+        padded = (counts + alignment - 1) // alignment * alignment
+        ends = padded.cumsum(dim=0)
+
+        slots = torch.full_like(local_idx, -1)
+        by_expert = torch.argsort(expert, stable=True)
+        rank_in_expert = torch.arange(len(expert), device=device) - (counts.cumsum(0) - counts)[expert[by_expert]]
+        slots[row[by_expert], pick[by_expert]] = (ends - padded)[expert[by_expert]] + rank_in_expert
+
+        recv_counts = torch.tensor(route.recv_counts, device=device)
+        source_rank = torch.arange(self.num_ranks, device=device).repeat_interleave(recv_counts)
+        source = source_rank * capacity + recv_picks[:, 0]
+        first_pick = is_local.int().argmax(dim=1)
+        metadata = torch.stack([source, source_rank * topk_idx.shape[1] + first_pick], dim=1)
+        return ReferenceHandle(
+            do_expand=do_expand,
+            num_experts=num_experts,
+            expert_alignment=alignment,
+            num_max_tokens_per_rank=capacity,
+            num_sms=num_sms,
+            topk_idx=topk_idx.clone(),
+            num_recv_tokens=len(recv_picks),
+            num_expanded_tokens=int(ends[-1]),
+            num_recv_tokens_per_expert_list=padded.tolist(),
+            psum_num_recv_tokens_per_scaleup_rank=recv_counts.cumsum(0).int(),
+            psum_num_recv_tokens_per_expert=(ends - padded + counts if do_expand else ends).int(),
+            num_unaligned_recv_tokens_per_expert=counts.int() if do_expand else None,
+            recv_src_metadata=torch.cat([metadata, slots if do_expand else torch.full_like(slots, -1)], dim=1).int(),
+            route=route,
+            recv_topk_idx=local_idx,
+        )

@@ -1,0 +1,126 @@
+"""What the reference buffer does to rows: send, add up, spread over experts. No loop over tokens or experts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+# By bytes per element. float8 can be neither gathered nor scattered, so rows are moved as integers.
+_SAME_SIZE_INT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def exchange_rows(
+    group: Any,
+    columns: Sequence[torch.Tensor],
+    chosen: torch.Tensor | None,
+    send_counts: list[int],
+    recv_counts: list[int],
+) -> list[torch.Tensor]:
+    """Send rows of several matrices to the ranks of a group in one message each.
+
+    Args:
+        group: Process group.
+        columns: Matrices [N, ...] with a common N, of any dtypes.
+        chosen: [sum(send_counts)] int64, the row that goes out at each place; None = all N, in order.
+        send_counts, recv_counts: Rows to and from each rank.
+
+    Returns:
+        [sum(recv_counts), ...] for each matrix, in the order of the sending ranks: views into the received message.
+    """
+    if len(columns) == 1 and chosen is None:
+        message = columns[0].contiguous()
+        incoming = message.new_empty(sum(recv_counts), message.shape[1])
+        _all_to_all(incoming.view(torch.uint8), message.view(torch.uint8), recv_counts, send_counts, group)
+        return [incoming]
+
+    # Each matrix starts at a multiple of 8 bytes, and so does each row, so that every dtype can be viewed in place.
+    starts, row_bytes = [], 0
+    for column in columns:
+        starts.append(row_bytes)
+        row_bytes += -(-column.shape[1] * column.element_size() // 8) * 8
+
+    def views(message: torch.Tensor) -> list[torch.Tensor]:
+        return [
+            message[:, start : start + column.shape[1] * column.element_size()].view(column.dtype)
+            for start, column in zip(starts, columns, strict=True)
+        ]
+
+    outgoing = torch.empty(sum(send_counts), row_bytes, dtype=torch.uint8, device=columns[0].device)
+    for column, place in zip(columns, views(outgoing), strict=True):
+        if chosen is None:
+            place.copy_(column)
+        else:
+            kind = _SAME_SIZE_INT[column.element_size()]
+            torch.index_select(column.contiguous().view(kind), 0, chosen, out=place.view(kind))
+    incoming = outgoing.new_empty(sum(recv_counts), row_bytes)
+    _all_to_all(incoming, outgoing, recv_counts, send_counts, group)
+    return views(incoming)
+
+
+def sum_rows(rows: torch.Tensor, order: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Add up groups of rows: group i takes the next counts[i] entries of `order`, one after the other.
+
+    embedding_bag does it in one pass, in the order given, with fp32 accumulators for 2-byte rows.
+
+    Args:
+        rows: [N, H].
+        order: [M] row numbers.
+        counts: [G] entries per group, adding up to M.
+
+    Returns:
+        [G, H] in the dtype of `rows`; empty groups are zero.
+    """
+    if len(order) == 0:
+        return rows.new_zeros(len(counts), rows.shape[1])
+    return F.embedding_bag(order.long(), rows.contiguous(), counts.cumsum(0) - counts, mode="sum")
+
+
+def expand_rows(
+    columns: list[torch.Tensor], slots: torch.Tensor, num_places: int, *, has_weights: bool, zero: bool
+) -> list[torch.Tensor]:
+    """Spread received rows over the places of their picks.
+
+    Args:
+        columns: Matrices [R, ...]; with `has_weights`, the last one is [R, K] weights.
+        slots: [R, K] int64, the place of each pick, -1 = none here.
+        num_places: P; places that no pick has are padding.
+        has_weights: See `columns`.
+        zero: Fill padding with zeros instead of NaN.
+
+    Returns:
+        [P, ...] for each matrix; [P] for the weights.
+    """
+    row, pick = (slots >= 0).nonzero(as_tuple=True)
+    place = slots[row, pick]
+    source = torch.full((num_places,), -1, device=slots.device)
+    source[place] = row
+    spread = []
+    if has_weights:
+        *columns, weights = columns
+        spread_weights = weights.new_full((num_places,), 0.0 if zero else float("nan"))
+        spread_weights[place] = weights[row, pick]
+    for column in columns:
+        bits = column.view(_SAME_SIZE_INT[column.dtype.itemsize]).index_select(0, source.clamp(min=0))
+        if len(row) < num_places:
+            bits[source < 0] = 0 if zero else _nan_bits(column.dtype)
+        spread.append(bits.view(column.dtype))
+    return [*spread, spread_weights] if has_weights else spread
+
+
+def _nan_bits(dtype: torch.dtype) -> int:
+    """NaN as an integer of the same size; all ones for packs of UE8M0, whose NaN is 0xFF."""
+    if not dtype.is_floating_point:
+        return -1
+    return int(torch.tensor(float("nan")).to(dtype).view(_SAME_SIZE_INT[dtype.itemsize]))
+
+
+def _all_to_all(
+    incoming: torch.Tensor, outgoing: torch.Tensor, recv_counts: list[int], send_counts: list[int], group: Any
+) -> None:
+    dist.all_to_all_single(
+        incoming, outgoing, output_split_sizes=recv_counts, input_split_sizes=send_counts, group=group
+    )

@@ -1,0 +1,46 @@
+"""Meeting before a collective teardown, with a time limit: nothing hangs because one rank failed or left."""
+
+from __future__ import annotations
+
+import logging
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+logger = logging.getLogger("megatron_ep_v2")
+
+MEETING_SECONDS = 20  # ranks leave a training loop within seconds of each other, or not at all
+
+_meetings: dict[tuple[str, str], int] = {}
+
+
+def everyone_arrives(group: Any, purpose: str, seconds: float = MEETING_SECONDS) -> bool:
+    """Wait on the host, through the group's store, until all ranks are here.
+
+    Args:
+        group: Process group.
+        purpose: Names the meeting; the n-th meeting of one purpose is one meeting on all ranks.
+        seconds: How long to wait.
+
+    Returns:
+        True when all arrived; else False, after a warning that names the absent ranks or the lost store.
+    """
+    members = dist.get_process_group_ranks(group)
+    key = (group.group_name, purpose)
+    _meetings[key] = _meetings.get(key, 0) + 1
+    prefix = f"megatron_ep_v2/{group.group_name}/{purpose}/{_meetings[key]}"
+    keys = [f"{prefix}/{rank}" for rank in members]
+    try:
+        store = group.get_group_store()
+        store.set(f"{prefix}/{dist.get_rank()}", "here")
+        try:
+            store.wait(keys, timedelta(seconds=seconds))
+            return True
+        except dist.DistStoreError:
+            absent = [rank for rank, key in zip(members, keys, strict=True) if not store.check([key])]
+            found = f"rank(s) {absent} did not arrive within {seconds:g} s"
+    except RuntimeError as error:  # the store's server went with its process
+        found = f"the group's store cannot be reached ({error})"
+    logger.warning("%s was given up: %s; its memory is freed when this process ends", purpose, found)
+    return False

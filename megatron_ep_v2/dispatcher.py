@@ -1,0 +1,63 @@
+"""The communication manager of Megatron-Core's flex dispatcher on the expanded layout.
+
+Rows arrive sorted by local expert with their probabilities, and combine adds them up, so Megatron's own steps between
+dispatch and experts (indices to multihot, permute, `.item()`, unpermute) have nothing left to do. Everything else is
+inherited, and so are the attribute names that other Megatron code reads (`token_probs`, `dispatched_probs`, `handle`).
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from megatron.core.transformer.moe import token_dispatcher
+from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization
+
+from megatron_ep_v2.fused_a2a import fused_dispatch
+
+logger = logging.getLogger(__name__)
+
+
+class ExpandedManager(token_dispatcher._DeepepManager):  # type: ignore[misc]
+    """`_DeepepManager` with the permutation done by the dispatch itself."""
+
+    token_probs: torch.Tensor
+
+    def dispatch(
+        self, hidden_states: torch.Tensor, async_finish: bool = False, allocate_on_comm_stream: bool = False
+    ) -> torch.Tensor:
+        """Send [T, H]; receive [P, H] sorted by local expert.
+
+        Sets `dispatched_probs` [P] fp32, `tokens_per_expert` [L] int64 on the CPU, and `handle` for the combine.
+        """
+        probs = self.token_probs
+        if probs.dtype in (torch.bfloat16, torch.float16):
+            logger.warning("router probabilities are %s; set --moe-router-dtype fp32", probs.dtype)
+        self.token_probs = probs.float()
+        hidden_states, _, self.dispatched_probs, self.tokens_per_expert, self.handle = fused_dispatch(
+            hidden_states,
+            self.token_indices,
+            self.token_probs,
+            self.num_experts,
+            self.group,
+            async_finish=async_finish,
+            allocate_on_comm_stream=allocate_on_comm_stream,
+            do_expand=True,
+            expert_alignment=self._expert_alignment(),
+        )
+        return hidden_states
+
+    def get_permuted_hidden_states_by_experts(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows as they are, and their probabilities in the router's dtype."""
+        probs = self.dispatched_probs
+        return hidden_states, probs.double() if self.router_dtype == "fp64" else probs
+
+    def get_restored_hidden_states_by_experts(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The rows as they are."""
+        return hidden_states
+
+    def _expert_alignment(self) -> int:
+        """Megatron's own rule for quantised GEMMs, where a quantised recipe or the padding option asks for it."""
+        config = self.config
+        wants_padding = config.fp8 or getattr(config, "fp4", None) or config.moe_router_padding_for_quantization
+        return int(get_align_size_for_quantization(config)) if wants_padding else 1

@@ -1,0 +1,70 @@
+"""Every error that this package raises for its users.
+
+An error says what happened, what was found, what is needed and how to fix it; `str(error)` prints them as lines:
+
+    TokenCapacityError: rank 3 has 5120 tokens to dispatch; its group agreed on num_max_tokens_per_rank=4096
+      fix: set MCORE_DEEPEP_V2_MAX_TOKENS_PER_RANK=5120 (the same on every rank)
+
+Assertions are for this package's own invariants only, never for something that a user can cause.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class EPError(RuntimeError):
+    """Base of all errors of this package.
+
+    Args:
+        what: One sentence: what happened, and on which rank where that matters.
+        found: What was there.
+        needed: What should have been there.
+        fix: What the reader can do about it.
+    """
+
+    def __init__(self, what: str, *, found: str | None = None, needed: str | None = None, fix: str | None = None):
+        self.what, self.found, self.needed, self.fix = what, found, needed, fix
+        parts = (("found", found), ("needed", needed), ("fix", fix))
+        super().__init__("\n".join([what, *(f"  {name}: {text}" for name, text in parts if text)]))
+
+    def __reduce__(
+        self,
+    ) -> tuple[Any, ...]:  # keyword-only arguments do not survive the default pickling between processes
+        return _rebuild, (type(self), self.what, self.found, self.needed, self.fix)
+
+
+def _rebuild(kind: type[EPError], what: str, found: str | None, needed: str | None, fix: str | None) -> EPError:
+    return kind(what, found=found, needed=needed, fix=fix)
+
+
+class SettingsError(EPError, ValueError):
+    """A setting has a value that cannot be used."""
+
+
+class UnavailableError(EPError):
+    """No buffer can carry tokens here: deep_ep is missing or unusable, and the reference was not asked for."""
+
+
+class SeamError(EPError):
+    """Megatron-Core does not have the names or signatures that `install()` binds to."""
+
+
+class InputError(EPError, ValueError):
+    """A tensor or number handed to a dispatch or combine is not what the contract asks for."""
+
+
+class TokenCapacityError(InputError):
+    """A rank has more tokens than `num_max_tokens_per_rank`."""
+
+
+class PeerError(EPError):
+    """Another rank of the group refused this call, and says so instead of leaving this rank waiting."""
+
+
+class GroupMismatchError(EPError):
+    """A value that must be equal on all ranks of the group is not."""
+
+
+class ClosedError(EPError):
+    """The process group or the buffer was already destroyed."""

@@ -1,0 +1,256 @@
+"""Bind this package to an installed Megatron-Core, all names or none, and undo it.
+
+Megatron's `token_dispatcher` imports `fused_dispatch` and its kin by name, so they are bound there as well as in
+`fused_a2a`. Nothing in Megatron is edited, and `uninstall()` restores only what is still ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import logging
+import sys
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_ep_v2 import fused_a2a
+from megatron_ep_v2 import settings as settings_module
+from megatron_ep_v2.buffers import pool
+from megatron_ep_v2.errors import SeamError
+from megatron_ep_v2.probe import Choice, choose, probe
+
+logger = logging.getLogger("megatron_ep_v2")
+
+_FUSED_A2A = "megatron.core.transformer.moe.fused_a2a"
+_TOKEN_DISPATCHER = "megatron.core.transformer.moe.token_dispatcher"
+_CALL = ("hidden_states", "async_finish", "allocate_on_comm_stream")
+
+# What must be there, by module: name -> parameters in order (without self), or None where only the name counts.
+# The functions themselves are None when Megatron found no deep_ep; their autograd classes then stand for the signature.
+_SEAM: dict[str, dict[str, tuple[str, ...] | None]] = {
+    _FUSED_A2A: {
+        "HAVE_DEEP_EP": None,
+        "fused_dispatch": None,
+        "fused_combine": None,
+        "set_deepep_num_sms": None,
+        "FusedDispatch.forward": (
+            *("ctx", "x", "token_indices", "token_probs", "num_experts", "group"),
+            *("async_finish", "allocate_on_comm_stream"),
+        ),
+        "FusedCombine.forward": ("ctx", "x", "group", "handle", "async_finish", "allocate_on_comm_stream"),
+    },
+    _TOKEN_DISPATCHER: {
+        "fused_dispatch": None,
+        "fused_combine": None,
+        "set_deepep_num_sms": None,
+        "_DeepepManager.__init__": ("group", "num_local_experts", "router_topk", "num_experts", "config"),
+        "_DeepepManager.setup_metadata": ("routing_map", "probs"),
+        "_DeepepManager.dispatch": _CALL,
+        "_DeepepManager.combine": _CALL,
+        "_DeepepManager.get_permuted_hidden_states_by_experts": ("hidden_states",),
+        "_DeepepManager.get_restored_hidden_states_by_experts": ("hidden_states",),
+        "_DeepepManager.get_number_of_tokens_per_expert": (),
+        "MoEFlexTokenDispatcher": None,
+    },
+}
+
+
+@dataclass
+class _Installation:
+    """What `install()` did."""
+
+    choice: Choice
+    layout: str
+    layout_reason: str
+    megatron_version: str
+    bound: list[tuple[ModuleType, str, Any, Any]] = field(default_factory=list)  # module, name, theirs, ours
+
+
+_installation: _Installation | None = None
+
+
+def install(**explicit: Any) -> dict[str, Any]:
+    """Make Megatron-Core's flex token dispatcher (backend "deepep") run on this package. Call it before the model is
+    built. A second call without arguments changes nothing; with arguments, it replaces the first.
+
+    With only the legacy deep_ep installed, Megatron's own path is left exactly as it is, and the log says so.
+
+    Args:
+        **explicit: Settings by name (see `settings.Settings`): buffer, layout, num_max_tokens_per_rank, num_sms, ...
+
+    Returns:
+        `status()`.
+
+    Raises:
+        SeamError: Megatron-Core is missing, or a name or signature is not the expected one; nothing was changed.
+        UnavailableError: No buffer can be used here; nothing was changed.
+        SettingsError: A setting cannot be used; nothing was changed.
+    """
+    global _installation
+    if _installation is not None and not explicit:
+        return status()
+    settings = settings_module.resolve(**explicit)
+    choice = choose(probe(), settings)
+    version, modules = _find_seam()
+    uninstall()
+
+    layout, layout_reason = _choose_layout(settings, choice)
+    installation = _Installation(choice, layout, layout_reason, version)
+    settings_module.activate(settings)
+    if choice.kind != "megatron":
+        for module, name, ours in _bindings(modules, layout):
+            installation.bound.append((module, name, getattr(module, name), ours))
+        for module, name, _, ours in installation.bound:
+            setattr(module, name, ours)
+        pool.set_expected_tokens(_tokens_per_rank_of_megatron)
+    _installation = installation
+    logger.info("megatron-core %s: %s", version, _sentence(installation))
+    return status()
+
+
+def uninstall() -> None:
+    """Destroy the buffers and give Megatron its own names back, except where somebody else has rebound them since."""
+    global _installation
+    pool.destroy_buffers()
+    pool.set_expected_tokens(int)
+    settings_module.activate(None)
+    if _installation is None:
+        return
+    for module, name, theirs, ours in reversed(_installation.bound):
+        if getattr(module, name, None) is ours:
+            setattr(module, name, theirs)
+        else:
+            logger.warning("%s.%s was rebound after install(); left as it is", module.__name__, name)
+    _installation = None
+
+
+def status() -> dict[str, Any]:
+    """What is installed and active, as plain JSON-able values."""
+    found = probe()
+    report: dict[str, Any] = {
+        "installed": _installation is not None,
+        "have_deep_ep": found.have_legacy,
+        "have_deep_ep_v2": found.have_elastic,
+        "deep_ep": found.describe(),
+        "settings": settings_module.active().describe(),
+        "buffers": [pool.describe(buffer, settings_module.active()) for buffer in pool.buffers()],
+    }
+    if _installation is not None:
+        report |= {
+            "megatron_core": _installation.megatron_version,
+            "buffer": _installation.choice.kind,
+            "buffer_reason": _installation.choice.reason,
+            "layout": _installation.layout,
+            "layout_reason": _installation.layout_reason,
+        }
+    return report
+
+
+def _sentence(installation: _Installation) -> str:
+    if installation.choice.kind == "megatron":
+        return f"nothing was changed ({installation.choice.reason})"
+    return (
+        "flex dispatcher (backend deepep) bound to "
+        f"the {installation.choice.kind} buffer ({installation.choice.reason}), "
+        f"{installation.layout} layout ({installation.layout_reason})"
+    )
+
+
+def _choose_layout(settings: settings_module.Settings, choice: Choice) -> tuple[str, str]:
+    asked = settings.layout
+    if choice.kind in ("megatron", "legacy"):
+        if asked == "expanded":
+            logger.warning("layout=expanded was asked for, but deep_ep's legacy Buffer has only the compact one")
+        return "compact", "the legacy Buffer has no other"
+    if asked != "auto":
+        return asked, f"asked for by {settings.source('layout')}"
+    return "expanded", "this buffer sorts rows by expert itself, so nothing is permuted"
+
+
+def _find_seam() -> tuple[str, dict[str, ModuleType]]:
+    """Megatron-Core's version and the two modules to bind in, every name and signature checked."""
+    version, where = "of unknown version", "megatron.core"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a source tree has no metadata
+        version = importlib.metadata.version("megatron-core")
+    try:
+        core = importlib.import_module(where)
+        version = str(getattr(core, "__version__", version))
+        modules = {name: importlib.import_module(where := name) for name in _SEAM}
+    except ImportError as error:
+        raise SeamError(
+            f"{where} cannot be imported: {error}",
+            needed="megatron-core 0.16 to 0.19 (or a Megatron-LM source tree of that age on the path)",
+            fix="pip install megatron-core, or install the package that the message names",
+        ) from error
+    for module_name, names in _SEAM.items():
+        for dotted, parameters in names.items():
+            _check_symbol(modules[module_name], dotted, parameters, version)
+    return version, modules
+
+
+def _check_symbol(module: ModuleType, dotted: str, parameters: tuple[str, ...] | None, version: str) -> None:
+    symbol: Any = module
+    for part in dotted.split("."):
+        if not hasattr(symbol, part):
+            found = "it is not there"
+            break
+        symbol = getattr(symbol, part)
+    else:
+        if parameters is None:
+            return
+        have = tuple(name for name in inspect.signature(symbol).parameters if name != "self")
+        if have == parameters:
+            return
+        found = f"its parameters are ({', '.join(have)})"
+    raise SeamError(
+        f"megatron-core {version}: {module.__name__}.{dotted} is not what this package binds to; nothing was changed",
+        found=found,
+        needed="a symbol of that name" if parameters is None else f"parameters ({', '.join(parameters)})",
+        fix="use a tested version of megatron-core (0.16.1 to 0.19.2), or a newer megatron_ep_v2",
+    )
+
+
+def _bindings(modules: dict[str, ModuleType], layout: str) -> list[tuple[ModuleType, str, Any]]:
+    """Everything to bind: module, name, our object."""
+    ours = [
+        (modules[_FUSED_A2A], "HAVE_DEEP_EP", probe().have_legacy or probe().have_elastic),
+        (modules[_FUSED_A2A], "FusedDispatch", fused_a2a.FusedDispatch),
+        (modules[_FUSED_A2A], "FusedCombine", fused_a2a.FusedCombine),
+    ]
+    for module in modules.values():
+        for name in ("fused_dispatch", "fused_combine", "set_deepep_num_sms"):
+            ours.append((module, name, getattr(fused_a2a, name)))
+    if layout == "expanded":
+        from megatron_ep_v2.dispatcher import ExpandedManager  # it imports Megatron, whose seam is checked by now
+
+        ours.append((modules[_TOKEN_DISPATCHER], "_DeepepManager", ExpandedManager))
+    for module in (dist, dist.distributed_c10d):
+        ours.append((module, "destroy_process_group", _destroy_buffers_before(module.destroy_process_group)))
+    return ours
+
+
+def _destroy_buffers_before(destroy_process_group: Any) -> Any:
+    """`destroy_process_group` that destroys the buffers of the group first: afterwards they could only hang or leak."""
+
+    @functools.wraps(destroy_process_group)
+    def destroy(group: Any = None) -> None:
+        pool.destroy_buffers(group)
+        destroy_process_group(group)
+
+    return destroy
+
+
+def _tokens_per_rank_of_megatron() -> int:
+    """Tokens of a full micro-batch on one rank, from Megatron's own arguments; 0 outside Megatron's training loop."""
+    module = sys.modules.get("megatron.training.global_vars")
+    args = getattr(module, "_GLOBAL_ARGS", None)
+    if args is None or not getattr(args, "seq_length", None) or not getattr(args, "micro_batch_size", None):
+        return 0
+    shards = args.context_parallel_size * (args.tensor_model_parallel_size if args.sequence_parallel else 1)
+    return -(-args.seq_length // shards) * args.micro_batch_size

@@ -1,0 +1,157 @@
+"""What is installed here. deep_ep's generation is told by its API: V1, V2 and the hybrid-ep branch share one name."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib
+import importlib.metadata
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from megatron_ep_v2.errors import UnavailableError
+from megatron_ep_v2.settings import Settings
+
+# What `import deep_ep` was seen to raise besides ImportError: its NCCL check asserts, its JIT set-up looks for files,
+# and a missing shared library is an OSError.
+_IMPORT_FAILURES = (ImportError, AssertionError, FileNotFoundError, OSError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What was found.
+
+    Attributes:
+        have_legacy: deep_ep imports and has `Buffer`.
+        have_elastic: deep_ep imports and has `ElasticBuffer`.
+        have_hybrid: deep_ep imports and has `HybridEPBuffer` (its hybrid-ep branch).
+        version: deep_ep's own version string, or None. Told, never decided by.
+        failure: Why `import deep_ep` failed, or None.
+        cuda: A CUDA device is usable.
+    """
+
+    have_legacy: bool
+    have_elastic: bool
+    have_hybrid: bool
+    version: str | None
+    failure: str | None
+    cuda: bool
+
+    def describe(self) -> str:
+        """One line: deep_ep as found."""
+        if self.failure is not None:
+            return f"deep_ep cannot be imported: {self.failure}"
+        names = [
+            name
+            for name, here in (
+                ("ElasticBuffer", self.have_elastic),
+                ("Buffer", self.have_legacy),
+                ("HybridEPBuffer", self.have_hybrid),
+            )
+            if here
+        ]
+        return f"deep_ep {self.version or 'of unknown version'} with {', '.join(names) or 'no known buffer'}"
+
+
+def import_deep_ep() -> ModuleType:
+    """deep_ep itself. Raises whatever its import raises."""
+    return importlib.import_module("deep_ep")
+
+
+@functools.cache
+def probe() -> Probe:
+    """Look once; `probe.cache_clear()` looks again."""
+    cuda = torch.cuda.is_available()
+    try:
+        deep_ep = import_deep_ep()
+    except _IMPORT_FAILURES as error:
+        failure = f"{type(error).__name__}: {error}"
+        return Probe(have_legacy=False, have_elastic=False, have_hybrid=False, version=None, failure=failure, cuda=cuda)
+    return Probe(
+        have_legacy=hasattr(deep_ep, "Buffer"),
+        have_elastic=hasattr(deep_ep, "ElasticBuffer"),
+        have_hybrid=hasattr(deep_ep, "HybridEPBuffer"),
+        version=getattr(deep_ep, "__version__", None) or _installed_version(),
+        failure=None,
+        cuda=cuda,
+    )
+
+
+def _installed_version() -> str | None:
+    try:
+        return importlib.metadata.version("deep_ep")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which buffer carries the tokens, and why.
+
+    Attributes:
+        kind: "elastic", "legacy", "reference", or "megatron": Megatron's own legacy path, left alone.
+        reason: For the log.
+    """
+
+    kind: str
+    reason: str
+
+
+def choose(found: Probe, settings: Settings, *, managed: bool = False) -> Choice:
+    """The buffer for what was found and asked for.
+
+    Args:
+        found: What is installed.
+        settings: What was asked for.
+        managed: The caller is this package's own code, so the answer cannot be "megatron".
+
+    Raises:
+        UnavailableError: What was asked for is not here, or nothing is and a GPU run would have to fall back silently.
+    """
+    asked, source = settings.buffer, settings.source("buffer")
+    if asked == "reference":
+        return Choice("reference", f"asked for by {source}")
+    if asked in ("elastic", "legacy"):
+        here = found.have_elastic if asked == "elastic" else found.have_legacy
+        if here and found.cuda:
+            return Choice(asked, f"asked for by {source}; {found.describe()}")
+        raise UnavailableError(
+            f"the {asked} buffer, asked for by {source}, cannot be used",
+            found=found.describe() if not here else "no CUDA device",
+            needed="deep_ep >= 2.0 with ElasticBuffer" if asked == "elastic" else "deep_ep with Buffer",
+            fix="install deep_ep from its own repository on a machine with GPUs, or ask for buffer=reference",
+        )
+    if found.cuda and found.have_elastic:
+        return Choice("elastic", f"{found.describe()}; V2 is preferred")
+    if found.cuda and found.have_legacy:
+        if managed:
+            return Choice("legacy", f"{found.describe()}; called directly, without Megatron")
+        return Choice("megatron", f"{found.describe()}; without V2, Megatron's own path stays as it is")
+    if found.cuda:
+        raise UnavailableError(
+            "no DeepEP buffer can be used on this GPU machine",
+            found=found.describe(),
+            needed="deep_ep >= 2.0 with ElasticBuffer (or the legacy deep_ep with Buffer)",
+            fix="install deep_ep from its own repository; to run the slow reference on purpose, "
+            "set MCORE_DEEPEP_V2_BUFFER=reference",
+        )
+    return Choice("reference", f"no CUDA device here; {found.describe()}")
+
+
+def loaded_nccl_version() -> str | None:
+    """The version of the NCCL library in this process, e.g. "2.30.4"; None without one.
+
+    Asked of the library itself (ncclGetVersion): torch.cuda.nccl.version() tells what torch was compiled with.
+    """
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return None
+    libraries = {line.split()[-1] for line in maps.read_text().splitlines() if "libnccl.so" in line}
+    for library in sorted(libraries):
+        code = ctypes.c_int()
+        if ctypes.CDLL(library).ncclGetVersion(ctypes.byref(code)) == 0:
+            return f"{code.value // 10000}.{code.value // 100 % 100}.{code.value % 100}"
+    return None

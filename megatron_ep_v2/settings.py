@@ -1,0 +1,175 @@
+"""Every setting of this package, where it comes from, and the only reader of the environment.
+
+A value given to `install()` wins over the environment, the environment over Megatron's configuration, and that over the
+default. `Settings.sources` says which it was, for the log and for `status()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from megatron_ep_v2.errors import SettingsError
+
+PREFIX = "MCORE_DEEPEP_V2_"
+
+
+def _setting(default: Any, doc: str, *, variable: str | None = None, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"doc": doc, "variable": variable, "choices": choices})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Immutable settings. The environment variable of a field is MCORE_DEEPEP_V2_ and its name in capitals, but for
+    `num_max_tokens_per_rank`, which keeps the name that upstream's pull request introduced.
+
+    Raises:
+        SettingsError: A value is not of the field's kind; the message names the source.
+    """
+
+    buffer: str = _setting("auto", "what carries the tokens", choices=("auto", "elastic", "legacy", "reference"))
+    layout: str = _setting("auto", "rows as the experts get them", choices=("auto", "compact", "expanded"))
+    num_max_tokens_per_rank: int = _setting(
+        0, "most tokens that a rank may dispatch; 0 = agreed by the group", variable="MAX_TOKENS_PER_RANK"
+    )
+    num_sms: int = _setting(0, "SMs of a dispatch or combine; 0 = the library's analytic choice")
+    num_qps: int = _setting(0, "RDMA queue pairs to allocate; 0 = the library's choice; fabrics such as EFA need a cap")
+    gin: str = _setting("auto", "NCCL's device-side RDMA; off = one NVLink host", choices=("auto", "on", "off"))
+    allow_hybrid_mode: bool = _setting(True, "NVLink inside and RDMA between hosts, in two hops")
+    allow_multiple_reduction: bool = _setting(True, "add up on the way back; off = once, at the end, in more bytes")
+    prefer_overlap_with_compute: bool = _setting(True, "take fewer SMs, to leave some to the compute beside")
+    deterministic: bool = _setting(False, "deep_ep's deterministic routing: bit-identical repeats")
+    sl_idx: int = _setting(3, "RDMA service level")
+    num_cpu_timeout_secs: int = _setting(300, "seconds until a host wait gives up")
+    num_gpu_timeout_secs: int = _setting(100, "seconds until a kernel's wait gives up")
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            if item.name != "sources":
+                self._check(item.name, item.metadata)
+
+    def _check(self, name: str, metadata: Mapping[str, Any]) -> None:
+        value, choices = getattr(self, name), metadata["choices"]
+        if choices:
+            good, needed = value in choices, "one of " + ", ".join(choices)
+        elif isinstance(_DEFAULTS[name], bool):
+            good, needed = isinstance(value, bool), "true or false"
+        else:
+            good = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+            needed = "a whole number of 0 or more"
+        if not good:
+            raise SettingsError(
+                f"the setting {name} ({metadata['doc']}) cannot be {value!r}",
+                found=f"{value!r} from {self.source(name)}",
+                needed=needed,
+                fix=f"correct it where it was set, or unset {variable(name)}",
+            )
+
+    def source(self, name: str) -> str:
+        """Where the value of a field came from: "install()", a variable's name, "Megatron's ..." or "default"."""
+        return self.sources.get(name, "default")
+
+    def describe(self) -> dict[str, str]:
+        """Field -> "value (source)"."""
+        return {name: f"{getattr(self, name)} ({self.source(name)})" for name in _DEFAULTS}
+
+
+_DEFAULTS = {item.name: item.default for item in fields(Settings) if item.name != "sources"}
+_METADATA = {item.name: item.metadata for item in fields(Settings) if item.name != "sources"}
+
+
+NAMES = tuple(_DEFAULTS)
+
+
+def variable(name: str) -> str:
+    """The environment variable of a setting."""
+    return PREFIX + (_METADATA[name]["variable"] or name.upper())
+
+
+def resolve(environ: Mapping[str, str] | None = None, **explicit: Any) -> Settings:
+    """Settings from explicit values, then the environment, then defaults.
+
+    Args:
+        environ: Instead of os.environ.
+        **explicit: Fields by name; None counts as not given.
+
+    Raises:
+        SettingsError: An unknown field, or a value that cannot be used.
+    """
+    environ = os.environ if environ is None else environ
+    unknown = sorted(set(explicit) - set(_DEFAULTS))
+    if unknown:
+        raise SettingsError(
+            f"unknown setting {unknown[0]!r}", needed="one of " + ", ".join(_DEFAULTS), fix="check the spelling"
+        )
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for name in _DEFAULTS:
+        if explicit.get(name) is not None:
+            values[name], sources[name] = explicit[name], "install()"
+        elif environ.get(variable(name), "").strip():
+            values[name], sources[name] = _parse(name, environ[variable(name)].strip()), variable(name)
+    return Settings(**values, sources=sources)
+
+
+def _parse(name: str, text: str) -> Any:
+    default = _DEFAULTS[name]
+    if isinstance(default, bool):
+        return {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}.get(text.lower(), text)
+    if isinstance(default, int):
+        return int(text) if text.lstrip("-").isdigit() else text
+    return text.lower()
+
+
+_active: Settings | None = None
+
+
+def active() -> Settings:
+    """The settings in force: those of the last `activate()`, else the environment's."""
+    global _active
+    if _active is None:
+        _active = resolve()
+    return _active
+
+
+def activate(settings: Settings | None) -> None:
+    """Put settings in force; None = read the environment again at next use."""
+    global _active
+    _active = settings
+
+
+def offer(name: str, value: Any, source: str) -> None:
+    """Take a value from Megatron's configuration unless the user gave one by name or by variable."""
+    global _active
+    current = active()
+    if current.source(name) in ("default", source) and value != getattr(current, name):
+        _active = replace(current, **{name: value}, sources={**current.sources, name: source})
+
+
+@contextlib.contextmanager
+def environment(**values: str) -> Iterator[None]:
+    """Set variables that a library reads while it builds something, and put back what was there."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def gin_disabled_by_user() -> bool:
+    """Whether DeepEP's own EP_DISABLE_GIN is set, by whoever started the job."""
+    return os.environ.get("EP_DISABLE_GIN", "0") not in ("", "0")
+
+
+def is_first_rank() -> bool:
+    """Whether this is rank 0 of a torchrun job, or no such job at all: the one that logs."""
+    return os.environ.get("RANK", "0") == "0"
