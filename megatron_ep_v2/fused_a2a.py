@@ -8,6 +8,12 @@ Names and signatures are those of `megatron.core.transformer.moe.fused_a2a`, so 
 
 One handle per layer and micro-batch, held by the two autograd contexts that need it and by nobody else. The buffer is
 looked up once, in forward, and kept on the context.
+
+Megatron passes `async_finish` and `allocate_on_comm_stream`, and waits for the event before it does anything else. A
+call in stream order is the same order with less work: the communication stream waits for the current one, which then
+waits for it; the host waits for neither; and memory of inputs and outputs belongs to the current stream, so that nothing
+can be reused before the communication is done with it. No events and no `record_stream`, which cost time in every layer
+(benchmarks/gpu_layer_cost.py measures it) and keep freed memory from being reused.
 """
 
 from __future__ import annotations
@@ -68,51 +74,40 @@ class FusedDispatch(torch.autograd.Function):
         token_probs: torch.Tensor,
         num_experts: int,
         group: Any,
-        async_finish: bool,
-        allocate_on_comm_stream: bool,
-        do_expand: bool,
-        expert_alignment: int,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+        do_expand: bool = False,
+        expert_alignment: int = 1,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, Any]:
         buffer = get_buffer(group, x, token_indices, num_experts)
-        recv_x, recv_idx, recv_probs, handle, event = buffer.dispatch(
+        recv_x, recv_idx, recv_probs, handle, _ = buffer.dispatch(
             x,
             topk_idx=token_indices,
             topk_weights=token_probs,
             num_experts=num_experts,
             expert_alignment=expert_alignment,
-            num_sms=settings.active().num_sms,
             do_expand=do_expand,
             do_zero_padding=do_expand and expert_alignment > 1,
-            **_ordering(buffer, async_finish, allocate_on_comm_stream),
         )
-        if async_finish:
-            event.current_stream_wait()
-        tokens_per_expert = torch.tensor(handle.num_recv_tokens_per_expert_list, dtype=torch.int64)
-        ctx.buffer, ctx.handle = buffer, handle
-        ctx.ordering = (async_finish, allocate_on_comm_stream)
-        ctx.probs_dtype = token_probs.dtype
-        ctx.mark_non_differentiable(tokens_per_expert, *(() if recv_idx is None else (recv_idx,)))
         assert isinstance(recv_x, torch.Tensor) and recv_probs is not None  # as x and token_probs were
+        ctx.buffer, ctx.handle = buffer, handle
+        ctx.rows, ctx.probs = _Like(recv_x), _Like(recv_probs)
+        ctx.set_materialize_grads(False)  # else zeros are written for the outputs that have no gradient
+        tokens_per_expert = torch.tensor(handle.num_recv_tokens_per_expert_list, dtype=torch.int64)
         return recv_x, recv_idx, recv_probs, tokens_per_expert, handle
 
     @staticmethod
     def backward(
-        ctx: Any, grad_x: torch.Tensor, _idx: Any, grad_probs: torch.Tensor, _counts: Any, _handle: Any
+        ctx: Any, grad_rows: torch.Tensor | None, _idx: Any, grad_probs: torch.Tensor | None, _counts: Any, _handle: Any
     ) -> Any:
         handle = _take_handle(ctx)
-        grad_x, grad_probs, event = ctx.buffer.combine(
-            grad_x.contiguous(),
-            handle,
-            topk_weights=grad_probs.to(ctx.probs_dtype).contiguous(),
-            num_sms=handle.num_sms,
-            **_ordering(ctx.buffer, *ctx.ordering),
+        grad_x, grad_token_probs, _ = ctx.buffer.combine(
+            ctx.rows.gradient(grad_rows), handle, ctx.probs.gradient(grad_probs), num_sms=handle.num_sms
         )
-        if ctx.ordering[0]:
-            event.current_stream_wait()
         return (
             grad_x,  # x
             None,  # token_indices
-            grad_probs,  # token_probs
+            grad_token_probs,  # token_probs
             *[None] * 6,  # num_experts, group, async_finish, allocate_on_comm_stream, do_expand, expert_alignment
         )
 
@@ -122,34 +117,45 @@ class FusedCombine(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, buffer: Buffer, handle: Any, async_finish: bool, allocate_on_comm_stream: bool
-    ) -> torch.Tensor:
-        combined_x, _, event = buffer.combine(
-            x, handle, num_sms=handle.num_sms, **_ordering(buffer, async_finish, allocate_on_comm_stream)
-        )
-        if async_finish:
-            event.current_stream_wait()
+        ctx: Any,
+        x: torch.Tensor,
+        group: Any,
+        handle: Any,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[torch.Tensor, None]:
+        buffer = get_buffer(group, x, handle.topk_idx, handle.num_experts)
+        combined_x, _, _ = buffer.combine(x, handle, num_sms=handle.num_sms)
         ctx.buffer, ctx.handle = buffer, handle
-        ctx.ordering = (async_finish, allocate_on_comm_stream)
-        return combined_x
+        return combined_x, None
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+    def backward(ctx: Any, grad: torch.Tensor, _event: Any) -> Any:
         handle = _take_handle(ctx)
-        grad_x, _, _, _, event = ctx.buffer.dispatch(
+        grad_x, _, _, _, _ = ctx.buffer.dispatch(
             grad.contiguous(),
             handle=handle,
             num_sms=handle.num_sms,
             do_expand=handle.do_expand,
             do_zero_padding=handle.do_expand and handle.expert_alignment > 1,
-            **_ordering(ctx.buffer, *ctx.ordering),
         )
-        if ctx.ordering[0]:
-            event.current_stream_wait()
         return (
             grad_x,  # x
-            *[None] * 4,  # buffer, handle, async_finish, allocate_on_comm_stream
+            *[None] * 4,  # group, handle, async_finish, allocate_on_comm_stream
         )
+
+
+class _Like:
+    """Shape, dtype and device of an output, to make its gradient where autograd has none: the backward is a collective,
+    so a rank that used nothing of the output takes part with zeros."""
+
+    def __init__(self, output: torch.Tensor):
+        self.shape, self.dtype, self.device = output.shape, output.dtype, output.device
+
+    def gradient(self, grad: torch.Tensor | None) -> torch.Tensor:
+        if grad is None:
+            return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+        return grad.to(self.dtype).contiguous()
 
 
 def fused_dispatch(
@@ -172,8 +178,7 @@ def fused_dispatch(
         token_probs: [T, K] fp32.
         num_experts: Experts in the whole group.
         group: Process group of the experts.
-        async_finish: Run on the communication stream; the current stream waits for the end, the host does not.
-        allocate_on_comm_stream: Results belong to the communication stream.
+        async_finish, allocate_on_comm_stream: Megatron's; see the module's docstring for why they change nothing.
         do_expand: Rows sorted by local expert instead of one row per received token.
         expert_alignment: Pad each expert's rows to a multiple of this; in the expanded layout with zero rows.
 
@@ -212,8 +217,7 @@ def fused_combine(
     Returns:
         `([T, H], None)`.
     """
-    buffer = get_buffer(group, x, handle.topk_idx, handle.num_experts)
-    return FusedCombine.apply(x.contiguous(), buffer, handle, async_finish, allocate_on_comm_stream), None
+    return FusedCombine.apply(x.contiguous(), group, handle, async_finish, allocate_on_comm_stream)
 
 
 def set_deepep_num_sms(num_sms: int) -> None:
@@ -225,15 +229,6 @@ def set_deepep_num_sms(num_sms: int) -> None:
     """
     if num_sms != MEGATRON_DEFAULT_NUM_SMS:
         settings.offer("num_sms", num_sms, "Megatron's SM count")
-
-
-def _ordering(buffer: Buffer, async_finish: bool, allocate_on_comm_stream: bool) -> dict[str, Any]:
-    """Stream arguments of a call. An event to wait for needs results that belong to the communication stream."""
-    return {
-        "previous_event": buffer.capture() if async_finish and allocate_on_comm_stream else None,
-        "async_with_compute_stream": async_finish,
-        "allocate_on_comm_stream": async_finish and allocate_on_comm_stream,
-    }
 
 
 def _take_handle(ctx: Any) -> Any:

@@ -87,18 +87,18 @@ def install(**explicit: Any) -> dict[str, Any]:
     Returns:
         `status()`.
 
-    Raises:
-        SeamError: Megatron-Core is missing, or a name or signature is not the expected one; nothing was changed.
-        UnavailableError: No buffer can be used here; nothing was changed.
-        SettingsError: A setting cannot be used; nothing was changed.
+    Raises: (in each case nothing in Megatron was changed)
+        SettingsError: A setting cannot be used.
+        UnavailableError: No buffer can be used here.
+        SeamError: Megatron-Core is missing, or a name or signature is not the expected one.
     """
     global _installation
     if _installation is not None and not explicit:
         return status()
     settings = settings_module.resolve(**explicit)
     choice = choose(probe(), settings)
+    uninstall()  # before the seam is looked at: it must be Megatron's own
     version, modules = _find_seam()
-    uninstall()
 
     layout, layout_reason = _choose_layout(settings, choice)
     installation = _Installation(choice, layout, layout_reason, version)

@@ -26,6 +26,7 @@ class LegacyHandle:
     """The fields of `contract.Handle` that a compact dispatch of V1 can tell, around V1's own tuple."""
 
     raw: tuple[Any, ...]
+    rank: int
     num_experts: int
     expert_alignment: int
     num_max_tokens_per_rank: int
@@ -35,9 +36,30 @@ class LegacyHandle:
     num_recv_tokens_per_expert_list: list[int]
     do_expand: bool = False
 
+    num_unaligned_recv_tokens_per_expert = None
+
     @property
     def num_expanded_tokens(self) -> int:
         return sum(self.num_recv_tokens_per_expert_list)
+
+    @property
+    def psum_num_recv_tokens_per_scaleup_rank(self) -> torch.Tensor:
+        """Of one host: column r of V1's first matrix [ranks, ranks] is what rank r has from all ranks up to a row."""
+        return self.raw[0][:, self.rank].contiguous()
+
+    @property
+    def psum_num_recv_tokens_per_expert(self) -> torch.Tensor:
+        counts = torch.tensor(self.num_recv_tokens_per_expert_list, device=self.topk_idx.device)
+        return counts.cumsum(dim=0).int()
+
+    @property
+    def recv_src_metadata(self) -> torch.Tensor:
+        """Of one host; made on request, for comparisons. Columns as in `contract.Handle`, column 1 and slots unset."""
+        ends = self.psum_num_recv_tokens_per_scaleup_rank
+        source = torch.bucketize(torch.arange(self.num_recv_tokens, device=ends.device), ends, right=True)
+        metadata = ends.new_full((self.num_recv_tokens, 2 + self.topk_idx.shape[1]), -1)
+        metadata[:, 0] = source * self.num_max_tokens_per_rank + self.raw[3]
+        return metadata
 
 
 class LegacyBuffer:
@@ -135,11 +157,12 @@ class LegacyBuffer:
         rows = recv_x[0] if isinstance(recv_x, tuple) else recv_x
         fresh = LegacyHandle(
             raw=raw,
+            rank=self.group.rank(),
             num_experts=num_experts,
             expert_alignment=alignment,
             num_max_tokens_per_rank=capacity,
             num_sms=self.num_sms,
-            topk_idx=topk_idx,
+            topk_idx=topk_idx.clone(),
             num_recv_tokens=len(rows),
             num_recv_tokens_per_expert_list=counts,
         )

@@ -158,12 +158,15 @@ class ReferenceBuffer:
         """
         self._check_open()
         check_combine(x, handle, topk_weights, self.rank)
+        columns = [x]
+        weights = topk_weights
         if handle.do_expand:
             slots = handle.recv_src_metadata[:, 2:]
             held = slots >= 0
-            x = sum_rows(x, slots[held], held.sum(dim=1))
-            topk_weights = None if topk_weights is None else topk_weights[slots.clamp(min=0)]
-        columns = [x] if topk_weights is None else [x, topk_weights]
+            columns = [sum_rows(x, slots[held], held.sum(dim=1))]
+            weights = None if weights is None else weights[slots.clamp(min=0)]
+        if weights is not None:
+            columns.append(weights)
         route = handle.route
         returned = exchange_rows(self.group, columns, None, route.recv_counts, route.send_counts)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ _SAME_SIZE_INT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64
 
 def exchange_rows(
     group: Any,
-    columns: Sequence[torch.Tensor],
+    columns: list[torch.Tensor],
     chosen: torch.Tensor | None,
     send_counts: list[int],
     recv_counts: list[int],
@@ -24,7 +23,8 @@ def exchange_rows(
 
     Args:
         group: Process group.
-        columns: Matrices [N, ...] with a common N, of any dtypes.
+        columns: Matrices [N, ...] with a common N, of any dtypes. Emptied, so that rows made only to be sent are freed
+            once they are packed.
         chosen: [sum(send_counts)] int64, the row that goes out at each place; None = all N, in order.
         send_counts, recv_counts: Rows to and from each rank.
 
@@ -32,33 +32,30 @@ def exchange_rows(
         [sum(recv_counts), ...] for each matrix, in the order of the sending ranks: views into the received message.
     """
     if len(columns) == 1 and chosen is None:
-        message = columns[0].contiguous()
+        message = columns.pop().contiguous()
         incoming = message.new_empty(sum(recv_counts), message.shape[1])
         _all_to_all(incoming.view(torch.uint8), message.view(torch.uint8), recv_counts, send_counts, group)
         return [incoming]
 
     # Each matrix starts at a multiple of 8 bytes, and so does each row, so that every dtype can be viewed in place.
-    starts, row_bytes = [], 0
+    places, row_bytes = [], 0
     for column in columns:
-        starts.append(row_bytes)
-        row_bytes += -(-column.shape[1] * column.element_size() // 8) * 8
-
-    def views(message: torch.Tensor) -> list[torch.Tensor]:
-        return [
-            message[:, start : start + column.shape[1] * column.element_size()].view(column.dtype)
-            for start, column in zip(starts, columns, strict=True)
-        ]
+        num_bytes = column.shape[1] * column.element_size()
+        places.append((slice(row_bytes, row_bytes + num_bytes), column.dtype))
+        row_bytes += -(-num_bytes // 8) * 8
 
     outgoing = torch.empty(sum(send_counts), row_bytes, dtype=torch.uint8, device=columns[0].device)
-    for column, place in zip(columns, views(outgoing), strict=True):
+    for place, dtype in reversed(places):
+        kind = _SAME_SIZE_INT[dtype.itemsize]
+        source, target = columns.pop().contiguous().view(kind), outgoing[:, place].view(kind)
         if chosen is None:
-            place.copy_(column)
+            target.copy_(source)
         else:
-            kind = _SAME_SIZE_INT[column.element_size()]
-            torch.index_select(column.contiguous().view(kind), 0, chosen, out=place.view(kind))
+            torch.index_select(source, 0, chosen, out=target)
+    del source
     incoming = outgoing.new_empty(sum(recv_counts), row_bytes)
     _all_to_all(incoming, outgoing, recv_counts, send_counts, group)
-    return views(incoming)
+    return [incoming[:, place].view(dtype) for place, dtype in places]
 
 
 def sum_rows(rows: torch.Tensor, order: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:

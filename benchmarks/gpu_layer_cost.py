@@ -1,0 +1,205 @@
+"""What this package adds to DeepEP: fused_dispatch + fused_combine, forward and backward, beside the four raw calls of
+deep_ep's ElasticBuffer on the same buffer, in one run.
+
+The four raw calls of a layer are dispatch, combine, cached dispatch (combine's backward), combine with weights
+(dispatch's backward). Experts pass rows through; variants alternate; times are CUDA events, medians over repeats of the
+slowest rank.
+
+    torchrun --nproc-per-node 8 benchmarks/gpu_layer_cost.py [--out benchmarks/results/h200x8/layer_cost.jsonl]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from common import environment, write_rows
+
+import megatron_ep_v2
+from megatron_ep_v2 import settings
+from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch, get_buffer
+
+SHAPES = {  # hidden, experts, top-k
+    "qwen3-30b-a3b": (2048, 128, 8),
+    "qwen3-235b-a22b": (4096, 128, 8),
+    "deepseek-v3": (7168, 256, 8),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens per rank")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+    settings.activate(settings.resolve(buffer="elastic"))
+
+    rows = [row for shape in options.shapes for row in _measure(shape, options)]
+    if dist.get_rank() == 0:
+        for row in rows:
+            print(
+                f"{row['shape']:<16} {row['layout']:<9} {row['variant']:<24} {row['us']:>8.0f} us  {row['ratio']:.3f}"
+            )
+        write_rows(options.out, environment("torchrun --nproc-per-node 8 benchmarks/gpu_layer_cost.py"), rows)
+    megatron_ep_v2.destroy_buffers()
+    dist.destroy_process_group()
+
+
+def _measure(shape: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    hidden, experts, topk = SHAPES[shape]
+    generator = torch.Generator("cuda").manual_seed(dist.get_rank())
+    x = torch.randn(options.tokens, hidden, generator=generator, device="cuda").bfloat16()
+    grad = torch.randn(options.tokens, hidden, generator=generator, device="cuda").bfloat16()
+    top = torch.rand(options.tokens, experts, generator=generator, device="cuda").topk(topk, dim=1)
+    picks, probs = top.indices, top.values.contiguous()
+    buffer = get_buffer(dist.group.WORLD, x, picks, experts)
+    rows = []
+    for layout in ("compact", "expanded"):
+        expand = layout == "expanded"
+        raw = _raw(buffer._buffer, x, grad, picks, probs, experts, buffer.num_sms, expand)
+        variants = {
+            "four raw calls": raw(False),
+            "four raw calls, async": raw(True),
+            "fused": _fused(x, grad, picks, probs, experts, expand),
+        }
+        outputs = {name: run() for name, run in variants.items()}
+        reference = outputs["four raw calls"]
+        for name, output in outputs.items():
+            for mine, theirs in zip(output, reference, strict=True):
+                error = (mine.double() - theirs.double()).norm() / theirs.double().norm()
+                assert error < 5e-3, f"{name} disagrees with the raw calls by {error:.1e}"
+        del outputs, reference
+        times = _time(variants, options.repeats)
+        for name, by_kind in times.items():
+            row: dict[str, Any] = {
+                "shape": shape,
+                "layout": layout,
+                "variant": name,
+                "tokens_per_rank": options.tokens,
+                "ranks": dist.get_world_size(),
+                "num_sms": buffer.num_sms,
+            }
+            for kind, values in by_kind.items():
+                base = statistics.median(times["four raw calls"][kind])
+                quintiles = statistics.quantiles(values, n=5)
+                row |= {
+                    f"{kind}_us": round(statistics.median(values), 1),
+                    f"{kind}_p20_us": round(quintiles[0], 1),
+                    f"{kind}_p80_us": round(quintiles[3], 1),
+                    f"{kind}_ratio": round(statistics.median(values) / base, 4),
+                }
+            rows.append(row)
+    megatron_ep_v2.destroy_buffers()
+    return rows
+
+
+def _raw(
+    raw: Any,
+    x: torch.Tensor,
+    grad: torch.Tensor,
+    picks: torch.Tensor,
+    probs: torch.Tensor,
+    experts: int,
+    num_sms: int,
+    expand: bool,
+) -> Callable[[bool], Callable[[], tuple[torch.Tensor, ...]]]:
+    def ordered(asynchronous: bool) -> dict[str, Any]:
+        """Asynchronous: an event before, memory on the communication stream, and a wait right behind."""
+        if not asynchronous:
+            return {}
+        return {
+            "previous_event": raw.capture(),
+            "async_with_compute_stream": True,
+            "allocate_on_comm_stream": True,
+        }
+
+    def wait(event: Any, asynchronous: bool) -> None:
+        if asynchronous:
+            event.current_stream_wait()
+
+    def variant(asynchronous: bool) -> Callable[[], tuple[torch.Tensor, ...]]:
+        def run() -> tuple[torch.Tensor, ...]:
+            rows, _, row_probs, handle, event = raw.dispatch(
+                x,
+                topk_idx=picks,
+                topk_weights=probs,
+                num_experts=experts,
+                num_sms=num_sms,
+                do_expand=expand,
+                **ordered(asynchronous),
+            )
+            wait(event, asynchronous)
+            y, _, event = raw.combine(rows, handle, **ordered(asynchronous))
+            wait(event, asynchronous)
+            grad_rows, _, _, _, event = raw.dispatch(
+                grad, handle=handle, num_sms=handle.num_sms, do_expand=expand, **ordered(asynchronous)
+            )
+            wait(event, asynchronous)
+            grad_x, grad_probs, event = raw.combine(grad_rows, handle, topk_weights=row_probs, **ordered(asynchronous))
+            wait(event, asynchronous)
+            return y, grad_x, grad_probs
+
+        return run
+
+    return variant
+
+
+def _fused(
+    x: torch.Tensor, grad: torch.Tensor, picks: torch.Tensor, probs: torch.Tensor, experts: int, expand: bool
+) -> Callable[[], tuple[torch.Tensor, ...]]:
+    x, probs = x.clone().requires_grad_(), probs.clone().requires_grad_()
+
+    def run() -> tuple[torch.Tensor, ...]:
+        x.grad = probs.grad = None
+        rows, _, row_probs, _, handle = fused_dispatch(
+            x, picks, probs, experts, dist.group.WORLD, True, True, do_expand=expand
+        )
+        y, _ = fused_combine(rows, dist.group.WORLD, handle, True, True)
+        torch.autograd.backward([y, row_probs], [grad, row_probs.detach()])
+        return y.detach(), x.grad, probs.grad
+
+    return run
+
+
+IN_A_ROW = 8
+
+
+def _time(variants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, list[float]]]:
+    """Microseconds of one layer, of the slowest rank, for each repeat: "alone", from an idle GPU, where host work before
+    the first kernel shows; and "in_a_row", the mean of several without a pause, as in training."""
+    for run in variants.values():
+        for _ in range(5):
+            run()
+    times: dict[str, dict[str, list[float]]] = {name: {"alone": [], "in_a_row": []} for name in variants}
+    for _ in range(repeats):
+        for name, run in variants.items():
+            for kind, count in (("alone", 1), ("in_a_row", IN_A_ROW)):
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                torch.cuda.synchronize()
+                dist.barrier(device_ids=[torch.cuda.current_device()])
+                torch.cuda.synchronize()
+                start.record()
+                for _ in range(count):
+                    run()
+                end.record()
+                end.synchronize()
+                times[name][kind].append(start.elapsed_time(end) * 1e3 / count)
+    for by_kind in times.values():
+        for kind, values in by_kind.items():
+            slowest = torch.tensor(values, device="cuda")
+            dist.all_reduce(slowest, dist.ReduceOp.MAX)
+            by_kind[kind] = slowest.tolist()
+    return times
+
+
+if __name__ == "__main__":
+    main()
