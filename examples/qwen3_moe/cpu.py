@@ -1,0 +1,100 @@
+"""What Megatron-Core needs substituted on a machine without CUDA.
+
+Three modules, placed through its public seams (layer spec, `MoESubmodules.router`, `model.rotary_pos_emb`). The flex
+dispatcher needs nothing; the alltoall dispatcher, which is here to compare with, asks `torch.cuda` where its two
+collectives should write and for a stream to copy to the host on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.transformer.moe import token_dispatcher
+from megatron.core.transformer.moe.router import TopKRouter
+
+ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+
+
+class CpuRotaryEmbedding(RotaryEmbedding):
+    """Megatron's moves its frequencies to the GPU on first use."""
+
+    def get_emb(self, max_seq_len: int, offset: int = 0) -> torch.Tensor:
+        """Angles [S, 1, 1, D] of positions offset to offset + S."""
+        angles = self.get_freqs_non_repeated(max_seq_len, offset)
+        return torch.cat((angles, angles), dim=-1)[:, None, None, :]
+
+
+class CpuCoreAttention(torch.nn.Module):
+    """Causal attention; Megatron's own takes its work space from the GPU."""
+
+    def __init__(self, *, softmax_scale: float | None = None, **_: Any):
+        super().__init__()
+        self.softmax_scale = softmax_scale
+
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        """query [S, B, heads, D], key and value [S, B, groups, D] -> [S, B, heads * D]."""
+        query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+        context = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=True
+        )
+        return context.permute(2, 0, 1, 3).flatten(start_dim=2)
+
+
+class CpuRouter(TopKRouter):
+    """Megatron's moves its weight to the GPU on first use."""
+
+    def gating(self, input: torch.Tensor) -> torch.Tensor:
+        dtype = ROUTER_DTYPES.get(self.config.moe_router_dtype, input.dtype)
+        return F.linear(input.to(dtype), self.weight.to(dtype))
+
+
+def substitute_alltoall_dispatcher() -> None:
+    """Let `MoEAlltoAllTokenDispatcher` run on host tensors. Doing it twice is harmless."""
+    dispatcher = token_dispatcher.MoEAlltoAllTokenDispatcher
+    dispatcher.cuda_dtoh_stream = "none"  # anything but None: the constructor then makes no torch.cuda.Stream
+    dispatcher._maybe_dtoh_and_synchronize = _splits_as_lists
+    token_dispatcher.all_to_all = _all_to_all
+    token_dispatcher.gather_from_sequence_parallel_region = _gather_counts
+
+
+def _splits_as_lists(self: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor | None:
+    """Nothing has to be copied to the host; only the split sizes take the form that collectives want."""
+    if point == self.cuda_dtoh_point:
+        self.input_splits, self.output_splits, self.output_splits_tp = (
+            None if splits is None else splits.tolist()
+            for splits in (self.input_splits, self.output_splits, self.output_splits_tp)
+        )
+    return tokens_per_expert
+
+
+def _gather_counts(counts: torch.Tensor, *, group: dist.ProcessGroup) -> torch.Tensor:
+    """[E] of each rank -> [ranks * E]."""
+    gathered = counts.new_empty(group.size() * counts.numel())
+    dist.all_gather(list(gathered.chunk(group.size())), counts.contiguous(), group=group)
+    return gathered
+
+
+def _all_to_all(
+    group: dist.ProcessGroup, rows: torch.Tensor, received: list[int], sent: list[int], use_nccl_stream: bool = False
+) -> torch.Tensor:
+    """Rows [sum(sent), ...] by destination rank -> rows [sum(received), ...] by source rank."""
+    return rows if group.size() == 1 else _AllToAll.apply(rows, received, sent, group)
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup
+    ) -> torch.Tensor:
+        ctx.received, ctx.sent, ctx.group = received, sent, group
+        output = rows.new_empty((sum(received), *rows.shape[1:]))
+        dist.all_to_all_single(output, rows.contiguous(), received, sent, group=group)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return _AllToAll.apply(grad, ctx.sent, ctx.received, ctx.group), None, None, None

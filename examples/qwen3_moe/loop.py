@@ -1,0 +1,82 @@
+"""The steps of a run: train, measure, evaluate, save, and stop when asked to."""
+
+from __future__ import annotations
+
+import signal
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+from . import checkpoint
+from .data import Samples, train_batches, valid_batches
+from .optimizer import learning_rate
+from .options import Options
+from .progress import Progress
+from .runtime import Runtime
+from .train import Trainer
+
+
+class StopRequest:
+    """While active, Ctrl-C and SIGTERM are remembered and do nothing else."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    def __enter__(self) -> StopRequest:
+        self._previous = {s: signal.signal(s, self._remember) for s in self.SIGNALS}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+
+
+def train_until_done(
+    options: Options, runtime: Runtime, trainer: Trainer, samples: Samples, progress: Progress | None
+) -> str | None:
+    """Train to the last step, or to the end of the step in which any rank received a signal.
+
+    `progress` is None on all ranks but 0. Returns what stopped the run early.
+    """
+    recipe = options.recipe
+    with StopRequest() as request:
+        stopped, saved = False, None
+        while trainer.step_number < recipe.steps and not stopped:
+            started = time.perf_counter()
+            batches = train_batches(samples, options, trainer.step_number, runtime.rank, runtime.world)
+            stats = trainer.step(batches, stop=request.received is not None)
+            seconds = time.perf_counter() - started
+            step, stopped = trainer.step_number, stats.stop
+            step_tokens = recipe.global_batch_size * options.shape.seq_length
+            row: dict[str, Any] = {
+                "step": step,
+                "tokens": step * step_tokens,
+                "loss": stats.loss,
+                "grad_norm": stats.grad_norm,
+                "lr": learning_rate(recipe, step),
+                "seconds": seconds,
+                "tokens_per_second": step_tokens / seconds,
+                "expert_balance": stats.expert_balance,
+            }
+            if _due(step, options.eval_every, recipe.steps) and not stopped:
+                row["val_loss"] = trainer.evaluate(valid_batches(samples, options, runtime.rank, runtime.world))
+            if progress:
+                progress.add(row)
+            if options.save and (stopped or _due(step, options.save_interval, recipe.steps)):
+                saved = checkpoint.save(options.save, trainer, samples, runtime)
+        if not stopped:
+            return None
+        reason = request.received or "a signal to another rank"
+        runtime.say(
+            f"stopped by {reason} after step {trainer.step_number}: " + (f"saved {saved}" if saved else "no --save")
+        )
+        return reason
+
+
+def _due(step: int, interval: int, last: int) -> bool:
+    return step == last or (interval > 0 and step % interval == 0)

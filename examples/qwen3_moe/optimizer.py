@@ -1,0 +1,111 @@
+"""AdamW on fp32 masters, with explicit gradient reduction for expert-parallel ranks that are data-parallel ranks too.
+
+Losses are divided by the tokens of the global batch, so gradients only ever add up: those of dense parameters over all
+ranks, in one collective; those of experts have done so already, in the backward of the dispatch (each expert lives on
+one rank and has seen the tokens of all).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .presets import Recipe
+
+
+class FlatGradients:
+    """fp32 gradients of several parameters as views of one buffer; fed by autograd, micro-batch after micro-batch."""
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], device: torch.device):
+        sizes = [p.numel() for p in parameters.values()]
+        self.buffer = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
+        views = self.buffer.split(sizes)
+        self.by_name = {name: view.view_as(p) for (name, p), view in zip(parameters.items(), views, strict=True)}
+        for name, parameter in parameters.items():
+            parameter.register_post_accumulate_grad_hook(self._collector(self.by_name[name]))
+
+    @staticmethod
+    def _collector(view: torch.Tensor) -> Callable[[torch.Tensor], None]:
+        def collect(parameter: torch.Tensor) -> None:
+            assert parameter.grad is not None  # the hook runs after its accumulation
+            view.add_(parameter.grad)
+            parameter.grad = None
+
+        return collect
+
+    def square_sum(self) -> torch.Tensor:
+        return torch.linalg.vector_norm(self.buffer, dtype=torch.float64).square()
+
+
+class Optimizer:
+    """Owns the gradients and the fp32 masters of one rank's parameters.
+
+    Attributes:
+        gradients: By parameter name, fp32. Complete after `reduce`; `step` scales them by the clipping.
+    """
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], recipe: Recipe, device: torch.device):
+        dense = {n: p for n, p in parameters.items() if ".experts." not in n}
+        experts = {n: p for n, p in parameters.items() if n not in dense}
+        self.dense, self.experts = FlatGradients(dense, device), FlatGradients(experts, device)
+        self.gradients = {**self.dense.by_name, **self.experts.by_name}
+        self.parameters = parameters
+        self.grad_clip = recipe.grad_clip
+        # An fp32 parameter is its own master.
+        self.masters = {
+            n: p.detach() if p.dtype == torch.float32 else p.detach().float() for n, p in parameters.items()
+        }
+        for name, master in self.masters.items():
+            master.grad = self.gradients[name]
+        groups = [
+            {"params": [m for m in self.masters.values() if m.dim() > 1], "weight_decay": recipe.weight_decay},
+            {"params": [m for m in self.masters.values() if m.dim() == 1], "weight_decay": 0.0},
+        ]
+        self.adamw = torch.optim.AdamW(groups, betas=(recipe.adam_beta1, recipe.adam_beta2), eps=1e-8, fused=True)
+
+    def zero_gradients(self) -> None:
+        self.dense.buffer.zero_()
+        self.experts.buffer.zero_()
+
+    def reduce(self) -> None:
+        """Add up the dense gradients of all ranks."""
+        dist.all_reduce(self.dense.buffer)
+
+    @torch.no_grad()
+    def step(self, lr: float, grad_norm: float) -> None:
+        """Clip by the global norm, update the masters, round them to the parameters."""
+        if self.grad_clip and grad_norm > self.grad_clip:
+            scale = self.grad_clip / grad_norm
+            self.dense.buffer.mul_(scale)
+            self.experts.buffer.mul_(scale)
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        self._masters_to_parameters()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"masters": self.masters, "adamw": self.adamw.state_dict()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, master in self.masters.items():
+            master.copy_(state["masters"][name])
+        self.adamw.load_state_dict(state["adamw"])
+        self._masters_to_parameters()
+
+    def _masters_to_parameters(self) -> None:
+        for name, parameter in self.parameters.items():
+            if parameter.dtype != torch.float32:
+                parameter.copy_(self.masters[name])
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Of step 1, 2, ...: linear warm-up, then a cosine down to `min_lr` at the last step."""
+    if step <= recipe.warmup_steps:
+        return recipe.lr * step / recipe.warmup_steps
+    progress = min(1.0, (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps))
+    return recipe.min_lr + 0.5 * (recipe.lr - recipe.min_lr) * (1 + math.cos(math.pi * progress))

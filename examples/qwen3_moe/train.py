@@ -1,0 +1,152 @@
+"""One training step, one evaluation, and what they measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.router import Router
+
+from megatron_ep_v2.errors import EPError
+
+from .data import check_token_ids
+from .model import build_model, named_parameters
+from .optimizer import Optimizer, learning_rate
+from .options import Options
+
+
+class DivergedError(EPError):
+    """The loss or the gradient is no longer finite. Every rank meets this at the same step."""
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """One step, over all ranks.
+
+    Attributes:
+        loss: Mean over the tokens of the global batch, in nats. The load-balancing loss is not in it.
+        grad_norm: L2 norm of the whole gradient before clipping; dense parameters once, experts of all ranks.
+        expert_load: [layers, experts] int64, tokens that each expert was sent.
+        stop: Whether any rank was asked to stop.
+    """
+
+    loss: float
+    grad_norm: float
+    expert_load: torch.Tensor
+    stop: bool
+
+    @property
+    def expert_balance(self) -> float:
+        """Busiest expert over the mean, averaged over layers: 1 is even, `num_experts / topk` the worst."""
+        load = self.expert_load.double()
+        return (load.amax(dim=1) / load.mean(dim=1).clamp(min=1.0)).mean().item()
+
+
+class Trainer:
+    """The model, its optimiser and its step count on one rank.
+
+    Micro-batches are [micro-batch size, seq_length + 1] int64 on the host; every rank gives the same number of them, of
+    the same size.
+    """
+
+    def __init__(self, options: Options, device: torch.device):
+        self.options, self.device = options, device
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.model = build_model(options, device, self.rank, self.world)
+        parameters = named_parameters(self.model, self.rank, options.shape.num_experts // self.world)
+        self.optimizer = Optimizer(parameters, options.recipe, device)
+        self.step_number = 0
+        load_shape = (options.shape.num_layers, options.shape.num_experts)
+        self.expert_load = torch.zeros(load_shape, dtype=torch.float64, device=device)
+        routers = [module for module in self.model.modules() if isinstance(module, Router)]
+        for layer, router in enumerate(routers):
+            router.register_forward_hook(self._load_counter(layer))
+
+    def step(self, micro_batches: Sequence[torch.Tensor], stop: bool = False) -> StepStats:
+        """Forward, backward and update. `stop` of any rank comes back to all."""
+        stats = self.backward(micro_batches, stop)
+        self.step_number += 1
+        self.optimizer.step(learning_rate(self.options.recipe, self.step_number), stats.grad_norm)
+        return stats
+
+    def backward(self, micro_batches: Sequence[torch.Tensor], stop: bool = False) -> StepStats:
+        """Leave the gradient of the global batch's mean loss in `named_gradients()`, without an update."""
+        self.model.train()
+        self.optimizer.zero_gradients()
+        self.expert_load.zero_()
+        # Megatron's router adds the gradient of each micro-batch's load-balancing loss by itself, at this scale.
+        aux_scale = 1.0 / (self.world * len(micro_batches))
+        MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(aux_scale, device=self.device))
+        num_tokens = self.world * len(micro_batches) * micro_batches[0][:, 1:].numel()
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for tokens in micro_batches:
+            micro_loss = self._token_losses(tokens).sum() / num_tokens
+            micro_loss.backward()
+            loss += micro_loss.detach()
+        self.optimizer.reduce()
+        return self._reduce_stats(loss, stop)
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
+        """Mean loss in nats over (tokens, weight [micro-batch size]) of all ranks; weight 0 marks a filler."""
+        self.model.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for tokens, weight in micro_batches:
+            losses = self._token_losses(tokens).double().mean(dim=1)
+            sums += torch.stack((losses @ weight.to(losses), weight.sum().to(losses)))
+        dist.all_reduce(sums)
+        return (sums[0] / sums[1]).item()
+
+    def named_gradients(self) -> dict[str, torch.Tensor]:
+        """This rank's fp32 gradients: all dense parameters, and its own experts by their global number."""
+        return self.optimizer.gradients
+
+    def num_parameters(self) -> tuple[int, int]:
+        """(in the whole model, used by one token)."""
+        dense, experts = self.optimizer.dense.buffer.numel(), self.optimizer.experts.buffer.numel() * self.world
+        shape = self.options.shape
+        return dense + experts, dense + experts * shape.topk // shape.num_experts
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"step": self.step_number, "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.step_number = state["step"]
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def _token_losses(self, tokens: torch.Tensor) -> torch.Tensor:
+        """[B, S + 1] token ids -> [B, S] cross-entropy of each next token."""
+        check_token_ids(tokens, self.options.shape.vocab_size)
+        tokens = tokens.to(self.device, non_blocking=True)
+        inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        positions = torch.arange(inputs.shape[1], device=self.device).expand_as(inputs)
+        return self.model(inputs, positions, attention_mask=None, labels=labels)
+
+    def _reduce_stats(self, loss: torch.Tensor, stop: bool) -> StepStats:
+        """Everything that the ranks have to add up, in one collective."""
+        head = torch.stack((loss, self.optimizer.experts.square_sum(), loss.new_tensor(float(stop))))
+        sums = torch.cat((head, self.expert_load.flatten()))
+        dist.all_reduce(sums)
+        grad_norm = (self.optimizer.dense.square_sum() + sums[1]).sqrt()
+        loss_value, norm_value, stops = torch.stack((sums[0], grad_norm, sums[2])).tolist()
+        if not math.isfinite(norm_value):
+            raise DivergedError(
+                f"training diverged at step {self.step_number + 1}",
+                found=f"loss {loss_value}, gradient norm {norm_value}",
+                fix="a smaller --lr or a longer --warmup-steps",
+            )
+        load = sums[3:].view_as(self.expert_load).long().cpu()
+        return StepStats(loss_value, norm_value, load, stops > 0)
+
+    def _load_counter(self, layer: int) -> Callable[..., None]:
+        def count(router: Router, _: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+            # With recomputation the first forward runs without gradients; it would count twice.
+            if router.training and torch.is_grad_enabled():
+                self.expert_load[layer] += output[1].sum(dim=0)  # the routing map, [tokens, experts] bool
+
+        return count
