@@ -11,9 +11,9 @@ looked up once, in forward, and kept on the context.
 
 Megatron passes `async_finish` and `allocate_on_comm_stream`, and waits for the event before it does anything else. A
 call in stream order is the same order with less work: the communication stream waits for the current one, which then
-waits for it; the host waits for neither; and memory of inputs and outputs belongs to the current stream, so that nothing
-can be reused before the communication is done with it. No events and no `record_stream`, which cost time in every layer
-(benchmarks/gpu_layer_cost.py measures it) and keep freed memory from being reused.
+waits for it; the host waits for neither; and memory of inputs and outputs belongs to the current stream, so that it
+cannot be reused before the communication is done with it. No events and no `record_stream`, which cost time in every
+layer (benchmarks/gpu_layer_cost.py measures it) and keep freed memory from being reused.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import torch
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
+from megatron_ep_v2.buffers.checks import check_dispatch
 from megatron_ep_v2.buffers.contract import Buffer
 from megatron_ep_v2.errors import EPError
 from megatron_ep_v2.probe import probe
@@ -44,7 +45,13 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def get_buffer(group: Any, x: torch.Tensor, token_indices: torch.Tensor, num_experts: int) -> Buffer:
+def get_buffer(
+    group: Any,
+    x: torch.Tensor,
+    token_indices: torch.Tensor,
+    num_experts: int,
+    token_probs: torch.Tensor | None = None,
+) -> Buffer:
     """The group's buffer for this payload. Collective the first time; see `pool.get` for what it raises.
 
     Args:
@@ -52,14 +59,17 @@ def get_buffer(group: Any, x: torch.Tensor, token_indices: torch.Tensor, num_exp
         x: [T, H].
         token_indices: [T, K].
         num_experts: Experts in the whole group.
+        token_probs: [T, K], checked with the rest before a buffer is built.
     """
+    num_tokens = x.shape[0] if x.dim() else 0
     return pool.get(
         group,
         hidden=x.shape[-1] if x.dim() else 0,
         num_topk=token_indices.shape[-1] if token_indices.dim() else 0,
         num_experts=num_experts,
-        num_tokens=x.shape[0] if x.dim() else 0,
+        num_tokens=num_tokens,
         payload=str(x.dtype),
+        check=lambda: check_dispatch(x, token_indices, token_probs, num_experts, num_tokens, None, False, group),
     )
 
 
@@ -79,7 +89,7 @@ class FusedDispatch(torch.autograd.Function):
         do_expand: bool = False,
         expert_alignment: int = 1,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, Any]:
-        buffer = get_buffer(group, x, token_indices, num_experts)
+        buffer = get_buffer(group, x, token_indices, num_experts, token_probs)
         recv_x, recv_idx, recv_probs, handle, _ = buffer.dispatch(
             x,
             topk_idx=token_indices,

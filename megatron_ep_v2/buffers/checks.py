@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ep_v2.buffers.contract import MAX_TOPK, Payload
-from megatron_ep_v2.errors import ClosedError, GroupMismatchError, InputError, TokenCapacityError
+from megatron_ep_v2.errors import ClosedError, GroupMismatchError, InputError, PeerError, TokenCapacityError
 
 CAPACITY_VARIABLE = "MCORE_DEEPEP_V2_MAX_TOKENS_PER_RANK"
 
@@ -167,6 +167,17 @@ def check_combine(x: torch.Tensor, handle: Any, topk_weights: torch.Tensor | Non
                 needed=f"torch.float32 {shape} ({layout} layout)",
                 fix="pass the gradient of the weights that the dispatch delivered",
             )
+
+
+def raise_refusals(group: Any, refused: Sequence[Any]) -> None:
+    """Raise PeerError if another rank refused its input. refused: rank -> whether it did."""
+    culprits = [rank for rank, flag in enumerate(refused) if flag]
+    if culprits:
+        raise PeerError(
+            f"rank {group.rank()}: this dispatch was given up because rank {culprits[0]} refused its own input",
+            found=f"refusing ranks of the group: {culprits}",
+            fix=f"read the error of rank {culprits[0]}",
+        )
 
 
 def compare_over_group(what: str, values: Mapping[str, Sequence[Any]]) -> None:

@@ -112,6 +112,13 @@ class ElasticBuffer:
         self._check_rows(
             x[0] if isinstance(x, tuple) else x, torch.float8_e4m3fn if isinstance(x, tuple) else torch.bfloat16
         )
+        if topk_idx is not None and topk_idx.shape[1] != self.spec.num_topk:
+            raise InputError(
+                f"rank {self.group.rank()}: the group's ElasticBuffer was built for another top-k",
+                found=f"topk_idx {tuple(topk_idx.shape)}",
+                needed=f"[{len(topk_idx)}, {self.spec.num_topk}]",
+                fix="use one top-k for all layers of a group, or megatron_ep_v2.destroy_buffers() on all ranks between",
+            )
         if num_sms == 0:
             num_sms = self.num_sms if handle is None else handle.num_sms
         return self._buffer.dispatch(

@@ -1,4 +1,4 @@
-"""One buffer per process group and shape, shared by all layers, micro-batches and pipeline chunks.
+"""One buffer per process group, shared by all layers, micro-batches and pipeline chunks.
 
 The first dispatch of a group builds its buffer. That is the one moment when the ranks compare what must be equal and
 agree on a capacity; afterwards no rank changes it on its own.
@@ -15,11 +15,12 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_ep_v2 import settings as settings_module
-from megatron_ep_v2.buffers.checks import check_group_open, compare_over_group
+from megatron_ep_v2.buffers.checks import check_group_open, compare_over_group, raise_refusals
 from megatron_ep_v2.buffers.contract import Buffer, BufferSpec
 from megatron_ep_v2.buffers.elastic import ElasticBuffer
 from megatron_ep_v2.buffers.legacy import LegacyBuffer
 from megatron_ep_v2.buffers.reference import ReferenceBuffer
+from megatron_ep_v2.errors import EPError
 from megatron_ep_v2.probe import choose, loaded_nccl_version, probe
 from megatron_ep_v2.settings import Settings
 
@@ -31,13 +32,23 @@ _KINDS: dict[str, Callable[..., Buffer]] = {
     "reference": lambda group, spec, settings, hosts: ReferenceBuffer(group, spec),
 }
 
-_pool: dict[tuple[Any, int, int], Buffer] = {}
+_pool: dict[Any, Buffer] = {}  # by process group
 _capacity_source: dict[int, str] = {}  # id(buffer) -> where its capacity came from
 _expected_tokens: Callable[[], int] = int  # int() == 0: unknown
 
 
-def get(group: Any, *, hidden: int, num_topk: int, num_experts: int, num_tokens: int, payload: str) -> Buffer:
-    """The buffer of a group for a shape; built by the first call, which is collective.
+def get(
+    group: Any,
+    *,
+    hidden: int,
+    num_topk: int,
+    num_experts: int,
+    num_tokens: int,
+    payload: str,
+    check: Callable[[], None] = lambda: None,
+) -> Buffer:
+    """The buffer of a group; built by the first call, which is collective. Later calls only look it up: a rank whose
+    shape changes alone must meet the buffer's own checks, and not a collective that the other ranks are not in.
 
     Args:
         group: Process group.
@@ -46,15 +57,17 @@ def get(group: Any, *, hidden: int, num_topk: int, num_experts: int, num_tokens:
         num_experts: Experts in the whole group.
         num_tokens: This rank's tokens now; they count towards the agreed capacity when the buffer is built.
         payload: Name of the payload's dtype.
+        check: Raises an EPError if this rank's input cannot be dispatched. Called before a buffer is built, so that bad
+            input never decides what it looks like; the other ranks are told.
 
     Raises:
+        EPError: What `check` raised; on the other ranks PeerError.
         GroupMismatchError: On every rank, naming the rank whose value differs.
         UnavailableError: No buffer can be built here.
         InputError: The buffer does not carry this shape.
         ClosedError: The group was destroyed.
     """
-    key = (group, hidden, num_topk)
-    buffer = _pool.get(key)
+    buffer = _pool.get(group)
     if buffer is None:
         check_group_open(group)
         settings = settings_module.active()
@@ -70,16 +83,26 @@ def get(group: Any, *, hidden: int, num_topk: int, num_experts: int, num_tokens:
             "NCCL": loaded_nccl_version() if found.cuda else None,
             **{name: getattr(settings, name) for name in settings_module.NAMES},
         }
+        refusal: EPError | None = None
+        try:
+            check()
+        except EPError as error:
+            refusal = error
         expected = _expected_tokens()
+        mine = (refusal is not None, beliefs, max(num_tokens, expected), socket.gethostname())
         # On NCCL this is also the first collective of the group: it makes the communicator that DeepEP borrows.
         told: list[Any] = [None] * group.size()
-        dist.all_gather_object(told, (beliefs, max(num_tokens, expected), socket.gethostname()), group=group)
-        compare_over_group("their buffer", {name: [each[name] for each, _, _ in told] for name in beliefs})
+        dist.all_gather_object(told, mine, group=group)
+        refused, believed, tokens, hosts = zip(*told, strict=True)
+        if refusal is not None:
+            raise refusal
+        raise_refusals(group, refused)
+        compare_over_group("their buffer", {name: [each[name] for each in believed] for name in beliefs})
 
-        most = max(1, *(tokens for _, tokens, _ in told))
+        most = max(1, *tokens)
         capacity = settings.num_max_tokens_per_rank or most
         spec = BufferSpec(num_max_tokens_per_rank=capacity, hidden=hidden, num_topk=num_topk, num_experts=num_experts)
-        buffer = _pool[key] = _KINDS[kind](group, spec, settings, [host for _, _, host in told])
+        buffer = _pool[group] = _KINDS[kind](group, spec, settings, list(hosts))
         _capacity_source[id(buffer)] = (
             settings.source("num_max_tokens_per_rank")
             if settings.num_max_tokens_per_rank
@@ -124,8 +147,8 @@ def destroy_buffers(group: Any = None) -> None:
     Must come before torch.distributed.destroy_process_group(); after `install()` that happens by itself.
     """
     everything = group is None or group is dist.group.WORLD
-    for key in reversed([key for key in _pool if everything or key[0] is group]):
-        buffer = _pool.pop(key)
+    for member in reversed([member for member in _pool if everything or member is group]):
+        buffer = _pool.pop(member)
         _capacity_source.pop(id(buffer))
         buffer.destroy()
 

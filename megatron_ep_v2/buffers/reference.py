@@ -137,7 +137,7 @@ class ReferenceBuffer:
             received = [rows.contiguous() for rows in received]
         recv_weights = received.pop() if weights else None
         recv_x = (received[0], received[1]) if isinstance(x, tuple) else received[0]
-        return recv_x, None if do_expand else handle.recv_topk_idx, recv_weights, handle, CompletedEvent()
+        return recv_x, None if do_expand else handle.recv_topk_idx.clone(), recv_weights, handle, CompletedEvent()
 
     def combine(
         self,

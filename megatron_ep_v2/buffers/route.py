@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ep_v2.buffers.checks import check_dispatch, compare_over_group
+from megatron_ep_v2.buffers.checks import check_dispatch, compare_over_group, raise_refusals
 from megatron_ep_v2.buffers.contract import Payload
-from megatron_ep_v2.errors import EPError, InputError, PeerError
+from megatron_ep_v2.errors import EPError, InputError
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn)
 
@@ -74,13 +74,7 @@ def agree_on_route(
 
     if refusal is not None:
         raise refusal
-    if any(refused):
-        culprits = [rank for rank, flag in enumerate(refused) if flag]
-        raise PeerError(
-            f"rank {rank}: this dispatch was given up because rank {culprits[0]} refused its own input",
-            found=f"refusing ranks of the group: {culprits}",
-            fix=f"read the error of rank {culprits[0]}",
-        )
+    raise_refusals(group, refused)
     by_name = dict(zip(beliefs, columns, strict=True))
     by_name["payload dtype"] = [str(_DTYPES[code]) for code in by_name["payload dtype"]]
     compare_over_group("a dispatch", by_name)
