@@ -174,8 +174,8 @@ IN_A_ROW = 8
 
 
 def _time(variants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Microseconds of one layer, of the slowest rank, for each repeat: "alone", from an idle GPU, where host work before
-    the first kernel shows; and "in_a_row", the mean of several without a pause, as in training."""
+    """Microseconds of one layer, of the slowest rank, for each repeat: "alone", from an idle GPU, where host work
+    before the first kernel shows; and "in_a_row", the mean of several without a pause, as in training."""
     for run in variants.values():
         for _ in range(5):
             run()
