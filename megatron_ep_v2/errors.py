@@ -10,8 +10,6 @@ Assertions are for this package's own invariants only, never for something that 
 
 from __future__ import annotations
 
-from typing import Any
-
 
 class EPError(RuntimeError):
     """Base of all errors of this package.
@@ -27,15 +25,6 @@ class EPError(RuntimeError):
         self.what, self.found, self.needed, self.fix = what, found, needed, fix
         parts = (("found", found), ("needed", needed), ("fix", fix))
         super().__init__("\n".join([what, *(f"  {name}: {text}" for name, text in parts if text)]))
-
-    def __reduce__(
-        self,
-    ) -> tuple[Any, ...]:  # keyword-only arguments do not survive the default pickling between processes
-        return _rebuild, (type(self), self.what, self.found, self.needed, self.fix)
-
-
-def _rebuild(kind: type[EPError], what: str, found: str | None, needed: str | None, fix: str | None) -> EPError:
-    return kind(what, found=found, needed=needed, fix=fix)
 
 
 class SettingsError(EPError, ValueError):

@@ -32,6 +32,7 @@ class LegacyHandle:
     num_max_tokens_per_rank: int
     num_sms: int
     topk_idx: torch.Tensor
+    recv_topk_idx: torch.Tensor
     num_recv_tokens: int
     num_recv_tokens_per_expert_list: list[int]
     do_expand: bool = False
@@ -134,7 +135,7 @@ class LegacyBuffer:
         }
         if handle is not None:
             recv_x, _, _, _, _, event = self._buffer.dispatch(x, handle=handle.raw, **ordering)
-            return recv_x, None, None, handle, event
+            return recv_x, handle.recv_topk_idx.clone(), None, handle, event
 
         assert topk_idx is not None and num_experts is not None
         per_rank, per_rdma_rank, per_expert, is_in_rank, layout_event = self._buffer.get_dispatch_layout(
@@ -163,6 +164,7 @@ class LegacyBuffer:
             num_max_tokens_per_rank=capacity,
             num_sms=self.num_sms,
             topk_idx=topk_idx.clone(),
+            recv_topk_idx=recv_idx.clone(),
             num_recv_tokens=len(rows),
             num_recv_tokens_per_expert_list=counts,
         )
@@ -182,6 +184,8 @@ class LegacyBuffer:
         """See `contract.Buffer.combine`."""
         self._check_open()
         check_combine(x, handle, topk_weights, self.group.rank())
+        if topk_weights is not None:  # V1 adds up what all ranks send for a pick, so only its own rank may send
+            topk_weights = topk_weights.masked_fill(handle.recv_topk_idx < 0, 0.0)
         return self._buffer.combine(
             x,
             handle.raw,

@@ -32,7 +32,9 @@ def exchange_rows(
         [sum(recv_counts), ...] for each matrix, in the order of the sending ranks: views into the received message.
     """
     if len(columns) == 1 and chosen is None:
-        message = columns.pop().contiguous()
+        message = columns.pop()
+        # An empty view counts as contiguous whatever its strides, and then cannot be seen as bytes.
+        message = message.contiguous() if len(message) else message.new_empty(message.shape)
         incoming = message.new_empty(sum(recv_counts), message.shape[1])
         _all_to_all(incoming.view(torch.uint8), message.view(torch.uint8), recv_counts, send_counts, group)
         return [incoming]

@@ -1,0 +1,20 @@
+"""Fixtures of the whole suite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+pytest.register_assert_rewrite("compare", "conformance", "moe", "reports")
+
+from harness import close_shared_pool  # noqa: E402 - after the rewriting was asked for
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _warm_ranks() -> Iterator[None]:
+    """The rank processes live as long as the test session."""
+    torch.set_num_threads(1)
+    yield
+    close_shared_pool()

@@ -1,0 +1,65 @@
+"""Job: rounds of create, train a step, destroy. Arguments: the number of rounds, and what goes wrong.
+
+never     nothing
+step      each round breaks off between dispatch and combine, on all ranks, and the next one starts
+rank      rank 1 raises in its second round
+capacity  rank 1 brings too many tokens in its second round
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+import megatron_ep_v2
+from megatron_ep_v2 import settings
+from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
+
+# One shape with the shared suite on 8 ranks, so that its kernels are compiled already.
+HIDDEN, EXPERTS, TOPK, TOKENS = 512, 32, 3, 128
+
+
+class BrokenOffError(Exception):
+    """What goes wrong in a step."""
+
+
+def train_step(fail: str, round_number: int) -> None:
+    num_tokens = 2 * TOKENS if fail == "capacity" and round_number == 1 and dist.get_rank() == 1 else TOKENS
+    x = torch.randn(num_tokens, HIDDEN, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    top = torch.rand(num_tokens, EXPERTS, device="cuda").topk(TOPK, dim=1)
+    probs = top.values.contiguous().requires_grad_()
+    rows, _, row_probs, _, handle = fused_dispatch(
+        x, top.indices, probs, EXPERTS, dist.group.WORLD, True, True, do_expand=True
+    )
+    if fail == "step" or (fail == "rank" and round_number == 1 and dist.get_rank() == 1):
+        raise BrokenOffError(f"round {round_number}")
+    y, _ = fused_combine((rows * row_probs[:, None]).bfloat16(), dist.group.WORLD, handle, True, True)
+    y.float().sum().backward()
+    assert bool(torch.isfinite(x.grad).all()) and bool(torch.isfinite(probs.grad).all())
+
+
+def main(rounds: int, fail: str) -> None:
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if fail == "never":
+        megatron_ep_v2.install(buffer="elastic", num_max_tokens_per_rank=TOKENS)
+    else:  # the same without importing Megatron, which takes its time
+        settings.activate(settings.resolve(buffer="elastic", num_max_tokens_per_rank=TOKENS))
+    dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+    for number in range(rounds):
+        try:
+            train_step(fail, number)
+        except BrokenOffError:
+            if fail == "rank":
+                raise
+        if fail != "never" or number < rounds - 1:  # install() has the last one destroyed with its group
+            megatron_ep_v2.destroy_buffers()
+    dist.destroy_process_group()
+    if os.environ["RANK"] == "0":
+        print(f"{rounds} rounds done", flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,122 @@
+"""The shared suite on deep_ep's own buffers: ElasticBuffer in both layouts, the legacy Buffer in the compact one."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from cases import Case, edge_cases
+from conformance import BufferConformance, payload_cases
+from exercise import Layout, Trace, exercise
+from harness import RanksError, run_ranks
+
+from megatron_ep_v2 import settings
+from megatron_ep_v2.buffers.contract import BufferSpec
+from megatron_ep_v2.buffers.elastic import HIDDEN_MULTIPLE, ElasticBuffer
+from megatron_ep_v2.buffers.legacy import LegacyBuffer
+
+
+@dataclass(frozen=True)
+class GpuCase(Case):
+    """A batch at one capacity: each new capacity compiles every kernel again."""
+
+    @property
+    def capacity(self) -> int:
+        return 128
+
+
+def on_gpu(case: Case, **changes: Any) -> GpuCase:
+    return GpuCase(**{**vars(case), **changes})
+
+
+def make_elastic(group: Any, spec: BufferSpec) -> ElasticBuffer:
+    torch.distributed.barrier(group, device_ids=[torch.cuda.current_device()])  # makes the communicator
+    return ElasticBuffer(group, spec, settings.resolve(), [socket.gethostname()] * group.size())
+
+
+def make_legacy(group: Any, spec: BufferSpec) -> LegacyBuffer:
+    torch.distributed.barrier(group, device_ids=[torch.cuda.current_device()])
+    return LegacyBuffer(group, spec, settings.resolve(), [socket.gethostname()] * group.size())
+
+
+def exercise_all(
+    group: Any, factory: Any, device: str, layouts: dict[Case, list[Layout]], cached_weights: bool
+) -> dict[Case, dict[Layout, Trace]]:
+    return {case: exercise(group, factory, device, case, wanted, cached_weights) for case, wanted in layouts.items()}
+
+
+class GpuConformance(BufferConformance):
+    backend = "nccl"
+    device = "cuda"
+    payload = torch.bfloat16
+    repeatable = False  # neither buffer fixes the order of received rows
+    layouts: ClassVar[tuple[Layout, ...]]
+
+    def traces(self, case: Case, layout: Layout) -> list[Trace]:
+        """As the suite's own, but all batches of a group size run in one process group."""
+        key = (type(self), case.size)
+        if key not in self._traces:
+            layouts: dict[Case, list[Layout]] = {}
+            for other, wanted in self.runs():
+                if other.size == case.size:
+                    layouts.setdefault(other, []).append(wanted)
+            args = (self.factory, self.device, layouts, self.cached_weights)
+            try:
+                self._traces[key] = run_ranks(case.size, exercise_all, *args, backend="nccl", timeout=400)
+            except RanksError as error:
+                self._traces[key] = error
+        found: Any = self._traces[key]
+        if isinstance(found, RanksError):
+            raise found
+        return [by_case[case][layout] for by_case in found]
+
+    @classmethod
+    def runs(cls) -> Iterator[tuple[Case, Layout]]:
+        for size in cls.sizes:  # largest first: smaller groups use the processes that are there
+            if size > torch.cuda.device_count():
+                continue
+            for case in edge_cases(size):
+                # Few shapes, because each compiles its own kernels: top-3 of 4 experts a rank, and one large top-8.
+                changes = {} if case.name == "random-large" else {"topk": 3, "experts": 4 * size}
+                if case.topk in (3, 8) and case.name != "top-8":
+                    hidden = 2 * HIDDEN_MULTIPLE
+                    for layout in cls.layouts:
+                        yield on_gpu(case, dtype=torch.bfloat16, hidden=hidden, **changes), layout
+            for case in cls.more_payloads(size):
+                for layout in cls.layouts:
+                    yield on_gpu(case, hidden=1024), layout
+
+    @classmethod
+    def more_payloads(cls, size: int) -> Iterator[Case]:
+        yield from ()
+
+
+class TestElasticBuffer(GpuConformance):
+    factory = staticmethod(make_elastic)
+    sizes = (8, 4, 2)
+    layouts = (Layout(False), Layout(True), Layout(True, 128, zero=True))
+
+    @classmethod
+    def more_payloads(cls, size: int) -> Iterator[Case]:
+        if size == torch.cuda.device_count():
+            yield from payload_cases(size, (torch.float8_e4m3fn,), False)
+
+
+class TestLegacyBuffer(GpuConformance):
+    factory = staticmethod(make_legacy)
+    sizes = (8, 4, 2)
+    layouts = (Layout(False),)
+    cached_weights = False
+
+
+def test_the_suite_runs_on_every_group_size_here() -> None:
+    sizes = {case.size for case, _ in TestElasticBuffer.runs()}
+    assert sizes == {size for size in (2, 4, 8) if size <= torch.cuda.device_count()}
+    assert all(replace(case, seed=2).capacity == 128 for case, _ in TestElasticBuffer.runs())
+
+
+pytestmark = pytest.mark.timeout(900)

@@ -1,0 +1,119 @@
+"""Creating and destroying buffers, and everything that goes wrong in between: no hang, and an error with a name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import run_ranks
+
+from megatron_ep_v2 import settings
+from megatron_ep_v2.buffers import pool
+from megatron_ep_v2.errors import EPError, GroupMismatchError, InputError
+from megatron_ep_v2.fused_a2a import fused_dispatch
+
+JOBS = Path(__file__).parent / "jobs"
+RANKS = torch.cuda.device_count()
+LIMIT = 30.0  # seconds from the mistake to the end; DeepEP's own timeouts are 100 and 300
+START = 40.0  # seconds for torchrun, imports, NCCL and the kernels of the first round
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def job(*arguments: str) -> tuple[int, str, float]:
+    """torchrun on all GPUs: exit code, output, seconds."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+    start = time.monotonic()
+    done = subprocess.run([*command, str(JOBS / arguments[0]), *arguments[1:]], capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr, time.monotonic() - start
+
+
+@pytest.mark.parametrize("fail", ["never", "step"])
+def test_twenty_rounds(fail: str) -> None:
+    code, output, seconds = job("rounds.py", "20", fail)
+    print(f"20 rounds, {fail}: {seconds:.1f} s")
+    assert code == 0, output
+    assert "20 rounds done" in output and "destroy()` is not called" not in output and "was given up" not in output
+
+
+@pytest.mark.parametrize(
+    ("fail", "words"),
+    [
+        ("rank", ["BrokenOffError: round 1"]),
+        ("capacity", ["TokenCapacityError: rank 1 has 256 tokens", "MCORE_DEEPEP_V2_MAX_TOKENS_PER_RANK=256"]),
+    ],
+)
+def test_one_rank_that_fails_ends_the_job(fail: str, words: list[str]) -> None:
+    code, output, seconds = job("rounds.py", "2", fail)
+    print(f"{fail}: {seconds:.1f} s from start to end")
+    assert code != 0
+    assert all(word in output for word in words), output
+    assert seconds < START + LIMIT
+
+
+CULPRIT = 1
+MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
+    "capacity": (lambda a: {"settings": {"num_max_tokens_per_rank": 512}}, "num_max_tokens_per_rank"),
+    "hidden": (lambda a: {"x": a["x"][:, :256].contiguous()}, "hidden"),
+    "top-k": (
+        lambda a: {"token_indices": a["token_indices"][:, :3], "token_probs": a["token_probs"][:, :3]},
+        "top-k",
+    ),
+    "experts": (lambda a: {"num_experts": a["num_experts"] * 2}, "num_experts"),
+    "layout": (lambda a: {"settings": {"layout": "compact"}}, "layout"),
+    "dtype": (lambda a: {"x": a["x"].float()}, "payload dtype"),
+    "num_sms": (lambda a: {"settings": {"num_sms": 32}}, "num_sms"),
+}
+
+
+def mismatch(group: Any, names: list[str]) -> list[tuple[str, str, float]]:
+    """Each mistake on one rank, one after the other: kind of error, its text, seconds."""
+    answers = []
+    for name in names:
+        num_experts = 4 * group.size()
+        arguments: dict[str, Any] = {
+            "x": torch.randn(16, 512, device="cuda", dtype=torch.bfloat16),
+            "token_indices": torch.rand(16, num_experts, device="cuda").topk(4, dim=1).indices,
+            "token_probs": torch.rand(16, 4, device="cuda"),
+            "num_experts": num_experts,
+        }
+        if group.rank() == CULPRIT:
+            arguments |= MISTAKES[name][0](arguments)
+        settings.activate(settings.resolve(buffer="elastic", **arguments.pop("settings", {})))
+        start = time.monotonic()
+        try:
+            fused_dispatch(**arguments, group=group)
+            answers.append(("none", "", 0.0))
+        except EPError as error:
+            answers.append((type(error).__name__, str(error), time.monotonic() - start))
+        pool.destroy_buffers()
+    return answers
+
+
+def test_a_mismatch_is_named_on_every_rank() -> None:
+    by_rank = run_ranks(RANKS, mismatch, list(MISTAKES), backend="nccl", timeout=200)
+    for answers in by_rank:
+        for (name, (_, word)), (kind, text, seconds) in zip(MISTAKES.items(), answers, strict=True):
+            assert kind == GroupMismatchError.__name__, f"{name}: {kind} {text}"
+            assert f"rank {CULPRIT} has" in text and word in text
+            assert seconds < LIMIT
+
+
+def unsupported(group: Any) -> str:
+    settings.activate(settings.resolve(buffer="elastic"))
+    x = torch.randn(4, 300, device="cuda", dtype=torch.bfloat16)
+    picks = torch.zeros(4, 1, device="cuda", dtype=torch.int64)
+    with pytest.raises(InputError) as caught:
+        fused_dispatch(x, picks, torch.ones(4, 1, device="cuda"), group.size(), group)
+    return str(caught.value)
+
+
+def test_a_hidden_size_that_the_kernels_do_not_carry() -> None:
+    for text in run_ranks(2, unsupported, backend="nccl"):
+        assert "hidden=300" in text and "a multiple of 256" in text

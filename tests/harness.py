@@ -1,0 +1,265 @@
+"""Real ranks for tests: `run_ranks(n, fn, *args)` runs `fn(group, *args)` in n processes and returns their n results.
+
+Starting a process costs seconds (it imports torch), a process group costs milliseconds. So the processes are kept warm
+and reused, and every run gets a process group of its own, over a new file store. A run that fails takes its processes
+with it: the next run never meets what a failed one left behind.
+
+A run ends in one of four ways: every rank returns; a rank raises (the others get `GRACE` seconds to finish, then they
+are killed); a rank dies; the time limit passes. All but the first raise one `RanksError` with the traceback of every
+rank that raised and the stack of every rank that was stuck.
+"""
+
+from __future__ import annotations
+
+import datetime
+import faulthandler
+import io
+import multiprocessing
+import os
+import pickle
+import signal
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+GRACE = 10.0  # seconds for the other ranks once one has failed
+START_LIMIT = 120.0  # seconds for new processes to import torch
+
+
+class RanksError(Exception):
+    """One or more ranks failed. `reports` maps each failing rank to its traceback or to what it was doing."""
+
+    def __init__(self, size: int, reports: dict[int, str]):
+        self.reports = reports
+        ranks = ", ".join(str(rank) for rank in sorted(reports))
+        text = "\n".join(f"----- rank {rank} of {size}\n{report.rstrip()}" for rank, report in sorted(reports.items()))
+        super().__init__(f"rank {ranks} of {size} failed\n{text}")
+
+
+def run_ranks(
+    size: int,
+    fn: Callable[..., Any],
+    *args: Any,
+    backend: str = "gloo",
+    timeout: float = 60.0,
+    env: dict[str, str] | None = None,
+    fresh: bool = False,
+) -> list[Any]:
+    """Run `fn(group, *args)` on `size` ranks; return what each returned, in rank order.
+
+    Args:
+        size: Ranks, each a process with one torch thread.
+        fn: A top-level function of an importable module. It gets the default process group.
+        args: Picklable arguments, the same for every rank. Results are pickled too, tensors as host values.
+        backend: gloo, or nccl (rank r then uses GPU r).
+        timeout: Seconds for the whole run, not counting the start of new processes.
+        env: Environment variables for this run only.
+        fresh: Use new processes and end them afterwards: for functions that change what an import leaves behind.
+
+    Raises:
+        RanksError: A rank raised, died or did not finish in time.
+    """
+    pool = _Pool() if fresh else _shared_pool
+    try:
+        return pool.run(size, fn, args, backend, timeout, env or {})
+    finally:
+        if fresh:
+            pool.close()
+
+
+def close_shared_pool() -> None:
+    """End all warm processes."""
+    _shared_pool.close()
+
+
+class _Process:
+    """One warm process, seen from the test process."""
+
+    def __init__(self, folder: Path, number: int):
+        context = multiprocessing.get_context("spawn")
+        self.stacks = folder / f"stacks-{number}"
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, str(self.stacks)), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.ready = False
+
+    def await_ready(self) -> None:
+        if not self.ready:
+            if not self.connection.poll(START_LIMIT):
+                raise RuntimeError(f"a rank process did not start in {START_LIMIT:.0f} s")
+            self.connection.recv_bytes()  # EOFError here: the process died while starting, its stderr says why
+            self.ready = True
+
+    def where(self) -> str:
+        """The stacks of all threads, now."""
+        self.stacks.write_bytes(b"")
+        os.kill(self.process.pid, signal.SIGUSR1)
+        time.sleep(0.3)
+        return self.stacks.read_text()
+
+    def close(self) -> None:
+        self.connection.close()  # a waiting process ends by itself
+        self.process.join(0.2)
+        if self.process.is_alive():
+            self.process.kill()
+            self.process.join()
+
+
+class _Pool:
+    """Warm processes. Grows on demand; a run of n ranks uses the first n."""
+
+    def __init__(self) -> None:
+        self.folder: tempfile.TemporaryDirectory | None = None
+        self.processes: list[_Process] = []
+        self.started = self.runs = 0
+
+    def run(
+        self, size: int, fn: Callable[..., Any], args: tuple, backend: str, timeout: float, env: dict[str, str]
+    ) -> list[Any]:
+        folder = self._grow(size)
+        self.runs += 1
+        store = folder / f"store-{self.runs}"
+        jobs = [pickle.dumps((fn, args, rank, size, str(store), backend, timeout, env)) for rank in range(size)]
+        try:
+            for process, job in zip(self.processes, jobs):
+                process.connection.send_bytes(job)
+            results, reports = self._collect(self.processes[:size], time.monotonic() + timeout, timeout)
+        except BaseException:  # Ctrl-C in the middle of a run: its late answers must not meet the next run
+            self._end(size)
+            raise
+        store.unlink(missing_ok=True)
+        if reports:
+            self._end(size)
+            raise RanksError(size, reports)
+        return [results[rank] for rank in range(size)]
+
+    def _grow(self, size: int) -> Path:
+        if self.folder is None:
+            self.folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        folder = Path(self.folder.name)
+        while len(self.processes) < size:
+            self.started += 1
+            self.processes.append(_Process(folder, self.started))
+        for process in self.processes[:size]:
+            process.await_ready()
+        return folder
+
+    def _end(self, size: int) -> None:
+        for process in self.processes[:size]:
+            process.close()
+        del self.processes[:size]
+
+    @staticmethod
+    def _collect(processes: list[_Process], deadline: float, timeout: float) -> tuple[dict[int, Any], dict[int, str]]:
+        results: dict[int, Any] = {}
+        reports: dict[int, str] = {}
+        waiting: dict[Connection, int] = {process.connection: rank for rank, process in enumerate(processes)}
+        limit = f"{timeout:.0f} s passed"
+        while waiting:
+            answered = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            if not answered:
+                stuck = {rank: processes[rank].where() for rank in waiting.values()}
+                reports.update({rank: f"{limit}; this rank was here:\n{stack}" for rank, stack in stuck.items()})
+                break
+            for connection in answered:
+                rank = waiting.pop(connection)
+                try:
+                    ok, answer = pickle.loads(connection.recv_bytes())
+                except (EOFError, ConnectionResetError):
+                    processes[rank].process.join(GRACE)
+                    ok, answer = False, f"the process died, exit code {processes[rank].process.exitcode}"
+                if ok:
+                    results[rank] = answer
+                    continue
+                reports[rank] = answer
+                if time.monotonic() + GRACE < deadline:
+                    deadline = time.monotonic() + GRACE
+                    limit = f"{GRACE:.0f} s after rank {rank} had failed"
+        return results, reports
+
+    def close(self) -> None:
+        self._end(len(self.processes))
+        if self.folder is not None:
+            self.folder.cleanup()
+            self.folder = None
+
+
+_shared_pool = _Pool()
+
+
+def _serve(connection: Connection, stacks: str) -> None:
+    """Main function of a rank process: answer jobs until the test process goes away."""
+    torch.set_num_threads(1)
+    with open(stacks, "w") as stacks_file:
+        faulthandler.register(signal.SIGUSR1, stacks_file, all_threads=True)
+        connection.send_bytes(b"ready")
+        while True:
+            try:
+                job = connection.recv_bytes()
+            except (EOFError, ConnectionResetError):
+                return
+            connection.send_bytes(_answer(job))
+
+
+def _answer(job: bytes) -> bytes:
+    """Run one job; the pickled pair (True, result) or (False, traceback)."""
+    try:
+        answer = io.BytesIO()
+        _Pickler(answer).dump((True, _run_one(*pickle.loads(job))))
+        return answer.getvalue()
+    except BaseException:  # noqa: BLE001 - SystemExit and KeyboardInterrupt too: the test process must hear of them
+        return pickle.dumps((False, traceback.format_exc()))
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles tensors as their values, on the host: quick, and for every dtype (plain pickle refuses float8)."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if type(value) is not torch.Tensor:
+            return NotImplemented
+        host = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        return _tensor, (host.view(-1).view(torch.uint8).numpy().tobytes(), host.dtype, host.shape)
+
+
+def _tensor(content: bytes, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+    if not content:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(bytearray(content), dtype=dtype).view(shape)
+
+
+def _run_one(
+    fn: Callable[..., Any],
+    args: tuple,
+    rank: int,
+    size: int,
+    store: str,
+    backend: str,
+    timeout: float,
+    env: dict[str, str],
+) -> Any:
+    environment = dict(os.environ)
+    os.environ.update(env)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        backend,
+        store=dist.FileStore(store, size),
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=timeout + GRACE),  # the test process is the judge of time
+    )
+    try:
+        return fn(dist.group.WORLD, *args)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(environment)

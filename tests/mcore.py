@@ -1,0 +1,161 @@
+"""Megatron-Core's own MoE parts on CPU ranks: process groups, router and token dispatcher, as its models build them."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import megatron_ep_v2
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+# On every rank: Megatron-Core says at import which optional packages it does not find.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection  # noqa: E402
+from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+from qwen3_moe.cpu import CpuRouter  # noqa: E402
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the ranks are shared out: tensor parallel (of the experts too) x expert parallel."""
+
+    tp: int
+    ep: int
+
+    @property
+    def size(self) -> int:
+        return self.tp * self.ep
+
+    def __str__(self) -> str:
+        return f"tp{self.tp}-ep{self.ep}"
+
+
+@contextlib.contextmanager
+def megatron_ranks(split: Split, **settings: Any) -> Iterator[None]:
+    """Megatron's process groups and `install(buffer="reference", **settings)`; nothing of either is left behind."""
+    with torch.compiler.set_stance("force_eager"):  # Megatron compiles small functions
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=split.tp,
+            expert_model_parallel_size=split.ep,
+            expert_tensor_parallel_size=split.tp,
+        )
+        try:
+            megatron_ep_v2.install(buffer="reference", **settings)
+            yield
+        finally:
+            megatron_ep_v2.uninstall()
+            parallel_state.destroy_model_parallel()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of one MoE layer."""
+
+    dtype: str
+    topk: int
+    hidden: int = 1024
+    experts: int = 8
+    capacity_factor: float | None = None
+    router_dtype: str | None = "fp32"
+
+    def __str__(self) -> str:
+        return f"{self.dtype}-top{self.topk}"
+
+
+def make_config(shape: Shape, split: Split, **more: Any) -> TransformerConfig:
+    """Of the flex dispatcher's deepep backend; `more` adds fields or replaces them."""
+    values = {
+        "num_layers": 1,
+        "hidden_size": shape.hidden,
+        "num_attention_heads": 8,
+        "add_bias_linear": False,
+        "num_moe_experts": shape.experts,
+        "moe_router_topk": shape.topk,
+        "moe_router_dtype": shape.router_dtype,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 0.1,
+        "moe_expert_capacity_factor": shape.capacity_factor,
+        "moe_token_drop_policy": "probs",
+        "moe_token_dispatcher_type": "flex",
+        "moe_flex_dispatcher_backend": "deepep",
+        "tensor_model_parallel_size": split.tp,
+        "expert_model_parallel_size": split.ep,
+        "expert_tensor_parallel_size": split.tp,
+        "sequence_parallel": split.tp > 1,
+        "params_dtype": DTYPES[shape.dtype],
+        "use_cpu_initialization": True,
+    }
+    return TransformerConfig(**values | more)
+
+
+class Layer:
+    """A real router and a real flex dispatcher. Each expert multiplies its rows by a number of its own.
+
+    Attributes:
+        factors: [experts, tp], the same on all ranks: what each shard of each expert multiplies by.
+    """
+
+    def __init__(self, shape: Shape, split: Split, number: int = 1, **more: Any):
+        self.config = make_config(shape, split, **more)
+        groups = get_default_pg_collection()
+        generator = torch.Generator().manual_seed(number)
+        torch.manual_seed(number)  # the same router on every rank
+        self.router = CpuRouter(config=self.config, pg_collection=groups)
+        self.router.set_layer_number(1)
+        self.factors = 0.5 + torch.rand(shape.experts, split.tp, generator=generator)
+        num_local = shape.experts // split.ep
+        first = groups.ep.rank() * num_local
+        self.local_experts = list(range(first, first + num_local))
+        self.local_factors = self.factors[self.local_experts, groups.expt_tp.rank()]
+        self.dispatcher = MoEFlexTokenDispatcher(num_local, self.local_experts, self.config, groups)
+        self.manager = self.dispatcher._comm_manager
+
+    def dispatch(
+        self, hidden: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[..., H] -> rows [P, H] sorted by local expert, rows of each, their probabilities [P]."""
+        hidden, probs = self.dispatcher.dispatch_preprocess(hidden, routing_map, probs)
+        hidden, probs = self.dispatcher.token_dispatch(hidden, probs)
+        return self.dispatcher.dispatch_postprocess(hidden, probs)
+
+    def combine(self, rows: torch.Tensor) -> torch.Tensor:
+        """[P, H] -> [..., H]."""
+        rows = self.dispatcher.combine_preprocess(rows)
+        rows = self.dispatcher.token_combine(rows)
+        return self.dispatcher.combine_postprocess(rows)
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        rows, counts, row_probs = self.dispatch(hidden, *self.router(hidden))
+        weights = row_probs * self.local_factors.repeat_interleave(counts)
+        return self.combine((rows * weights[:, None]).to(rows.dtype))
+
+    def dense(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the layer must give, from this rank's tokens alone, in fp32 or better."""
+        probs, _ = self.router(hidden)  # zero where an expert was not chosen, or dropped the token
+        weights = probs @ self.factors.sum(dim=1).to(probs.dtype)
+        return hidden * weights.view(*hidden.shape[:-1], 1).to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+def make_hidden(shape: Shape, *tokens: int, seed: int = 0) -> torch.Tensor:
+    """[*tokens, H], different on every rank."""
+    generator = torch.Generator().manual_seed(1000 * seed + dist.get_rank())
+    return torch.randn(*tokens, shape.hidden, generator=generator).to(DTYPES[shape.dtype])
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """In L2; what must be zero must be exactly zero."""
+    error, size = (actual.double() - expected.double()).norm().item(), expected.double().norm().item()
+    return error / size if size else error

@@ -1,0 +1,40 @@
+"""Errors, carried out of the ranks that met them and compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ep_v2.errors import EPError
+
+LIMIT = 20.0  # seconds for a run: a refusal must not wait for a collective's own time limit
+
+
+@dataclass(frozen=True)
+class Report:
+    """What an error says, carried out of a rank."""
+
+    kind: str
+    text: str
+    fix: str | None
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.text}"
+
+
+def attempt(fn: Callable[[], Any]) -> Report | None:
+    """Call fn; report its error, None if there was none. Only this package's errors are expected."""
+    try:
+        fn()
+    except EPError as error:
+        return Report(type(error).__name__, str(error), error.fix)
+    return None
+
+
+def assert_report(report: Report | None, kind: type[EPError], *parts: str) -> None:
+    assert report is not None, "nothing was raised"
+    assert report.kind == kind.__name__, str(report)
+    assert report.fix and f"\n  fix: {report.fix}" in report.text, str(report)
+    for part in parts:
+        assert part in report.text, f"{part!r} is not in: {report}"

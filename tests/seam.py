@@ -1,0 +1,74 @@
+"""Megatron-Core's side of `install()`, and stand-ins for deep_ep, for tests that bind the one to the other."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe import fused_a2a, token_dispatcher
+
+from megatron_ep_v2 import installer, settings
+from megatron_ep_v2.probe import probe
+
+MODULES = (fused_a2a, token_dispatcher, dist, dist.distributed_c10d)
+MANAGER = token_dispatcher._DeepepManager  # Megatron's own, taken before any test runs
+
+
+def names() -> dict[tuple[str, str], Any]:
+    """Everything that the modules hold, which `install()` may bind in, and what the manager's class holds."""
+    held = {(module.__name__, name): value for module in MODULES for name, value in vars(module).items()}
+    return held | {("_DeepepManager", name): value for name, value in vars(MANAGER).items()}
+
+
+def rebound(before: dict[tuple[str, str], Any]) -> set[tuple[str, str]]:
+    """What is no longer the same object: (the module's last name, name)."""
+    now, gone = names(), object()
+    different = {key for key in before | now if before.get(key, gone) is not now.get(key, gone)}
+    return {(module.rpartition(".")[2], name) for module, name in different}
+
+
+@pytest.fixture
+def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """No installation, no settings, no deep_ep and no CUDA, whatever this machine has; nothing is left behind."""
+    for name in settings.NAMES:
+        monkeypatch.delenv(settings.variable(name), raising=False)
+    installer.uninstall()
+    megatrons_own = [(module, dict(vars(module))) for module in MODULES]
+    set_cuda(monkeypatch, False)
+    set_deep_ep(monkeypatch)
+    yield monkeypatch
+    installer.uninstall()
+    monkeypatch.undo()
+    probe.cache_clear()
+    for module, held in megatrons_own:
+        vars(module).update(held)
+
+
+def set_cuda(monkeypatch: pytest.MonkeyPatch, available: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    probe.cache_clear()
+
+
+def set_deep_ep(monkeypatch: pytest.MonkeyPatch, *buffers: str, version: str = "2.1.0") -> None:
+    """A deep_ep with these classes; with none, `import deep_ep` finds nothing."""
+    module: Any = ModuleType("deep_ep") if buffers else None
+    if buffers:
+        module.__version__ = version
+        for name in buffers:
+            setattr(module, name, type(name, (), {}))
+    monkeypatch.setitem(sys.modules, "deep_ep", module)
+    probe.cache_clear()
+
+
+def set_broken_deep_ep(monkeypatch: pytest.MonkeyPatch, folder: Path, statement: str) -> None:
+    """A deep_ep whose import runs this statement."""
+    (folder / "deep_ep.py").write_text(statement)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "deep_ep", raising=False)
+    probe.cache_clear()

@@ -1,0 +1,96 @@
+"""The harness itself: a test that hangs, dies or fails on one rank must say so, and leave nothing behind."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import harness
+import pytest
+import torch
+import torch.distributed as dist
+from harness import RanksError, run_ranks
+
+
+def summed_rank(group: dist.ProcessGroup, offset: int) -> tuple[int, int, float]:
+    total = torch.tensor([float(group.rank() + offset)])
+    dist.all_reduce(total, group=group)
+    return group.rank(), group.size(), total.item()
+
+
+def raise_on_one(group: dist.ProcessGroup) -> None:
+    if group.rank() == 1:
+        raise ValueError("rank one is unhappy")
+    dist.barrier(group)
+
+
+def die_on_one(group: dist.ProcessGroup) -> None:
+    if group.rank() == 1:
+        os._exit(7)
+    time.sleep(3600)
+
+
+def sleep_for_ever(group: dist.ProcessGroup) -> None:
+    if group.rank() == 0:
+        a_function_that_does_not_return()
+
+
+def a_function_that_does_not_return() -> None:
+    time.sleep(3600)
+
+
+def read_environment(group: dist.ProcessGroup, name: str) -> str | None:
+    return os.environ.get(name)
+
+
+def set_environment(group: dist.ProcessGroup, name: str) -> None:
+    os.environ[name] = "left behind"
+
+
+def process_id(group: dist.ProcessGroup) -> int:
+    return os.getpid()
+
+
+@pytest.fixture
+def short_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "GRACE", 1.0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_results_come_in_rank_order(size: int) -> None:
+    total = float(sum(range(size)) + 10 * size)
+    assert run_ranks(size, summed_rank, 10) == [(rank, size, total) for rank in range(size)]
+
+
+def test_processes_are_reused_and_fresh_ones_are_not() -> None:
+    first = run_ranks(2, process_id)
+    assert run_ranks(2, process_id) == first
+    assert not set(run_ranks(2, process_id, fresh=True)) & set(first)
+
+
+def test_a_rank_that_raises_is_named_and_frees_the_others(short_grace: None) -> None:
+    with pytest.raises(RanksError, match="rank one is unhappy") as caught:
+        run_ranks(2, raise_on_one)
+    assert "ValueError" in caught.value.reports[1]
+    assert run_ranks(2, summed_rank, 0) == [(0, 2, 1.0), (1, 2, 1.0)], "the next run must not notice"
+
+
+def test_a_rank_that_dies_is_named_and_frees_the_others(short_grace: None) -> None:
+    with pytest.raises(RanksError) as caught:
+        run_ranks(2, die_on_one)
+    assert "exit code 7" in caught.value.reports[1]
+    assert "die_on_one" in caught.value.reports[0], "the stack of the rank that was stuck"
+
+
+def test_a_rank_that_hangs_shows_its_stack() -> None:
+    with pytest.raises(RanksError) as caught:
+        run_ranks(2, sleep_for_ever, timeout=2.0)
+    assert list(caught.value.reports) == [0]
+    assert "a_function_that_does_not_return" in caught.value.reports[0]
+
+
+def test_environment_is_set_for_one_run() -> None:
+    name = "RUN_RANKS_TEST"
+    assert run_ranks(2, read_environment, name, env={name: "yes"}) == ["yes", "yes"]
+    run_ranks(2, set_environment, name)
+    assert run_ranks(2, read_environment, name) == [None, None]

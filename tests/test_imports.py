@@ -1,0 +1,147 @@
+"""Imports point one way, and importing does nothing else. Read from the sources, so that lazy imports count too."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import megatron_ep_v2
+
+PACKAGE = "megatron_ep_v2"
+ROOT = Path(megatron_ep_v2.__file__).parent
+
+# A module may import those above it. Modules of one line may import each other, but not in a circle.
+LEVELS = [
+    {"errors"},
+    {"settings", "buffers.contract", "links"},
+    {"probe"},
+    {"buffers", "buffers.*", "kernels", "kernels.*"},
+    {"fused_a2a"},
+    {"dispatcher"},
+    {"installer"},
+    {""},  # the package's __init__
+    {"cli", "cli.*"},
+    {"__main__"},
+]
+MAY_IMPORT_DEEP_EP = {"probe", "buffers.elastic", "buffers.legacy"}
+MAY_IMPORT_MEGATRON = {"dispatcher", "installer"}
+MAY_READ_ENVIRONMENT = {"settings"}
+
+
+def module_name(path: Path) -> str:
+    """Below the package: "buffers.pool"; the package itself is ""."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+SOURCES = {module_name(path): ast.parse(path.read_text(), str(path)) for path in sorted(ROOT.rglob("*.py"))}
+
+
+def level(module: str) -> int:
+    group = module.split(".")[0] + ".*"
+    for name in (module, group):
+        for i, names in enumerate(LEVELS):
+            if name in names:
+                return i
+    raise AssertionError(f"{module} is new: give it a place in LEVELS")
+
+
+def imported(tree: ast.Module, module: str) -> Iterator[str]:
+    """Full names of everything that a source imports, by statement or through importlib with a literal name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module}:{node.lineno}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
+            "import_module",
+            "__import__",
+        ):
+            yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str))
+
+
+def own_imports(module: str) -> set[str]:
+    """The modules of this package that `module` imports."""
+    found = set()
+    for name in imported(SOURCES[module], module):
+        parts = name.split(".")
+        if parts[0] == PACKAGE:
+            inside = ".".join(parts[1:])
+            found.add(inside if inside in SOURCES else ".".join(parts[1:-1]))
+    return found
+
+
+@pytest.mark.parametrize("module", SOURCES)
+def test_imports_point_one_way(module: str) -> None:
+    for other in own_imports(module):
+        same_folder = module.split(".")[0] == other.split(".")[0] and level(module) == level(other)
+        assert level(other) < level(module) or same_folder, f"{module or '__init__'} must not import {other or PACKAGE}"
+
+
+def test_imports_make_no_circle() -> None:
+    order = graphlib.TopologicalSorter({module: own_imports(module) for module in SOURCES}).static_order()
+    assert set(order) >= set(SOURCES)
+
+
+@pytest.mark.parametrize(
+    ("package", "allowed"), [("deep_ep", MAY_IMPORT_DEEP_EP), ("megatron", MAY_IMPORT_MEGATRON)], ids=str
+)
+def test_few_modules_touch_other_packages(package: str, allowed: set[str]) -> None:
+    users = {module for module, tree in SOURCES.items() if package in {i.split(".")[0] for i in imported(tree, module)}}
+    assert users <= allowed
+
+
+def test_only_the_settings_read_the_environment() -> None:
+    names = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
+    readers = set()
+    for module, tree in SOURCES.items():
+        for node in ast.walk(tree):
+            attribute = isinstance(node, ast.Attribute) and node.attr in names
+            imports = isinstance(node, ast.ImportFrom) and node.module == "os"
+            if attribute or (imports and names & {alias.name for alias in node.names}):
+                readers.add(module)
+    assert readers <= MAY_READ_ENVIRONMENT
+
+
+WITNESS = """
+import json, os, sys
+before = dict(os.environ)
+import {module}
+torch = sys.modules.get("torch")
+print(json.dumps({{
+    "changed environment": sorted(set(before.items()) ^ set(os.environ.items())),
+    "packages": sorted({{"deep_ep", "megatron"}} & set(sys.modules)),
+    "cuda": bool(torch) and torch.cuda.is_initialized(),
+    "group": bool(torch) and torch.distributed.is_available() and torch.distributed.is_initialized(),
+    "torch": bool(torch),
+}}))
+"""
+
+
+def witness(module: str) -> dict[str, object]:
+    """What importing a module changes in a new interpreter."""
+    command = [sys.executable, "-c", WITNESS.format(module=module)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT.parent), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_importing_the_package_does_nothing() -> None:
+    nothing = {"changed environment": [], "packages": [], "cuda": False, "group": False, "torch": False}
+    assert witness(PACKAGE) == nothing
+
+
+def test_importing_the_installer_touches_nothing_yet() -> None:
+    """It imports all modules but those that need Megatron."""
+    nothing = {"changed environment": [], "packages": [], "cuda": False, "group": False, "torch": True}
+    assert witness(f"{PACKAGE}.installer") == nothing

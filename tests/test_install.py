@@ -1,0 +1,290 @@
+"""`install()` and `uninstall()` on the installed Megatron-Core: every name or none, and back again."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import sys
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from megatron.core import __version__ as megatron_version
+from megatron.core.transformer.moe import fused_a2a, moe_utils, token_dispatcher
+from seam import MANAGER, clean, names, rebound, set_cuda, set_deep_ep
+
+import megatron_ep_v2
+from megatron_ep_v2 import fused_a2a as ours
+from megatron_ep_v2 import settings
+from megatron_ep_v2.errors import SeamError, SettingsError, UnavailableError
+
+__all__ = ["clean"]  # a fixture
+
+CALLS = ("fused_dispatch", "fused_combine", "set_deepep_num_sms")
+BOUND = {
+    *((module, name) for module in ("fused_a2a", "token_dispatcher") for name in CALLS),
+    *(("fused_a2a", name) for name in ("FusedDispatch", "FusedCombine")),
+    *((module, "destroy_process_group") for module in ("distributed", "distributed_c10d")),
+}
+MANAGER_NAME = ("token_dispatcher", "_DeepepManager")
+
+pytestmark = pytest.mark.usefixtures("clean")
+
+
+# ------------------------------------------------------------------------------------------------ binding and undoing
+
+
+def test_the_compact_layout_keeps_megatrons_manager() -> None:
+    before = names()
+    status = megatron_ep_v2.install(layout="compact")
+    assert rebound(before) == BOUND
+    assert token_dispatcher._DeepepManager is MANAGER
+    assert status["layout"] == "compact" and status["layout_reason"] == "asked for by install()"
+
+
+@pytest.mark.parametrize("layout", [{"layout": "expanded"}, {}], ids=["asked for", "by default"])
+def test_the_expanded_layout_has_a_manager_of_its_own(layout: dict[str, str]) -> None:
+    before = names()
+    status = megatron_ep_v2.install(**layout)
+    assert rebound(before) == BOUND | {MANAGER_NAME}
+    manager = token_dispatcher._DeepepManager
+    assert manager.__name__ == "ExpandedManager" and issubclass(manager, MANAGER)
+    assert status["layout"] == "expanded" and status["layout_reason"]
+
+
+def test_the_names_are_this_packages_in_both_modules() -> None:
+    megatron_ep_v2.install()
+    for module in (fused_a2a, token_dispatcher):
+        for name in CALLS:
+            assert getattr(module, name) is getattr(ours, name), f"{module.__name__}.{name}"
+    assert fused_a2a.FusedDispatch is ours.FusedDispatch and fused_a2a.FusedCombine is ours.FusedCombine
+
+
+def test_what_is_bound_can_be_called_as_megatron_calls_it() -> None:
+    """The parameters of Megatron's own functions, in order, and no further one without a default."""
+    megatron_ep_v2.install()
+    calls = {
+        "fused_dispatch": ["x", "token_indices", "token_probs", "num_experts", "group"],
+        "fused_combine": ["x", "group", "handle"],
+    }
+    for name, leading in calls.items():
+        parameters = inspect.signature(getattr(token_dispatcher, name)).parameters
+        assert list(parameters)[: len(leading) + 2] == [*leading, "async_finish", "allocate_on_comm_stream"]
+        assert all(parameter.default is not parameter.empty for parameter in list(parameters.values())[len(leading) :])
+
+
+def test_installing_twice_is_harmless(clean: pytest.MonkeyPatch) -> None:
+    before = names()
+    first = megatron_ep_v2.install(layout="compact", num_sms=24)
+    after_first = names()
+    clean.setenv("MCORE_DEEPEP_V2_LAYOUT", "expanded")
+    assert megatron_ep_v2.install() == first == megatron_ep_v2.status(), "without arguments it changes nothing"
+    assert not rebound(after_first)
+    megatron_ep_v2.uninstall()
+    assert not rebound(before), "one uninstall() undoes both"
+
+
+def test_installing_again_with_arguments_replaces_the_first() -> None:
+    before = names()
+    megatron_ep_v2.install(layout="expanded", num_sms=24)
+    status = megatron_ep_v2.install(layout="compact")
+    assert rebound(before) == BOUND
+    assert status["settings"]["num_sms"] == "0 (default)"
+    megatron_ep_v2.uninstall()
+    assert not rebound(before)
+
+
+def test_uninstall_restores_megatrons_own_objects() -> None:
+    before = names()
+    megatron_ep_v2.install(num_sms=24)
+    megatron_ep_v2.uninstall()
+    assert not rebound(before)
+    assert megatron_ep_v2.status()["installed"] is False
+    assert settings.active().num_sms == 0
+    megatron_ep_v2.uninstall()
+    assert not rebound(before), "a second time it does nothing"
+
+
+def test_uninstall_leaves_what_somebody_else_rebound(caplog: pytest.LogCaptureFixture) -> None:
+    before = names()
+    megatron_ep_v2.install()
+
+    def somebody_elses(*_: Any) -> None: ...
+
+    token_dispatcher.fused_combine = dist.destroy_process_group = somebody_elses
+    with caplog.at_level(logging.WARNING, "megatron_ep_v2"):
+        megatron_ep_v2.uninstall()
+    left = {("token_dispatcher", "fused_combine"), ("distributed", "destroy_process_group")}
+    assert rebound(before) == left
+    assert token_dispatcher.fused_combine is somebody_elses and dist.destroy_process_group is somebody_elses
+    assert len(caplog.messages) == 2 and "token_dispatcher.fused_combine" in " ".join(caplog.messages)
+
+
+def test_status_is_json_and_says_what_is_active(caplog: pytest.LogCaptureFixture) -> None:
+    assert megatron_ep_v2.status()["installed"] is False
+    with caplog.at_level(logging.INFO, "megatron_ep_v2"):
+        status = megatron_ep_v2.install(buffer="reference", layout="compact", num_sms=24)
+    assert json.loads(json.dumps(status)) == status == megatron_ep_v2.status()
+    assert status["installed"] is True
+    assert status["megatron_core"] == megatron_version
+    assert (status["buffer"], status["buffer_reason"]) == ("reference", "asked for by install()")
+    assert status["settings"]["num_sms"] == "24 (install())"
+    assert status["settings"]["layout"] == "compact (install())"
+    assert status["buffers"] == []
+    [line] = caplog.messages
+    for part in (megatron_version, "the reference buffer (asked for by install())", "compact layout"):
+        assert part in line
+
+
+# ----------------------------------------------------------------------------------------------- a seam that has moved
+
+A2A, DISPATCHER = fused_a2a.__name__, token_dispatcher.__name__
+
+
+def other_parameters(self: Any, hidden: Any, plan: Any) -> None: ...
+
+
+# what has moved -> (the object that holds it, its name there, what stands in its place, None for nothing)
+DELETED = {
+    f"{DISPATCHER}._DeepepManager": (token_dispatcher, "_DeepepManager"),
+    f"{DISPATCHER}.MoEFlexTokenDispatcher": (token_dispatcher, "MoEFlexTokenDispatcher"),
+    **{f"{DISPATCHER}.{name}": (token_dispatcher, name) for name in CALLS},
+    **{f"{A2A}.{name}": (fused_a2a, name) for name in (*CALLS, "HAVE_DEEP_EP", "FusedDispatch", "FusedCombine")},
+    f"{DISPATCHER}._DeepepManager.combine": (MANAGER, "combine"),
+}
+CHANGED = {
+    f"{A2A}.FusedDispatch.forward": (fused_a2a.FusedDispatch, "forward"),
+    f"{A2A}.FusedCombine.forward": (fused_a2a.FusedCombine, "forward"),
+    **{
+        f"{DISPATCHER}._DeepepManager.{name}": (MANAGER, name)
+        for name in (
+            "__init__",
+            "setup_metadata",
+            "dispatch",
+            "combine",
+            "get_permuted_hidden_states_by_experts",
+            "get_restored_hidden_states_by_experts",
+            "get_number_of_tokens_per_expert",
+        )
+    },
+}
+
+
+def assert_refused(symbol: str) -> SeamError:
+    """`install()` names the symbol and the version, and nothing is bound, not even a setting."""
+    before = names()
+    with pytest.raises(SeamError) as caught:
+        megatron_ep_v2.install(num_sms=24, layout="expanded")
+    message = str(caught.value)
+    assert f"megatron-core {megatron_version}: {symbol}" in message
+    assert "\n  found: " in message and "\n  needed: " in message and "\n  fix: " in message
+    assert not rebound(before), "half-applied"
+    assert megatron_ep_v2.status()["installed"] is False
+    assert settings.active().num_sms == 0
+    return caught.value
+
+
+@pytest.mark.parametrize("symbol", DELETED)
+def test_a_missing_symbol(symbol: str, clean: pytest.MonkeyPatch) -> None:
+    clean.delattr(*DELETED[symbol])
+    error = assert_refused(symbol)
+    assert error.found and error.needed
+
+
+@pytest.mark.parametrize("symbol", CHANGED)
+def test_a_changed_signature(symbol: str, clean: pytest.MonkeyPatch) -> None:
+    clean.setattr(*CHANGED[symbol], other_parameters)
+    error = assert_refused(symbol)
+    assert error.found == "its parameters are (hidden, plan)"
+    assert error.needed and error.needed.startswith("parameters (")
+
+
+def test_one_more_parameter_is_a_change(clean: pytest.MonkeyPatch) -> None:
+    def dispatch(
+        self: Any,
+        hidden_states: Any,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+        num_sms: int = 0,
+    ) -> None: ...
+
+    clean.setattr(MANAGER, "dispatch", dispatch)
+    assert_refused(f"{DISPATCHER}._DeepepManager.dispatch")
+
+
+def test_a_symbol_that_is_no_longer_a_function(clean: pytest.MonkeyPatch) -> None:
+    clean.setattr(MANAGER, "dispatch", None)
+    assert_refused(f"{DISPATCHER}._DeepepManager.dispatch")
+
+
+def test_a_helper_of_the_expanded_manager_has_moved(clean: pytest.MonkeyPatch) -> None:
+    """The manager's own module is imported by `install()`, and only then is this helper looked for."""
+    clean.delattr(moe_utils, "get_align_size_for_quantization")
+    clean.delattr(token_dispatcher, "get_align_size_for_quantization")
+    clean.delitem(sys.modules, "megatron_ep_v2.dispatcher", raising=False)
+    before = names()
+    with pytest.raises(SeamError, match="get_align_size_for_quantization") as caught:
+        megatron_ep_v2.install(num_sms=24, layout="expanded")
+    assert megatron_version in str(caught.value)
+    assert not rebound(before) and settings.active().num_sms == 0
+
+
+def test_a_missing_megatron(clean: pytest.MonkeyPatch) -> None:
+    clean.setitem(sys.modules, "megatron.core", None)
+    with pytest.raises(SeamError, match=r"megatron\.core cannot be imported") as caught:
+        megatron_ep_v2.install()
+    assert caught.value.fix and "pip install megatron-core" in caught.value.fix
+    assert megatron_ep_v2.status()["installed"] is False
+
+
+def test_a_megatron_whose_modules_have_moved(clean: pytest.MonkeyPatch) -> None:
+    clean.setitem(sys.modules, A2A, None)
+    with pytest.raises(SeamError, match="fused_a2a cannot be imported"):
+        megatron_ep_v2.install()
+
+
+def test_the_seam_that_moved_back_is_accepted(clean: pytest.MonkeyPatch) -> None:
+    with clean.context() as moved:
+        moved.delattr(token_dispatcher, "_DeepepManager")
+        with pytest.raises(SeamError):
+            megatron_ep_v2.install()
+    before = names()
+    megatron_ep_v2.install()
+    assert rebound(before) == BOUND | {MANAGER_NAME}
+
+
+# ------------------------------------------------------------------------------- a second install() that cannot be done
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [({"layout": "sorted"}, SettingsError), ({"buffer": "elastic"}, UnavailableError)],
+    ids=["a wrong setting", "a buffer that is not here"],
+)
+def test_a_refused_second_install_leaves_the_first(arguments: dict[str, str], error: type[Exception]) -> None:
+    first = megatron_ep_v2.install(layout="compact", num_sms=24)
+    before = names()
+    with pytest.raises(error):
+        megatron_ep_v2.install(**arguments)
+    assert not rebound(before)
+    assert megatron_ep_v2.status() == first
+
+
+@pytest.mark.parametrize("arguments", [{"layout": "sorted"}, {"num_sm": 24}, {"num_sms": -1}], ids=str)
+def test_a_wrong_setting_binds_nothing(arguments: dict[str, Any]) -> None:
+    before = names()
+    with pytest.raises(SettingsError):
+        megatron_ep_v2.install(**arguments)
+    assert not rebound(before)
+    assert megatron_ep_v2.status()["installed"] is False
+
+
+def test_no_buffer_binds_nothing(clean: pytest.MonkeyPatch) -> None:
+    set_cuda(clean, True)
+    set_deep_ep(clean)
+    before = names()
+    with pytest.raises(UnavailableError):
+        megatron_ep_v2.install()
+    assert not rebound(before)
+    assert megatron_ep_v2.status()["installed"] is False
