@@ -47,7 +47,9 @@ def main() -> None:
     if dist.get_rank() == 0:
         for row in rows:
             print(
-                f"{row['shape']:<16} {row['layout']:<9} {row['variant']:<24} {row['us']:>8.0f} us  {row['ratio']:.3f}"
+                f"{row['shape']:<16} {row['layout']:<9} {row['variant']:<22}"
+                f"  alone {row['alone_us']:>6.0f} us {row['alone_ratio']:.3f}"
+                f"  in a row {row['in_a_row_us']:>6.0f} us {row['in_a_row_ratio']:.3f}"
             )
         write_rows(options.out, environment("torchrun --nproc-per-node 8 benchmarks/gpu_layer_cost.py"), rows)
     megatron_ep_v2.destroy_buffers()

@@ -89,7 +89,7 @@ class FusedDispatch(torch.autograd.Function):
         do_expand: bool = False,
         expert_alignment: int = 1,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, Any]:
-        buffer = get_buffer(group, x, token_indices, num_experts, token_probs)
+        buffer = pool.find(group) or get_buffer(group, x, token_indices, num_experts, token_probs)
         recv_x, recv_idx, recv_probs, handle, _ = buffer.dispatch(
             x,
             topk_idx=token_indices,
@@ -134,7 +134,7 @@ class FusedCombine(torch.autograd.Function):
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> tuple[torch.Tensor, None]:
-        buffer = get_buffer(group, x, handle.topk_idx, handle.num_experts)
+        buffer = pool.find(group) or get_buffer(group, x, handle.topk_idx, handle.num_experts)
         combined_x, _, _ = buffer.combine(x, handle, num_sms=handle.num_sms)
         ctx.buffer, ctx.handle = buffer, handle
         return combined_x, None

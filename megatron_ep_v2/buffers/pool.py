@@ -37,6 +37,11 @@ _capacity_source: dict[int, str] = {}  # id(buffer) -> where its capacity came f
 _expected_tokens: Callable[[], int] = int  # int() == 0: unknown
 
 
+def find(group: Any) -> Buffer | None:
+    """The group's buffer, if it was built. Once a layer, so it is no more than a look-up."""
+    return _pool.get(group)
+
+
 def get(
     group: Any,
     *,
