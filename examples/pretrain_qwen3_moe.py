@@ -31,6 +31,7 @@ from qwen3_moe.runtime import AgreedExit, Runtime
 from qwen3_moe.train import DivergedError, Trainer
 
 import megatron_ep_v2
+from megatron_ep_v2 import links
 from megatron_ep_v2.errors import EPError, SettingsError
 
 
@@ -84,13 +85,18 @@ def pretrain(options: Options, runtime: Runtime) -> dict[str, Any]:
     progress = None
     if runtime.is_main:
         progress = Progress(options.out / "metrics.jsonl", trainer.step_number, options.recipe.steps, options.log_every)
+    crossed_before, _ = links.read()
     stopped_by = train_until_done(options, runtime, trainer, samples, progress)
+    crossed_after, unread = links.read()
 
     status = megatron_ep_v2.status() if options.dispatcher == "flex" else None
     if progress is None:
         return {}
     progress.close()
     summary = report.summary(options, runtime, samples, progress.rows, stopped_by, status)
+    # Of this rank's GPU and this host's network devices, by their own counters; empty where none can be read.
+    summary["link_bytes"] = links.difference(crossed_before, crossed_after)
+    summary["link_counters"] = unread or "read"
     _report(options, runtime, samples, progress.rows, summary)
     return summary
 

@@ -110,6 +110,8 @@ def install(**explicit: Any) -> dict[str, Any]:
             setattr(module, name, ours)
         pool.set_expected_tokens(_tokens_per_rank_of_megatron)
     _installation = installation
+    found = probe()
+    logger.info("HAVE_DEEP_EP=%s HAVE_DEEP_EP_V2=%s; %s", found.have_legacy, found.have_elastic, found.describe())
     logger.info("megatron-core %s: %s", version, _sentence(installation))
     return status()
 

@@ -1,0 +1,48 @@
+"""Meeting before a collective teardown: all or none go on, and nobody waits for a rank that does not come."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import torch.distributed as dist
+from harness import run_ranks
+
+from megatron_ep_v2.buffers.teardown import everyone_arrives
+
+LATE = 1
+
+
+def meet(group: Any, delay: float, seconds: float) -> tuple[bool, str]:
+    """Rank 1 comes `delay` seconds late. What the meeting decided, and its warning."""
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logging.getLogger("megatron_ep_v2").addHandler(handler)
+    if group.rank() == LATE:
+        time.sleep(delay)
+    decided = everyone_arrives(group, "test", seconds)
+    logging.getLogger("megatron_ep_v2").removeHandler(handler)
+    dist.barrier(group)
+    return decided, " ".join(said)
+
+
+def test_everyone_comes() -> None:
+    assert run_ranks(4, meet, 0.3, 30.0) == [(True, "")] * 4
+
+
+def test_a_late_rank_is_named_and_finds_that_the_others_gave_up() -> None:
+    answers = run_ranks(4, meet, 3.0, 0.5)
+    assert not any(decided for decided, _ in answers), "all or none may enter the collective"
+    for rank, (_, warning) in enumerate(answers):
+        assert "was given up" in warning
+        assert ("had given up on this rank" if rank == LATE else f"rank(s) [{LATE}] did not arrive") in warning
+
+
+def twice(group: Any) -> list[bool]:
+    return [everyone_arrives(group, "test"), everyone_arrives(group, "test")]
+
+
+def test_meetings_of_one_purpose_are_counted() -> None:
+    assert run_ranks(2, twice) == [[True, True]] * 2
