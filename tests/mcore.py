@@ -104,6 +104,8 @@ def make_config(shape: Shape, split: Split, **more: Any) -> TransformerConfig:
 class Layer:
     """A real router and a real flex dispatcher. Each expert multiplies its rows by a number of its own.
 
+    The router has no layer number: Megatron would add its load-balancing loss to a log of the whole process.
+
     Attributes:
         factors: [experts, tp], the same on all ranks: what each shard of each expert multiplies by.
     """
@@ -114,7 +116,6 @@ class Layer:
         generator = torch.Generator().manual_seed(number)
         torch.manual_seed(number)  # the same router on every rank
         self.router = CpuRouter(config=self.config, pg_collection=groups)
-        self.router.set_layer_number(1)
         self.factors = 0.5 + torch.rand(shape.experts, split.tp, generator=generator)
         num_local = shape.experts // split.ep
         first = groups.ep.rank() * num_local

@@ -264,6 +264,7 @@ def pad_for_quantisation(group: Any, layout: str) -> None:
         probs, routing_map = layer.router(hidden.detach())
         rows, counts, row_probs = layer.dispatch(hidden, probs.detach(), routing_map)
         assert (counts % 16 == 0).all() and len(rows) == len(row_probs) == counts.sum()
+        assert rows.isfinite().all() and row_probs.isfinite().all(), "padding is read by quantised GEMMs"
         real = routing_map.sum(dim=0)
         dist.all_reduce(real)
         assert ((counts - real[layer.local_experts]) < 16).all() and (counts != real[layer.local_experts]).any()

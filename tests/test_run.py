@@ -35,11 +35,9 @@ def run(*arguments: str, cwd: Path, launcher: tuple[str, ...] = (), **variables:
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
-def write(folder: Path, name: str, text: str) -> str:
+def write(folder: Path, name: str, text: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "beside.py").write_text("")
     (folder / name).write_text(text)
-    return name
 
 
 def last_json(done: subprocess.CompletedProcess) -> dict[str, Any]:
@@ -73,6 +71,7 @@ seen["bound"] = token_dispatcher.fused_dispatch.__module__
 def test_a_script_runs_as_if_python_had_started_it(tmp_path: Path) -> None:
     """Its own argv, name and folder; everything bound before; its exit status is the command's."""
     write(tmp_path / "job", "pretrain.py", WITNESS + BOUND + "print(json.dumps(seen), flush=True)\nsys.exit(7)")
+    write(tmp_path / "job", "beside.py", "")
     script = os.path.join("job", "pretrain.py")
     arguments = ["--lr", "1e-3", "--help", "-m", "run"]
     done = run("run", script, *arguments, cwd=tmp_path, MCORE_DEEPEP_V2_LAYOUT="compact")
@@ -88,7 +87,7 @@ def test_a_script_runs_as_if_python_had_started_it(tmp_path: Path) -> None:
 
 
 def test_a_module_runs_as_if_python_had_started_it(tmp_path: Path, without_megatron: dict[str, str]) -> None:
-    write(tmp_path, "unused.py", "")
+    write(tmp_path, "beside.py", "")
     write(tmp_path / "recipes", "__init__.py", "")
     write(tmp_path / "recipes", "pretrain.py", WITNESS + "print(json.dumps(seen))")
     done = run("run", "-m", "recipes.pretrain", "--lr", "1e-3", cwd=tmp_path, **without_megatron)
@@ -101,8 +100,8 @@ def test_a_module_runs_as_if_python_had_started_it(tmp_path: Path, without_megat
     assert seen["status"] == "installed before the script"
 
 
-TRAIN_ONE_STEP = """
-import json, os, sys
+TRAIN_ONE_STEP = r"""
+import json, sys
 import torch, torch.distributed as dist
 import megatron_ep_v2
 from megatron.core.transformer.moe.token_dispatcher import fused_combine, fused_dispatch
@@ -114,10 +113,11 @@ picks, probs = torch.tensor([[0, 1]] * 3), torch.ones(3, 2)
 rows, _, row_probs, counts, handle = fused_dispatch(x, picks, probs, ranks, dist.group.WORLD)
 y, _ = fused_combine(rows * 10, dist.group.WORLD, handle)
 y.sum().backward()
-print(json.dumps({"rank": rank, "argv": sys.argv[1:], "sum": y.sum().item(), "grad": x.grad.sum().item(),
-                  "buffers": [b["class"] for b in megatron_ep_v2.status()["buffers"]]}), flush=True)
+seen = {"rank": rank, "argv": sys.argv[1:], "sum": y.sum().item(), "grad": x.grad.sum().item()}
+seen["buffers"] = [buffer["class"] for buffer in megatron_ep_v2.status()["buffers"]]
 dist.destroy_process_group()
-print(f"left {len(megatron_ep_v2.status()['buffers'])}", flush=True)
+seen["buffers left"] = len(megatron_ep_v2.status()["buffers"])
+sys.stdout.write(json.dumps(seen) + "\n")  # in one piece: the other process writes too
 """
 
 
@@ -127,18 +127,9 @@ def test_under_torchrun(tmp_path: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2")
     done = run("run", "train.py", "--lr", "1e-3", cwd=tmp_path, launcher=launcher, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
-    seen = sorted((json.loads(line) for line in done.stdout.splitlines() if line[0] == "{"), key=lambda s: s["rank"])
-    assert seen == [
-        {
-            "rank": rank,
-            "argv": ["--lr", "1e-3"],
-            "sum": (rank + 1) * 480.0,
-            "grad": 480.0,
-            "buffers": ["ReferenceBuffer"],
-        }
-        for rank in range(2)
-    ]
-    assert done.stdout.count("left 0") == 2, "destroy_process_group() destroyed the buffers first"
+    seen = sorted(map(json.loads, done.stdout.splitlines()), key=lambda of_rank: of_rank["rank"])
+    same = {"argv": ["--lr", "1e-3"], "grad": 480.0, "buffers": ["ReferenceBuffer"], "buffers left": 0}
+    assert seen == [{"rank": rank, "sum": (rank + 1) * 480.0, **same} for rank in range(2)]
     assert done.stderr.count("bound to the reference buffer") == 1
 
 
@@ -172,15 +163,15 @@ def test_usage(arguments: list[str], tmp_path: Path) -> None:
 
 def test_a_megatron_beside_the_script_comes_first_and_must_fit(tmp_path: Path) -> None:
     """The script does not run on a Megatron that it would use and that cannot be bound to."""
-    write(tmp_path, "pretrain.py", "print('ran')")
-    core = tmp_path / "megatron" / "core"
+    write(tmp_path / "job", "pretrain.py", "print('ran')")
+    core = tmp_path / "job" / "megatron" / "core"
     write(core.parent, "__init__.py", "")
     write(core, "__init__.py", "__version__ = '0.99.0'")
     write(core / "transformer", "__init__.py", "")
     write(core / "transformer" / "moe", "__init__.py", "")
     write(core / "transformer" / "moe", "fused_a2a.py", "HAVE_DEEP_EP = False")
     write(core / "transformer" / "moe", "token_dispatcher.py", "")
-    done = run("run", "pretrain.py", cwd=tmp_path)
+    done = run("run", os.path.join("job", "pretrain.py"), cwd=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
     for part in ("SeamError: megatron-core 0.99.0: ", "fused_a2a.fused_dispatch", "fix: "):
         assert part in done.stderr
