@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from megatron_ep_v2.cli.run import run
-from megatron_ep_v2.errors import SettingsError
+from megatron_ep_v2.cli.run import UsageError, run
 
 _USAGE = """usage: python -m megatron_ep_v2 COMMAND ...
 
@@ -20,7 +19,7 @@ def main(arguments: list[str]) -> None:
     elif command == "run":
         try:
             run(rest)
-        except SettingsError as error:
+        except UsageError as error:
             raise SystemExit(f"{error}\n\n{_USAGE}") from error
     else:
         raise SystemExit(f"unknown command {command!r}\n\n{_USAGE}")

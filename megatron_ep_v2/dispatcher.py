@@ -7,15 +7,21 @@ inherited, and so are the attribute names that other Megatron code reads (`token
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import torch
 from megatron.core.transformer.moe import token_dispatcher
-from megatron.core.transformer.moe.moe_utils import get_align_size_for_quantization
 
 from megatron_ep_v2.fused_a2a import fused_dispatch
 
 logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def _warn_of_half_precision(dtype: torch.dtype) -> None:
+    """Once, not in every layer of every step."""
+    logger.warning("router probabilities are %s; set --moe-router-dtype fp32", dtype)
 
 
 class ExpandedManager(token_dispatcher._DeepepManager):  # type: ignore[misc]
@@ -32,7 +38,7 @@ class ExpandedManager(token_dispatcher._DeepepManager):  # type: ignore[misc]
         """
         probs = self.token_probs
         if probs.dtype in (torch.bfloat16, torch.float16):
-            logger.warning("router probabilities are %s; set --moe-router-dtype fp32", probs.dtype)
+            _warn_of_half_precision(probs.dtype)
         self.token_probs = probs.float()
         hidden_states, _, self.dispatched_probs, self.tokens_per_expert, self.handle = fused_dispatch(
             hidden_states,
@@ -60,4 +66,4 @@ class ExpandedManager(token_dispatcher._DeepepManager):  # type: ignore[misc]
         """Megatron's own rule for quantised GEMMs, where a quantised recipe or the padding option asks for it."""
         config = self.config
         wants_padding = config.fp8 or getattr(config, "fp4", None) or config.moe_router_padding_for_quantization
-        return int(get_align_size_for_quantization(config)) if wants_padding else 1
+        return int(token_dispatcher.get_align_size_for_quantization(config)) if wants_padding else 1

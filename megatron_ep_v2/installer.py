@@ -57,6 +57,7 @@ _SEAM: dict[str, dict[str, tuple[str, ...] | None]] = {
         "_DeepepManager.get_restored_hidden_states_by_experts": ("hidden_states",),
         "_DeepepManager.get_number_of_tokens_per_expert": (),
         "MoEFlexTokenDispatcher": None,
+        "get_align_size_for_quantization": ("config",),
     },
 }
 
@@ -77,7 +78,8 @@ _installation: _Installation | None = None
 
 def install(**explicit: Any) -> dict[str, Any]:
     """Make Megatron-Core's flex token dispatcher (backend "deepep") run on this package. Call it before the model is
-    built. A second call without arguments changes nothing; with arguments, it replaces the first.
+    built. A second call without arguments changes nothing; with arguments, it replaces the first (and if it fails then,
+    Megatron is as it was before both).
 
     With only the legacy deep_ep installed, Megatron's own path is left exactly as it is, and the log says so.
 
@@ -182,7 +184,8 @@ def _find_seam() -> tuple[str, dict[str, ModuleType]]:
         version = importlib.metadata.version("megatron-core")
     try:
         core = importlib.import_module(where)
-        version = str(getattr(core, "__version__", version))
+        # Imported inside a git checkout, Megatron appends that checkout's commit: 0.19.2+1a2b3c4.
+        version = str(getattr(core, "__version__", version)).partition("+")[0]
         modules = {name: importlib.import_module(where := name) for name in _SEAM}
     except ImportError as error:
         raise SeamError(
@@ -206,10 +209,14 @@ def _check_symbol(module: ModuleType, dotted: str, parameters: tuple[str, ...] |
     else:
         if parameters is None:
             return
-        have = tuple(name for name in inspect.signature(symbol).parameters if name != "self")
-        if have == parameters:
-            return
-        found = f"its parameters are ({', '.join(have)})"
+        try:
+            have = tuple(name for name in inspect.signature(symbol).parameters if name != "self")
+        except (TypeError, ValueError):
+            found = f"it is {symbol!r}, not a function"
+        else:
+            if have == parameters:
+                return
+            found = f"its parameters are ({', '.join(have)})"
     raise SeamError(
         f"megatron-core {version}: {module.__name__}.{dotted} is not what this package binds to; nothing was changed",
         found=found,

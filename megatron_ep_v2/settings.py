@@ -121,7 +121,9 @@ def _parse(name: str, text: str) -> Any:
     if isinstance(default, bool):
         return {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}.get(text.lower(), text)
     if isinstance(default, int):
-        return int(text) if text.lstrip("-").isdigit() else text
+        with contextlib.suppress(ValueError):
+            return int(text)
+        return text
     return text.lower()
 
 

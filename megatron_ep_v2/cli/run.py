@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import runpy
@@ -11,6 +12,10 @@ from pathlib import Path
 import megatron_ep_v2
 from megatron_ep_v2.errors import EPError, SettingsError
 from megatron_ep_v2.settings import is_first_rank
+
+
+class UsageError(SettingsError):
+    """This command's own arguments cannot be used."""
 
 
 def run(arguments: list[str]) -> None:
@@ -30,13 +35,15 @@ def run(arguments: list[str]) -> None:
     """
     as_module = arguments[:1] == ["-m"]
     script, *rest = (arguments[1:] if as_module else arguments) or [""]
-    if not script or not (as_module or Path(script).is_file()):
-        raise SettingsError(
-            "no script to run" if not script else f"there is no script {script}",
+    kind = "module" if as_module else "script"
+    if not script or not (_is_module(script) if as_module else Path(script).is_file()):
+        raise UsageError(
+            f"no {kind} to run" if not script else f"there is no {kind} {script}",
             needed="the path of a Python file, or -m MODULE",
             fix="python -m megatron_ep_v2 run pretrain_gpt.py --moe-token-dispatcher-type flex ...",
         )
-    sys.path[0] = os.getcwd() if as_module else str(Path(script).resolve().parent)
+    if not getattr(sys.flags, "safe_path", False):  # then nothing stands before PYTHONPATH
+        sys.path[0] = os.getcwd() if as_module else str(Path(script).resolve().parent)
     sys.argv = [script, *rest]
     logger = logging.getLogger("megatron_ep_v2")
     if not logger.handlers:
@@ -53,3 +60,10 @@ def run(arguments: list[str]) -> None:
         runpy.run_module(script, run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(script, run_name="__main__")
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # a package above it is missing
+        return False
