@@ -125,7 +125,8 @@ def test_legacy_only_leaves_megatron_as_it_is(clean: pytest.MonkeyPatch, caplog:
     assert token_dispatcher._DeepepManager is MANAGER
     assert status["installed"] is True and status["buffer"] == "megatron"
     assert "deep_ep 1.2.1 with Buffer" in status["buffer_reason"]
-    [line] = caplog.messages
+    probed, line = caplog.messages
+    assert probed.startswith("HAVE_DEEP_EP=True HAVE_DEEP_EP_V2=")
     assert "nothing was changed" in line and "Megatron's own path stays as it is" in line
 
     megatron_ep_v2.uninstall()
@@ -137,7 +138,8 @@ def test_v2_is_preferred_and_the_log_says_so(clean: pytest.MonkeyPatch, caplog: 
     set_deep_ep(clean, LEGACY, ELASTIC)
     with caplog.at_level(logging.INFO, "megatron_ep_v2"):
         megatron_ep_v2.install()
-    [line] = caplog.messages
+    probed, line = caplog.messages
+    assert probed.startswith("HAVE_DEEP_EP=True HAVE_DEEP_EP_V2=")
     assert "the elastic buffer (deep_ep 2.1.0 with ElasticBuffer, Buffer; V2 is preferred)" in line
 
 

@@ -132,7 +132,8 @@ def test_status_is_json_and_says_what_is_active(caplog: pytest.LogCaptureFixture
     assert status["settings"]["num_sms"] == "24 (install())"
     assert status["settings"]["layout"] == "compact (install())"
     assert status["buffers"] == []
-    [line] = caplog.messages
+    probed, line = caplog.messages
+    assert probed.startswith("HAVE_DEEP_EP=")
     for part in (megatron_version, "the reference buffer (asked for by install())", "compact layout"):
         assert part in line
 

@@ -140,7 +140,8 @@ def test_under_torchrun(tmp_path: Path) -> None:
     ("arguments", "parts"),
     [
         (["run"], ["no script to run", "fix: "]),
-        (["run", "-m"], ["no script to run", "fix: "]),
+        (["run", "-m"], ["no module to run", "fix: "]),
+        (["run", "-m", "no.such.module"], ["there is no module no.such.module", "fix: "]),
         (["run", "nowhere.py", "--lr", "1"], ["there is no script nowhere.py", "fix: "]),
         (["run", "."], ["there is no script ."]),
         (["train.py"], ["unknown command 'train.py'"]),
