@@ -51,7 +51,11 @@ def main() -> None:
                 f"  alone {row['alone_us']:>6.0f} us {row['alone_ratio']:.3f}"
                 f"  in a row {row['in_a_row_us']:>6.0f} us {row['in_a_row_ratio']:.3f}"
             )
-        write_rows(options.out, environment("torchrun --nproc-per-node 8 benchmarks/gpu_layer_cost.py"), rows)
+        write_rows(
+            options.out,
+            environment(f"torchrun --nproc-per-node {dist.get_world_size()} benchmarks/gpu_layer_cost.py"),
+            rows,
+        )
     megatron_ep_v2.destroy_buffers()
     dist.destroy_process_group()
 

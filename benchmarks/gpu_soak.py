@@ -49,7 +49,9 @@ def main() -> None:
         for row in rows:
             print(row)
         assert len({row["compiled_kernels"] for row in warm}) == 1, "kernels were compiled after the warm-up"
-        write_rows(options.out, environment("torchrun --nproc-per-node 8 benchmarks/gpu_soak.py"), rows)
+        write_rows(
+            options.out, environment(f"torchrun --nproc-per-node {dist.get_world_size()} benchmarks/gpu_soak.py"), rows
+        )
     megatron_ep_v2.destroy_buffers()
     dist.destroy_process_group()
 
