@@ -22,7 +22,7 @@ import torch.distributed as dist
 from megatron_ep_v2 import fused_a2a
 from megatron_ep_v2 import settings as settings_module
 from megatron_ep_v2.buffers import pool
-from megatron_ep_v2.errors import SeamError
+from megatron_ep_v2.errors import SeamError, SettingsError
 from megatron_ep_v2.probe import Choice, choose, probe
 
 logger = logging.getLogger("megatron_ep_v2")
@@ -99,10 +99,10 @@ def install(**explicit: Any) -> dict[str, Any]:
         return status()
     settings = settings_module.resolve(**explicit)
     choice = choose(probe(), settings)
+    layout, layout_reason = _choose_layout(settings, choice)
     uninstall()  # before the seam is looked at: it must be Megatron's own
     version, modules = _find_seam()
 
-    layout, layout_reason = _choose_layout(settings, choice)
     installation = _Installation(choice, layout, layout_reason, version)
     settings_module.activate(settings)
     if choice.kind != "megatron":
@@ -170,8 +170,23 @@ def _choose_layout(settings: settings_module.Settings, choice: Choice) -> tuple[
     asked = settings.layout
     if choice.kind in ("megatron", "legacy"):
         if asked == "expanded":
-            logger.warning("layout=expanded was asked for, but deep_ep's legacy Buffer has only the compact one")
+            raise SettingsError(
+                "deep_ep's legacy Buffer has no expanded layout",
+                found=f"layout=expanded from {settings.source('layout')}; {choice.reason}",
+                needed="layout=compact or auto, or deep_ep with ElasticBuffer",
+                fix="unset MCORE_DEEPEP_V2_LAYOUT, or install deep_ep >= 2.0",
+            )
         return "compact", "the legacy Buffer has no other"
+    if choice.kind == "elastic" and not settings.allow_multiple_reduction:
+        # deep_ep 2.1.0: in the expanded layout, weights are carried back only with multiple reduction.
+        if asked == "expanded":
+            raise SettingsError(
+                "the expanded layout cannot be combined with allow_multiple_reduction=false",
+                found=f"layout from {settings.source('layout')}, "
+                f"allow_multiple_reduction from {settings.source('allow_multiple_reduction')}",
+                fix="set MCORE_DEEPEP_V2_LAYOUT=compact, or leave allow_multiple_reduction on",
+            )
+        return "compact", f"allow_multiple_reduction is off ({settings.source('allow_multiple_reduction')})"
     if asked != "auto":
         return asked, f"asked for by {settings.source('layout')}"
     return "expanded", "this buffer sorts rows by expert itself, so nothing is permuted"

@@ -14,7 +14,7 @@ from seam import MANAGER, clean, names, rebound, set_broken_deep_ep, set_cuda, s
 
 import megatron_ep_v2
 from megatron_ep_v2 import fused_a2a as ours
-from megatron_ep_v2.errors import UnavailableError
+from megatron_ep_v2.errors import SettingsError, UnavailableError
 
 __all__ = ["clean"]  # a fixture
 
@@ -170,16 +170,25 @@ def test_a_buffer_asked_for_by_name(machine: Machine, buffer: str, clean: pytest
     assert caught.value.needed and caught.value.fix
 
 
-def test_the_legacy_buffer_has_the_compact_layout_only(
-    clean: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_legacy_buffer_has_the_compact_layout_only(clean: pytest.MonkeyPatch) -> None:
     set_cuda(clean, True)
     set_deep_ep(clean, LEGACY, ELASTIC)
-    with caplog.at_level(logging.WARNING, "megatron_ep_v2"):
-        assert megatron_ep_v2.install(buffer="legacy", layout="expanded")["layout"] == "compact"
+    assert megatron_ep_v2.install(buffer="legacy")["layout"] == "compact"
     assert token_dispatcher._DeepepManager is MANAGER
     assert token_dispatcher.fused_dispatch is ours.fused_dispatch
-    assert "layout=expanded was asked for" in caplog.text
+    with pytest.raises(SettingsError, match="no expanded layout"):
+        megatron_ep_v2.install(buffer="legacy", layout="expanded")
+
+
+def test_the_expanded_layout_needs_multiple_reduction(clean: pytest.MonkeyPatch) -> None:
+    set_cuda(clean, True)
+    set_deep_ep(clean, LEGACY, ELASTIC)
+    status = megatron_ep_v2.install(allow_multiple_reduction=False)
+    assert status["layout"] == "compact" and "allow_multiple_reduction is off (install())" in status["layout_reason"]
+    before = names()
+    with pytest.raises(SettingsError, match="allow_multiple_reduction=false"):
+        megatron_ep_v2.install(allow_multiple_reduction=False, layout="expanded")
+    assert not rebound(before)
 
 
 # ------------------------------------------------------------------------------------------- a deep_ep that cannot load

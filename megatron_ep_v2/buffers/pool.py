@@ -77,7 +77,12 @@ def get(
         check_group_open(group)
         settings = settings_module.active()
         found = probe()
-        kind = choose(found, settings, managed=True).kind
+        kind, refusal = "", None
+        try:
+            kind = choose(found, settings, managed=True).kind
+            check()
+        except EPError as error:  # the others are told before it is raised
+            refusal = error
         beliefs: dict[str, Any] = {
             "hidden": hidden,
             "top-k": num_topk,
@@ -88,11 +93,6 @@ def get(
             "NCCL": loaded_nccl_version() if found.cuda else None,
             **{name: getattr(settings, name) for name in settings_module.NAMES},
         }
-        refusal: EPError | None = None
-        try:
-            check()
-        except EPError as error:
-            refusal = error
         expected = _expected_tokens()
         mine = (refusal is not None, beliefs, max(num_tokens, expected), socket.gethostname())
         # On NCCL this is also the first collective of the group: it makes the communicator that DeepEP borrows.
