@@ -1,0 +1,97 @@
+"""The example as its users start it: torchrun, two processes, small runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "pretrain_qwen3_moe.py"
+SMALL = ["--num-layers", "1", "--num-experts", "8", "--seq-length", "32", "--global-batch-size", "8"]
+SMALL += ["--max-data-mb", "1", "--eval-samples", "4", "--log-every", "1", "--device", "cpu"]
+
+pytestmark = pytest.mark.timeout(150)
+
+
+def command(folder: Path, *arguments: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    return [*launcher, "--nproc-per-node", "2", str(SCRIPT), *SMALL, "--out", str(folder / "out"), *arguments]
+
+
+def train(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(folder, *arguments), capture_output=True, text=True, timeout=140)
+
+
+def summary(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def losses(folder: Path) -> list[tuple[int, float, float]]:
+    rows = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
+
+
+def test_a_resumed_run_continues_exactly(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    result = summary(train(whole, "--steps", "80"))
+    assert result["steps"] == 80 and result["status"]["buffer"] == "reference"
+    assert (whole / "out" / "loss.png").stat().st_size > 0 and (whole / "out" / "loss.svg").stat().st_size > 0
+
+    save = ["--steps", "80", "--save", str(parts / "save"), "--save-interval", "2"]
+    process = subprocess.Popen(command(parts, *save), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 100
+        while not list((parts / "save").glob("*latest*")):
+            assert time.monotonic() < deadline and process.poll() is None, "no checkpoint was written"
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)  # torchrun hands it on
+        process.wait(60)
+    finally:
+        process.kill()
+    stopped_at = losses(parts)[-1][0]
+    assert stopped_at < 80, "the signal came too late to test anything"
+    assert summary(train(parts, *save, "--resume"))["steps"] == 80
+    assert losses(parts) == losses(whole), f"stopped after step {stopped_at}"
+
+
+@pytest.mark.parametrize("kind", ["missing", "binary", "unreadable", "too little"])
+def test_data_that_cannot_be_used(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    if kind == "binary":
+        path.write_bytes(bytes(range(256)) * 100)
+    elif kind == "unreadable":
+        if os.geteuid() == 0:
+            path.mkdir()  # root may read every file: a folder in the place of a file, with a broken link in it
+            (path / "gone.txt").symlink_to(tmp_path / "nowhere")
+        else:
+            path.write_text("text")
+            path.chmod(0)
+    elif kind == "too little":
+        path.write_text("a word")
+    done = train(tmp_path, "--steps", "2", "--data", str(path))
+    assert done.returncode != 0
+    assert str(path) in done.stderr and "\n  fix: " in done.stderr
+    assert done.stderr.count("\n  fix: ") == 1, "said once, not by every rank"
+
+
+def test_megatrons_own_data_files(tmp_path: Path) -> None:
+    import numpy
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix = tmp_path / "corpus"
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        builder.add_document(torch.randint(300, (200,), generator=generator), [200])
+    builder.finalize(f"{prefix}.idx")
+    result = summary(train(tmp_path, "--steps", "2", "--data-path", str(prefix), "--vocab-size", "300"))
+    assert result["steps"] == 2 and 0 < result["val_loss"] < 10
