@@ -114,7 +114,10 @@ def install(**explicit: Any) -> dict[str, Any]:
     _installation = installation
     found = probe()
     logger.info("HAVE_DEEP_EP=%s HAVE_DEEP_EP_V2=%s; %s", found.have_legacy, found.have_elastic, found.describe())
-    logger.info("megatron-core %s: %s", version, _sentence(installation))
+    # Where nobody asked for less than DeepEP V2 and nobody gets it, the log shows it even to who did not set it up.
+    second_best = choice.kind in ("megatron", "reference") and settings.buffer == "auto"
+    level = logging.WARNING if second_best and settings_module.is_first_rank() else logging.INFO
+    logger.log(level, "megatron-core %s: %s", version, _sentence(installation))
     return status()
 
 

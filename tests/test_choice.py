@@ -143,6 +143,16 @@ def test_v2_is_preferred_and_the_log_says_so(clean: pytest.MonkeyPatch, caplog: 
     assert "the elastic buffer (deep_ep 2.1.0 with ElasticBuffer, Buffer; V2 is preferred)" in line
 
 
+def test_what_is_not_deepep_v2_is_said_aloud(clean: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """Above the level that an unconfigured logger shows; a choice by name needs no warning."""
+    set_cuda(clean, False)
+    with caplog.at_level(logging.WARNING, "megatron_ep_v2"):
+        megatron_ep_v2.install()
+        megatron_ep_v2.install(buffer="reference")
+    [line] = caplog.messages
+    assert "the reference buffer (no CUDA device here" in line
+
+
 def test_the_generation_is_told_by_the_api_and_not_by_the_version(clean: pytest.MonkeyPatch) -> None:
     set_cuda(clean, True)
     set_deep_ep(clean, LEGACY, version="2.9.0")
