@@ -14,7 +14,7 @@ from megatron_ep_v2.buffers.teardown import everyone_arrives
 LATE = 1
 
 
-def meet(group: Any, delay: float, seconds: float) -> tuple[bool, str]:
+def meet(group: Any, delay: float, seconds: float, barrier: bool = True) -> tuple[bool, str]:
     """Rank 1 comes `delay` seconds late. What the meeting decided, and its warning."""
     said: list[str] = []
     handler = logging.Handler()
@@ -24,7 +24,8 @@ def meet(group: Any, delay: float, seconds: float) -> tuple[bool, str]:
         time.sleep(delay)
     decided = everyone_arrives(group, "test", seconds)
     logging.getLogger("megatron_ep_v2").removeHandler(handler)
-    dist.barrier(group)
+    if barrier:
+        dist.barrier(group)
     return decided, " ".join(said)
 
 
@@ -38,6 +39,16 @@ def test_a_late_rank_is_named_and_finds_that_the_others_gave_up() -> None:
     for rank, (_, warning) in enumerate(answers):
         assert "was given up" in warning
         assert ("had given up on this rank" if rank == LATE else f"rank(s) [{LATE}] did not arrive") in warning
+
+
+def too_late(group: Any) -> tuple[bool, str]:
+    dist.destroy_process_group()
+    return meet(group, 0.0, 5.0, barrier=False)
+
+
+def test_a_group_that_is_gone_is_no_reason_to_hang_or_to_raise() -> None:
+    for decided, warning in run_ranks(2, too_late):
+        assert not decided and "comes too late" in warning
 
 
 def twice(group: Any) -> list[bool]:

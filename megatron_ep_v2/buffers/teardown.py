@@ -8,6 +8,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_ep_v2.buffers.checks import check_group_open
+from megatron_ep_v2.errors import ClosedError
+
 logger = logging.getLogger("megatron_ep_v2")
 
 MEETING_SECONDS = 10  # ranks leave a training loop within seconds of each other, or not at all
@@ -27,6 +30,11 @@ def everyone_arrives(group: Any, purpose: str, seconds: float = MEETING_SECONDS)
         The same on every rank that asks: True when all arrived; else False, after a warning that names the absent ranks
         or the lost store.
     """
+    try:
+        check_group_open(group)
+    except ClosedError as error:
+        logger.warning("%s comes too late: %s; its memory is freed when this process ends", purpose, error.what)
+        return False
     members = dist.get_process_group_ranks(group)
     number = _meetings[group.group_name, purpose] = _meetings.get((group.group_name, purpose), 0) + 1
     prefix = f"megatron_ep_v2/{group.group_name}/{purpose}/{number}"
