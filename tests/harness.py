@@ -249,13 +249,12 @@ def _run_one(
     os.environ.update(env)
     if backend == "nccl":
         torch.cuda.set_device(rank)
-    dist.init_process_group(
-        backend,
-        store=dist.FileStore(store, size),
-        rank=rank,
-        world_size=size,
-        timeout=datetime.timedelta(seconds=timeout + GRACE),  # the test process is the judge of time
-    )
+    limit = datetime.timedelta(seconds=timeout + GRACE)  # the test process is the judge of time
+    meeting = dist.FileStore(store, size)
+    dist.init_process_group(backend, store=meeting, rank=rank, world_size=size, timeout=limit)
+    # A rank with nothing to do must not close its connections while another one is still being connected.
+    meeting.set(f"connected/{rank}", "")
+    meeting.wait([f"connected/{other}" for other in range(size)], limit)
     try:
         return fn(dist.group.WORLD, *args)
     finally:
