@@ -9,6 +9,7 @@ The others are compared with the first run. Prints the first step's losses, thei
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 from pathlib import Path
@@ -28,6 +29,7 @@ def main() -> None:
     options = parser.parse_args()
     runs = [_load(*run.split("=", 1)) for run in options.runs]
 
+    options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("w") as file:
         for run in runs:
             file.write(json.dumps({"run": run["name"], "environment": run["summary"]}) + "\n")
@@ -51,7 +53,7 @@ def _load(name: str, folder: str) -> dict[str, Any]:
 
 def _plot(runs: list[dict[str, Any]], out: Path, caption: str) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for run, style in zip(runs, ("-", "--", ":", "-."), strict=False):
+    for run, style in zip(runs, itertools.cycle(("-", "--", ":", "-.")), strict=False):
         axes.plot([row["step"] for row in run["rows"]], [row["loss"] for row in run["rows"]], style, label=run["name"])
     axes.set(xlabel="step", ylabel="training loss, nats per byte")
     axes.grid(alpha=0.3)

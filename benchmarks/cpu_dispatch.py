@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--topk", type=int, default=8)
     parser.add_argument("--dtype", choices=sorted(TOLERANCE), default="float32")
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--out", type=Path, help="append rows, below an environment header, to this JSONL file")
+    parser.add_argument("--out", type=Path, help="write rows, below an environment header, to this JSONL file")
     options = parser.parse_args()
 
     rows = []

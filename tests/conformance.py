@@ -18,7 +18,7 @@ import pytest
 import torch
 from cases import Batch, Case, edge_cases, make_batches
 from compare import assert_sums, check_compact, check_expanded, check_handle, same_bits
-from exercise import Delivery, Layout, Trace, exercise, returned_rows, returned_weights
+from exercise import Delivery, Layout, Trace, exercise_all, returned_rows, returned_weights
 from harness import RanksError, run_ranks
 
 from megatron_ep_v2.buffers.contract import BufferSpec
@@ -46,6 +46,7 @@ class BufferConformance:
         repeatable: Two equal dispatches deliver in the same order.
         accepts_strided: Non-contiguous inputs are accepted.
         cached_weights: A cached dispatch carries weights too.
+        timeout: Seconds for one process group.
     """
 
     factory: ClassVar[Callable[[Any, BufferSpec], Any]]
@@ -58,22 +59,33 @@ class BufferConformance:
     repeatable: ClassVar[bool] = True
     accepts_strided: ClassVar[bool] = False
     cached_weights: ClassVar[bool] = True
-    _traces: ClassVar[dict[Any, list[dict[Layout, Trace]] | RanksError]] = {}
+    timeout: ClassVar[float] = 60.0
+    _traces: ClassVar[dict[Any, list[dict[Case, dict[Layout, Trace]]] | RanksError]] = {}
 
     def traces(self, case: Case, layout: Layout) -> list[Trace]:
-        """Of all ranks; each batch runs once, in all its layouts."""
-        key = (type(self), case)
+        """Of all ranks; each batch runs once, in all its layouts, in one process group with those of its `bundle`."""
+        key = (type(self), self.bundle(case))
         if key not in self._traces:
-            layouts = [wanted for other, wanted in self.runs() if other == case]
-            args = (self.factory, self.device, case, layouts, self.cached_weights)
+            layouts: dict[Case, list[Layout]] = {}
+            for other, wanted in self.runs():
+                if self.bundle(other) == self.bundle(case):
+                    layouts.setdefault(other, []).append(wanted)
+            args = (self.factory, self.device, layouts, self.cached_weights)
             try:
-                self._traces[key] = run_ranks(case.size, exercise, *args, backend=self.backend)
+                self._traces[key] = run_ranks(
+                    case.size, exercise_all, *args, backend=self.backend, timeout=self.timeout
+                )
             except RanksError as error:
                 self._traces[key] = error
         found = self._traces[key]
         if isinstance(found, RanksError):
             raise found
-        return [by_layout[layout] for by_layout in found]
+        return [by_case[case][layout] for by_case in found]
+
+    @classmethod
+    def bundle(cls, case: Case) -> Any:
+        """Batches with equal bundles share a process group: each alone, so that one that fails fails alone."""
+        return case
 
     @classmethod
     def runs(cls) -> Iterator[tuple[Case, Layout]]:

@@ -122,6 +122,19 @@ def rows_to_combine(case: Case, rank: int, handle: Any, do_expand: bool) -> tupl
     return (strided_copy(rows), strided_copy(weights)) if case.strided else (rows, weights)
 
 
+def exercise_all(
+    group: Any,
+    factory: Callable[[Any, BufferSpec], Any],
+    device_kind: str,
+    layouts: dict[Case, list[Layout]],
+    cached_weights: bool,
+) -> dict[Case, dict[Layout, Trace]]:
+    """Runs in every rank: several batches of one group size."""
+    return {
+        case: exercise(group, factory, device_kind, case, wanted, cached_weights) for case, wanted in layouts.items()
+    }
+
+
 def exercise(
     group: Any,
     factory: Callable[[Any, BufferSpec], Any],

@@ -33,7 +33,7 @@ _KINDS: dict[str, Callable[..., Buffer]] = {
 }
 
 _pool: dict[Any, Buffer] = {}  # by process group
-_capacity_source: dict[int, str] = {}  # id(buffer) -> where its capacity came from
+_capacity_source: dict[Any, str] = {}  # by process group
 _expected_tokens: Callable[[], int] = int  # int() == 0: unknown
 
 
@@ -108,7 +108,7 @@ def get(
         capacity = settings.num_max_tokens_per_rank or most
         spec = BufferSpec(num_max_tokens_per_rank=capacity, hidden=hidden, num_topk=num_topk, num_experts=num_experts)
         buffer = _pool[group] = _KINDS[kind](group, spec, settings, list(hosts))
-        _capacity_source[id(buffer)] = (
+        _capacity_source[group] = (
             settings.source("num_max_tokens_per_rank")
             if settings.num_max_tokens_per_rank
             else "Megatron's sequence length and micro-batch size"
@@ -124,7 +124,7 @@ def describe(buffer: Buffer, settings: Settings) -> dict[str, str]:
     return {
         "class": type(buffer).__name__,
         "ranks": str(buffer.group.size()),
-        "num_max_tokens_per_rank": f"{buffer.num_max_tokens_per_rank} ({_capacity_source[id(buffer)]})",
+        "num_max_tokens_per_rank": f"{buffer.num_max_tokens_per_rank} ({_capacity_source[buffer.group]})",
         "num_sms": _explain(buffer.num_sms, settings, "num_sms"),
         "num_qps": _explain(buffer.num_qps, settings, "num_qps"),
         "num_bytes": str(buffer.num_bytes),
@@ -154,7 +154,7 @@ def destroy_buffers(group: Any = None) -> None:
     everything = group is None or group is dist.group.WORLD
     for member in reversed([member for member in _pool if everything or member is group]):
         buffer = _pool.pop(member)
-        _capacity_source.pop(id(buffer))
+        _capacity_source.pop(member)
         buffer.destroy()
 
 

@@ -1,4 +1,4 @@
-"""fused_dispatch and fused_combine on deep_ep's buffers: against the reference on the same GPUs and the fp64 oracle."""
+"""fused_dispatch and fused_combine on deep_ep's buffers and on the reference, on GPUs, against fp64."""
 
 from __future__ import annotations
 
