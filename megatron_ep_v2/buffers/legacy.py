@@ -14,7 +14,7 @@ import torch
 from megatron_ep_v2.buffers.checks import check_combine, check_dispatch, check_group_open
 from megatron_ep_v2.buffers.contract import BufferSpec, Payload
 from megatron_ep_v2.buffers.teardown import everyone_arrives
-from megatron_ep_v2.errors import ClosedError, InputError
+from megatron_ep_v2.errors import ClosedError, InputError, SettingsError, UnavailableError
 from megatron_ep_v2.probe import import_deep_ep
 from megatron_ep_v2.settings import Settings
 
@@ -71,6 +71,10 @@ class LegacyBuffer:
         spec: What the buffer is built for; V1 sizes by hidden size alone.
         settings: The settings in force.
         hosts: Unused; V1 finds its hosts itself.
+
+    Raises:
+        SettingsError: An odd number of SMs.
+        UnavailableError: deep_ep could not build the buffer.
     """
 
     supports_expand = False
@@ -81,6 +85,13 @@ class LegacyBuffer:
         self.num_max_tokens_per_rank = spec.num_max_tokens_per_rank
         self.num_sms = settings.num_sms or DEFAULT_NUM_SMS
         self.num_qps = 0  # not a choice of this class
+        if self.num_sms % 2:
+            raise SettingsError(
+                "deep_ep's legacy Buffer sends with one half of its SMs and receives with the other",
+                found=f"num_sms={self.num_sms} from {settings.source('num_sms')}",
+                needed="an even number",
+                fix="set MCORE_DEEPEP_V2_NUM_SMS (or Megatron's SM count) to an even number",
+            )
         kind.set_num_sms(self.num_sms)
         hidden_bytes = spec.hidden * 2
         configs = (kind.get_dispatch_config(group.size()), kind.get_combine_config(group.size()))
@@ -89,7 +100,15 @@ class LegacyBuffer:
         # Early V1 has no explicit destroy; its destructor then releases the buffer.
         self._explicit = "explicitly_destroy" in inspect.signature(kind).parameters
         options = {"explicitly_destroy": True} if self._explicit else {}
-        self._buffer: Any = kind(group, num_nvl_bytes, num_rdma_bytes, **options)
+        try:
+            self._buffer: Any = kind(group, num_nvl_bytes, num_rdma_bytes, **options)
+        except (RuntimeError, AssertionError) as error:
+            raise UnavailableError(
+                f"deep_ep could not build a legacy Buffer for a group of {group.size()}",
+                found=f"{type(error).__name__}: {error}",
+                needed="NVLink between the ranks of a host; between hosts RDMA, and deep_ep built with NVSHMEM",
+                fix="keep expert parallelism inside one host, or install what the message names",
+            ) from error
         self.num_bytes = num_nvl_bytes + num_rdma_bytes
 
     def capture(self) -> Any:
@@ -183,7 +202,7 @@ class LegacyBuffer:
     ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
         """See `contract.Buffer.combine`."""
         self._check_open()
-        check_combine(x, handle, topk_weights, self.group.rank())
+        check_combine(x, handle, topk_weights, self.group)
         if topk_weights is not None:  # V1 adds up what all ranks send for a pick, so only its own rank may send
             topk_weights = topk_weights.masked_fill(handle.recv_topk_idx < 0, 0.0)
         return self._buffer.combine(
