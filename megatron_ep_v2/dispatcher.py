@@ -29,6 +29,20 @@ class ExpandedManager(token_dispatcher._DeepepManager):  # type: ignore[misc]
 
     token_probs: torch.Tensor
 
+    def setup_metadata(self, routing_map: torch.Tensor, probs: torch.Tensor) -> None:
+        """The picks of each token, in any order: dispatch sorts rows by expert, so sorting here would be lost work.
+
+        Args:
+            routing_map: [T, ...] bool over the group's experts; unused, the probabilities say the same.
+            probs: [T, ...], dense over the group's experts.
+
+        Sets `token_probs` [T, K] and `token_indices` [T, K] int64, -1 where the capacity factor dropped a pick.
+        """
+        probs = probs.reshape(len(probs), self.num_experts)
+        self.token_probs, self.token_indices = torch.topk(probs, self.router_topk, dim=-1, sorted=False)
+        if self.capacity_factor is not None:
+            self.token_indices = self.token_indices.masked_fill(self.token_probs == 0, -1)
+
     def dispatch(
         self, hidden_states: torch.Tensor, async_finish: bool = False, allocate_on_comm_stream: bool = False
     ) -> torch.Tensor:
