@@ -18,6 +18,7 @@ layer (benchmarks/gpu_layer_cost.py measures it) and keep freed memory from bein
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
 import torch
@@ -103,7 +104,8 @@ class FusedDispatch(torch.autograd.Function):
         ctx.buffer, ctx.handle = buffer, handle
         ctx.rows, ctx.probs = _Like(recv_x), _Like(recv_probs)
         ctx.set_materialize_grads(False)  # else zeros are written for the outputs that have no gradient
-        tokens_per_expert = torch.tensor(handle.num_recv_tokens_per_expert_list, dtype=torch.int64)
+        # Not torch.tensor(list), which takes three times as long: the experts' first kernel waits for this line.
+        tokens_per_expert = torch.frombuffer(array("q", handle.num_recv_tokens_per_expert_list), dtype=torch.int64)
         return recv_x, recv_idx, recv_probs, tokens_per_expert, handle
 
     @staticmethod

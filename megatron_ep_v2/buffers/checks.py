@@ -1,6 +1,7 @@
 """Checks that every buffer shares: what a call may be given, and what must be equal over a group.
 
-None of them waits for a device: the range of the picks is checked on CPU tensors only.
+None of them waits for a device: the range of the picks is checked on CPU tensors only. They run in every layer, so a
+good call builds no text.
 """
 
 from __future__ import annotations
@@ -45,11 +46,10 @@ def check_dispatch(
     Raises:
         InputError, TokenCapacityError: With the rank, what was found and how to fix it.
     """
-    where = f"rank {group.rank()}"
     rows, scales = x if isinstance(x, tuple) else (x, None)
     if rows.dim() != 2:
         raise InputError(
-            f"{where}: the hidden states of a dispatch must be a matrix",
+            f"rank {group.rank()}: the hidden states of a dispatch must be a matrix",
             found=f"shape {tuple(rows.shape)}",
             needed="[tokens, hidden]",
             fix="flatten sequence and batch first: x.view(-1, hidden)",
@@ -57,46 +57,47 @@ def check_dispatch(
     num_tokens = rows.shape[0]
     if scales is not None and (scales.dim() != 2 or len(scales) != num_tokens or scales.element_size() != 4):
         raise InputError(
-            f"{where}: the scales of an fp8 payload do not fit it",
+            f"rank {group.rank()}: the scales of an fp8 payload do not fit it",
             found=f"{scales.dtype} {tuple(scales.shape)} for {num_tokens} tokens",
             needed=f"[{num_tokens}, scales] with 4-byte elements (float32, or int32 packs of four UE8M0)",
             fix="pass x=(values, scales) as one quantisation made them",
         )
     if handle is not None:
-        _check_cached(where, num_tokens, topk_idx, topk_weights, handle, do_expand)
+        _check_cached(group, num_tokens, topk_idx, topk_weights, handle, do_expand)
         return
-    _check_picks(where, rows, topk_idx, topk_weights, num_experts, group.size())
+    _check_picks(group, rows, topk_idx, topk_weights, num_experts)
     if num_tokens > capacity:
         raise TokenCapacityError(
-            f"{where} has {num_tokens} tokens to dispatch; its group agreed on num_max_tokens_per_rank={capacity}",
+            f"rank {group.rank()} has {num_tokens} tokens to dispatch; "
+            f"its group agreed on num_max_tokens_per_rank={capacity}",
             fix=f"set {CAPACITY_VARIABLE}={num_tokens} or more (the same on every rank)",
         )
 
 
 def _check_picks(
-    where: str,
+    group: Any,
     rows: torch.Tensor,
     topk_idx: torch.Tensor | None,
     topk_weights: torch.Tensor | None,
     num_experts: int | None,
-    num_ranks: int,
 ) -> None:
+    num_ranks = group.size()
     if num_experts is None or num_experts <= 0 or num_experts % num_ranks:
         raise InputError(
-            f"{where}: num_experts={num_experts} cannot be spread over a group of {num_ranks}",
+            f"rank {group.rank()}: num_experts={num_experts} cannot be spread over a group of {num_ranks}",
             needed=f"a positive multiple of {num_ranks}",
             fix="choose --num-experts and --expert-model-parallel-size so that one divides the other",
         )
     if topk_idx is None or topk_idx.dtype != torch.int64 or topk_idx.dim() != 2 or len(topk_idx) != len(rows):
         raise InputError(
-            f"{where}: topk_idx does not fit the hidden states",
+            f"rank {group.rank()}: topk_idx does not fit the hidden states",
             found="None" if topk_idx is None else f"{topk_idx.dtype} {tuple(topk_idx.shape)}",
             needed=f"torch.int64 [{len(rows)}, top-k]",
             fix="pass the indices of torch.topk over the routing probabilities (int64, one row per token)",
         )
     if not 1 <= topk_idx.shape[1] <= MAX_TOPK:
         raise InputError(
-            f"{where}: top-k of {topk_idx.shape[1]} cannot be dispatched",
+            f"rank {group.rank()}: top-k of {topk_idx.shape[1]} cannot be dispatched",
             needed=f"1 to {MAX_TOPK} picks per token (a limit of deep_ep's kernels)",
             fix="lower --moe-router-topk (times the expert tensor parallel size)",
         )
@@ -104,7 +105,7 @@ def _check_picks(
         wanted = (torch.float32, torch.float64) if rows.dtype == torch.float64 else (torch.float32,)
         if topk_weights.shape != topk_idx.shape or topk_weights.dtype not in wanted:
             raise InputError(
-                f"{where}: topk_weights does not fit topk_idx",
+                f"rank {group.rank()}: topk_weights does not fit topk_idx",
                 found=f"{topk_weights.dtype} {tuple(topk_weights.shape)}",
                 needed=f"{wanted[-1]} {tuple(topk_idx.shape)}",
                 fix="set --moe-router-dtype fp32, or cast the probabilities with .float()",
@@ -112,7 +113,7 @@ def _check_picks(
     if topk_idx.is_cpu and topk_idx.numel() and not -1 <= int(topk_idx.min()) <= int(topk_idx.max()) < num_experts:
         token = int(((topk_idx < -1) | (topk_idx >= num_experts)).any(dim=1).nonzero()[0])
         raise InputError(
-            f"{where}: token {token} picks an expert that does not exist",
+            f"rank {group.rank()}: token {token} picks an expert that does not exist",
             found=f"topk_idx[{token}] = {topk_idx[token].tolist()}",
             needed=f"ids from 0 to {num_experts - 1}, or -1 for no pick",
             fix="num_experts must count the experts of the whole group (times the expert tensor parallel size)",
@@ -120,7 +121,7 @@ def _check_picks(
 
 
 def _check_cached(
-    where: str,
+    group: Any,
     num_tokens: int,
     topk_idx: torch.Tensor | None,
     topk_weights: torch.Tensor | None,
@@ -129,31 +130,32 @@ def _check_cached(
 ) -> None:
     if topk_idx is not None:
         raise InputError(
-            f"{where}: topk_idx and handle were both given", fix="pass one: the handle repeats its own picks"
+            f"rank {group.rank()}: topk_idx and handle were both given",
+            fix="pass one: the handle repeats its own picks",
         )
     if do_expand != handle.do_expand:
         raise InputError(
-            f"{where}: the handle's layout is not the one asked for",
+            f"rank {group.rank()}: the handle's layout is not the one asked for",
             found=f"handle.do_expand={handle.do_expand}, do_expand={do_expand}",
             fix="pass do_expand=handle.do_expand",
         )
     if num_tokens != len(handle.topk_idx) or (topk_weights is not None and topk_weights.shape != handle.topk_idx.shape):
         weights = "" if topk_weights is None else f" and weights {tuple(topk_weights.shape)}"
         raise InputError(
-            f"{where}: a cached dispatch must bring as many tokens as the first one",
+            f"rank {group.rank()}: a cached dispatch must bring as many tokens as the first one",
             found=f"{num_tokens} tokens{weights}",
             needed=f"{len(handle.topk_idx)} tokens, weights {tuple(handle.topk_idx.shape)}",
             fix="use the handle only for gradients or replays of the batch that it was made for",
         )
 
 
-def check_combine(x: torch.Tensor, handle: Any, topk_weights: torch.Tensor | None, rank: int) -> None:
+def check_combine(x: torch.Tensor, handle: Any, topk_weights: torch.Tensor | None, group: Any) -> None:
     """Check the arguments of a combine, as `contract.Buffer.combine` names them. Raises InputError."""
     num_rows = handle.num_expanded_tokens if handle.do_expand else handle.num_recv_tokens
     layout = "expanded" if handle.do_expand else "compact"
     if x.dim() != 2 or len(x) != num_rows or x.dtype == torch.float8_e4m3fn:
         raise InputError(
-            f"rank {rank}: the rows to combine are not those of the dispatch",
+            f"rank {group.rank()}: the rows to combine are not those of the dispatch",
             found=f"{x.dtype} {tuple(x.shape)}",
             needed=f"[{num_rows}, hidden] ({layout} layout), not fp8",
             fix="return one row for each row that the dispatch delivered, in its order",
@@ -162,7 +164,7 @@ def check_combine(x: torch.Tensor, handle: Any, topk_weights: torch.Tensor | Non
         shape = (num_rows,) if handle.do_expand else (num_rows, handle.topk_idx.shape[1])
         if tuple(topk_weights.shape) != shape or topk_weights.dtype not in (torch.float32, torch.float64):
             raise InputError(
-                f"rank {rank}: the weights to combine are not those of the dispatch",
+                f"rank {group.rank()}: the weights to combine are not those of the dispatch",
                 found=f"{topk_weights.dtype} {tuple(topk_weights.shape)}",
                 needed=f"torch.float32 {shape} ({layout} layout)",
                 fix="pass the gradient of the weights that the dispatch delivered",

@@ -106,7 +106,9 @@ class ElasticBuffer:
         do_zero_padding: bool = False,
     ) -> tuple[Payload, torch.Tensor | None, torch.Tensor | None, Any, Any]:
         """See `contract.Buffer.dispatch`. InputError, TokenCapacityError, ClosedError come before any kernel runs."""
-        self._check_open()
+        self._check_built()
+        if handle is None:
+            check_group_open(self.group)
         capacity = num_max_tokens_per_rank or self.num_max_tokens_per_rank
         check_dispatch(x, topk_idx, topk_weights, num_experts, capacity, handle, do_expand, self.group)
         self._check_rows(
@@ -149,8 +151,8 @@ class ElasticBuffer:
         allocate_on_comm_stream: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
         """See `contract.Buffer.combine`. Raises InputError and ClosedError before any kernel runs."""
-        self._check_open()
-        check_combine(x, handle, topk_weights, self.group.rank())
+        self._check_built()
+        check_combine(x, handle, topk_weights, self.group)
         self._check_rows(x, torch.bfloat16)
         return self._buffer.combine(
             x,
@@ -171,10 +173,9 @@ class ElasticBuffer:
         if everyone_arrives(self.group, "ElasticBuffer.destroy"):
             buffer.destroy()
 
-    def _check_open(self) -> None:
+    def _check_built(self) -> None:
         if self._buffer is None:
             raise ClosedError("this ElasticBuffer was destroyed", fix="ask get_buffer() for a new one")
-        check_group_open(self.group)
 
     def _check_rows(self, rows: torch.Tensor, dtype: torch.dtype) -> None:
         if rows.dtype != dtype or not rows.is_cuda or rows.shape[1] != self.spec.hidden:

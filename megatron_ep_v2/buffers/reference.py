@@ -157,7 +157,7 @@ class ReferenceBuffer:
             ClosedError: The buffer or its group was destroyed.
         """
         self._check_open()
-        check_combine(x, handle, topk_weights, self.rank)
+        check_combine(x, handle, topk_weights, self.group)
         columns = [x]
         weights = topk_weights
         if handle.do_expand:
