@@ -6,11 +6,7 @@ Megatron's `token_dispatcher` imports `fused_dispatch` and its kin by name, so t
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import importlib
-import importlib.metadata
-import inspect
 import logging
 import sys
 from dataclasses import dataclass, field
@@ -22,44 +18,11 @@ import torch.distributed as dist
 from megatron_ep_v2 import fused_a2a
 from megatron_ep_v2 import settings as settings_module
 from megatron_ep_v2.buffers import pool
-from megatron_ep_v2.errors import SeamError, SettingsError
+from megatron_ep_v2.errors import SettingsError
 from megatron_ep_v2.probe import Choice, choose, probe
+from megatron_ep_v2.seam import FUSED_A2A, TOKEN_DISPATCHER, find_seam
 
 logger = logging.getLogger("megatron_ep_v2")
-
-_FUSED_A2A = "megatron.core.transformer.moe.fused_a2a"
-_TOKEN_DISPATCHER = "megatron.core.transformer.moe.token_dispatcher"
-_CALL = ("hidden_states", "async_finish", "allocate_on_comm_stream")
-
-# What must be there, by module: name -> parameters in order (without self), or None where only the name counts.
-# The functions themselves are None when Megatron found no deep_ep; their autograd classes then stand for the signature.
-_SEAM: dict[str, dict[str, tuple[str, ...] | None]] = {
-    _FUSED_A2A: {
-        "HAVE_DEEP_EP": None,
-        "fused_dispatch": None,
-        "fused_combine": None,
-        "set_deepep_num_sms": None,
-        "FusedDispatch.forward": (
-            *("ctx", "x", "token_indices", "token_probs", "num_experts", "group"),
-            *("async_finish", "allocate_on_comm_stream"),
-        ),
-        "FusedCombine.forward": ("ctx", "x", "group", "handle", "async_finish", "allocate_on_comm_stream"),
-    },
-    _TOKEN_DISPATCHER: {
-        "fused_dispatch": None,
-        "fused_combine": None,
-        "set_deepep_num_sms": None,
-        "_DeepepManager.__init__": ("group", "num_local_experts", "router_topk", "num_experts", "config"),
-        "_DeepepManager.setup_metadata": ("routing_map", "probs"),
-        "_DeepepManager.dispatch": _CALL,
-        "_DeepepManager.combine": _CALL,
-        "_DeepepManager.get_permuted_hidden_states_by_experts": ("hidden_states",),
-        "_DeepepManager.get_restored_hidden_states_by_experts": ("hidden_states",),
-        "_DeepepManager.get_number_of_tokens_per_expert": (),
-        "MoEFlexTokenDispatcher": None,
-        "get_align_size_for_quantization": ("config",),
-    },
-}
 
 
 @dataclass
@@ -101,7 +64,7 @@ def install(**explicit: Any) -> dict[str, Any]:
     choice = choose(probe(), settings)
     layout, layout_reason = _choose_layout(settings, choice)
     uninstall()  # before the seam is looked at: it must be Megatron's own
-    version, modules = _find_seam()
+    version, modules = find_seam()
 
     installation = _Installation(choice, layout, layout_reason, version)
     settings_module.activate(settings)
@@ -195,60 +158,12 @@ def _choose_layout(settings: settings_module.Settings, choice: Choice) -> tuple[
     return "expanded", "this buffer sorts rows by expert itself, so nothing is permuted"
 
 
-def _find_seam() -> tuple[str, dict[str, ModuleType]]:
-    """Megatron-Core's version and the two modules to bind in, every name and signature checked."""
-    version, where = "of unknown version", "megatron.core"
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a source tree has no metadata
-        version = importlib.metadata.version("megatron-core")
-    try:
-        core = importlib.import_module(where)
-        # Imported inside a git checkout, Megatron appends that checkout's commit: 0.19.2+1a2b3c4.
-        version = str(getattr(core, "__version__", version)).partition("+")[0]
-        modules = {name: importlib.import_module(where := name) for name in _SEAM}
-    except ImportError as error:
-        raise SeamError(
-            f"{where} cannot be imported: {error}",
-            needed="megatron-core 0.16 to 0.19 (or a Megatron-LM source tree of that age on the path)",
-            fix="pip install megatron-core, or install the package that the message names",
-        ) from error
-    for module_name, names in _SEAM.items():
-        for dotted, parameters in names.items():
-            _check_symbol(modules[module_name], dotted, parameters, version)
-    return version, modules
-
-
-def _check_symbol(module: ModuleType, dotted: str, parameters: tuple[str, ...] | None, version: str) -> None:
-    symbol: Any = module
-    for part in dotted.split("."):
-        if not hasattr(symbol, part):
-            found = "it is not there"
-            break
-        symbol = getattr(symbol, part)
-    else:
-        if parameters is None:
-            return
-        try:
-            have = tuple(name for name in inspect.signature(symbol).parameters if name != "self")
-        except (TypeError, ValueError):
-            found = f"it is {symbol!r}, not a function"
-        else:
-            if have == parameters:
-                return
-            found = f"its parameters are ({', '.join(have)})"
-    raise SeamError(
-        f"megatron-core {version}: {module.__name__}.{dotted} is not what this package binds to; nothing was changed",
-        found=found,
-        needed="a symbol of that name" if parameters is None else f"parameters ({', '.join(parameters)})",
-        fix="use a tested version of megatron-core (0.16.1 to 0.19.2), or a newer megatron_ep_v2",
-    )
-
-
 def _bindings(modules: dict[str, ModuleType], layout: str) -> list[tuple[ModuleType, str, Any]]:
     """Everything to bind: module, name, our object."""
     ours = [
-        (modules[_FUSED_A2A], "HAVE_DEEP_EP", probe().have_legacy or probe().have_elastic),
-        (modules[_FUSED_A2A], "FusedDispatch", fused_a2a.FusedDispatch),
-        (modules[_FUSED_A2A], "FusedCombine", fused_a2a.FusedCombine),
+        (modules[FUSED_A2A], "HAVE_DEEP_EP", probe().have_legacy or probe().have_elastic),
+        (modules[FUSED_A2A], "FusedDispatch", fused_a2a.FusedDispatch),
+        (modules[FUSED_A2A], "FusedCombine", fused_a2a.FusedCombine),
     ]
     for module in modules.values():
         for name in ("fused_dispatch", "fused_combine", "set_deepep_num_sms"):
@@ -256,7 +171,7 @@ def _bindings(modules: dict[str, ModuleType], layout: str) -> list[tuple[ModuleT
     if layout == "expanded":
         from megatron_ep_v2.dispatcher import ExpandedManager  # it imports Megatron, whose seam is checked by now
 
-        ours.append((modules[_TOKEN_DISPATCHER], "_DeepepManager", ExpandedManager))
+        ours.append((modules[TOKEN_DISPATCHER], "_DeepepManager", ExpandedManager))
     for module in (dist, dist.distributed_c10d):
         ours.append((module, "destroy_process_group", _destroy_buffers_before(module.destroy_process_group)))
     return ours

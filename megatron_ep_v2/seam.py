@@ -1,0 +1,99 @@
+"""What `install()` binds to in Megatron-Core: each name found and its signature checked before anything is changed."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import inspect
+from types import ModuleType
+from typing import Any
+
+from megatron_ep_v2.errors import SeamError
+
+FUSED_A2A = "megatron.core.transformer.moe.fused_a2a"
+TOKEN_DISPATCHER = "megatron.core.transformer.moe.token_dispatcher"
+_CALL = ("hidden_states", "async_finish", "allocate_on_comm_stream")
+
+# What must be there, by module: name -> parameters in order (without self), or None where only the name counts.
+# The functions themselves are None when Megatron found no deep_ep; their autograd classes then stand for the signature.
+_SEAM: dict[str, dict[str, tuple[str, ...] | None]] = {
+    FUSED_A2A: {
+        "HAVE_DEEP_EP": None,
+        "fused_dispatch": None,
+        "fused_combine": None,
+        "set_deepep_num_sms": None,
+        "FusedDispatch.forward": (
+            *("ctx", "x", "token_indices", "token_probs", "num_experts", "group"),
+            *("async_finish", "allocate_on_comm_stream"),
+        ),
+        "FusedCombine.forward": ("ctx", "x", "group", "handle", "async_finish", "allocate_on_comm_stream"),
+    },
+    TOKEN_DISPATCHER: {
+        "fused_dispatch": None,
+        "fused_combine": None,
+        "set_deepep_num_sms": None,
+        "_DeepepManager.__init__": ("group", "num_local_experts", "router_topk", "num_experts", "config"),
+        "_DeepepManager.setup_metadata": ("routing_map", "probs"),
+        "_DeepepManager.dispatch": _CALL,
+        "_DeepepManager.combine": _CALL,
+        "_DeepepManager.get_permuted_hidden_states_by_experts": ("hidden_states",),
+        "_DeepepManager.get_restored_hidden_states_by_experts": ("hidden_states",),
+        "_DeepepManager.get_number_of_tokens_per_expert": (),
+        "MoEFlexTokenDispatcher": None,
+        "get_align_size_for_quantization": ("config",),
+    },
+}
+
+
+def find_seam() -> tuple[str, dict[str, ModuleType]]:
+    """Megatron-Core's version and the two modules to bind in, every name and signature checked.
+
+    Raises:
+        SeamError: Megatron-Core cannot be imported, or a name or signature is not the expected one.
+    """
+    version, where = "of unknown version", "megatron.core"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a source tree has no metadata
+        version = importlib.metadata.version("megatron-core")
+    try:
+        core = importlib.import_module(where)
+        # Imported inside a git checkout, Megatron appends that checkout's commit: 0.19.2+1a2b3c4.
+        version = str(getattr(core, "__version__", version)).partition("+")[0]
+        modules = {name: importlib.import_module(where := name) for name in _SEAM}
+    # It imports deep_ep and minds an ImportError only: what else that import raises (see probe.py) comes through.
+    except (ImportError, AssertionError, OSError) as error:
+        raise SeamError(
+            f"{where} cannot be imported: {type(error).__name__}: {error}",
+            needed="megatron-core 0.16 to 0.19 (or a Megatron-LM source tree of that age on the path)",
+            fix="pip install megatron-core, or mend or uninstall the package that the message names",
+        ) from error
+    for module_name, names in _SEAM.items():
+        for dotted, parameters in names.items():
+            _check_symbol(modules[module_name], dotted, parameters, version)
+    return version, modules
+
+
+def _check_symbol(module: ModuleType, dotted: str, parameters: tuple[str, ...] | None, version: str) -> None:
+    symbol: Any = module
+    for part in dotted.split("."):
+        if not hasattr(symbol, part):
+            found = "it is not there"
+            break
+        symbol = getattr(symbol, part)
+    else:
+        if parameters is None:
+            return
+        try:
+            have = tuple(name for name in inspect.signature(symbol).parameters if name != "self")
+        except (TypeError, ValueError):
+            found = f"it is {symbol!r}, not a function"
+        else:
+            if have == parameters:
+                return
+            found = f"its parameters are ({', '.join(have)})"
+    raise SeamError(
+        f"megatron-core {version}: {module.__name__}.{dotted} is not what this package binds to; nothing was changed",
+        found=found,
+        needed="a symbol of that name" if parameters is None else f"parameters ({', '.join(parameters)})",
+        fix="use a tested version of megatron-core (0.16.1 to 0.19.2), or a newer megatron_ep_v2",
+    )
