@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_ep_v2 import fused_a2a
@@ -33,7 +34,7 @@ class _Installation:
     layout: str
     layout_reason: str
     megatron_version: str
-    bound: list[tuple[ModuleType, str, Any, Any]] = field(default_factory=list)  # module, name, theirs, ours
+    bound: list[tuple[Any, str, Any, Any]] = field(default_factory=list)  # module or class, name, theirs, ours
 
 
 _installation: _Installation | None = None
@@ -158,9 +159,9 @@ def _choose_layout(settings: settings_module.Settings, choice: Choice) -> tuple[
     return "expanded", "this buffer sorts rows by expert itself, so nothing is permuted"
 
 
-def _bindings(modules: dict[str, ModuleType], layout: str) -> list[tuple[ModuleType, str, Any]]:
-    """Everything to bind: module, name, our object."""
-    ours = [
+def _bindings(modules: dict[str, ModuleType], layout: str) -> list[tuple[Any, str, Any]]:
+    """Everything to bind: module or class, name, our object."""
+    ours: list[tuple[Any, str, Any]] = [
         (modules[FUSED_A2A], "HAVE_DEEP_EP", probe().have_legacy or probe().have_elastic),
         (modules[FUSED_A2A], "FusedDispatch", fused_a2a.FusedDispatch),
         (modules[FUSED_A2A], "FusedCombine", fused_a2a.FusedCombine),
@@ -172,6 +173,10 @@ def _bindings(modules: dict[str, ModuleType], layout: str) -> list[tuple[ModuleT
         from megatron_ep_v2.dispatcher import ExpandedManager  # it imports Megatron, whose seam is checked by now
 
         ours.append((modules[TOKEN_DISPATCHER], "_DeepepManager", ExpandedManager))
+    # Megatron has this method compiled, anew for each layer's dispatcher until torch gives that up: seconds at the
+    # first step and guards at every later one, for a few reshapes and a top-k that no compiler makes faster.
+    flex = modules[TOKEN_DISPATCHER].MoEFlexTokenDispatcher
+    ours.append((flex, "dispatch_preprocess", torch.compiler.disable(flex.dispatch_preprocess)))
     for module in (dist, dist.distributed_c10d):
         ours.append((module, "destroy_process_group", _destroy_buffers_before(module.destroy_process_group)))
     return ours

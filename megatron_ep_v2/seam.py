@@ -40,7 +40,7 @@ _SEAM: dict[str, dict[str, tuple[str, ...] | None]] = {
         "_DeepepManager.get_permuted_hidden_states_by_experts": ("hidden_states",),
         "_DeepepManager.get_restored_hidden_states_by_experts": ("hidden_states",),
         "_DeepepManager.get_number_of_tokens_per_expert": (),
-        "MoEFlexTokenDispatcher": None,
+        "MoEFlexTokenDispatcher.dispatch_preprocess": ("hidden_states", "routing_map", "probs"),
         "get_align_size_for_quantization": ("config",),
     },
 }

@@ -18,12 +18,13 @@ from megatron_ep_v2.probe import probe
 
 MODULES = (fused_a2a, token_dispatcher, dist, dist.distributed_c10d)
 MANAGER = token_dispatcher._DeepepManager  # Megatron's own, taken before any test runs
+FLEX = token_dispatcher.MoEFlexTokenDispatcher
 
 
 def names() -> dict[tuple[str, str], Any]:
-    """Everything that the modules hold, which `install()` may bind in, and what the manager's class holds."""
+    """Everything that the modules hold, which `install()` may bind in, and what Megatron's two classes hold."""
     held = {(module.__name__, name): value for module in MODULES for name, value in vars(module).items()}
-    return held | {("_DeepepManager", name): value for name, value in vars(MANAGER).items()}
+    return held | {(cls.__name__, name): value for cls in (MANAGER, FLEX) for name, value in vars(cls).items()}
 
 
 def rebound(before: dict[tuple[str, str], Any]) -> set[tuple[str, str]]:

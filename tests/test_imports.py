@@ -21,7 +21,7 @@ ROOT = Path(megatron_ep_v2.__file__).parent
 # A module may import those above it. Modules of one line may import each other, but not in a circle.
 LEVELS = [
     {"errors"},
-    {"settings", "buffers.contract", "links"},
+    {"settings", "seam", "buffers.contract", "links"},
     {"probe"},
     {"buffers", "buffers.*", "kernels", "kernels.*"},
     {"fused_a2a"},
@@ -32,7 +32,7 @@ LEVELS = [
     {"__main__"},
 ]
 MAY_IMPORT_DEEP_EP = {"probe", "buffers.elastic", "buffers.legacy"}
-MAY_IMPORT_MEGATRON = {"dispatcher", "installer"}
+MAY_IMPORT_MEGATRON = {"seam", "dispatcher", "installer"}
 MAY_READ_ENVIRONMENT = {"settings"}
 
 

@@ -9,10 +9,11 @@ import sys
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from megatron.core import __version__ as megatron_version
 from megatron.core.transformer.moe import fused_a2a, moe_utils, token_dispatcher
-from seam import MANAGER, clean, names, rebound, set_cuda, set_deep_ep
+from seam import FLEX, MANAGER, clean, names, rebound, set_cuda, set_deep_ep
 
 import megatron_ep_v2
 from megatron_ep_v2 import fused_a2a as ours
@@ -26,6 +27,7 @@ BOUND = {
     *((module, name) for module in ("fused_a2a", "token_dispatcher") for name in CALLS),
     *(("fused_a2a", name) for name in ("FusedDispatch", "FusedCombine")),
     *((module, "destroy_process_group") for module in ("distributed", "distributed_c10d")),
+    ("MoEFlexTokenDispatcher", "dispatch_preprocess"),
 }
 MANAGER_NAME = ("token_dispatcher", "_DeepepManager")
 
@@ -59,6 +61,21 @@ def test_the_names_are_this_packages_in_both_modules() -> None:
         for name in CALLS:
             assert getattr(module, name) is getattr(ours, name), f"{module.__name__}.{name}"
     assert fused_a2a.FusedDispatch is ours.FusedDispatch and fused_a2a.FusedCombine is ours.FusedCombine
+
+
+def test_nothing_of_the_dispatcher_is_compiled() -> None:
+    """Megatron's own is, once for each layer: that is what the first half sees."""
+    flex = FLEX.__new__(FLEX)
+    flex.tp_size, flex.ep_size, flex.num_local_experts = 1, 2, 2
+    flex._comm_manager = manager = MANAGER.__new__(MANAGER)
+    manager.num_experts, manager.router_topk, manager.capacity_factor = 4, 2, None
+    arguments = torch.zeros(3, 1, 8), torch.ones(3, 4, dtype=torch.bool), torch.rand(3, 4)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        with pytest.raises(RuntimeError, match="recompile"):
+            flex.dispatch_preprocess(*arguments)
+        megatron_ep_v2.install()
+        hidden, probs = flex.dispatch_preprocess(*arguments)
+    assert hidden.shape == (3, 8) and probs.equal(arguments[2].topk(2).values)
 
 
 def test_what_is_bound_can_be_called_as_megatron_calls_it() -> None:
