@@ -15,7 +15,7 @@ import torch
 from megatron_ep_v2.buffers.checks import check_combine, check_dispatch, check_group_open
 from megatron_ep_v2.buffers.contract import MAX_TOPK, BufferSpec, Payload
 from megatron_ep_v2.buffers.teardown import everyone_arrives
-from megatron_ep_v2.errors import ClosedError, InputError, UnavailableError
+from megatron_ep_v2.errors import ClosedError, InputError, SettingsError, UnavailableError
 from megatron_ep_v2.probe import import_deep_ep
 from megatron_ep_v2.settings import Settings, environment, gin_disabled_by_user
 
@@ -106,7 +106,7 @@ class ElasticBuffer:
         do_zero_padding: bool = False,
     ) -> tuple[Payload, torch.Tensor | None, torch.Tensor | None, Any, Any]:
         """See `contract.Buffer.dispatch`. InputError, TokenCapacityError, ClosedError come before any kernel runs."""
-        self._check_built()
+        self._check_ready()
         if handle is None:
             check_group_open(self.group)
         capacity = num_max_tokens_per_rank or self.num_max_tokens_per_rank
@@ -151,7 +151,7 @@ class ElasticBuffer:
         allocate_on_comm_stream: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
         """See `contract.Buffer.combine`. Raises InputError and ClosedError before any kernel runs."""
-        self._check_built()
+        self._check_ready()
         check_combine(x, handle, topk_weights, self.group)
         self._check_rows(x, torch.bfloat16)
         return self._buffer.combine(
@@ -173,9 +173,18 @@ class ElasticBuffer:
         if everyone_arrives(self.group, "ElasticBuffer.destroy"):
             buffer.destroy()
 
-    def _check_built(self) -> None:
+    def _check_ready(self) -> None:
         if self._buffer is None:
             raise ClosedError("this ElasticBuffer was destroyed", fix="ask get_buffer() for a new one")
+        # torch then fills what deep_ep allocates, beside the communication that writes into it; deep_ep only asserts.
+        fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]  # a property
+        if fills and torch.are_deterministic_algorithms_enabled():
+            raise SettingsError(
+                f"rank {self.group.rank()}: torch's deterministic mode would write over what deep_ep receives",
+                found="torch.use_deterministic_algorithms(True) with fill_uninitialized_memory on, its default",
+                needed="torch.utils.deterministic.fill_uninitialized_memory = False",
+                fix="set it right after torch.use_deterministic_algorithms(True)",
+            )
 
     def _check_rows(self, rows: torch.Tensor, dtype: torch.dtype) -> None:
         if rows.dtype != dtype or not rows.is_cuda or rows.shape[1] != self.spec.hidden:
