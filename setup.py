@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"
@@ -17,6 +18,16 @@ EXTRAS = {
 }
 EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 
+
+class BuildPy(build_py):
+    """The patches lie beside the package in the source tree, and inside it once it is installed."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            self.copy_tree(str(HERE / "patches"), str(Path(self.build_lib) / "megatron_ep_v2" / "patches"))
+
+
 setup(
     name="megatron_ep_v2",
     version=re.search(r'^__version__ = "(.+)"$', INIT.read_text(encoding="utf-8"), re.MULTILINE)[1],
@@ -26,6 +37,7 @@ setup(
     author="The megatron_ep_v2 authors",
     license="Apache-2.0",
     packages=find_packages(include=["megatron_ep_v2", "megatron_ep_v2.*"]),
+    cmdclass={"build_py": BuildPy},
     python_requires=">=3.10",
     # deep_ep is on no registry: whoever has GPUs builds it from source, and the package finds it at run time.
     install_requires=["torch>=2.4"],

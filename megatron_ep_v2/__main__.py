@@ -1,14 +1,18 @@
-"""Command line: `python -m megatron_ep_v2 run SCRIPT ARGS...`"""
+"""Command line: `python -m megatron_ep_v2 COMMAND ...`"""
 
 from __future__ import annotations
 
 import sys
 
+from megatron_ep_v2.cli.patch import patch
 from megatron_ep_v2.cli.run import UsageError, run
+from megatron_ep_v2.errors import EPError
 
 _USAGE = """usage: python -m megatron_ep_v2 COMMAND ...
 
-  run SCRIPT ARGS...   run a training script with Megatron's flex dispatcher on this package"""
+  run SCRIPT ARGS...   run a training script with Megatron's flex dispatcher on this package
+  patch apply|revert|check [PATH]
+                       make the Megatron in PATH (default: the installed one) do so by itself"""
 
 
 def main(arguments: list[str]) -> None:
@@ -21,6 +25,13 @@ def main(arguments: list[str]) -> None:
             run(rest)
         except UsageError as error:
             raise SystemExit(f"{error}\n\n{_USAGE}") from error
+    elif command == "patch":
+        try:
+            sys.exit(patch(rest))
+        except UsageError as error:
+            raise SystemExit(f"{error}\n\n{_USAGE}") from error
+        except EPError as error:
+            raise SystemExit(f"{type(error).__name__}: {error}") from error
     else:
         raise SystemExit(f"unknown command {command!r}\n\n{_USAGE}")
 

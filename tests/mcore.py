@@ -13,8 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import megatron_ep_v2
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 # On every rank: Megatron-Core says at import which optional packages it does not find.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
@@ -46,6 +44,8 @@ class Split:
 @contextlib.contextmanager
 def megatron_ranks(split: Split, **settings: Any) -> Iterator[None]:
     """Megatron's process groups and `install(buffer="reference", **settings)`; nothing of either is left behind."""
+    import megatron_ep_v2  # not above: a job looks at a Megatron without it
+
     with torch.compiler.set_stance("force_eager"):  # Megatron compiles small functions
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=split.tp,

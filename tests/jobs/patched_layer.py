@@ -1,0 +1,192 @@
+"""Job: a flex dispatcher in the Megatron of PYTHONPATH, on two ranks, without a call of `install()`.
+
+with      megatron_ep_v2 is installed. The layer must give what the dense one gives, also after install(), uninstall().
+without   It is not. First deep_ep is missing, then it is a legacy one whose ranks keep their tokens.
+
+Prints one JSON document: what there is to compare with another Megatron.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import importlib.util
+import json
+import multiprocessing
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+RANKS = 2
+
+
+def with_the_package(report: dict[str, Any]) -> None:
+    from mcore import Layer, Shape, Split
+    from megatron.core.transformer.moe import token_dispatcher
+    from test_flex_dispatcher import weigh
+
+    import megatron_ep_v2
+    from megatron_ep_v2 import settings
+    from megatron_ep_v2.errors import SettingsError
+
+    shape, split = Shape("fp32", 4, hidden=256), Split(1, RANKS)
+    stock = token_dispatcher._DeepepManager, token_dispatcher.fused_dispatch
+
+    def state() -> list[Any]:
+        return [megatron_ep_v2.status().get(name) for name in ("installed", "buffer", "layout")]
+
+    report["file"] = token_dispatcher.__file__
+    with contextlib.suppress(ImportError):  # Megatron's own: HybridEP is not installed
+        Layer(shape, split, moe_flex_dispatcher_backend="hybridep")
+    report["another backend"] = state()
+    with settings.environment(MCORE_DEEPEP_V2_LAYOUT="sorted"):
+        try:
+            Layer(shape, split)
+        except SettingsError as error:
+            report["a wrong setting"] = error.what
+    weigh(shape, split)
+    report["alone"] = state()
+    megatron_ep_v2.install(layout="compact")
+    weigh(shape, split)
+    report["after install()"] = state()
+    megatron_ep_v2.uninstall()
+    assert stock == (token_dispatcher._DeepepManager, token_dispatcher.fused_dispatch)
+    weigh(shape, split)
+    report["after uninstall()"] = state()
+    megatron_ep_v2.uninstall()
+
+
+def without_the_package(report: dict[str, Any]) -> None:
+    import mcore
+    from megatron.core.transformer.moe import fused_a2a, token_dispatcher
+
+    shape, split = mcore.Shape("fp32", 4, hidden=256), mcore.Split(1, RANKS)
+    try:
+        mcore.Layer(shape, split)
+    except ImportError as error:
+        report["no deep_ep"] = str(error)
+    deep_ep = sys.modules["deep_ep"] = legacy_deep_ep()
+    sys.modules["deep_ep.utils"] = deep_ep.utils
+    importlib.reload(fused_a2a)
+    mcore.MoEFlexTokenDispatcher = importlib.reload(token_dispatcher).MoEFlexTokenDispatcher
+    layer = mcore.Layer(shape, split)
+    hidden = mcore.make_hidden(shape, 32, 8).requires_grad_()
+    output = layer(hidden)
+    output.backward(mcore.make_hidden(shape, 32, 8, seed=1))
+    report["legacy deep_ep"] = {
+        "manager": f"{type(layer.manager).__module__}.{type(layer.manager).__qualname__}",
+        "output": digest(output),
+        "gradients": [digest(hidden.grad), digest(layer.router.weight.grad)],
+        "calls": deep_ep.Buffer.calls,
+    }
+    report["file"] = token_dispatcher.__file__
+    assert importlib.util.find_spec("megatron_ep_v2") is None and "megatron_ep_v2" not in sys.modules
+
+
+def digest(tensor: torch.Tensor) -> str:
+    assert tensor.norm() > 0
+    return hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()
+
+
+def legacy_deep_ep() -> Any:
+    """The legacy API as far as Megatron calls it. A token reaches its own rank's experts and no others."""
+
+    class Size:
+        def get_nvl_buffer_size_hint(self, hidden_bytes: int, size: int) -> int:
+            return hidden_bytes * size
+
+        get_rdma_buffer_size_hint = get_nvl_buffer_size_hint
+
+    class Event:
+        def __init__(self, event: Any = None):
+            pass
+
+        def current_stream_wait(self) -> None:
+            pass
+
+    class Buffer:
+        calls: list[Any] = []  # noqa: RUF012
+
+        def __init__(self, group: Any, num_nvl_bytes: int, num_rdma_bytes: int):
+            self.group, self.num_nvl_bytes, self.num_rdma_bytes = group, num_nvl_bytes, num_rdma_bytes
+            self.calls.append(["Buffer", num_nvl_bytes, num_rdma_bytes])
+
+        @classmethod
+        def set_num_sms(cls, num_sms: int) -> None:
+            cls.calls.append(["set_num_sms", num_sms])
+
+        @staticmethod
+        def get_dispatch_config(size: int) -> Size:
+            return Size()
+
+        get_combine_config = get_dispatch_config
+
+        def get_dispatch_layout(self, topk_idx: torch.Tensor, num_experts: int, **_: Any) -> tuple[Any, ...]:
+            self.local = num_experts // self.group.size()
+            return None, None, None, None, Event()
+
+        def dispatch(self, x: torch.Tensor, handle: Any = None, **arguments: Any) -> tuple[Any, ...]:
+            self.calls.append(["dispatch", *sorted(name for name in arguments)])
+            if handle is not None:
+                return x, None, None, None, None, Event()
+            local_idx = arguments["topk_idx"] - self.group.rank() * self.local
+            here = (local_idx >= 0) & (local_idx < self.local)
+            local_idx = torch.where(here, local_idx, -1)
+            counts = [int((local_idx == expert).sum()) for expert in range(self.local)]
+            weights = torch.where(here, arguments["topk_weights"], 0.0)
+            return x, local_idx, weights, counts, (here,), Event()
+
+        def combine(self, x: torch.Tensor, handle: Any, topk_weights: Any = None, **arguments: Any) -> tuple[Any, ...]:
+            self.calls.append(["combine", *sorted(name for name in arguments)])
+            return x, None if topk_weights is None else torch.where(handle[0], topk_weights, 0.0), Event()
+
+    module, utils = ModuleType("deep_ep"), ModuleType("deep_ep.utils")
+    vars(utils).update(EventHandle=Event, EventOverlap=Event)
+    vars(module).update(Buffer=Buffer, utils=utils, __path__=[])
+    return module
+
+
+def run_rank(rank: int, folder: str, body: Callable[[dict[str, Any]], None]) -> None:
+    from megatron.core import parallel_state
+
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", RANKS), rank=rank, world_size=RANKS)
+    with torch.compiler.set_stance("force_eager"):  # Megatron compiles small functions
+        parallel_state.initialize_model_parallel(expert_model_parallel_size=RANKS, expert_tensor_parallel_size=1)
+        report: dict[str, Any] = {}
+        body(report)
+    dist.barrier()
+    dist.destroy_process_group()
+    Path(folder, f"{rank}.json").write_text(json.dumps(report))
+
+
+def main() -> None:
+    body = {"with": with_the_package, "without": without_the_package}[sys.argv[1]]
+    if sys.argv[1] == "without":
+        sys.path[:] = [folder for folder in sys.path if not Path(folder or ".", "megatron_ep_v2").exists()]
+    torch.set_num_threads(1)
+    import mcore  # noqa: F401 - both ranks then have everything imported
+
+    with tempfile.TemporaryDirectory() as folder:
+        fork = multiprocessing.get_context("fork")
+        ranks = [fork.Process(target=run_rank, args=(rank, folder, body)) for rank in range(RANKS)]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(60)
+        codes = [process.exitcode for process in ranks]
+        for process in ranks:
+            process.kill()
+        if codes != [0] * RANKS:
+            sys.exit(f"exit codes of the ranks: {codes}")
+        print(json.dumps([json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(RANKS)]))
+
+
+if __name__ == "__main__":
+    main()
