@@ -2,8 +2,8 @@
 # Pretrain on several hosts; run this on each of them, with the same arguments and variables:
 #   NNODES=2 FIRST_HOST=node1 MEGATRON_LM=~/Megatron-LM CHECKPOINTS=/shared/qwen3 \
 #       examples/launch/torchrun_nodes.sh qwen3_30b_a3b --mock-data
-# FIRST_HOST is the name or address of one of them. When another one dies, run this script again in its place: then all
-# start anew from the last checkpoint. When FIRST_HOST dies, run it again on all.
+# FIRST_HOST is the name of one of them (its address only where its own name leads there). When another one dies, run
+# this script again in its place: then all start anew from the last checkpoint. When FIRST_HOST dies, run it on all.
 set -euo pipefail
 # shellcheck source=examples/launch/prepare.sh
 . "$(dirname "$0")/prepare.sh"
