@@ -141,7 +141,7 @@ def _choose_layout(settings: settings_module.Settings, choice: Choice) -> tuple[
                 "deep_ep's legacy Buffer has no expanded layout",
                 found=f"layout=expanded from {settings.source('layout')}; {choice.reason}",
                 needed="layout=compact or auto, or deep_ep with ElasticBuffer",
-                fix="unset MCORE_DEEPEP_V2_LAYOUT, or install deep_ep >= 2.0",
+                fix="unset MCORE_DEEPEP_V2_LAYOUT, or install deep_ep >= 2.1",
             )
         return "compact", "the legacy Buffer has no other"
     if choice.kind == "elastic" and not settings.allow_multiple_reduction:

@@ -121,7 +121,7 @@ def choose(found: Probe, settings: Settings, *, managed: bool = False) -> Choice
         raise UnavailableError(
             f"the {asked} buffer, asked for by {source}, cannot be used",
             found=found.describe() if not here else "no CUDA device",
-            needed="deep_ep >= 2.0 with ElasticBuffer" if asked == "elastic" else "deep_ep with Buffer",
+            needed="deep_ep >= 2.1 with ElasticBuffer" if asked == "elastic" else "deep_ep with Buffer",
             fix="install deep_ep from its own repository on a machine with GPUs, or ask for buffer=reference",
         )
     if found.cuda and found.have_elastic:
@@ -134,7 +134,7 @@ def choose(found: Probe, settings: Settings, *, managed: bool = False) -> Choice
         raise UnavailableError(
             "no DeepEP buffer can be used on this GPU machine",
             found=found.describe(),
-            needed="deep_ep >= 2.0 with ElasticBuffer (or the legacy deep_ep with Buffer)",
+            needed="deep_ep >= 2.1 with ElasticBuffer (or the legacy deep_ep with Buffer)",
             fix="install deep_ep from its own repository; to run the slow reference on purpose, "
             "set MCORE_DEEPEP_V2_BUFFER=reference",
         )

@@ -12,7 +12,7 @@ import torch
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import elastic
 from megatron_ep_v2.buffers.contract import BufferSpec
-from megatron_ep_v2.errors import ClosedError, EPError, SettingsError
+from megatron_ep_v2.errors import ClosedError, EPError, SettingsError, UnavailableError
 
 SPEC = BufferSpec(num_max_tokens_per_rank=8, hidden=256, num_topk=2, num_experts=4)
 GROUP = types.SimpleNamespace(size=lambda: 2, rank=lambda: 1)
@@ -30,7 +30,7 @@ class FakeBuffer:
     def get_theoretical_num_sms(self, num_experts: int, num_topk: int) -> int:
         return 14
 
-    def dispatch(self, *_: Any, **__: Any) -> Any:
+    def dispatch(self, *_: Any, do_zero_padding: bool = False, **__: Any) -> Any:
         raise AssertionError("deep_ep was called")
 
     combine = dispatch
@@ -71,6 +71,13 @@ def test_torchs_fill_of_uninitialised_memory_is_refused_with_a_remedy(buffer: el
     torch.utils.deterministic.fill_uninitialized_memory = False
     for error in calls(buffer):  # the next check: these rows are on the CPU
         assert not isinstance(error, SettingsError)
+
+
+def test_deep_ep_2_0_is_told_by_its_api(monkeypatch: pytest.MonkeyPatch) -> None:
+    older = type("ElasticBuffer", (FakeBuffer,), {"dispatch": lambda self, x, topk_idx=None, do_expand=False: None})
+    monkeypatch.setattr(elastic, "import_deep_ep", lambda: types.SimpleNamespace(ElasticBuffer=older))
+    with pytest.raises(UnavailableError, match=r"deep_ep >= 2\.1\.0"):
+        elastic.ElasticBuffer(GROUP, SPEC, settings.resolve({}), ["a", "a"])
 
 
 def test_a_destroyed_buffer_says_so(buffer: elastic.ElasticBuffer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ The calls themselves are handed through; ElasticBuffer is what the contract was 
 
 from __future__ import annotations
 
+import inspect
 import logging
 import socket
 from pathlib import Path
@@ -16,7 +17,7 @@ from megatron_ep_v2.buffers.checks import check_combine, check_dispatch, check_g
 from megatron_ep_v2.buffers.contract import MAX_TOPK, BufferSpec, Payload
 from megatron_ep_v2.buffers.teardown import everyone_arrives
 from megatron_ep_v2.errors import ClosedError, InputError, SettingsError, UnavailableError
-from megatron_ep_v2.probe import import_deep_ep
+from megatron_ep_v2.probe import import_deep_ep, probe
 from megatron_ep_v2.settings import Settings, environment, gin_disabled_by_user
 
 logger = logging.getLogger("megatron_ep_v2")
@@ -52,11 +53,13 @@ class ElasticBuffer:
         _check_limits(group, spec)
         self.group, self.spec = group, spec
         self.num_max_tokens_per_rank = spec.num_max_tokens_per_rank
+        kind = import_deep_ep().ElasticBuffer
+        _check_generation(kind)
         disable_gin, self.gin_reason = _choose_gin(settings, hosts)
         logger.info("EP_DISABLE_GIN=%d for this buffer: %s", disable_gin, self.gin_reason)
         try:
             with environment(EP_DISABLE_GIN=str(int(disable_gin))):
-                self._buffer: Any = import_deep_ep().ElasticBuffer(
+                self._buffer: Any = kind(
                     group,
                     num_max_tokens_per_rank=spec.num_max_tokens_per_rank,
                     hidden=spec.hidden,
@@ -213,6 +216,17 @@ def _check_limits(group: Any, spec: BufferSpec) -> None:
                 needed=needed,
                 fix="change the model's shape, or set MCORE_DEEPEP_V2_BUFFER=reference to run without DeepEP's kernels",
             )
+
+
+def _check_generation(kind: Any) -> None:
+    """deep_ep 2.0 has an ElasticBuffer, too; what 2.1 added is told by its API."""
+    if "do_zero_padding" not in inspect.signature(kind.dispatch).parameters:
+        raise UnavailableError(
+            f"{probe().describe()} is too old",
+            found="ElasticBuffer.dispatch without do_zero_padding, as in deep_ep 2.0",
+            needed="deep_ep >= 2.1.0",
+            fix="build deep_ep anew from its repository",
+        )
 
 
 def _choose_gin(settings: Settings, hosts: list[str]) -> tuple[bool, str]:

@@ -145,7 +145,7 @@ class LegacyBuffer:
         if do_expand or (handle is not None and topk_weights is not None):
             raise InputError(
                 f"rank {self.group.rank()}: deep_ep's legacy Buffer has no expanded layout and no cached weights",
-                fix="use layout=compact, or buffer=elastic with deep_ep >= 2.0",
+                fix="use layout=compact, or buffer=elastic with deep_ep >= 2.1",
             )
         ordering = {
             "previous_event": previous_event,
