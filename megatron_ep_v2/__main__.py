@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
-from megatron_ep_v2.cli.patch import patch
-from megatron_ep_v2.cli.run import UsageError, run
+from megatron_ep_v2.cli.run import UsageError
 from megatron_ep_v2.errors import EPError
 
 _USAGE = """usage: python -m megatron_ep_v2 COMMAND ...
 
   run SCRIPT ARGS...   run a training script with Megatron's flex dispatcher on this package
   patch apply|revert|check [PATH]
-                       make the Megatron in PATH (default: the installed one) do so by itself"""
+                       make the Megatron in PATH (default: the installed one) do so by itself
+  bench                time Megatron's dispatchers side by side on this machine (bench --help)"""
+
+# Each takes its arguments and returns the exit status, None for 0. Imported when asked for: not each needs torch.
+_COMMANDS = {"run": "cli.run:run", "patch": "cli.patch:patch", "bench": "cli.bench:main"}
 
 
 def main(arguments: list[str]) -> None:
@@ -20,20 +24,19 @@ def main(arguments: list[str]) -> None:
     command, *rest = arguments or ["--help"]
     if command in ("-h", "--help"):
         print(_USAGE)
-    elif command == "run":
-        try:
-            run(rest)
-        except UsageError as error:
-            raise SystemExit(f"{error}\n\n{_USAGE}") from error
-    elif command == "patch":
-        try:
-            sys.exit(patch(rest))
-        except UsageError as error:
-            raise SystemExit(f"{error}\n\n{_USAGE}") from error
-        except EPError as error:
-            raise SystemExit(f"{type(error).__name__}: {error}") from error
-    else:
+        return
+    if command not in _COMMANDS:
         raise SystemExit(f"unknown command {command!r}\n\n{_USAGE}")
+    module, _, function = _COMMANDS[command].partition(":")
+    try:
+        status = getattr(importlib.import_module(f"megatron_ep_v2.{module}"), function)(rest)
+    except UsageError as error:
+        raise SystemExit(f"{error}\n\n{_USAGE}") from error
+    except EPError as error:
+        if command == "run":  # raised by the script: its place matters
+            raise
+        raise SystemExit(f"{type(error).__name__}: {error}") from error
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -175,3 +175,27 @@ def gin_disabled_by_user() -> bool:
 def is_first_rank() -> bool:
     """Whether this is rank 0 of a torchrun job, or no such job at all: the one that logs."""
     return os.environ.get("RANK", "0") == "0"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process' place in a job, as torchrun's variables tell it.
+
+    Attributes:
+        store: File over which the ranks meet, where `bench` started them itself; else "".
+    """
+
+    rank: int
+    ranks: int
+    local_rank: int
+    local_ranks: int
+    store: str
+
+
+def launch() -> Launch | None:
+    """From RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE; None where this process was not launched as a rank."""
+    if "RANK" not in os.environ:
+        return None
+    rank, ranks = int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank, local_ranks = os.environ.get("LOCAL_RANK", rank), os.environ.get("LOCAL_WORLD_SIZE", ranks)
+    return Launch(rank, ranks, int(local_rank), int(local_ranks), os.environ.get("EP_BENCH_STORE", ""))

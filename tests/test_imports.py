@@ -28,11 +28,13 @@ LEVELS = [
     {"dispatcher"},
     {"installer"},
     {""},  # the package's __init__
+    {"bench", "bench.*"},
     {"cli", "cli.*"},
     {"__main__"},
 ]
 MAY_IMPORT_DEEP_EP = {"probe", "buffers.elastic", "buffers.legacy"}
-MAY_IMPORT_MEGATRON = {"seam", "dispatcher", "installer"}
+# The bench makes Megatron's own dispatchers, to time them beside this package's.
+MAY_IMPORT_MEGATRON = {"seam", "dispatcher", "installer", "bench.variants", "bench.dispatchers", "bench.on_cpu"}
 MAY_READ_ENVIRONMENT = {"settings"}
 
 

@@ -1,0 +1,126 @@
+"""One layer of a Megatron dispatcher: dispatch, experts that pass rows through, combine, and their backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_ep_v2.bench.layer import Groups, OurBuffer, named_results
+from megatron_ep_v2.bench.shapes import Batch, Shape
+from megatron_ep_v2.bench.variants import Variant, make_dispatcher, sms_field
+
+# Received picks of the busiest rank, as a multiple of the mean, get this much room in buffers of a fixed size.
+_HEADROOM = 1.05
+
+
+class DispatcherLayer:
+    """A Megatron token dispatcher around experts that pass rows through, unweighted.
+
+    Args:
+        variant: Which.
+        batch: This rank's tokens.
+        shape: Of the layer.
+        sms: SM count, None = the library's own choice.
+        load: Picks received by the busiest rank, as a multiple of the mean.
+        groups: Where to take process groups from.
+
+    Raises:
+        EPError, ImportError, ValueError, AssertionError: This environment does not offer the variant.
+    """
+
+    def __init__(self, variant: Variant, batch: Batch, shape: Shape, sms: int | None, load: float, groups: Groups):
+        self.batch, self.sms = batch, sms
+        self.backend = variant.backend if variant.kind == "flex" else ""
+        # The legacy Buffer is built for its SM count; the others take it with each call.
+        kind = (variant.buffer, sms if variant.buffer == "legacy" else None) if variant.buffer else "megatron"
+        group = groups.get(kind)
+        self.ours = OurBuffer(variant.buffer, variant.layout, sms, group) if variant.buffer else None
+        config: dict[str, Any] = {}
+        if self.ours is None and sms is not None:
+            config[sms_field(variant.backend)] = sms
+        if variant.backend == "ncclep":
+            config["moe_expert_rank_capacity_factor"] = _HEADROOM * load
+        self.dispatcher, self.functions = make_dispatcher(
+            variant,
+            group,
+            groups.alone,
+            hidden=shape.hidden,
+            experts=shape.experts,
+            topk=shape.topk,
+            dtype=batch.hidden.dtype,
+            **config,
+        )
+        self.hidden = batch.hidden.clone().requires_grad_()
+        self.probs = batch.probs.clone().requires_grad_()
+        self.output: torch.Tensor | None = None
+        self._before: dict[str, Any] = {}
+        self._hybrid_buffer: Any = None
+        if variant.kind == "allgather":
+            _ensure_global_memory_buffer()
+
+    @property
+    def num_sms(self) -> int | None:
+        buffer = self.ours.live if self.ours else None
+        return buffer.num_sms if buffer else self.sms
+
+    @property
+    def buffer_bytes(self) -> int | None:
+        buffer = self.ours.live if self.ours else None
+        return buffer.num_bytes if buffer else None
+
+    def enter(self) -> None:
+        from megatron.core.transformer.moe import fused_a2a, token_dispatcher
+
+        self._before = {name: getattr(token_dispatcher, name) for name in self.functions}
+        for name, function in self.functions.items():
+            setattr(token_dispatcher, name, function)
+        if self.ours:
+            self.ours.enter()
+        elif self.backend == "hybridep":
+            fused_a2a._hybrid_ep_buffer = self._hybrid_buffer  # None: made at the next call, for this SM count
+        elif self.backend == "deepep" and token_dispatcher.set_deepep_num_sms is not None:
+            token_dispatcher.set_deepep_num_sms(self.sms or 20)
+
+    def leave(self) -> None:
+        from megatron.core.transformer.moe import fused_a2a, token_dispatcher
+
+        for name, function in self._before.items():
+            setattr(token_dispatcher, name, function)
+        self._before = {}
+        if self.backend == "hybridep":
+            self._hybrid_buffer, fused_a2a._hybrid_ep_buffer = fused_a2a._hybrid_ep_buffer, None
+
+    def run(self, *, backward: bool) -> None:
+        self.hidden.grad = self.probs.grad = self.output = None
+        dispatcher = self.dispatcher
+        rows, probs = dispatcher.dispatch_preprocess(self.hidden, self.batch.routing_map, self.probs)
+        rows, row_probs = dispatcher.token_dispatch(rows, probs)
+        rows, _, row_probs = dispatcher.dispatch_postprocess(rows, row_probs)
+        y = dispatcher.combine_postprocess(dispatcher.token_combine(dispatcher.combine_preprocess(rows)))
+        if backward:
+            torch.autograd.backward([y, row_probs], [self.batch.grad_output, row_probs.detach()])
+            self.output = y.detach()
+
+    def results(self) -> dict[str, torch.Tensor]:
+        output, self.output = self.output, None
+        gradients, self.hidden.grad, self.probs.grad = (self.hidden.grad, self.probs.grad), None, None
+        return named_results(output, *gradients, self.batch)
+
+    def expected(self) -> dict[str, torch.Tensor]:
+        return self.batch.expected()
+
+    def close(self) -> None:
+        self._hybrid_buffer = None
+        if self.backend == "ncclep":
+            from megatron.core.transformer.moe import fused_a2a
+
+            fused_a2a.nccl_ep_finalize()
+
+
+def _ensure_global_memory_buffer() -> None:
+    """The allgather dispatcher receives into a buffer that Megatron makes together with its parallel state."""
+    from megatron.core import parallel_state
+
+    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
+        parallel_state._set_global_memory_buffer()

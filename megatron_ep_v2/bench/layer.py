@@ -1,0 +1,102 @@
+"""What every measured layer is: the protocol, and what the variants on this package's own buffers share."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from megatron_ep_v2 import settings as settings_module
+from megatron_ep_v2.bench.shapes import Batch
+from megatron_ep_v2.buffers import pool
+from megatron_ep_v2.buffers.contract import Buffer
+from megatron_ep_v2.settings import Settings
+
+
+class Layer(Protocol):
+    """A variant that can be run.
+
+    Attributes:
+        num_sms: SMs that its communication takes, as far as that is known.
+        buffer_bytes: Memory of its buffer, as far as that is known.
+    """
+
+    @property
+    def num_sms(self) -> int | None: ...
+    @property
+    def buffer_bytes(self) -> int | None: ...
+
+    def enter(self) -> None:
+        """Put in force what this variant needs; the ones before it had their own."""
+
+    def leave(self) -> None:
+        """Keep what this variant may need again."""
+
+    def run(self, *, backward: bool) -> None:
+        """One layer, forward, or forward and backward."""
+
+    def results(self) -> dict[str, torch.Tensor]:
+        """Output and gradients of a run with backward, by the names of `Batch.expected`; afterwards they are gone."""
+
+    def expected(self) -> dict[str, torch.Tensor]:
+        """What `results` must be, in fp64."""
+
+    def close(self) -> None:
+        """Release what is not in this package's pool; collective."""
+
+
+class Groups:
+    """The process groups of a benchmark: each kind of buffer needs one of its own, for the pool holds one per group."""
+
+    def __init__(self) -> None:
+        self.alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        self._by_kind: dict[Any, Any] = {}
+
+    def get(self, kind: Any) -> Any:
+        """The group of a kind of buffer over all ranks; collective for a new kind. The first kind gets the world."""
+        if kind not in self._by_kind:
+            self._by_kind[kind] = dist.new_group() if self._by_kind else dist.group.WORLD
+        return self._by_kind[kind]
+
+
+class OurBuffer:
+    """What variants on this package's buffers share: which buffer, and on how many SMs."""
+
+    def __init__(self, kind: str, layout: str | None, sms: int | None, group: Any):
+        self.group, self.kind, self.sms = group, kind, sms
+        self.settings: Settings = settings_module.resolve(buffer=kind, layout=layout, num_sms=sms)
+        self._own_sms: int | None = None
+
+    @property
+    def live(self) -> Buffer | None:
+        return pool.find(self.group)
+
+    def enter(self) -> None:
+        """Its settings are read when the buffer is built; afterwards it is told the SM count of this variant."""
+        settings_module.activate(self.settings)
+        buffer = self.live
+        if buffer is None:
+            return
+        if self.kind == "elastic":
+            spec = buffer.spec  # type: ignore[attr-defined]
+            chosen = self.settings.num_sms or buffer.get_theoretical_num_sms(spec.num_experts, spec.num_topk)
+            buffer.num_sms = chosen
+        elif self.kind == "legacy":
+            type(buffer._buffer).set_num_sms(buffer.num_sms)  # type: ignore[attr-defined]
+
+
+def named_results(
+    output: torch.Tensor | None, grad_hidden: torch.Tensor | None, grad_probs: torch.Tensor | None, batch: Batch
+) -> dict[str, torch.Tensor]:
+    """By the names of `Batch.expected`; a gradient that never came is zero."""
+    found = (output, grad_hidden, grad_probs)
+    expected = {
+        "output": batch.hidden,
+        "gradient of hidden states": batch.hidden,
+        "gradient of probabilities": batch.probs,
+    }
+    return {
+        name: torch.zeros_like(like) if tensor is None else tensor
+        for (name, like), tensor in zip(expected.items(), found, strict=True)
+    }

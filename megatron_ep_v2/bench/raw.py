@@ -1,0 +1,83 @@
+"""The four raw buffer calls of a layer: the floor of every dispatcher on that buffer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_ep_v2.bench.layer import Groups, OurBuffer, named_results
+from megatron_ep_v2.bench.shapes import Batch, Shape
+from megatron_ep_v2.bench.variants import Variant
+from megatron_ep_v2.fused_a2a import get_buffer
+from megatron_ep_v2.probe import choose, probe
+
+
+class RawLayer:
+    """The four calls of one layer, back to back on the buffer itself: the floor of every variant on that buffer.
+
+    dispatch; combine; cached dispatch (the combine's backward); combine with weights (the dispatch's backward).
+    """
+
+    def __init__(self, variant: Variant, batch: Batch, shape: Shape, sms: int | None, groups: Groups):
+        assert variant.buffer is not None
+        self.batch, self.num_experts = batch, shape.experts
+        self.do_expand = variant.layout == "expanded"
+        self.ours = OurBuffer(variant.buffer, variant.layout, sms, groups.get((variant.buffer, None)))
+        choose(probe(), self.ours.settings, managed=True)  # raises where this buffer is not here
+        self.outputs: tuple[torch.Tensor | None, ...] = ()
+
+    @property
+    def num_sms(self) -> int | None:
+        return self.ours.live.num_sms if self.ours.live else self.ours.sms
+
+    @property
+    def buffer_bytes(self) -> int | None:
+        return self.ours.live.num_bytes if self.ours.live else None
+
+    def enter(self) -> None:
+        self.ours.enter()
+
+    def leave(self) -> None:
+        pass
+
+    def run(self, *, backward: bool) -> None:
+        self.outputs = ()
+        batch = self.batch
+        buffer = self.ours.live
+        if buffer is None:
+            get_buffer(self.ours.group, batch.hidden, batch.picks, self.num_experts, batch.weights)
+            self.ours.enter()
+            buffer = self.ours.live
+            assert buffer is not None
+        raw: Any = getattr(buffer, "_buffer", buffer)  # deep_ep's own object; the reference is its own
+        rows, _, row_weights, handle, _ = raw.dispatch(
+            batch.hidden,
+            topk_idx=batch.picks,
+            topk_weights=batch.weights,
+            num_experts=self.num_experts,
+            num_sms=buffer.num_sms,
+            do_expand=self.do_expand,
+        )
+        y, _, _ = raw.combine(rows, handle)
+        if not backward:
+            return
+        grad_rows, _, _, _, _ = raw.dispatch(
+            batch.grad_output, handle=handle, num_sms=handle.num_sms, do_expand=self.do_expand
+        )
+        grad_hidden, grad_weights, _ = raw.combine(grad_rows, handle, topk_weights=row_weights)
+        self.outputs = (y, grad_hidden, grad_weights)
+
+    def results(self) -> dict[str, torch.Tensor]:
+        output, grad_hidden, grad_weights = self.outputs
+        self.outputs = ()
+        grad_probs = None
+        if grad_weights is not None:
+            grad_probs = torch.zeros_like(self.batch.probs).scatter_(1, self.batch.picks, grad_weights)
+        return named_results(output, grad_hidden, grad_probs, self.batch)
+
+    def expected(self) -> dict[str, torch.Tensor]:
+        return self.batch.expected(None if self.do_expand else self.ours.group.size())
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,141 @@
+"""What is dispatched: shapes by preset, even or skewed routing, and the answers that every dispatcher must give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_ep_v2.errors import SettingsError
+
+ROUTINGS = ("balanced", "zipf", "one-hot-expert")
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of one MoE layer: hidden size, experts over all ranks, picks per token, width of one expert."""
+
+    name: str
+    hidden: int
+    experts: int
+    topk: int
+    expert_ffn: int
+
+
+PRESETS = {
+    shape.name: shape
+    for shape in (
+        Shape("qwen3-30b-a3b", 2048, 128, 8, 768),
+        Shape("qwen3-235b-a22b", 4096, 128, 8, 1536),
+        Shape("deepseek-v3", 7168, 256, 8, 2048),
+        Shape("mixtral", 4096, 8, 2, 14336),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One rank's tokens, as Megatron's router hands them to a dispatcher.
+
+    Attributes:
+        hidden: [T, H].
+        grad_output: [T, H], the gradient that comes back for the layer's output.
+        picks: [T, K] int64 expert ids.
+        weights: [T, K] fp32, the picks' probabilities.
+        routing_map: [T, E] bool.
+        probs: [T, E] fp32, zero where an expert was not picked.
+    """
+
+    hidden: torch.Tensor
+    grad_output: torch.Tensor
+    picks: torch.Tensor
+    weights: torch.Tensor
+    routing_map: torch.Tensor
+    probs: torch.Tensor
+
+    def expected(self, ranks: int | None = None) -> dict[str, torch.Tensor]:
+        """What a layer of unweighted identity experts must give, in fp64, from this rank's tokens alone.
+
+        Each pick brings its token back once, so output and gradient are multiplied by the number of picks. With the
+        loss sum(y * grad_output) + sum(row_probs ** 2) / 2, the gradient of a probability is the probability itself.
+
+        Args:
+            ranks: Count each rank once instead of each pick: the raw calls of the compact layout, where nobody adds up
+                the picks of one rank.
+        """
+        copies = self.routing_map if ranks is None else self.routing_map.reshape(len(self.picks), ranks, -1).any(dim=2)
+        num_copies = copies.sum(dim=1, keepdim=True).double()
+        return {
+            "output": self.hidden.double() * num_copies,
+            "gradient of hidden states": self.grad_output.double() * num_copies,
+            "gradient of probabilities": self.probs.double(),
+        }
+
+
+def make_batch(
+    shape: Shape, tokens: int, routing: str, dtype: torch.dtype, rank: int, device: torch.device, seed: int = 0
+) -> Batch:
+    """A rank's tokens and their routing; another rank or seed gives others.
+
+    balanced: every expert is equally likely, as after load balancing. zipf: expert i of a fixed shuffled order is
+    picked in proportion to 1 / (i + 1). one-hot-expert: every token picks expert 0, and others evenly.
+    """
+    generator = torch.Generator().manual_seed(1000 * seed + rank)
+    hidden = torch.randn(tokens, shape.hidden, generator=generator)
+    grad_output = torch.randn(tokens, shape.hidden, generator=generator)
+    scores = -torch.rand(tokens, shape.experts, generator=generator).clamp(min=1e-9).log()  # exponential
+    if routing == "zipf":
+        order = torch.randperm(shape.experts, generator=torch.Generator().manual_seed(seed))  # equal on all ranks
+        scores = scores * (order + 1)  # the smallest of exponentials: picked in proportion to their rates
+    elif routing == "one-hot-expert":
+        scores[:, 0] = 0.0
+    elif routing != "balanced":
+        raise SettingsError(f"unknown routing {routing!r}", needed="one of " + ", ".join(ROUTINGS))
+    smallest = scores.topk(shape.topk, dim=1, largest=False, sorted=False)
+    weights = torch.rand(tokens, shape.topk, generator=generator).softmax(dim=1)
+    chosen = torch.zeros(tokens, shape.experts, dtype=torch.bool).scatter_(1, smallest.indices, True)
+    probs = torch.zeros(tokens, shape.experts).scatter_(1, smallest.indices, weights)
+    return Batch(
+        hidden=hidden.to(device, dtype),
+        grad_output=grad_output.to(device, dtype),
+        picks=smallest.indices.to(device),
+        weights=weights.to(device),
+        routing_map=chosen.to(device),
+        probs=probs.to(device),
+    )
+
+
+def pairs_sent(picks: torch.Tensor, num_experts: int, ranks: int) -> torch.Tensor:
+    """How many tokens go to each rank, each counted once per rank however many of its experts it picks.
+
+    Args:
+        picks: [T, K] global expert ids.
+
+    Returns:
+        [ranks] int64.
+    """
+    goes_to = torch.zeros(len(picks), ranks, dtype=torch.bool, device=picks.device)
+    return goes_to.scatter_(1, picks // (num_experts // ranks), True).sum(dim=0)
+
+
+def wire_pairs(sent: torch.Tensor) -> int:
+    """(token, rank) pairs that the busiest rank sends out in the four transfers of a forward and backward.
+
+    Dispatch sends its tokens out, combine sends back what it received, and the backward repeats both.
+
+    Args:
+        sent: [ranks, ranks], row = from, column = to (`pairs_sent` of each rank).
+    """
+    others = sent - torch.diag(torch.diagonal(sent))
+    return int((2 * (others.sum(dim=1) + others.sum(dim=0))).max())
+
+
+def rank_load(picks_per_expert: torch.Tensor, ranks: int) -> float:
+    """Picks that the busiest rank receives, as a multiple of the mean.
+
+    Args:
+        picks_per_expert: [E], over all ranks.
+    """
+    per_rank = picks_per_expert.double().reshape(ranks, -1).sum(dim=1)
+    return float(per_rank.max() / per_rank.mean())

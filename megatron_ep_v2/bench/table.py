@@ -1,0 +1,239 @@
+"""One table: every variant at one shape. Build, compare with the closed form, and only then take times."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+import megatron_ep_v2
+from megatron_ep_v2 import settings as settings_module
+from megatron_ep_v2.bench import timing
+from megatron_ep_v2.bench.dispatchers import DispatcherLayer
+from megatron_ep_v2.bench.layer import Groups, Layer
+from megatron_ep_v2.bench.progress import Progress
+from megatron_ep_v2.bench.raw import RawLayer
+from megatron_ep_v2.bench.rows import add_ratios, measured
+from megatron_ep_v2.bench.shapes import DTYPES, Batch, Shape, make_batch, pairs_sent, rank_load, wire_pairs
+from megatron_ep_v2.bench.variants import Variant
+
+# Relative L2. bf16 is summed in bf16: 8 x of one token is off by 6e-3 where one dispatcher adds in another order.
+TOLERANCE = {"bf16": 1e-2, "fp32": 1e-5}
+TRANSFERS = 4  # dispatch, combine, and the backward of each
+
+# What a library that is missing, too old or misused here was seen to raise.
+_FAILURES = (ImportError, RuntimeError, ValueError, AssertionError, TypeError, AttributeError, OSError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """What one table is about."""
+
+    shape: Shape
+    tokens: int
+    routing: str
+    dtype: str
+    repeats: int
+    sms: tuple[int | None, ...] = (None,)
+    seed: int = 0
+
+
+@dataclass
+class Entry:
+    """One row in the making."""
+
+    variant: Variant
+    sms: int | None
+    layer: Layer | None = None
+    status: str = "ok"  # or "unavailable", "wrong"
+    reason: str = ""
+    errors: dict[str, float] | None = None
+
+
+def measure_table(
+    point: Point, variants: Sequence[Variant], device: torch.device, groups: Groups, progress: Progress
+) -> list[dict[str, Any]]:
+    """Rows as JSON-able values, the same on every rank; collective."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    batch = make_batch(point.shape, point.tokens, point.routing, DTYPES[point.dtype], rank, device, point.seed)
+    sent, load, busiest = _traffic(batch, point.shape, ranks)
+    progress.say("link: plain all_to_all_single of large blocks")
+    link = timing.measure_link(device)
+
+    entries = [Entry(v, sms) for v in variants for sms in (point.sms if v.takes_sms else (None,))]
+    for entry in entries:
+        with _noted(entry):
+            if entry.variant.kind == "raw":
+                entry.layer = RawLayer(entry.variant, batch, point.shape, entry.sms, groups)
+            else:
+                entry.layer = DispatcherLayer(entry.variant, batch, point.shape, entry.sms, load, groups)
+    for entry in (entry for entry in entries if entry.layer):
+        progress.say(f"{_label(entry)}: first call (a new shape is compiled kernel by kernel, up to a minute)")
+        with _noted(entry):
+            _run_once(entry)
+        if entry.layer:
+            _judge(entry, TOLERANCE[point.dtype], device)
+    times = _take_times([entry for entry in entries if entry.status == "ok"], point.repeats, device, progress)
+
+    pair_bytes = point.shape.hidden * DTYPES[point.dtype].itemsize
+    common: dict[str, Any] = {
+        "shape": point.shape.name,
+        "hidden": point.shape.hidden,
+        "experts": point.shape.experts,
+        "topk": point.shape.topk,
+        "tokens_per_rank": point.tokens,
+        "ranks": ranks,
+        "routing": point.routing,
+        "dtype": point.dtype,
+        "repeats": point.repeats,
+        "layers_in_a_row": timing.IN_A_ROW if device.type == "cuda" else 1,
+        "busiest_rank_load": round(load, 3),
+        "busiest_expert_load": round(busiest, 3),
+        "logical_bytes": point.tokens * point.shape.topk * pair_bytes * TRANSFERS,
+        "wire_bytes": wire_pairs(sent) * pair_bytes,
+        "link_gb_per_s": float(f"{link:.4g}"),
+    }
+    rows = []
+    for entry in entries:
+        row = common | _described(entry)
+        if id(entry) in times:
+            row |= measured(times[id(entry)], common["wire_bytes"], link)
+        rows.append(row)
+    for entry in entries:
+        if entry.layer:
+            entry.layer.close()
+        entry.layer = None
+    megatron_ep_v2.destroy_buffers()
+    settings_module.activate(None)
+    add_ratios(rows)
+    return rows
+
+
+class _noted:
+    """What fails inside is noted as the reason why a variant is unavailable, on every rank if on one."""
+
+    def __init__(self, entry: Entry):
+        self.entry = entry
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _traceback: Any) -> bool:
+        if error is not None and not isinstance(error, _FAILURES):
+            return False
+        told: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(told, None if error is None else f"{type(error).__name__}: {error}")
+        first = next((f"rank {rank}: {text}" for rank, text in enumerate(told) if text), None)
+        if first is not None:
+            self.entry.status, self.entry.layer = "unavailable", None
+            self.entry.reason = first.partition(": ")[2] if len(set(told)) == 1 else first
+        return True
+
+
+def _traffic(batch: Batch, shape: Shape, ranks: int) -> tuple[torch.Tensor, float, float]:
+    """[ranks, ranks] (token, rank) pairs sent; load of the busiest rank and of the busiest expert."""
+    mine = pairs_sent(batch.picks, shape.experts, ranks)
+    sent = [torch.empty_like(mine) for _ in range(ranks)]
+    dist.all_gather(sent, mine)
+    per_expert = batch.routing_map.sum(dim=0)
+    dist.all_reduce(per_expert)
+    busiest = float(per_expert.max() / per_expert.double().mean())
+    return torch.stack(sent).cpu(), rank_load(per_expert.cpu(), ranks), busiest
+
+
+def _run_once(entry: Entry) -> None:
+    """Relative L2 of this rank's results against the closed form."""
+    assert entry.layer is not None
+    entry.layer.enter()
+    try:
+        entry.layer.run(backward=True)
+        found = entry.layer.results()
+    finally:
+        entry.layer.leave()
+    errors = {}
+    for name, expected in entry.layer.expected().items():
+        error = float((found[name].double() - expected).norm() / expected.norm())
+        errors[name] = math.inf if math.isnan(error) else error
+    entry.errors = errors
+
+
+def _judge(entry: Entry, tolerance: float, device: torch.device) -> None:
+    """The worst errors of all ranks; a wrong variant gets no time."""
+    assert entry.errors is not None
+    worst = timing.slowest_rank(list(entry.errors.values()), device)
+    entry.errors = dict(zip(entry.errors, worst, strict=True))
+    wrong = {name: error for name, error in entry.errors.items() if error > tolerance}
+    if wrong:
+        entry.status = "wrong"
+        entry.reason = "WRONG RESULT (relative L2: " + ", ".join(f"{n} {e:.1e}" for n, e in wrong.items()) + ")"
+
+
+def _take_times(
+    entries: list[Entry], repeats: int, device: torch.device, progress: Progress
+) -> dict[int, dict[str, Any]]:
+    """By id of the entry: microseconds of each kind and repeat, slowest rank; peak memory, largest over ranks."""
+    on_gpu = device.type == "cuda"
+    in_a_row = timing.IN_A_ROW if on_gpu else 1
+    kinds = {"forward": (in_a_row, False), "forward_backward": (in_a_row, True)}
+    if on_gpu:
+        kinds["alone"] = (1, True)
+    times: dict[int, dict[str, Any]] = {id(e): {kind: [] for kind in (*kinds, "host")} for e in entries}
+
+    def each(action: Callable[[Entry, Layer], None]) -> None:
+        for entry in entries:
+            assert entry.layer is not None
+            entry.layer.enter()
+            action(entry, entry.layer)
+            entry.layer.leave()
+
+    def warm_up(entry: Entry, layer: Layer) -> None:
+        for _ in range(4 if on_gpu else 1):
+            layer.run(backward=False)
+            layer.run(backward=True)
+
+    def take(entry: Entry, layer: Layer) -> None:
+        for kind, (count, backward) in kinds.items():
+            spent, host = timing.measure(lambda: layer.run(backward=backward), device, count)  # noqa: B023
+            times[id(entry)][kind].append(spent)
+            if kind == "alone" or (not on_gpu and backward):
+                times[id(entry)]["host"].append(host)
+
+    def take_memory(entry: Entry, layer: Layer) -> None:
+        layer.results()  # nothing of the last run is left
+        peak = timing.peak_memory(lambda: layer.run(backward=True), device)
+        times[id(entry)]["peak_memory"] = [math.nan if peak is None else peak]
+        layer.results()
+
+    progress.say("warm-up")
+    each(warm_up)
+    for i in range(repeats):
+        each(take)
+        progress.round(i + 1, repeats)
+    each(take_memory)
+    for by_kind in times.values():
+        for kind, values in by_kind.items():
+            by_kind[kind] = timing.slowest_rank(values, device)
+    return times
+
+
+def _described(entry: Entry) -> dict[str, Any]:
+    layer, variant = entry.layer, entry.variant
+    buffer_bytes = layer.buffer_bytes if layer else None
+    return {
+        "variant": variant.name,
+        "buffer": variant.buffer,
+        "layout": variant.layout,
+        "num_sms": layer.num_sms if layer else entry.sms,
+        "status": entry.status,
+        "reason": entry.reason,
+        "relative_l2": entry.errors and {name: float(f"{error:.2g}") for name, error in entry.errors.items()},
+        "buffer_mib": None if buffer_bytes is None else round(buffer_bytes / 2**20, 1),
+    }
+
+
+def _label(entry: Entry) -> str:
+    return entry.variant.name + (f", {entry.sms} SMs" if entry.sms else "")
