@@ -63,7 +63,7 @@ def test_the_table_on_two_ranks_that_it_starts(tmp_path: Path) -> None:
     for name in ON_CPU:
         assert any(line.startswith(name) for line in done.stdout.splitlines())
     assert "hybridep: not available: " in done.stdout and "raw-expanded: not available: " in done.stdout
-    assert "[2/2 custom one-hot-expert] round 4/4" in done.stderr and "s left" in done.stderr
+    assert "[2/2 custom one-hot-expert 64] round 4/4, about 0 s left" in done.stderr
 
 
 def test_the_table_under_torchrun() -> None:
@@ -100,7 +100,9 @@ def test_a_wrong_result_gets_no_time(tmp_path: Path) -> None:
     assert wrong["status"] == "wrong" and not [name for name in wrong if name.endswith("_us")]
     assert "WRONG RESULT (relative L2: gradient of probabilities" in wrong["reason"]
     assert "output" not in wrong["reason"]
-    assert document(done)["summary"]["wrong"] == [f"custom balanced reference-expanded: {wrong['reason']}"]
+    assert document(done)["summary"]["wrong"] == [
+        f"custom, balanced routing, 64 tokens, reference-expanded: {wrong['reason']}"
+    ]
     assert "reference-expanded: WRONG RESULT" in done.stdout
 
 

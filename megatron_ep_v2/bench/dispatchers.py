@@ -14,23 +14,33 @@ from megatron_ep_v2.bench.variants import Variant, make_dispatcher, sms_field
 _HEADROOM = 1.05
 
 
-class DispatcherLayer:
-    """A Megatron token dispatcher around experts that pass rows through, unweighted.
+class DispatcherSet:
+    """Megatron token dispatchers of one variant, one for each layer, and what must be in force while they run.
 
     Args:
         variant: Which.
-        batch: This rank's tokens.
-        shape: Of the layer.
+        shape: Of the layers.
+        dtype: Of the hidden states.
         sms: SM count, None = the library's own choice.
         load: Picks received by the busiest rank, as a multiple of the mean.
         groups: Where to take process groups from.
+        layers: How many.
 
     Raises:
         EPError, ImportError, ValueError, AssertionError: This environment does not offer the variant.
     """
 
-    def __init__(self, variant: Variant, batch: Batch, shape: Shape, sms: int | None, load: float, groups: Groups):
-        self.batch, self.sms = batch, sms
+    def __init__(
+        self,
+        variant: Variant,
+        shape: Shape,
+        dtype: torch.dtype,
+        sms: int | None,
+        load: float,
+        groups: Groups,
+        layers: int = 1,
+    ):
+        self.sms = sms
         self.backend = variant.backend if variant.kind == "flex" else ""
         # The legacy Buffer is built for its SM count; the others take it with each call.
         kind = (variant.buffer, sms if variant.buffer == "legacy" else None) if variant.buffer else "megatron"
@@ -41,19 +51,20 @@ class DispatcherLayer:
             config[sms_field(variant.backend)] = sms
         if variant.backend == "ncclep":
             config["moe_expert_rank_capacity_factor"] = _HEADROOM * load
-        self.dispatcher, self.functions = make_dispatcher(
-            variant,
-            group,
-            groups.alone,
-            hidden=shape.hidden,
-            experts=shape.experts,
-            topk=shape.topk,
-            dtype=batch.hidden.dtype,
-            **config,
-        )
-        self.hidden = batch.hidden.clone().requires_grad_()
-        self.probs = batch.probs.clone().requires_grad_()
-        self.output: torch.Tensor | None = None
+        made = [
+            make_dispatcher(
+                variant,
+                group,
+                groups.alone,
+                hidden=shape.hidden,
+                experts=shape.experts,
+                topk=shape.topk,
+                dtype=dtype,
+                **config,
+            )
+            for _ in range(layers)
+        ]
+        self.dispatchers, self.functions = [dispatcher for dispatcher, _ in made], made[0][1]
         self._before: dict[str, Any] = {}
         self._hybrid_buffer: Any = None
         if variant.kind == "allgather":
@@ -91,6 +102,28 @@ class DispatcherLayer:
         if self.backend == "hybridep":
             self._hybrid_buffer, fused_a2a._hybrid_ep_buffer = fused_a2a._hybrid_ep_buffer, None
 
+    def close(self) -> None:
+        self._hybrid_buffer = None
+        if self.backend == "ncclep":
+            from megatron.core.transformer.moe import fused_a2a
+
+            fused_a2a.nccl_ep_finalize()
+
+
+class DispatcherLayer(DispatcherSet):
+    """A Megatron token dispatcher around experts that pass rows through, unweighted; arguments as in `DispatcherSet`.
+
+    Args:
+        batch: This rank's tokens.
+    """
+
+    def __init__(self, variant: Variant, batch: Batch, shape: Shape, sms: int | None, load: float, groups: Groups):
+        super().__init__(variant, shape, batch.hidden.dtype, sms, load, groups)
+        self.batch, self.dispatcher = batch, self.dispatchers[0]
+        self.hidden = batch.hidden.clone().requires_grad_()
+        self.probs = batch.probs.clone().requires_grad_()
+        self.output: torch.Tensor | None = None
+
     def run(self, *, backward: bool) -> None:
         self.hidden.grad = self.probs.grad = self.output = None
         dispatcher = self.dispatcher
@@ -109,13 +142,6 @@ class DispatcherLayer:
 
     def expected(self) -> dict[str, torch.Tensor]:
         return self.batch.expected()
-
-    def close(self) -> None:
-        self._hybrid_buffer = None
-        if self.backend == "ncclep":
-            from megatron.core.transformer.moe import fused_a2a
-
-            fused_a2a.nccl_ep_finalize()
 
 
 def _ensure_global_memory_buffer() -> None:

@@ -7,7 +7,7 @@ import json
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,44 +73,56 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         f"forward + backward: logical {first['logical_bytes'] / 2**20:.1f} MiB, on the wire "
         f"{first['wire_bytes'] / 2**20:.1f} MiB (a token once per rank); link {first['link_gb_per_s']:.4g} GB/s",
     ]
-    columns = {
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
         "variant": lambda row: row["variant"],
-        "SMs": lambda row: _or_dash(row["num_sms"] or None, "d"),
+        "SMs": lambda row: or_dash(row["num_sms"] or None, "d"),
         "fwd us": lambda row: f"{row['forward_us']:.0f}",
         "fwd+bwd us": lambda row: f"{row['forward_backward_us']:.0f}",
         "p20": lambda row: f"{row['forward_backward_p20_us']:.0f}",
         "p80": lambda row: f"{row['forward_backward_p80_us']:.0f}",
-        "alone us": lambda row: _or_dash(row.get("alone_us"), ".0f"),
-        "/raw": lambda row: _or_dash(row["ratio_to_raw"], ".2f"),
-        "/alltoall": lambda row: _or_dash(row["ratio_to_alltoall"], ".2f"),
+        "alone us": lambda row: or_dash(row.get("alone_us"), ".0f"),
+        "/raw": lambda row: or_dash(row["ratio_to_raw"], ".2f"),
+        "/alltoall": lambda row: or_dash(row["ratio_to_alltoall"], ".2f"),
         "GB/s": lambda row: f"{row['gb_per_s']:.4g}",
         "% link": lambda row: f"{row['percent_of_link']:.0f}",
-        "peak MiB": lambda row: _or_dash(row["peak_memory_mib"], ".0f"),
+        "peak MiB": lambda row: or_dash(row["peak_memory_mib"], ".0f"),
         "host us": lambda row: f"{row['host_us']:.0f}",
         "": lambda row: "noisy" if row["noise"] else "",
     }
-    timed = [row for row in rows if "forward_backward_us" in row]
-    cells = [list(columns), *([make(row) for make in columns.values()] for row in timed)]
+    text += aligned(columns, [row for row in rows if "forward_backward_us" in row])
+    return "\n".join(text + problems(rows))
+
+
+def aligned(columns: Mapping[str, Callable[[dict[str, Any]], str]], rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines of a table: a heading, then a line for each row; the first column to the left, the last one ragged."""
+    if not rows:
+        return []
+    cells = [list(columns), *([make(row) for make in columns.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for line in cells if timed else []:
+    lines = []
+    for line in cells:
         padded = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
         padded[0], padded[-1] = line[0].ljust(widths[0]), line[-1]
-        text.append("  ".join(padded).rstrip())
-    for row in rows:
-        if row["status"] == "wrong":
-            text.append(f"{row['variant']}: {row['reason']}; not timed")
+        lines.append("  ".join(padded).rstrip())
+    return lines
+
+
+def problems(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines about the variants that have no time, with why."""
+    lines = [f"{row['variant']}: {row['reason']}; not timed" for row in rows if row["status"] == "wrong"]
     for row in rows:
         if row["status"] == "unavailable":
-            lines = [line for line in row["reason"].splitlines() if not line.startswith(("  needed:", "  fix:"))]
-            text.append(f"{row['variant']}: not available: {' '.join(' '.join(lines).split())[:240]}")
-    return "\n".join(text)
+            reason = [line for line in row["reason"].splitlines() if not line.startswith(("  needed:", "  fix:"))]
+            lines.append(f"{row['variant']}: not available: {' '.join(' '.join(reason).split())[:240]}")
+    return lines
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What to know about a whole run: which rows are noisy, and which variants are wrong."""
 
     def name(row: dict[str, Any]) -> str:
-        return f"{row['shape']} {row['routing']} {row['variant']}"
+        sms = f" {row['num_sms']} SMs" if row["num_sms"] else ""
+        return f"{row['shape']}, {row['routing']} routing, {row['tokens_per_rank']} tokens, {row['variant']}{sms}"
 
     return {
         "noisy": [f"{name(row)}: {row['noise']}" for row in rows if row.get("noise")],
@@ -118,7 +130,16 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _or_dash(value: Any, form: str) -> str:
+def noise_warning(of: Mapping[str, Any]) -> str:
+    """About a `summary`, for people; "" where there is nothing to say."""
+    if not of["noisy"]:
+        return ""
+    lines = "".join(f"  {line}\n" for line in of["noisy"])
+    return f"This machine was too noisy for these rows; they may differ by more than 10 % in another run:\n{lines}\n"
+
+
+def or_dash(value: Any, form: str) -> str:
+    """Formatted; "-" for None."""
     return "-" if value is None else format(value, form)
 
 

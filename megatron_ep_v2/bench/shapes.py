@@ -14,22 +14,24 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Shape:
-    """Of one MoE layer: hidden size, experts over all ranks, picks per token, width of one expert."""
+    """Of one MoE layer: hidden size, experts over all ranks, picks per token, width of one expert; and how many such
+    layers the model has."""
 
     name: str
     hidden: int
     experts: int
     topk: int
     expert_ffn: int
+    layers: int = 1
 
 
 PRESETS = {
     shape.name: shape
     for shape in (
-        Shape("qwen3-30b-a3b", 2048, 128, 8, 768),
-        Shape("qwen3-235b-a22b", 4096, 128, 8, 1536),
-        Shape("deepseek-v3", 7168, 256, 8, 2048),
-        Shape("mixtral", 4096, 8, 2, 14336),
+        Shape("qwen3-30b-a3b", 2048, 128, 8, 768, 48),
+        Shape("qwen3-235b-a22b", 4096, 128, 8, 1536, 94),
+        Shape("deepseek-v3", 7168, 256, 8, 2048, 61),
+        Shape("mixtral", 4096, 8, 2, 14336, 32),
     )
 }
 

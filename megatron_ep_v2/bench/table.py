@@ -14,6 +14,7 @@ import megatron_ep_v2
 from megatron_ep_v2 import settings as settings_module
 from megatron_ep_v2.bench import timing
 from megatron_ep_v2.bench.dispatchers import DispatcherLayer
+from megatron_ep_v2.bench.entry import Entry, entries_of, noted, told_once
 from megatron_ep_v2.bench.layer import Groups, Layer
 from megatron_ep_v2.bench.progress import Progress
 from megatron_ep_v2.bench.raw import RawLayer
@@ -24,9 +25,6 @@ from megatron_ep_v2.bench.variants import Variant
 # Relative L2. bf16 is summed in bf16: 8 x of one token is off by 6e-3 where one dispatcher adds in another order.
 TOLERANCE = {"bf16": 1e-2, "fp32": 1e-5}
 TRANSFERS = 4  # dispatch, combine, and the backward of each
-
-# What a library that is missing, too old or misused here was seen to raise.
-_FAILURES = (ImportError, RuntimeError, ValueError, AssertionError, TypeError, AttributeError, OSError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,18 +40,6 @@ class Point:
     seed: int = 0
 
 
-@dataclass
-class Entry:
-    """One row in the making."""
-
-    variant: Variant
-    sms: int | None
-    layer: Layer | None = None
-    status: str = "ok"  # or "unavailable", "wrong"
-    reason: str = ""
-    errors: dict[str, float] | None = None
-
-
 def measure_table(
     point: Point, variants: Sequence[Variant], device: torch.device, groups: Groups, progress: Progress
 ) -> list[dict[str, Any]]:
@@ -64,16 +50,16 @@ def measure_table(
     progress.say("link: plain all_to_all_single of large blocks")
     link = timing.measure_link(device)
 
-    entries = [Entry(v, sms) for v in variants for sms in (point.sms if v.takes_sms else (None,))]
+    entries: list[Entry[Layer]] = entries_of(variants, point.sms)
     for entry in entries:
-        with _noted(entry):
+        with noted(entry):
             if entry.variant.kind == "raw":
                 entry.layer = RawLayer(entry.variant, batch, point.shape, entry.sms, groups)
             else:
                 entry.layer = DispatcherLayer(entry.variant, batch, point.shape, entry.sms, load, groups)
     for entry in (entry for entry in entries if entry.layer):
-        progress.say(f"{_label(entry)}: first call (a new shape is compiled kernel by kernel, up to a minute)")
-        with _noted(entry):
+        progress.say(f"{entry.label}: first call (a new shape is compiled kernel by kernel, up to a minute)")
+        with noted(entry):
             _run_once(entry)
         if entry.layer:
             _judge(entry, TOLERANCE[point.dtype], device)
@@ -98,8 +84,8 @@ def measure_table(
         "link_gb_per_s": float(f"{link:.4g}"),
     }
     rows = []
-    for entry in entries:
-        row = common | _described(entry)
+    for entry in told_once(entries):
+        row = common | entry.described()
         if id(entry) in times:
             row |= measured(times[id(entry)], common["wire_bytes"], link)
         rows.append(row)
@@ -113,27 +99,6 @@ def measure_table(
     return rows
 
 
-class _noted:
-    """What fails inside is noted as the reason why a variant is unavailable, on every rank if on one."""
-
-    def __init__(self, entry: Entry):
-        self.entry = entry
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _traceback: Any) -> bool:
-        if error is not None and not isinstance(error, _FAILURES):
-            return False
-        told: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, None if error is None else f"{type(error).__name__}: {error}")
-        first = next((f"rank {rank}: {text}" for rank, text in enumerate(told) if text), None)
-        if first is not None:
-            self.entry.status, self.entry.layer = "unavailable", None
-            self.entry.reason = first.partition(": ")[2] if len(set(told)) == 1 else first
-        return True
-
-
 def _traffic(batch: Batch, shape: Shape, ranks: int) -> tuple[torch.Tensor, float, float]:
     """[ranks, ranks] (token, rank) pairs sent; load of the busiest rank and of the busiest expert."""
     mine = pairs_sent(batch.picks, shape.experts, ranks)
@@ -145,7 +110,7 @@ def _traffic(batch: Batch, shape: Shape, ranks: int) -> tuple[torch.Tensor, floa
     return torch.stack(sent).cpu(), rank_load(per_expert.cpu(), ranks), busiest
 
 
-def _run_once(entry: Entry) -> None:
+def _run_once(entry: Entry[Layer]) -> None:
     """Relative L2 of this rank's results against the closed form."""
     assert entry.layer is not None
     entry.layer.enter()
@@ -161,7 +126,7 @@ def _run_once(entry: Entry) -> None:
     entry.errors = errors
 
 
-def _judge(entry: Entry, tolerance: float, device: torch.device) -> None:
+def _judge(entry: Entry[Layer], tolerance: float, device: torch.device) -> None:
     """The worst errors of all ranks; a wrong variant gets no time."""
     assert entry.errors is not None
     worst = timing.slowest_rank(list(entry.errors.values()), device)
@@ -173,7 +138,7 @@ def _judge(entry: Entry, tolerance: float, device: torch.device) -> None:
 
 
 def _take_times(
-    entries: list[Entry], repeats: int, device: torch.device, progress: Progress
+    entries: list[Entry[Layer]], repeats: int, device: torch.device, progress: Progress
 ) -> dict[int, dict[str, Any]]:
     """By id of the entry: microseconds of each kind and repeat, slowest rank; peak memory, largest over ranks."""
     on_gpu = device.type == "cuda"
@@ -183,26 +148,26 @@ def _take_times(
         kinds["alone"] = (1, True)
     times: dict[int, dict[str, Any]] = {id(e): {kind: [] for kind in (*kinds, "host")} for e in entries}
 
-    def each(action: Callable[[Entry, Layer], None]) -> None:
+    def each(action: Callable[[Entry[Layer], Layer], None]) -> None:
         for entry in entries:
             assert entry.layer is not None
             entry.layer.enter()
             action(entry, entry.layer)
             entry.layer.leave()
 
-    def warm_up(entry: Entry, layer: Layer) -> None:
+    def warm_up(entry: Entry[Layer], layer: Layer) -> None:
         for _ in range(4 if on_gpu else 1):
             layer.run(backward=False)
             layer.run(backward=True)
 
-    def take(entry: Entry, layer: Layer) -> None:
+    def take(entry: Entry[Layer], layer: Layer) -> None:
         for kind, (count, backward) in kinds.items():
             spent, host = timing.measure(lambda: layer.run(backward=backward), device, count)  # noqa: B023
             times[id(entry)][kind].append(spent)
             if kind == "alone" or (not on_gpu and backward):
                 times[id(entry)]["host"].append(host)
 
-    def take_memory(entry: Entry, layer: Layer) -> None:
+    def take_memory(entry: Entry[Layer], layer: Layer) -> None:
         layer.results()  # nothing of the last run is left
         peak = timing.peak_memory(lambda: layer.run(backward=True), device)
         times[id(entry)]["peak_memory"] = [math.nan if peak is None else peak]
@@ -218,22 +183,3 @@ def _take_times(
         for kind, values in by_kind.items():
             by_kind[kind] = timing.slowest_rank(values, device)
     return times
-
-
-def _described(entry: Entry) -> dict[str, Any]:
-    layer, variant = entry.layer, entry.variant
-    buffer_bytes = layer.buffer_bytes if layer else None
-    return {
-        "variant": variant.name,
-        "buffer": variant.buffer,
-        "layout": variant.layout,
-        "num_sms": layer.num_sms if layer else entry.sms,
-        "status": entry.status,
-        "reason": entry.reason,
-        "relative_l2": entry.errors and {name: float(f"{error:.2g}") for name, error in entry.errors.items()},
-        "buffer_mib": None if buffer_bytes is None else round(buffer_bytes / 2**20, 1),
-    }
-
-
-def _label(entry: Entry) -> str:
-    return entry.variant.name + (f", {entry.sms} SMs" if entry.sms else "")

@@ -94,15 +94,15 @@ def make_dispatcher(
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     known = {item.name: item for item in dataclasses.fields(TransformerConfig)}
-    config = {**variant.config, **config}
-    missing = sorted(set(config) - set(known))
-    if missing:
-        raise UnavailableError(f"this megatron-core has no {missing[0]}")
     backends = typing.get_args(known["moe_flex_dispatcher_backend"].type)
     if variant.kind == "flex" and variant.backend not in backends:
         raise UnavailableError(
             f"this megatron-core has no backend {variant.backend}", found=", ".join(backends) or "no list of backends"
         )
+    config = {**variant.config, **config}
+    missing = sorted(set(config) - set(known))
+    if missing:
+        raise UnavailableError(f"this megatron-core has no {missing[0]}")
     classes: dict[str, Callable[..., Any]] = {
         "allgather": token_dispatcher.MoEAllGatherTokenDispatcher,
         "alltoall": token_dispatcher.MoEAlltoAllTokenDispatcher,

@@ -1,0 +1,217 @@
+"""Steps of one model with one dispatcher after the other."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from qwen3_moe.options import Options
+from qwen3_moe.train import StepStats, Trainer
+
+from megatron_ep_v2.bench import timing
+from megatron_ep_v2.bench.dispatchers import DispatcherSet
+from megatron_ep_v2.bench.entry import Entry, noted, told_once
+from megatron_ep_v2.bench.layer import Groups
+from megatron_ep_v2.bench.progress import Progress
+from megatron_ep_v2.bench.shapes import DTYPES, Shape
+from megatron_ep_v2.bench.variants import Variant
+from whole_step.model import FORMULA, step_flops
+from whole_step.sections import Stopwatch, Watched
+
+# Loss and gradient norm against the first variant's, relative. In bf16 a token's last digits decide, in deeper layers,
+# which expert it goes to; `bench` without --step is the strict comparison.
+TOLERANCE = {"bf16": {"loss": 2e-3, "gradient norm": 5e-2}, "fp32": {"loss": 1e-5, "gradient norm": 1e-4}}
+_LOAD = 4.0  # room for the busiest rank in buffers of a fixed size, as a multiple of the mean
+_WATCHED_STEPS = 3
+
+
+class Stepper(DispatcherSet):
+    """A variant in the model's MoE layers, and the step that is taken with it."""
+
+    def __init__(
+        self,
+        variant: Variant,
+        shape: Shape,
+        dtype: torch.dtype,
+        sms: int | None,
+        groups: Groups,
+        trainer: Trainer,
+        batches: Sequence[torch.Tensor],
+    ):
+        self.trainer, self.batches = trainer, batches
+        self.layers = [module for module in trainer.model.modules() if isinstance(module, MoELayer)]
+        super().__init__(variant, shape, dtype, sms, _LOAD, groups, layers=len(self.layers))
+
+    def enter(self, watch: Stopwatch | None = None) -> None:
+        super().enter()
+        for layer, dispatcher in zip(self.layers, self.dispatchers, strict=True):
+            layer.token_dispatcher = Watched(dispatcher, watch) if watch else dispatcher
+
+    def step(self) -> StepStats:
+        return self.trainer.step(self.batches)
+
+
+def measure_steps(
+    entries: list[Entry[Stepper]],
+    shape: Shape,
+    options: Options,
+    repeats: int,
+    device: torch.device,
+    groups: Groups,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """Rows as JSON-able values, the same on every rank; collective."""
+    ranks = dist.get_world_size()
+    progress.say("building the model")
+    trainer = Trainer(options, device)
+    batches = _tokens(options, ranks)
+    first: StepStats | None = None
+    for entry in entries:
+        with noted(entry):
+            entry.layer = Stepper(entry.variant, shape, DTYPES[options.dtype], entry.sms, groups, trainer, batches)
+    for entry in (entry for entry in entries if entry.layer):
+        progress.say(f"{entry.label}: first step (a new shape is compiled kernel by kernel, up to a minute)")
+        with noted(entry):
+            stats = _first_step(entry.layer)
+        if entry.layer:
+            first = first or stats
+            _judge(entry, stats, first, TOLERANCE[options.dtype])
+
+    good = [entry for entry in entries if entry.status == "ok"]
+    times = _take_times(good, repeats, device, progress)
+    tokens = options.shape.seq_length * len(batches)
+    flops = step_flops(options.shape, tokens)
+    rows = []
+    for entry in told_once(entries):
+        row = _common(options, ranks, repeats, len(batches), first) | entry.described()
+        if id(entry) in times:
+            row |= _measured(times[id(entry)], tokens * ranks, flops)
+        rows.append(row)
+    alltoall = [row["step_ms"] for row in rows if "step_ms" in row and row["variant"].startswith("alltoall")]
+    for row in rows:
+        if "step_ms" in row:
+            row["ratio_to_alltoall"] = round(row["step_ms"] / min(alltoall), 3) if alltoall else None
+    for entry in entries:
+        if entry.layer:
+            entry.layer.close()
+    return rows
+
+
+def _first_step(stepper: Stepper) -> StepStats:
+    stepper.enter()
+    try:
+        return stepper.step()
+    finally:
+        stepper.leave()
+
+
+def _judge(entry: Entry[Stepper], stats: StepStats, first: StepStats, tolerance: dict[str, float]) -> None:
+    """Equal on every rank, as the statistics are."""
+    pairs = {"loss": (stats.loss, first.loss), "gradient norm": (stats.grad_norm, first.grad_norm)}
+    entry.errors = {name: abs(mine - theirs) / abs(theirs) for name, (mine, theirs) in pairs.items()}
+    wrong = {name: error for name, error in entry.errors.items() if not error <= tolerance[name]}
+    if wrong:
+        entry.status = "wrong"
+        entry.reason = "WRONG RESULT (relative: " + ", ".join(f"{n} {e:.1e}" for n, e in wrong.items()) + ")"
+
+
+def _take_times(
+    entries: list[Entry[Stepper]], repeats: int, device: torch.device, progress: Progress
+) -> dict[int, dict[str, list[float]]]:
+    """By id of the entry: "step" in microseconds for each repeat, slowest rank; "peak_memory" in bytes, largest over
+    ranks; "dispatch" and "combine", their share of the step in percent, mean over ranks."""
+    times: dict[int, dict[str, list[float]]] = {id(entry): {"step": []} for entry in entries}
+
+    def each(action: Callable[[Entry[Stepper], Stepper], None]) -> None:
+        for entry in entries:
+            assert entry.layer is not None
+            entry.layer.enter()
+            action(entry, entry.layer)
+            entry.layer.leave()
+
+    def take(entry: Entry[Stepper], stepper: Stepper) -> None:
+        times[id(entry)]["step"].append(timing.measure(lambda: _discard(stepper.step()), device)[0])
+
+    def take_memory(entry: Entry[Stepper], stepper: Stepper) -> None:
+        peak = timing.peak_memory(lambda: _discard(stepper.step()), device)
+        times[id(entry)]["peak_memory"] = [math.nan if peak is None else peak]
+
+    def take_shares(entry: Entry[Stepper], stepper: Stepper) -> None:
+        watch = Stopwatch(device)
+        stepper.leave()
+        stepper.enter(watch)
+        spent = [timing.measure(lambda: _discard(stepper.step()), device)[0] for _ in range(_WATCHED_STEPS)]
+        within = watch.milliseconds()
+        shares = torch.tensor([100 * 1e3 * within[name] / sum(spent) for name in ("dispatch", "combine")])
+        shares = shares.to(device)
+        dist.all_reduce(shares)
+        times[id(entry)] |= dict(
+            zip(("dispatch", "combine"), ([share / dist.get_world_size()] for share in shares.tolist()), strict=True)
+        )
+
+    progress.say("warm-up")
+    each(lambda entry, stepper: _discard(stepper.step()))
+    for i in range(repeats):
+        each(take)
+        progress.round(i + 1, repeats)
+    each(take_memory)
+    each(take_shares)
+    for by_kind in times.values():
+        for kind in ("step", "peak_memory"):
+            by_kind[kind] = timing.slowest_rank(by_kind[kind], device)
+    return times
+
+
+def _discard(_: Any) -> None:
+    """A step's statistics are not wanted."""
+
+
+def _measured(times: dict[str, list[float]], tokens: int, flops_per_rank: int) -> dict[str, Any]:
+    step = timing.summarise(times["step"])
+    peak = times["peak_memory"][0]
+    return {
+        "step_ms": round(step.median / 1e3, 3),
+        "step_p20_ms": round(step.p20 / 1e3, 3),
+        "step_p80_ms": round(step.p80 / 1e3, 3),
+        "tokens_per_second": round(tokens / step.median * 1e6, 1),
+        "tflops_per_rank": float(f"{flops_per_rank / step.median / 1e6:.4g}"),
+        "dispatch_percent": round(statistics.mean(times["dispatch"]), 1),
+        "combine_percent": round(statistics.mean(times["combine"]), 1),
+        "peak_memory_mib": None if math.isnan(peak) else round(peak / 2**20, 1),
+        "noise": step.noise,
+    }
+
+
+def _common(options: Options, ranks: int, repeats: int, micro_batches: int, first: StepStats | None) -> dict[str, Any]:
+    shape = options.shape
+    return {
+        "shape": options.preset,
+        "layers": shape.num_layers,
+        "hidden": shape.hidden_size,
+        "experts": shape.num_experts,
+        "topk": shape.topk,
+        "expert_ffn": shape.moe_ffn_hidden_size,
+        "vocabulary": shape.vocab_size,
+        "tokens_per_rank": shape.seq_length,
+        "micro_batches": micro_batches,
+        "ranks": ranks,
+        "routing": "the router's own",
+        "busiest_expert_load": round(first.expert_balance, 3) if first else None,
+        "recompute": options.recompute,
+        "dtype": options.dtype,
+        "repeats": repeats,
+        "flops": FORMULA,
+    }
+
+
+def _tokens(options: Options, ranks: int) -> list[torch.Tensor]:
+    """This rank's micro-batches [1, seq_length + 1], random ids."""
+    generator = torch.Generator().manual_seed(1000 * options.seed + dist.get_rank())
+    count = options.num_micro_batches(ranks)
+    size = (count, 1, options.shape.seq_length + 1)
+    return list(torch.randint(options.shape.vocab_size, size, generator=generator))

@@ -1,0 +1,98 @@
+"""The model whose steps are timed, and the work that a step of it is."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from qwen3_moe.options import Options
+from qwen3_moe.presets import PRESETS, ModelShape
+
+from megatron_ep_v2.bench.shapes import Shape
+
+FORMULA = (
+    "3 x forward; forward per token = 2 x (active matrix parameters: attention, router, top-k experts, output head) "
+    "+ 2 x sequence length x heads x channels a layer (causal attention)"
+)
+
+
+def model_options(
+    shape: Shape,
+    *,
+    layers: int,
+    tokens: int,
+    vocab_size: int,
+    micro_batches: int,
+    dtype: str,
+    recompute: bool,
+    ranks: int,
+    seed: int,
+) -> Options:
+    """Options of the example for a preset of the bench: one sequence of `tokens` per rank and micro-batch.
+
+    Qwen3's presets are its own. The others keep their MoE layer, with Qwen3's kind of attention: heads of 128
+    channels, eight key/value heads at most. The learning rate is 0, so that the work stays the same.
+    """
+    theirs = PRESETS.get(shape.name.removeprefix("qwen3-"))
+    heads = max(1, shape.hidden // 128)
+    model = (
+        theirs.shape
+        if theirs
+        else ModelShape(
+            num_layers=layers,
+            hidden_size=shape.hidden,
+            num_attention_heads=heads,
+            num_query_groups=8 if heads % 8 == 0 else heads,
+            kv_channels=128,
+            ffn_hidden_size=4 * shape.hidden,
+            moe_ffn_hidden_size=shape.expert_ffn,
+            num_experts=shape.experts,
+            topk=shape.topk,
+            seq_length=tokens,
+        )
+    )
+    model = dataclasses.replace(model, num_layers=layers, topk=shape.topk, seq_length=tokens, vocab_size=vocab_size)
+    recipe = dataclasses.replace(
+        PRESETS["tiny"].recipe,
+        global_batch_size=ranks * micro_batches,
+        micro_batch_size=1,
+        lr=0.0,
+        min_lr=0.0,
+        warmup_steps=0,
+        weight_decay=0.0,
+        aux_loss_coeff=1e-3,
+    )
+    return Options(
+        preset=shape.name,
+        shape=model,
+        recipe=recipe,
+        recompute=recompute,
+        dispatcher="allgather",  # of the model as it is built, where it needs nothing; the variants bring their own
+        dtype=dtype,
+        seed=seed,
+    )
+
+
+def with_layers(options: Options, layers: int) -> Options:
+    """The same with another depth."""
+    return dataclasses.replace(options, shape=dataclasses.replace(options.shape, num_layers=layers))
+
+
+def layers_that_fit(model: ModelShape, ranks: int, parameters: int) -> int:
+    """Layers whose matrix parameters (the dense ones, and a rank's share of the experts) stay below a number."""
+    expert = 3 * model.hidden_size * model.moe_ffn_hidden_size
+    per_layer = _attention(model) + model.hidden_size * model.num_experts + expert * model.num_experts // ranks
+    return max(1, (parameters - 2 * model.vocab_size * model.hidden_size) // per_layer)
+
+
+def step_flops(model: ModelShape, tokens: int) -> int:
+    """Floating-point operations of a forward and backward over `tokens` tokens; see `FORMULA`."""
+    expert = 3 * model.hidden_size * model.moe_ffn_hidden_size
+    per_layer = _attention(model) + model.hidden_size * model.num_experts + model.topk * expert
+    matrices = model.num_layers * per_layer + model.vocab_size * model.hidden_size
+    scores = model.num_layers * 2 * model.seq_length * model.num_attention_heads * model.kv_channels
+    return 3 * tokens * (2 * matrices + scores)
+
+
+def _attention(model: ModelShape) -> int:
+    query, key = model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
+    return model.hidden_size * (2 * query + 2 * key)

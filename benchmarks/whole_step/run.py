@@ -1,0 +1,105 @@
+"""The command behind `bench --step` and `bench --tune`: measure, print, advise."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from qwen3_moe.presets import ModelShape
+
+import megatron_ep_v2
+from megatron_ep_v2 import settings as settings_module
+from megatron_ep_v2.bench import report
+from megatron_ep_v2.bench.entry import entries_of
+from megatron_ep_v2.bench.layer import Groups
+from megatron_ep_v2.bench.progress import Progress
+from megatron_ep_v2.bench.session import session
+from megatron_ep_v2.bench.shapes import Shape
+from megatron_ep_v2.bench.variants import Variant
+from megatron_ep_v2.settings import Launch
+from whole_step.advice import advice, step_table
+from whole_step.measure import measure_steps
+from whole_step.model import layers_that_fit, model_options, with_layers
+
+# Of a rank's memory, for parameters in bf16 and fp32, gradients and Adam's two moments; activations get the rest.
+_SHARE_OF_MEMORY, _BYTES_PER_PARAMETER = 0.4, 18
+_DEFAULT_LAYERS_ON_CPU = 2
+
+
+def run(
+    options: argparse.Namespace,
+    shapes: Sequence[Shape],
+    variants: Sequence[Variant],
+    place: Launch,
+    command: str,
+) -> int:
+    """Measure and print; the exit status, 1 if a variant gave a wrong result."""
+    with session(place) as device:
+        parallel_state.initialize_model_parallel(expert_model_parallel_size=place.ranks)
+        if device.type == "cuda":
+            model_parallel_cuda_manual_seed(options.seed)
+        try:
+            return _measure(options, shapes, variants, device, command)
+        finally:
+            parallel_state.destroy_model_parallel()
+
+
+def _measure(
+    options: argparse.Namespace,
+    shapes: Sequence[Shape],
+    variants: Sequence[Variant],
+    device: torch.device,
+    command: str,
+) -> int:
+    main, ranks = dist.get_rank() == 0, dist.get_world_size()
+    groups, progress = Groups(), Progress(len(shapes), silent=not main)
+    header = report.environment(command) if main else {}
+    rows: list[dict[str, Any]] = []
+    for shape in shapes:
+        progress.next_table(f"{shape.name} step")
+        torch.compiler.reset()
+        model = model_options(
+            shape,
+            layers=options.layers or 1,
+            tokens=options.tokens[0],
+            vocab_size=options.vocab_size,
+            micro_batches=options.micro_batches,
+            dtype=options.dtype,
+            recompute=options.recompute,
+            ranks=ranks,
+            seed=options.seed,
+        )
+        if not options.layers:
+            model = with_layers(model, _default_layers(shape, model.shape, ranks, device))
+        measured = measure_steps(
+            entries_of(variants, options.sms), shape, model, options.repeats, device, groups, progress
+        )
+        rows += measured
+        megatron_ep_v2.destroy_buffers()
+        settings_module.activate(None)
+        if main:
+            print(step_table(measured), end="\n\n", flush=True)
+            if options.tune:
+                print(advice(measured), end="\n\n", flush=True)
+            if options.out:
+                report.write_rows(options.out, header, rows)
+    summary = report.summary(rows)
+    if main:
+        print(report.noise_warning(summary), end="")
+        print(json.dumps({"environment": header, "rows": rows, "summary": summary}))
+    return 1 if summary["wrong"] else 0
+
+
+def _default_layers(shape: Shape, model: ModelShape, ranks: int, device: torch.device) -> int:
+    """The model's own depth, or as much of it as fits."""
+    if device.type == "cpu":
+        return min(shape.layers, _DEFAULT_LAYERS_ON_CPU)
+    memory = torch.cuda.get_device_properties(device).total_memory
+    fit = layers_that_fit(model, ranks, int(_SHARE_OF_MEMORY * memory / _BYTES_PER_PARAMETER))
+    return min(shape.layers, fit)

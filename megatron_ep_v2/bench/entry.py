@@ -1,0 +1,98 @@
+"""A row in the making, and the rule that what fails on one rank is unavailable on all."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch.distributed as dist
+
+from megatron_ep_v2.bench.variants import Variant
+
+# What a library that is missing, too old or misused here was seen to raise.
+_FAILURES = (ImportError, RuntimeError, ValueError, AssertionError, TypeError, AttributeError, OSError)
+
+
+class Built(Protocol):
+    """What is known of a variant that was built."""
+
+    @property
+    def num_sms(self) -> int | None: ...
+    @property
+    def buffer_bytes(self) -> int | None: ...
+
+
+B = TypeVar("B", bound=Built)
+
+
+@dataclass
+class Entry(Generic[B]):
+    """A variant at one SM count.
+
+    Attributes:
+        layer: What is run; None while it is not built, and for good where it cannot be.
+        status: "ok", "unavailable" or "wrong".
+        reason: Why it is not ok.
+        errors: Relative L2, by what was compared.
+    """
+
+    variant: Variant
+    sms: int | None
+    layer: B | None = None
+    status: str = "ok"
+    reason: str = ""
+    errors: dict[str, float] | None = None
+
+    @property
+    def label(self) -> str:
+        return self.variant.name + (f", {self.sms} SMs" if self.sms else "")
+
+    def described(self) -> dict[str, Any]:
+        """For a row of JSON."""
+        buffer_bytes = self.layer.buffer_bytes if self.layer else None
+        return {
+            "variant": self.variant.name,
+            "buffer": self.variant.buffer,
+            "layout": self.variant.layout,
+            "num_sms": self.layer.num_sms if self.layer else self.sms,
+            "status": self.status,
+            "reason": self.reason,
+            "relative_l2": self.errors and {name: float(f"{error:.2g}") for name, error in self.errors.items()},
+            "buffer_mib": None if buffer_bytes is None else round(buffer_bytes / 2**20, 1),
+        }
+
+
+def entries_of(variants: Sequence[Variant], sms: Sequence[int | None]) -> list[Entry[Any]]:
+    """One for each variant, and for each SM count where it takes one."""
+    return [Entry(variant, count) for variant in variants for count in (sms if variant.takes_sms else (None,))]
+
+
+@contextlib.contextmanager
+def noted(entry: Entry[Any]) -> Iterator[None]:
+    """What fails inside is noted as the reason why the variant is unavailable, on every rank if on one; collective."""
+    mine = None
+    try:
+        yield
+    except _FAILURES as error:
+        mine = f"{type(error).__name__}: {error}"
+    told: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(told, mine)
+    failed = {rank: text for rank, text in enumerate(told) if text}
+    if failed:
+        rank, text = min(failed.items())
+        entry.status, entry.layer = "unavailable", None
+        entry.reason = text if len(set(told)) == 1 else f"rank {rank}: {text}"
+
+
+def told_once(entries: Sequence[Entry[B]]) -> list[Entry[B]]:
+    """Without the repetitions of a variant that is unavailable at every SM count for one reason."""
+    seen: set[tuple[str, str]] = set()
+    kept = []
+    for entry in entries:
+        about = (entry.variant.name, entry.reason)
+        if entry.status != "unavailable" or about not in seen:
+            kept.append(entry)
+        seen.add(about)
+    return kept

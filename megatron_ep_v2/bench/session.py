@@ -1,0 +1,39 @@
+"""A rank's surroundings while it measures: process group, device, and Megatron as it runs in training."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+import megatron_ep_v2
+from megatron_ep_v2.bench import on_cpu, ranks
+from megatron_ep_v2.settings import Launch
+
+
+@contextlib.contextmanager
+def session(place: Launch) -> Iterator[torch.device]:
+    """Join the other ranks; this rank's device.
+
+    Raises:
+        SettingsError: Fewer GPUs than ranks on this host.
+    """
+    warnings.filterwarnings("ignore")  # Megatron says at import, on every rank, what optional packages it misses
+    device = ranks.join(place)
+    try:
+        with on_cpu.substitutions() if device.type == "cpu" else _compiled_as_in_training():
+            yield device
+    finally:
+        megatron_ep_v2.destroy_buffers()
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _compiled_as_in_training() -> Iterator[None]:
+    """Megatron compiles small functions, here once for each dispatcher. Past torch's limit the last ones in the table
+    would be left uncompiled, and compared unfairly."""
+    torch._dynamo.config.recompile_limit = 128
+    yield
