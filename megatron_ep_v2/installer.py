@@ -101,6 +101,11 @@ def uninstall() -> None:
     _installation = None
 
 
+def bound() -> list[tuple[Any, str, Any, Any]]:
+    """What is bound now: module or class, name, Megatron's object, ours. For who changes between several."""
+    return list(_installation.bound) if _installation else []
+
+
 def status() -> dict[str, Any]:
     """What is installed and active, as plain JSON-able values."""
     found = probe()

@@ -63,7 +63,7 @@ def test_the_table_on_two_ranks_that_it_starts(tmp_path: Path) -> None:
     for name in ON_CPU:
         assert any(line.startswith(name) for line in done.stdout.splitlines())
     assert "hybridep: not available: " in done.stdout and "raw-expanded: not available: " in done.stdout
-    assert "[2/2 custom one-hot-expert 64] round 4/4, about 0 s left" in done.stderr
+    assert "[2/2 custom one-hot-expert 64] round 4/4, about " in done.stderr
 
 
 def test_the_table_under_torchrun() -> None:

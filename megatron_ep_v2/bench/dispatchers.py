@@ -8,7 +8,7 @@ import torch
 
 from megatron_ep_v2.bench.layer import Groups, OurBuffer, named_results
 from megatron_ep_v2.bench.shapes import Batch, Shape
-from megatron_ep_v2.bench.variants import Variant, make_dispatcher, sms_field
+from megatron_ep_v2.bench.variants import Variant, make_dispatchers, sms_field
 
 # Received picks of the busiest rank, as a multiple of the mean, get this much room in buffers of a fixed size.
 _HEADROOM = 1.05
@@ -51,21 +51,17 @@ class DispatcherSet:
             config[sms_field(variant.backend)] = sms
         if variant.backend == "ncclep":
             config["moe_expert_rank_capacity_factor"] = _HEADROOM * load
-        made = [
-            make_dispatcher(
-                variant,
-                group,
-                groups.alone,
-                hidden=shape.hidden,
-                experts=shape.experts,
-                topk=shape.topk,
-                dtype=dtype,
-                **config,
-            )
-            for _ in range(layers)
-        ]
-        self.dispatchers, self.functions = [dispatcher for dispatcher, _ in made], made[0][1]
-        self._before: dict[str, Any] = {}
+        self.dispatchers, self._bindings = make_dispatchers(
+            variant,
+            layers,
+            group,
+            groups.alone,
+            hidden=shape.hidden,
+            experts=shape.experts,
+            topk=shape.topk,
+            dtype=dtype,
+            **config,
+        )
         self._hybrid_buffer: Any = None
         if variant.kind == "allgather":
             _ensure_global_memory_buffer()
@@ -83,9 +79,8 @@ class DispatcherSet:
     def enter(self) -> None:
         from megatron.core.transformer.moe import fused_a2a, token_dispatcher
 
-        self._before = {name: getattr(token_dispatcher, name) for name in self.functions}
-        for name, function in self.functions.items():
-            setattr(token_dispatcher, name, function)
+        for owner, name, _, ours in self._bindings:
+            setattr(owner, name, ours)
         if self.ours:
             self.ours.enter()
         elif self.backend == "hybridep":
@@ -94,11 +89,10 @@ class DispatcherSet:
             token_dispatcher.set_deepep_num_sms(self.sms or 20)
 
     def leave(self) -> None:
-        from megatron.core.transformer.moe import fused_a2a, token_dispatcher
+        from megatron.core.transformer.moe import fused_a2a
 
-        for name, function in self._before.items():
-            setattr(token_dispatcher, name, function)
-        self._before = {}
+        for owner, name, theirs, _ in reversed(self._bindings):
+            setattr(owner, name, theirs)
         if self.backend == "hybridep":
             self._hybrid_buffer, fused_a2a._hybrid_ep_buffer = fused_a2a._hybrid_ep_buffer, None
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import megatron_ep_v2
+from megatron_ep_v2 import installer
 from megatron_ep_v2.errors import UnavailableError
 
 _FUSED = {"moe_permute_fusion": True}
@@ -72,19 +73,29 @@ VARIANTS = {
 }
 
 
-def make_dispatcher(
-    variant: Variant, group: Any, alone: Any, *, hidden: int, experts: int, topk: int, dtype: torch.dtype, **config: Any
-) -> tuple[Any, dict[str, Any]]:
-    """A Megatron token dispatcher outside any model, and the functions that its manager has to find in Megatron.
+def make_dispatchers(
+    variant: Variant,
+    count: int,
+    group: Any,
+    alone: Any,
+    *,
+    hidden: int,
+    experts: int,
+    topk: int,
+    dtype: torch.dtype,
+    **config: Any,
+) -> tuple[list[Any], list[tuple[Any, str, Any, Any]]]:
+    """Megatron's token dispatchers outside any model, and what must be bound in Megatron while they run.
 
     Args:
+        count: How many.
         group: Process group of the experts.
         alone: Process group of this rank alone, for tensor parallelism.
         **config: More fields of TransformerConfig.
 
     Returns:
-        The dispatcher; and the `fused_dispatch` and `fused_combine` that were bound in Megatron's `token_dispatcher`
-        when it was made: it looks them up there at every call.
+        The dispatchers; and what `install()` had bound when they were made (module or class, name, Megatron's object,
+        ours), for Megatron looks it up at every call. Nothing of it is bound any more.
 
     Raises:
         EPError, ImportError, ValueError, AssertionError: This environment does not offer it.
@@ -131,9 +142,10 @@ def make_dispatcher(
     if variant.buffer:
         megatron_ep_v2.install(buffer=variant.buffer, layout=variant.layout)
     try:
-        dispatcher = classes[variant.kind](num_local, local, TransformerConfig(**values | config), groups)
-        names = ("fused_dispatch", "fused_combine")
-        return dispatcher, {name: getattr(token_dispatcher, name) for name in names}
+        made = [
+            classes[variant.kind](num_local, local, TransformerConfig(**values | config), groups) for _ in range(count)
+        ]
+        return made, [binding for binding in installer.bound() if binding[1] != "destroy_process_group"]
     finally:
         if variant.buffer:
             megatron_ep_v2.uninstall()
