@@ -69,8 +69,8 @@ format: $(READY)  ## let ruff fix and format the sources
 	"$(PY)" -m ruff check --fix .
 	"$(PY)" -m ruff format .
 
-bench: $(READY)  ## flex + reference buffer beside Megatron's alltoall, on the CPU
-	@exec "$(PY)" benchmarks/cpu_dispatch.py $(ARGS)
+bench: $(READY)  ## time Megatron's dispatchers side by side: on all GPUs, or on the CPU with two processes
+	@exec "$(PY)" -m megatron_ep_v2 bench $(ARGS)
 
 hooks: $(READY)  ## run format and lint before each git commit
 	"$(PY)" -m pre_commit install

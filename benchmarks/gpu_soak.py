@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import environment, make_dispatcher, write_rows
+from common import environment, make_flex_dispatcher, write_rows
 
 import megatron_ep_v2
 
@@ -32,7 +32,7 @@ def main() -> None:
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
     megatron_ep_v2.install(buffer="elastic", layout=options.layout, num_max_tokens_per_rank=MOST_TOKENS)
-    dispatcher = make_dispatcher("flex", hidden=HIDDEN, experts=EXPERTS, topk=TOPK)
+    dispatcher = make_flex_dispatcher(hidden=HIDDEN, experts=EXPERTS, topk=TOPK)
 
     sizes = torch.Generator().manual_seed(dist.get_rank())
     rows = []

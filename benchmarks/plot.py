@@ -19,6 +19,7 @@ import argparse
 import json
 import textwrap
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,18 @@ matplotlib.rcParams["svg.hashsalt"] = "megatron_ep_v2"  # the same rows give the
 
 Row = dict[str, Any]
 _MARKERS = "osD^v<>Pph*X"
-_CAPTION_WIDTH = 150
+_CHARACTERS_AN_INCH = 17  # of the caption
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One kind of picture: which rows it shows, by which panels they are told apart, how a panel is drawn, and what
+    its numbers are."""
+
+    select: Callable[[list[Row]], list[Row]]
+    panel: Callable[[Row], str]
+    draw: Callable[[Any, list[Row]], None]
+    title: str
 
 
 def main() -> None:
@@ -40,55 +52,68 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--only", nargs="+", choices=list(PLOTS), help="default: all that the rows give")
     options = parser.parse_args()
-    rows, caption = load(options.files)
+    rows, captions = load(options.files)
     options.out.mkdir(parents=True, exist_ok=True)
-    drawn = [name for name in options.only or PLOTS if draw(name, rows, caption, options.out)]
+    drawn = []
+    for name in options.only or PLOTS:
+        figure = make(PLOTS[name], rows, captions)
+        if figure is not None:
+            for kind, metadata in (("svg", {"Date": None}), ("png", {})):
+                figure.savefig(options.out / f"{name}.{kind}", dpi=150, metadata=metadata)
+                drawn.append(str(options.out / f"{name}.{kind}"))
     if not drawn:
-        raise SystemExit("these files have no rows for " + (", ".join(options.only or PLOTS)))
-    print("\n".join(str(options.out / f"{name}.{kind}") for name in drawn for kind in ("svg", "png")))
+        raise SystemExit("these files have no rows for " + ", ".join(options.only or PLOTS))
+    print("\n".join(drawn))
 
 
-def load(files: Iterable[Path]) -> tuple[list[Row], str]:
-    """The rows that have a time, each with the number of its `file`; and the caption."""
+def load(files: Iterable[Path]) -> tuple[list[Row], list[str]]:
+    """The rows that have a time, each with the number of its `file`; and a caption for each file."""
     rows, captions = [], []
-    files = list(files)
-    for number, file in enumerate(files, start=1):
+    for number, file in enumerate(files):
         header, *of_file = [json.loads(line) for line in file.read_text().splitlines()]
         if not header.get("environment"):
             raise SystemExit(f"{file}: its first line is no environment header; is it from the bench?")
-        tag = f" [{number}]" if len(files) > 1 else ""
-        captions.append(_caption(header, tag))
-        rows += [row | {"file": tag} for row in of_file if row["status"] == "ok"]
-    return rows, "\n".join(captions)
+        names = {"driver": "driver", "torch": "torch", "nccl": "NCCL", "deep_ep": "", "megatron_core": "megatron-core"}
+        names |= {"transformer_engine": "TransformerEngine", "commit": "commit"}
+        facts = [header.get("gpu") or header.get("cpu", "")]
+        facts += [f"{label} {header[name]}".strip() for name, label in names.items() if header.get(name)]
+        captions.append(f"{', '.join(facts)}; {header['command']}")
+        rows += [row | {"file": number} for row in of_file if row["status"] == "ok"]
+    return rows, captions
 
 
-def _caption(header: Row, tag: str) -> str:
-    names = {"driver": "driver", "torch": "torch", "nccl": "NCCL", "deep_ep": "", "megatron_core": "megatron-core"}
-    names |= {"transformer_engine": "TransformerEngine", "commit": "commit"}
-    facts = [header.get("gpu") or header.get("cpu", "")]
-    facts += [f"{label} {header[name]}".strip() for name, label in names.items() if header.get(name)]
-    return textwrap.fill(f"{tag.strip()} {', '.join(facts)}; {header['command']}".strip(), _CAPTION_WIDTH)
+def make(plot: Plot, rows: list[Row], captions: list[str]) -> Any:
+    """The figure, side by side up to three panels; None if the rows have nothing for it."""
+    rows = plot.select(rows)
+    if not rows:
+        return None
+    files = sorted({row["file"] for row in rows})
+    tags = {file: f" [{number}]" if len(files) > 1 else "" for number, file in enumerate(files, start=1)}
+    rows = [row | {"series": row["variant"] + tags[row["file"]]} for row in rows]
+    panels = list(dict.fromkeys(plot.panel(row) for row in rows))
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    tallest = max(sum(plot.panel(row) == name for row in rows) for name in panels)
+    width, height = 5.2 * columns + 1.5, max(3.4, 0.24 * tallest + 1.2) * lines + 0.8
+    figure, grid = plt.subplots(lines, columns, figsize=(width, height), layout="constrained", squeeze=False)
+    for axes, name in zip(grid.flat, panels):
+        plot.draw(axes, [row for row in rows if plot.panel(row) == name])
+        axes.set_title(name, fontsize="small")
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    figure.suptitle(plot.title, fontsize="medium")
+    text = [textwrap.fill(f"{tags[file]} {captions[file]}".strip(), int(width * _CHARACTERS_AN_INCH)) for file in files]
+    figure.supxlabel("\n".join(text), fontsize="x-small", x=0.01, ha="left")
+    return figure
 
 
-def draw(name: str, rows: list[Row], caption: str, out: Path) -> bool:
-    """One picture as SVG and PNG; False if the rows have nothing for it."""
-    figure = PLOTS[name](rows)
-    if figure is None:
-        return False
-    figure.supxlabel(caption, fontsize="x-small", x=0.01, ha="left")
-    for kind, metadata in (("svg", {"Date": None}), ("png", {})):
-        figure.savefig(out / f"{name}.{kind}", dpi=150, metadata=metadata)
-    plt.close(figure)
-    return True
-
-
-def _times(rows: list[Row]) -> Any:
-    rows = [row for row in rows if "forward_backward_us" in row]
-    return _panels(rows, _place, _time_bars)
+def _times(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if "forward_backward_us" in row]
 
 
 def _time_bars(axes: Any, rows: list[Row]) -> None:
-    labels = _labels(rows)
     for i, row in enumerate(rows):
         color = f"C{0 if row['variant'].startswith('raw') else 2 if row.get('buffer') else 1}"
         median, p20, p80 = (row[f"forward_backward{part}_us"] / 1e3 for part in ("", "_p20", "_p80"))
@@ -96,39 +121,37 @@ def _time_bars(axes: Any, rows: list[Row]) -> None:
         axes.barh(i, median, xerr=whiskers, color=color, hatch="//" if row["noise"] else None, alpha=0.6, capsize=2)
         axes.barh(i, row["forward_us"] / 1e3, color=color)
         axes.text(median, i - 0.3, f" {median:.2f}", va="bottom", fontsize="x-small")
-    axes.set_yticks(range(len(rows)), labels)
+    axes.set_yticks(range(len(rows)), _labels(rows))
     axes.invert_yaxis()
-    axes.set(xlabel="ms a layer: forward (dark), forward + backward; slowest rank")
+    axes.set(xlabel="ms")
 
 
-def _sms(rows: list[Row]) -> Any:
-    rows = _with_several([row for row in rows if "gb_per_s" in row and row["num_sms"]], "num_sms", _place)
-    return _panels(rows, _place, _sms_markers)
+def _sms(rows: list[Row]) -> list[Row]:
+    return _with_several([row for row in rows if "gb_per_s" in row and row["num_sms"]], "num_sms", _place)
 
 
 def _sms_markers(axes: Any, rows: list[Row]) -> None:
     _markers(axes, rows, "num_sms", "gb_per_s")
-    for tag in sorted({row["file"] for row in rows}):
-        link = next(row["link_gb_per_s"] for row in rows if row["file"] == tag)
-        axes.axhline(link, color="gray", linestyle="--", label=f"link, all_to_all_single{tag}")
-    axes.set(xlabel="SMs", ylabel="GB/s a rank, forward + backward", ylim=(0, None))
+    for link in sorted({row["link_gb_per_s"] for row in rows}):
+        axes.axhline(link, color="gray", linestyle="--", label="link, all_to_all_single")
+    axes.legend(fontsize="x-small")
+    axes.set(xlabel="SMs", ylabel="GB/s a rank", ylim=(0, None), xticks=sorted({row["num_sms"] for row in rows}))
 
 
-def _tokens(rows: list[Row]) -> Any:
-    rows = [row for row in rows if "forward_backward_us" in row]
-    rows = _with_several([row | {"ms": row["forward_backward_us"] / 1e3} for row in rows], "tokens_per_rank", _shape)
-    return _panels(rows, _shape, _token_markers)
+def _tokens(rows: list[Row]) -> list[Row]:
+    timed = [row | {"ms": row["forward_backward_us"] / 1e3} for row in _times(rows)]
+    return _with_several(timed, "tokens_per_rank", _shape)
 
 
 def _token_markers(axes: Any, rows: list[Row]) -> None:
     _markers(axes, rows, "tokens_per_rank", "ms")
-    axes.set(xlabel="tokens a rank", ylabel="ms a layer, forward + backward", xscale="log", yscale="log")
+    axes.set(xlabel="tokens a rank", ylabel="ms", xscale="log", yscale="log")
     axes.set_xticks(ticks := sorted({row["tokens_per_rank"] for row in rows}), [str(tick) for tick in ticks])
-    axes.minorticks_off()
+    axes.set_xticks([], minor=True)
 
 
-def _steps(rows: list[Row]) -> Any:
-    return _panels([row for row in rows if "step_ms" in row], _step_place, _step_bars)
+def _steps(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if "step_ms" in row]
 
 
 def _step_bars(axes: Any, rows: list[Row]) -> None:
@@ -144,67 +167,46 @@ def _step_bars(axes: Any, rows: list[Row]) -> None:
         axes.text(left, i, f" {row['step_ms']:.1f}", va="center", fontsize="x-small")
     axes.set_yticks(range(len(rows)), _labels(rows))
     axes.invert_yaxis()
-    axes.set(xlabel="ms a step, slowest rank; shares are means over ranks")
-    axes.legend(fontsize="x-small", loc="lower right")
+    axes.set(xlabel="ms", xlim=(0, 1.4 * max(row["step_ms"] for row in rows)))
+    axes.legend(fontsize="x-small", loc="upper right")
 
 
-def _tune(rows: list[Row]) -> Any:
-    rows = _with_several([row for row in rows if "step_ms" in row and row["num_sms"]], "num_sms", _step_place)
-    return _panels(rows, _step_place, _tune_markers)
+def _tune(rows: list[Row]) -> list[Row]:
+    return _with_several([row for row in _steps(rows) if row["num_sms"]], "num_sms", _step_place)
 
 
 def _tune_markers(axes: Any, rows: list[Row]) -> None:
     _markers(axes, rows, "num_sms", "step_ms")
-    axes.set(xlabel="SMs", ylabel="ms a step")
-
-
-def _panels(rows: list[Row], place: Callable[[Row], str], draw_one: Callable[[Any, list[Row]], None]) -> Any:
-    """A figure with one panel for each place, side by side up to three; None without rows."""
-    places = list(dict.fromkeys(place(row) for row in rows))
-    if not places:
-        return None
-    columns = min(3, len(places))
-    lines = -(-len(places) // columns)
-    tallest = max(sum(place(row) == name for row in rows) for name in places)
-    height = max(3.4, 0.24 * tallest + 1.2) * lines + 0.8
-    size = (5.2 * columns + 1.5, height)
-    figure, grid = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
-    for axes, name in zip(grid.flat, places):
-        draw_one(axes, [row for row in rows if place(row) == name])
-        axes.set_title(name, fontsize="small")
-        axes.grid(alpha=0.3)
-        axes.set_axisbelow(True)
-    for axes in grid.flat[len(places) :]:
-        axes.set_visible(False)
-    return figure
+    axes.set(xlabel="SMs", ylabel="ms", xticks=sorted({row["num_sms"] for row in rows}))
 
 
 def _markers(axes: Any, rows: list[Row], x: str, y: str) -> None:
     """One marker for each row, hollow where noisy; no line between them."""
-    series = list(dict.fromkeys(row["variant"] + row["file"] for row in rows))
-    for i, name in enumerate(series):
-        of_series = [row for row in rows if row["variant"] + row["file"] == name]
+    for i, name in enumerate(dict.fromkeys(row["series"] for row in rows)):
+        label: str | None = name
         for noisy in (False, True):
-            chosen = [row for row in of_series if bool(row["noise"]) == noisy]
-            axes.plot(
-                [row[x] for row in chosen],
-                [row[y] for row in chosen],
-                linestyle="none",
-                marker=_MARKERS[i % len(_MARKERS)],
-                color=f"C{i % 10}",
-                fillstyle="none" if noisy else "full",
-                label=name if noisy == bool(of_series[0]["noise"]) else None,
-            )
+            chosen = [row for row in rows if row["series"] == name and bool(row["noise"]) == noisy]
+            if chosen:
+                axes.plot(
+                    [row[x] for row in chosen],
+                    [row[y] for row in chosen],
+                    linestyle="none",
+                    marker=_MARKERS[i % len(_MARKERS)],
+                    color=f"C{i % 10}",
+                    fillstyle="none" if noisy else "full",
+                    label=label,
+                )
+                label = None
     axes.legend(fontsize="x-small")
 
 
 def _with_several(rows: list[Row], name: str, place: Callable[[Row], str]) -> list[Row]:
     """The rows of those variants that were measured at several values of `name` in one place."""
 
-    def key(row: Row) -> tuple[str, str, str]:
+    def key(row: Row) -> tuple[Any, ...]:
         return row["variant"], row["file"], place(row)
 
-    values: dict[tuple[str, str, str], set[Any]] = {}
+    values: dict[tuple[Any, ...], set[Any]] = {}
     for row in rows:
         values.setdefault(key(row), set()).add(row[name])
     return [row for row in rows if len(values[key(row)]) > 1]
@@ -212,7 +214,7 @@ def _with_several(rows: list[Row], name: str, place: Callable[[Row], str]) -> li
 
 def _labels(rows: list[Row]) -> list[str]:
     """Of bars: the variant, with its SM count where it has several."""
-    names = [row["variant"] + row["file"] for row in rows]
+    names = [row["series"] for row in rows]
     return [
         name + (f", {row['num_sms']} SMs" if names.count(name) > 1 and row["num_sms"] else "")
         for name, row in zip(names, rows, strict=True)
@@ -220,14 +222,12 @@ def _labels(rows: list[Row]) -> list[str]:
 
 
 def _shape(row: Row) -> str:
-    return (
-        f"{row['shape']} (H {row['hidden']}, E {row['experts']}, top-{row['topk']}), {row['routing']}, {row['dtype']}, "
-        f"{row['ranks']} ranks"
-    )
+    shape = f"{row['shape']} (H {row['hidden']}, E {row['experts']}, top-{row['topk']})"
+    return f"{shape}\n{row['routing']}, {row['dtype']}, {row['ranks']} ranks"
 
 
 def _place(row: Row) -> str:
-    return f"{_shape(row)}\n{row['tokens_per_rank']} tokens a rank"
+    return f"{_shape(row)}, {row['tokens_per_rank']} tokens a rank"
 
 
 def _step_place(row: Row) -> str:
@@ -235,12 +235,13 @@ def _step_place(row: Row) -> str:
     return f"{row['shape']}, {row['layers']} layers, {row['ranks']} ranks\n{batch}"
 
 
-PLOTS: dict[str, Callable[[list[Row]], Any]] = {
-    "times": _times,
-    "sms": _sms,
-    "tokens": _tokens,
-    "step": _steps,
-    "tune": _tune,
+_LAYER = "dispatch and combine of one layer"
+PLOTS = {
+    "times": Plot(_times, _place, _time_bars, f"{_LAYER}: forward (dark), forward + backward (light); slowest rank"),
+    "sms": Plot(_sms, _place, _sms_markers, f"{_LAYER}, forward + backward: bandwidth out of a rank"),
+    "tokens": Plot(_tokens, _shape, _token_markers, f"{_LAYER}, forward + backward; slowest rank"),
+    "step": Plot(_steps, _step_place, _step_bars, "a training step, slowest rank; its parts, mean over ranks"),
+    "tune": Plot(_tune, _step_place, _tune_markers, "a training step, slowest rank"),
 }
 
 

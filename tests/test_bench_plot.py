@@ -56,32 +56,43 @@ def texts(axes: Any) -> set[str]:
 
 
 def test_bars_and_markers_are_the_rows_and_nothing_is_drawn_between() -> None:
-    rows = [layer("expanded", us, sms=sms) | {"file": ""} for sms, us in ((14, 200.0), (24, 180.0), (32, 190.0))]
-    rows += [layer("alltoall", 500.0) | {"file": ""}]
-    (axes,) = plot._times(rows).axes
+    rows = [layer("expanded", us, sms=sms) | {"file": 0} for sms, us in ((14, 200.0), (24, 180.0), (32, 190.0))]
+    rows += [layer("alltoall", 500.0) | {"file": 0}]
+
+    def axes_of(name: str) -> Any:
+        (axes,) = plot.make(plot.PLOTS[name], rows, ["caption"]).axes
+        return axes
+
+    axes = axes_of("times")
     assert texts(axes) == {"expanded, 14 SMs", "expanded, 24 SMs", "expanded, 32 SMs", "alltoall"}
     assert sorted({round(patch.get_width(), 6) for patch in axes.patches}) == pytest.approx(
         sorted({us / 1e3 / part for us in (200.0, 180.0, 190.0, 500.0) for part in (1, 3)}), rel=1e-5
     )
-    (axes,) = plot._sms(rows).axes
+    axes = axes_of("sms")
     marked = [line for line in axes.lines if len(line.get_xdata()) and line.get_marker() != "None"]
     assert [list(line.get_xdata()) for line in marked] == [[14, 24, 32]]
     assert list(marked[0].get_ydata()) == pytest.approx([1e5 / us for us in (200.0, 180.0, 190.0)])
     assert all(line.get_linestyle() == "None" for line in marked)
     link = [line for line in axes.lines if line.get_linestyle() == "--"]
     assert [list(line.get_ydata()) for line in link] == [[321.0, 321.0]]
-    assert plot._tokens(rows) is None and plot._steps(rows) is None and plot._tune(rows) is None
+    assert all(plot.make(plot.PLOTS[name], rows, ["caption"]) is None for name in ("tokens", "step", "tune"))
 
 
 def test_the_step_is_cut_where_its_shares_are() -> None:
-    (axes,) = plot._steps([step("expanded", 40.0, sms=14) | {"file": ""}]).axes
+    (axes,) = plot.make(plot.PLOTS["step"], [step("expanded", 40.0, sms=14) | {"file": 0}], ["caption"]).axes
     assert [(patch.get_x(), patch.get_width()) for patch in axes.patches] == [(0, 8), (8, 4), (12, 28)]
 
 
 def test_the_caption_is_the_header(tmp_path: Path) -> None:
-    rows, caption = plot.load([write(tmp_path / "rows.jsonl", [layer("alltoall", 1.0)])])
+    rows, captions = plot.load([write(tmp_path / "rows.jsonl", [layer("alltoall", 1.0)])])
     assert [row["variant"] for row in rows] == ["alltoall"]
-    assert caption == "8 x Some GPU, torch 2.99, commit abc1234; python -m x"
+    assert captions == ["8 x Some GPU, torch 2.99, commit abc1234; python -m x"]
+    figure = plot.make(plot.PLOTS["times"], rows, captions)
+    assert figure.get_supxlabel() == captions[0]
+    two = [*rows, layer("hybridep", 2.0) | {"file": 1}]
+    figure = plot.make(plot.PLOTS["times"], two, [captions[0], "another machine"])
+    assert texts(figure.axes[0]) == {"alltoall [1]", "hybridep [2]"}
+    assert figure.get_supxlabel().splitlines()[-1] == "[2] another machine"
     (tmp_path / "other.jsonl").write_text('{"run": "x"}\n')
     with pytest.raises(SystemExit, match="no environment header"):
         plot.load([tmp_path / "other.jsonl"])

@@ -26,8 +26,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     whole_step = options.step or options.tune
     on_gpu = torch.cuda.is_available()
     options.dtype = options.dtype or ("bf16" if on_gpu else "fp32")
-    options.repeats = options.repeats or (10 if whole_step else 30)
+    options.repeats = options.repeats or (10 if whole_step or not on_gpu else 30)
     options.sms = options.sms or (_SMS_TO_TUNE if options.tune else (None,))
+    options.tokens = options.tokens or ([4096] if on_gpu else [512])
     if whole_step and len(options.tokens) > 1:
         parser.error("--step and --tune take one number of --tokens")
     return options
@@ -56,7 +57,11 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--topk", type=_positive, metavar="N", help="of a custom shape; or instead of the preset's")
     what.add_argument("--expert-ffn", type=_positive, default=1024, metavar="N", help="of a custom shape; default 1024")
     what.add_argument(
-        "--tokens", nargs="+", type=_positive, default=[4096], metavar="N", help="per rank, one table each"
+        "--tokens",
+        nargs="+",
+        type=_positive,
+        metavar="N",
+        help="per rank, one table each; default 4096 on GPUs, 512 on the CPU",
     )
     what.add_argument(
         "--routing", nargs="+", choices=ROUTINGS, default=["balanced"], help="one table each; default balanced"
@@ -74,7 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--sms", type=_sm_counts, metavar="A,B,C", help="SM counts, a row each; 0 = the library's choice")
     how.add_argument("--ranks", type=_positive, metavar="N", help="to start; default one per GPU, or 2 on the CPU")
     how.add_argument(
-        "--repeats", type=_positive, metavar="N", help="rounds of all variants; default 30, with --step 10"
+        "--repeats",
+        type=_positive,
+        metavar="N",
+        help="rounds of all variants; default 30; with --step or on the CPU 10",
     )
     how.add_argument("--out", type=Path, metavar="FILE.jsonl", help="write header and rows")
 
