@@ -45,6 +45,7 @@ class Settings:
     sl_idx: int = _setting(3, "RDMA service level")
     num_cpu_timeout_secs: int = _setting(300, "seconds until a host wait gives up")
     num_gpu_timeout_secs: int = _setting(100, "seconds until a kernel's wait gives up")
+    watchdog_secs: int = _setting(10, "seconds until an unfinished dispatch or combine is reported; 0 = no watchdog")
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:

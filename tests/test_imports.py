@@ -23,8 +23,9 @@ LEVELS = [
     {"errors"},
     {"settings", "seam", "buffers.contract", "links"},
     {"probe"},
+    {"watchdog", "watchdog.*"},
     {"buffers", "buffers.*", "kernels", "kernels.*"},
-    {"fused_a2a"},
+    {"fused_a2a", "watchdog.arrivals"},
     {"dispatcher"},
     {"installer"},
     {""},  # the package's __init__

@@ -1,0 +1,106 @@
+"""What a report says: from the answers of all watchers to who is late, in words.
+
+An answer (JSON): rank, host, entered and left (calls), pending (call, 0 = none), calls ([number, kind, step, moe_call,
+tokens] of the last ones), idle (seconds since anything moved), end ("" = the rank lives), stopped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_ep_v2.watchdog.record import KINDS
+
+STACK_FRAMES = 12
+WARM_UP = 4  # first calls: deep_ep compiles kernels in them
+
+
+def find_late(answers: Mapping[int, dict[str, Any]], ranks: Sequence[int], number: int) -> dict[int, str]:
+    """Who keeps call `number` of the asking rank waiting: rank -> why."""
+    late = {rank: "gives no answer: its host is gone or has no watcher" for rank in ranks if rank not in answers}
+    odd = _find_odd(answers)
+    return late | (odd or {rank: "has not arrived" for rank, answer in answers.items() if answer["entered"] < number})
+
+
+def _find_odd(answers: Mapping[int, dict[str, Any]]) -> dict[int, str]:
+    """The ranks whose first differing call is not that of most ranks."""
+    calls = {rank: {call[0]: tuple(call[1:4]) for call in answer["calls"]} for rank, answer in answers.items()}
+    for number in sorted(set().union(*calls.values())):
+        here = {rank: by_number[number] for rank, by_number in calls.items() if number in by_number}
+        usual = Counter(here.values()).most_common(1)[0][0]
+        odd = {rank: call for rank, call in here.items() if call != usual}
+        if odd:
+            others = _describe([number, *usual])
+            return {
+                rank: f"took another way: its call {number} is {_describe([number, *call])}, elsewhere {others}"
+                for rank, call in odd.items()
+            }
+    return {}
+
+
+def write_report(
+    rank: int,
+    what: str,
+    number: int,
+    answers: Mapping[int, dict[str, Any]],
+    late: Mapping[int, str],
+    stacks: Mapping[int, str],
+) -> list[str]:
+    """Lines: the call that waits, who is late and where, where the others are, and the stacks of the late ones."""
+    own = answers[rank]
+    call = next(call for call in own["calls"] if call[0] == number)
+    late = late or {other: "is gone" for other, answer in answers.items() if answer["end"]}
+    lines = [f"rank {rank}: {KINDS[call[1]]} {what} ({_where(call)}, {call[4]} tokens)"]
+    for other, why in sorted(late.items()):
+        host = answers[other]["host"] if other in answers else own["host"]
+        name = f"rank {other}" if host == own["host"] else f"rank {other} on {host}"
+        lines.append(f"  {name} {why}" + (f"; {_place(answers[other], True)}" if other in answers else ""))
+    if not late:
+        hint = "; or deep_ep is compiling, as it does in the first calls" if number <= WARM_UP else ""
+        lines.append(f"  all ranks have entered it: some GPU is busy with earlier work, or the network is late{hint}")
+    places: dict[str, list[int]] = {}
+    for other in sorted(set(answers) - set(late)):
+        places.setdefault(_place(answers[other], False), []).append(other)
+    for place, them in places.items():
+        lines.append(f"  {'ranks' if len(them) > 1 else 'rank'} {', '.join(map(str, them))}: {place}")
+    for other, stack in stacks.items():
+        lines += [
+            f"  rank {other}'s stack, newest call first:",
+            *(f"    {line.strip()}" for line in stack.splitlines()),
+        ]
+    return lines
+
+
+def choose_threads(text: str, *threads: int) -> str:
+    """Of faulthandler's text, some threads; of each, the newest frames."""
+    chosen = []
+    for block in text.split("\n\n"):
+        found = re.search(r"hread 0x([0-9a-f]+)", block)
+        if found and int(found[1], 16) in threads:
+            frames = [line for line in block.splitlines() if line.startswith("  ")]
+            chosen += [*frames[:STACK_FRAMES], *(["..."] if len(frames) > STACK_FRAMES else []), "--"]
+    return "\n".join(chosen[:-1]) or "none was written"
+
+
+def _place(answer: dict[str, Any], in_full: bool) -> str:
+    """Where a rank is; in full: since when, and with how many tokens."""
+    number = answer["pending"] or answer["entered"]
+    call = next((call for call in answer["calls"] if call[0] == number), None)
+    if call is None:
+        place = "before its first call"
+    else:
+        tokens = f", {call[4]} tokens" if in_full else ""
+        place = f"{'in' if answer['pending'] else 'after'} {KINDS[call[1]]} ({_where(call)}{tokens})"
+    since = f"for {answer['idle']:.0f} s " if in_full and not answer["end"] else ""
+    end = f", then {answer['end']}" if answer["end"] else ", stopped by a signal" if answer["stopped"] else ""
+    return f"{since}{place}{end}"
+
+
+def _where(call: Sequence[int]) -> str:
+    return f"step {call[2]}, MoE call {call[3]}"
+
+
+def _describe(call: Sequence[int]) -> str:
+    return f"{KINDS[call[1]]} ({_where(call)})"
