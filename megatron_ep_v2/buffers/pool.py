@@ -23,6 +23,8 @@ from megatron_ep_v2.buffers.reference import ReferenceBuffer
 from megatron_ep_v2.errors import EPError
 from megatron_ep_v2.probe import choose, loaded_nccl_version, probe
 from megatron_ep_v2.settings import Settings
+from megatron_ep_v2.watchdog.meeting import Meeting
+from megatron_ep_v2.watchdog.watch import watch
 
 logger = logging.getLogger("megatron_ep_v2")
 
@@ -94,11 +96,13 @@ def get(
             **{name: getattr(settings, name) for name in settings_module.NAMES},
         }
         expected = _expected_tokens()
-        mine = (refusal is not None, beliefs, max(num_tokens, expected), socket.gethostname())
+        meeting = Meeting(group, settings.watchdog_secs)
+        mine = (refusal is not None, beliefs, max(num_tokens, expected), socket.gethostname(), meeting.address)
+        meeting.await_everyone()
         # On NCCL this is also the first collective of the group: it makes the communicator that DeepEP borrows.
         told: list[Any] = [None] * group.size()
         dist.all_gather_object(told, mine, group=group)
-        refused, believed, tokens, hosts = zip(*told, strict=True)
+        refused, believed, tokens, hosts, addresses = zip(*told, strict=True)
         if refusal is not None:
             raise refusal
         raise_refusals(group, refused)
@@ -107,7 +111,7 @@ def get(
         most = max(1, *tokens)
         capacity = settings.num_max_tokens_per_rank or most
         spec = BufferSpec(num_max_tokens_per_rank=capacity, hidden=hidden, num_topk=num_topk, num_experts=num_experts)
-        buffer = _pool[group] = _KINDS[kind](group, spec, settings, list(hosts))
+        buffer = _pool[group] = watch(_KINDS[kind](group, spec, settings, list(hosts)), meeting, addresses, hosts)
         _capacity_source[group] = (
             settings.source("num_max_tokens_per_rank")
             if settings.num_max_tokens_per_rank
@@ -122,7 +126,7 @@ def get(
 def describe(buffer: Buffer, settings: Settings) -> dict[str, str]:
     """The live facts of a buffer, each with where it came from: the proof that it, and nothing else, is in use."""
     return {
-        "class": type(buffer).__name__,
+        "class": type(getattr(buffer, "buffer", buffer)).__name__,
         "ranks": str(buffer.group.size()),
         "num_max_tokens_per_rank": f"{buffer.num_max_tokens_per_rank} ({_capacity_source[buffer.group]})",
         "num_sms": _explain(buffer.num_sms, settings, "num_sms"),
