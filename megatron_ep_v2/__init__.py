@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["destroy_buffers", "install", "status", "uninstall"]
+__all__ = ["destroy_buffers", "install", "status", "stragglers", "uninstall"]
 
 
 def install(**settings: Any) -> dict[str, Any]:
@@ -40,3 +40,10 @@ def destroy_buffers() -> None:
     from megatron_ep_v2.buffers import pool
 
     pool.destroy_buffers()
+
+
+def stragglers(group: Any = None) -> Any:
+    """Which rank arrives last at its dispatches, and by how much. Collective; see `watchdog.arrivals.stragglers`."""
+    from megatron_ep_v2.watchdog import arrivals
+
+    return arrivals.stragglers(group)
