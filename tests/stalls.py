@@ -1,0 +1,230 @@
+"""Ranks that stall on purpose, and what the watchdogs print about it.
+
+`python tests/stalls.py --rounds 20` runs every stall that many times, with the default limit, and prints how often all
+reports named the right rank and place, and how many seconds after the stall the slowest one was there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import datetime
+import os
+import signal
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from harness import RanksError, close_shared_pool, run_ranks
+from moe import own_package
+
+from megatron_ep_v2 import settings
+from megatron_ep_v2.buffers import pool
+from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
+
+RANKS, CULPRIT = 4, 2
+STEPS, LAYERS, HIDDEN, EXPERTS, TOPK, TOKENS = 3, 3, 16, 8, 3, 40
+STEP, LAYER = 2, 2  # the culprit stalls before the second layer of the second step
+ENOUGH = 15.0  # seconds from the stall until the reports must be there
+HEAD = "megatron_ep_v2 watchdog, rank"
+
+
+@dataclass(frozen=True)
+class Stall:
+    """One way to stall.
+
+    Attributes:
+        act: What the culprit does, given a second process group of all ranks and a time; True = it then leaves out the
+            layer.
+        words: What the reports must contain.
+        reporters: The ranks that must report.
+        survives: Whether the run goes on afterwards.
+    """
+
+    act: Callable[[Any, float], Any]
+    words: tuple[str, ...]
+    reporters: tuple[int, ...] = (0, 1, 3)
+    survives: bool = False
+
+
+def oversleep(_side: Any, pause: float) -> None:
+    time.sleep(pause)
+
+
+def hold_the_lock(_side: Any, pause: float) -> None:
+    """Python's global lock, in C, so that no other thread of this process runs."""
+    stop = time.monotonic() + pause
+    while time.monotonic() < stop:  # a signal ends a sleep early
+        ctypes.PyDLL(None).usleep(200_000)
+
+
+def be_stopped(_side: Any, pause: float) -> None:
+    subprocess.Popen(["sh", "-c", f"sleep {pause}; kill -CONT {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def leave(_side: Any, _pause: float) -> None:
+    os._exit(0)
+
+
+def skip_the_layer(_side: Any, _pause: float) -> bool:
+    return True
+
+
+def wait_elsewhere(side: Any, _pause: float) -> None:
+    """In a collective that the other ranks are not in, until its group's time limit."""
+    with contextlib.suppress(RuntimeError):
+        dist.barrier(side)
+
+
+_WAITS = ("forward dispatch has not finished for", f"(step {STEP}, MoE call {LAYER}, {TOKENS} tokens)")
+_FAILS = ("forward dispatch failed with RuntimeError", _WAITS[1])
+_LATE = (
+    f"rank {CULPRIT} has not arrived",
+    f"after forward combine (step {STEP}, MoE call {LAYER - 1}, {TOKENS} tokens)",
+)
+_STACK = f"rank {CULPRIT}'s stack, newest call first"
+STALLS = {
+    "sleeps": Stall(oversleep, (*_WAITS, *_LATE, _STACK, "in oversleep"), survives=True),
+    "holds Python's lock": Stall(hold_the_lock, (*_WAITS, *_LATE, _STACK, "in hold_the_lock"), survives=True),
+    "is stopped": Stall(be_stopped, (*_WAITS, *_LATE, "stopped by a signal"), survives=True),
+    "waits elsewhere": Stall(wait_elsewhere, (*_WAITS, *_LATE, _STACK, "in wait_elsewhere"), survives=True),
+    "exits": Stall(leave, (*_FAILS, *_LATE, "then its process ended")),
+    # It meets the others in their second layer with its third, and goes backward when they come to their third: gloo
+    # then ends the processes of the others, for a message longer than they expect.
+    "skips a layer": Stall(
+        skip_the_layer,
+        (
+            f"rank {CULPRIT} took another way: its call 17 is backward of the combine (step {STEP}, MoE call 2)",
+            f"elsewhere forward dispatch (step {STEP}, MoE call 3)",
+        ),
+        reporters=(0, 1, 2, 3),
+    ),
+}
+
+
+@contextlib.contextmanager
+def standard_error_in(path: Path) -> Iterator[None]:
+    """This process' and its later children's, written at the end of a file."""
+    before = os.dup(2)
+    file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 2)
+    try:
+        yield
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
+        os.close(file)
+
+
+def layer(group: Any, x: torch.Tensor) -> torch.Tensor:
+    top = torch.rand(len(x), EXPERTS).topk(TOPK, dim=1)
+    rows, _, row_probs, _, handle = fused_dispatch(x, top.indices, top.values, EXPERTS, group, do_expand=True)
+    return fused_combine(rows * row_probs[:, None], group, handle)[0]
+
+
+@own_package
+def train(group: Any, name: str | None, seconds: int, pause: float, folder: str) -> int:
+    """Three steps of three layers; the culprit stalls in the second. Returns the steps that it took."""
+    with standard_error_in(Path(folder, str(group.rank()))):
+        settings.activate(settings.resolve(buffer="reference", watchdog_secs=seconds))
+        side = dist.new_group(timeout=datetime.timedelta(seconds=pause))
+        weight = torch.ones(HIDDEN, requires_grad=True)
+        optimizer = torch.optim.SGD([weight], lr=0.1)
+        for step in range(1, STEPS + 1):
+            y = torch.randn(TOKENS, HIDDEN) * weight
+            for number in range(1, LAYERS + 1):
+                if name and (group.rank(), step, number) == (CULPRIT, STEP, LAYER):
+                    Path(folder, "stalled").write_text(str(time.time()))
+                    if STALLS[name].act(side, pause):
+                        continue
+                y = layer(group, y)
+            y.square().mean().backward()
+            optimizer.step()
+        pool.destroy_buffers()
+    return step
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run: what each rank and its watchdog printed, and the seconds from the stall to their reports."""
+
+    texts: list[str]
+    seconds: list[float]
+    survived: bool
+
+    def faults(self, stall: Stall) -> list[str]:
+        """Everything that the reports lack; nothing if they name the right rank and place in time."""
+        found = [f"rank {rank} took {self.seconds[rank]} s" for rank in stall.reporters if self.seconds[rank] > ENOUGH]
+        return found + [
+            f"rank {rank} does not say {words!r}"
+            for rank in stall.reporters
+            for words in stall.words
+            if words not in self.texts[rank]
+        ]
+
+
+def run(name: str | None, seconds: int, pause: float) -> Outcome:
+    """Train with one stall, or with none.
+
+    Args:
+        name: In STALLS.
+        seconds: The watchdog's limit.
+        pause: How long the culprit stalls, where that ends.
+    """
+    reported: list[float] = [float("inf")] * RANKS
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, str(rank)) for rank in range(RANKS)]
+        for file in files:
+            file.touch()
+        over = threading.Event()
+
+        def observe() -> None:
+            while not over.wait(0.05):
+                for rank, file in enumerate(files):
+                    if reported[rank] == float("inf") and HEAD in file.read_text(errors="replace"):
+                        reported[rank] = time.time()
+
+        observer = threading.Thread(target=observe)
+        observer.start()
+        try:
+            run_ranks(RANKS, train, name, seconds, pause, folder, timeout=seconds + pause + 60)
+            survived = True
+        except RanksError:
+            survived = False
+        finally:
+            time.sleep(0.5)  # the watchers of ranks that died may still be reading each other's last words
+            over.set()
+            observer.join()
+        stalled = float(Path(folder, "stalled").read_text()) if name else 0.0
+        return Outcome([file.read_text() for file in files], [at - stalled for at in reported], survived)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--seconds", type=int, default=settings.Settings().watchdog_secs, help="the limit")
+    parser.add_argument("--stalls", nargs="+", choices=STALLS, default=list(STALLS))
+    options = parser.parse_args()
+    for name in options.stalls:
+        outcomes = [run(name, options.seconds, ENOUGH) for _ in range(options.rounds)]
+        faults = [outcome.faults(STALLS[name]) for outcome in outcomes]
+        slowest = max(outcome.seconds[rank] for outcome in outcomes for rank in STALLS[name].reporters)
+        named = sum(not each for each in faults)
+        print(f"{name:<20} named {named} of {options.rounds}, slowest report after {slowest:.1f} s", flush=True)
+        for each, outcome in zip(faults, outcomes):
+            if each:
+                print("\n".join([*each, *outcome.texts]), flush=True)
+    close_shared_pool()
+
+
+if __name__ == "__main__":
+    main()
