@@ -125,6 +125,15 @@ def standard_error_in(path: Path) -> Iterator[None]:
         os.close(file)
 
 
+def start(seconds: int, **more: Any) -> None:
+    """The next buffer is watched with this limit."""
+    settings.activate(settings.resolve(buffer="reference", watchdog_secs=seconds, **more))
+
+
+def rows() -> torch.Tensor:
+    return torch.randn(TOKENS, HIDDEN, requires_grad=True)
+
+
 def layer(group: Any, x: torch.Tensor) -> torch.Tensor:
     top = torch.rand(len(x), EXPERTS).topk(TOPK, dim=1)
     rows, _, row_probs, _, handle = fused_dispatch(x, top.indices, top.values, EXPERTS, group, do_expand=True)
@@ -135,7 +144,7 @@ def layer(group: Any, x: torch.Tensor) -> torch.Tensor:
 def train(group: Any, name: str | None, seconds: int, pause: float, folder: str) -> int:
     """Three steps of three layers; the culprit stalls in the second. Returns the steps that it took."""
     with standard_error_in(Path(folder, str(group.rank()))):
-        settings.activate(settings.resolve(buffer="reference", watchdog_secs=seconds))
+        start(seconds)
         side = dist.new_group(timeout=datetime.timedelta(seconds=pause))
         weight = torch.ones(HIDDEN, requires_grad=True)
         optimizer = torch.optim.SGD([weight], lr=0.1)

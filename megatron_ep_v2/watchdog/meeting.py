@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import secrets
 import socket
@@ -59,8 +60,8 @@ def _listen(group: Any) -> socket.socket:
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     host = store.host if isinstance(store, dist.TCPStore) else "localhost"
-    family, kind, _, _, target = socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(target)  # sends nothing: the kernel only chooses the way
-        address = probe.getsockname()[0]
-    return socket.create_server((address, 0), family=family, backlog=1024)
+    for family, kind, _, _, target in socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM):
+        with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
+            probe.connect(target)  # sends nothing: the kernel only chooses the way
+            return socket.create_server((probe.getsockname()[0], 0), family=family, backlog=1024)
+    raise OSError(f"no address of this host reaches {host}")

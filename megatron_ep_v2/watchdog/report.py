@@ -74,11 +74,12 @@ def write_report(
 
 
 def choose_threads(text: str, *threads: int) -> str:
-    """Of faulthandler's text, some threads; of each, the newest frames."""
+    """Of faulthandler's text, the newest frames of these threads, and of those that Python's threading did not start:
+    autograd runs a backward on the GPU in threads of its own."""
     chosen = []
     for block in text.split("\n\n"):
         found = re.search(r"hread 0x([0-9a-f]+)", block)
-        if found and int(found[1], 16) in threads:
+        if found and (int(found[1], 16) in threads or not re.search(r'threading\.py", line \d+ in _bootstrap', block)):
             frames = [line for line in block.splitlines() if line.startswith("  ")]
             chosen += [*frames[:STACK_FRAMES], *(["..."] if len(frames) > STACK_FRAMES else []), "--"]
     return "\n".join(chosen[:-1]) or "none was written"

@@ -1,0 +1,229 @@
+"""The watchdog on GPUs: a rank that is late to each kind of call, one that exits, one that goes another way.
+
+MCORE_DEEPEP_V2_TEST_ROUNDS and MCORE_DEEPEP_V2_TEST_FRESH_ROUNDS set how often each stall is repeated: within one
+process group (20, 4 s each), and in new processes (2, half a minute each).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import RanksError, run_ranks
+from moe import own_package
+from stalls import HEAD, standard_error_in
+
+import megatron_ep_v2
+from megatron_ep_v2 import settings
+from megatron_ep_v2.buffers import pool
+from megatron_ep_v2.errors import GroupMismatchError
+from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
+from megatron_ep_v2.watchdog.arrivals import Arrival
+
+RANKS, CULPRIT = min(4, torch.cuda.device_count()), 1
+HIDDEN, TOPK, TOKENS = 512, 4, 128
+LIMIT, PAUSE = 2, 3.6
+ROUNDS = int(os.environ.get("MCORE_DEEPEP_V2_TEST_ROUNDS", "20"))
+FRESH_ROUNDS = int(os.environ.get("MCORE_DEEPEP_V2_TEST_FRESH_ROUNDS", "2"))
+
+pytestmark = pytest.mark.timeout(580)
+
+
+def start(seconds: int, **more: Any) -> None:
+    settings.activate(settings.resolve(buffer="elastic", watchdog_secs=seconds, **more))
+
+
+def oversleep() -> None:
+    time.sleep(PAUSE)
+
+
+def take_another_branch(group: Any) -> None:
+    """Past a layer, into a wait that no other rank is in."""
+    with contextlib.suppress(RuntimeError):
+        group.get_group_store().wait(["nobody sets this"], datetime.timedelta(seconds=PAUSE))
+
+
+class Late(torch.autograd.Function):
+    """Identity; this rank is late in its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        oversleep()
+        return grad
+
+
+def layer(group: Any, x: torch.Tensor, late: str = "") -> torch.Tensor:
+    """late: the call that this rank comes late to."""
+    experts = 4 * group.size()
+    top = torch.rand(len(x), experts, device="cuda").topk(TOPK, dim=1)
+    if late == "forward dispatch":
+        oversleep()
+    if late == "another branch":
+        take_another_branch(group)
+    rows, _, row_probs, _, handle = fused_dispatch(x, top.indices, top.values, experts, group, do_expand=True)
+    if late == "forward combine":
+        oversleep()
+    if late == "backward of the dispatch":
+        rows = Late.apply(rows)
+    y = fused_combine((rows * row_probs[:, None]).bfloat16(), group, handle)[0]
+    return Late.apply(y) if late == "backward of the combine" else y
+
+
+def train_step(group: Any, weight: torch.nn.Parameter, optimizer: torch.optim.Optimizer, late: str = "") -> None:
+    """Two layers; the culprit is late in the second. The host waits for the GPU only at the end, as in training."""
+    y = layer(group, torch.randn(TOKENS, HIDDEN, device="cuda", dtype=torch.bfloat16) * weight)
+    y = layer(group, y, late)
+    y.float().square().mean().backward()
+    torch.cuda.synchronize()
+    optimizer.step()
+
+
+def make_model() -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
+    weight = torch.nn.Parameter(torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16))
+    return weight, torch.optim.SGD([weight], lr=1e-3)
+
+
+def compile_kernels(group: Any) -> None:
+    """Unwatched: the first calls take longer than this test's limit."""
+    start(0)
+    train_step(group, *make_model())
+    pool.destroy_buffers()
+
+
+@own_package
+def late_rounds(group: Any, late: str, rounds: int, folder: str) -> None:
+    with standard_error_in(Path(folder, str(group.rank()))):
+        compile_kernels(group)
+        start(LIMIT)
+        model = make_model()
+        train_step(group, *model)
+        for _ in range(rounds):
+            train_step(group, *model, late if group.rank() == CULPRIT else "")
+        pool.destroy_buffers()
+
+
+# The call that the others wait in -> where the late rank is. The number of a layer's MoE call is that of its dispatch.
+PLACES = {
+    "forward dispatch": "after forward combine (step {step}, MoE call 1,",
+    "forward combine": "after forward dispatch (step {step}, MoE call 2,",
+    "backward of the combine": "after forward combine (step {step}, MoE call 2,",
+    "backward of the dispatch": "after backward of the combine (step {step}, MoE call 2,",
+}
+
+
+@pytest.mark.parametrize("late", [*PLACES, "another branch"])
+def test_a_late_rank_is_named_with_its_place(late: str, tmp_path: Path) -> None:
+    run_ranks(RANKS, late_rounds, late, ROUNDS, str(tmp_path), backend="nccl", timeout=120 + 8 * ROUNDS)
+    function = "in take_another_branch" if late == "another branch" else "in oversleep"
+    call = "forward dispatch" if late == "another branch" else late
+    for rank in set(range(RANKS)) - {CULPRIT}:
+        text = Path(tmp_path, str(rank)).read_text()
+        reports = [part for part in text.split(HEAD) if "has not finished" in part]
+        assert len(reports) == ROUNDS and text.count("goes on after") == ROUNDS, text
+        for step, report in enumerate(reports, 2):
+            assert f": {call} has not finished for" in report and f"(step {step}, MoE call 2," in report, report
+            assert f"rank {CULPRIT} has not arrived" in report and PLACES[call].format(step=step) in report, report
+            assert function in report, report
+    assert HEAD not in Path(tmp_path, str(CULPRIT)).read_text()
+
+
+@own_package
+def fresh_round(group: Any, how: str, folder: str) -> None:
+    with standard_error_in(Path(folder, str(group.rank()))):
+        compile_kernels(group)
+        start(LIMIT)
+        train_step(group, *make_model())
+        culprit = group.rank() == CULPRIT
+        if culprit and how == "exits":
+            os._exit(0)
+        x = torch.randn(TOKENS, HIDDEN, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        y = x
+        for number in range(3):
+            if not (culprit and number == 1):
+                y = layer(group, y)
+        y.float().sum().backward()
+        torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("exits", [f"rank {CULPRIT} has not arrived", "after backward of the dispatch (", "then its process ended"]),
+        ("skips a layer", [f"rank {CULPRIT} took another way: its call 13 is backward of the combine"]),
+    ],
+)
+def test_a_rank_that_exits_or_goes_another_way(how: str, words: list[str], tmp_path: Path) -> None:
+    """Nothing brings such a run back: the ranks that wait are ended once they had time to report."""
+    for number in range(FRESH_ROUNDS):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with pytest.raises(RanksError):
+            run_ranks(RANKS, fresh_round, how, str(folder), backend="nccl", timeout=60)
+        for rank in set(range(RANKS)) - {CULPRIT}:
+            text = Path(folder, str(rank)).read_text()
+            assert all(word in text for word in words), f"round {number}, rank {rank}: {text}"
+
+
+@own_package
+def mismatch_rounds(group: Any, rounds: int) -> list[str]:
+    answers = []
+    for _ in range(rounds):
+        start(LIMIT, num_max_tokens_per_rank=512 if group.rank() == CULPRIT else 256)
+        try:
+            layer(group, torch.randn(TOKENS, HIDDEN, device="cuda", dtype=torch.bfloat16))
+        except GroupMismatchError as error:
+            answers.append(str(error))
+    return answers
+
+
+def test_another_capacity_is_named_on_every_rank() -> None:
+    for answers in run_ranks(RANKS, mismatch_rounds, ROUNDS, backend="nccl"):
+        assert len(answers) == ROUNDS
+        assert all(f"num_max_tokens_per_rank: rank {CULPRIT} has 512" in answer for answer in answers)
+
+
+@own_package
+def undisturbed(group: Any, folder: str) -> int:
+    with standard_error_in(Path(folder, str(group.rank()))):
+        compile_kernels(group)
+        start(1)
+        model = make_model()
+        for step in range(200):
+            train_step(group, *model)
+            if step == 100:
+                time.sleep(2.5)  # all of them, between calls
+        calls = pool.find(group).watch.number  # type: ignore[union-attr]
+        pool.destroy_buffers()
+    return calls
+
+
+def test_no_report_of_a_run_in_which_nobody_is_late(tmp_path: Path) -> None:
+    assert run_ranks(RANKS, undisturbed, str(tmp_path), backend="nccl", timeout=120) == [200 * 8] * RANKS
+    assert [HEAD in file.read_text() for file in tmp_path.iterdir()] == [False] * RANKS
+
+
+@own_package
+def straggle(group: Any) -> list[Arrival]:
+    """The culprit's host is as quick as the others': its GPU is not."""
+    compile_kernels(group)
+    start(LIMIT)
+    for _ in range(10):
+        if group.rank() == CULPRIT:
+            torch.cuda._sleep(40_000_000)  # cycles: some 20 ms
+        layer(group, torch.randn(TOKENS, HIDDEN, device="cuda", dtype=torch.bfloat16))
+    return list(megatron_ep_v2.stragglers().arrivals)
+
+
+def test_stragglers_by_the_clock_of_the_gpu() -> None:
+    for arrivals in run_ranks(RANKS, straggle, backend="nccl", timeout=120):
+        assert arrivals[0].rank == CULPRIT and arrivals[0].times_last >= 8 and arrivals[0].median_ms > 3, arrivals

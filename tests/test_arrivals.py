@@ -1,0 +1,54 @@
+"""Who comes last to the dispatches: the summary, by hand and in a group."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+from harness import run_ranks
+from moe import own_package
+from stalls import CULPRIT, RANKS, layer, rows, start
+
+import megatron_ep_v2
+from megatron_ep_v2.buffers import pool
+from megatron_ep_v2.errors import UnavailableError
+from megatron_ep_v2.watchdog.arrivals import Arrival, summarize
+
+
+def test_the_summary_of_arrivals() -> None:
+    """Rank 0 comes 5 ms before rank 1; rank 2 comes 20 ms after it, but for one dispatch, to which it comes first."""
+    waits = {
+        0: {1: 0.125, 2: 0.125, 3: 0.225, 4: 0.105},
+        1: {1: 0.120, 2: 0.120, 3: 0.220, 4: 0.100, 9: 1.0},
+        2: {1: 0.100, 2: 0.100, 3: 0.200, 4: 0.110},
+    }
+    summary = summarize(waits)
+    assert summary.dispatches == 4, "the ninth was seen by one rank only"
+    rounded = [(a.rank, a.times_last, round(a.median_ms, 6), round(a.worst_ms, 6)) for a in summary.arrivals]
+    assert rounded == [(2, 3, 20.0, 20.0), (1, 1, 0.0, 5.0), (0, 0, -5.0, 0.0)]
+    assert str(summary).splitlines()[2].split() == ["2", "3", "+20.00", "+20.00"]
+
+
+@own_package
+def straggle(group: Any) -> tuple[list[Arrival], str]:
+    start(10)
+    for _ in range(8):
+        if group.rank() == CULPRIT:
+            time.sleep(0.15)
+        layer(group, rows())
+    first = megatron_ep_v2.stragglers()
+    assert megatron_ep_v2.stragglers(group) == first
+    pool.destroy_buffers()
+    with pytest.raises(UnavailableError) as caught:
+        megatron_ep_v2.stragglers()
+    return list(first.arrivals), str(caught.value)
+
+
+def test_stragglers_are_named_on_demand() -> None:
+    answers = run_ranks(RANKS, straggle)
+    assert all(answer == answers[0] for answer in answers)
+    arrivals, error = answers[0]
+    assert arrivals[0].rank == CULPRIT and arrivals[0].times_last >= 6 and arrivals[0].median_ms > 30
+    assert sum(one.times_last for one in arrivals) == 8
+    assert "MCORE_DEEPEP_V2_WATCHDOG_SECS" in error
