@@ -1,12 +1,7 @@
-"""Ranks that stall on purpose, and what the watchdogs print about it.
-
-`python tests/stalls.py --rounds 20` runs every stall that many times, with the default limit, and prints how often all
-reports named the right rank and place, and how many seconds after the stall the slowest one was there.
-"""
+"""Ranks that stall on purpose, and what the watchdogs print about it. `stall_rounds.py` runs them many times."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import datetime
@@ -23,11 +18,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from harness import RanksError, close_shared_pool, run_ranks
+from harness import RanksError, run_ranks
 from moe import own_package
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
+from megatron_ep_v2.errors import EPError, GroupMismatchError
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 
 RANKS, CULPRIT = 4, 2
@@ -217,23 +213,23 @@ def run(name: str | None, seconds: int, pause: float) -> Outcome:
         return Outcome([file.read_text() for file in files], [at - stalled for at in reported], survived)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--seconds", type=int, default=settings.Settings().watchdog_secs, help="the limit")
-    parser.add_argument("--stalls", nargs="+", choices=STALLS, default=list(STALLS))
-    options = parser.parse_args()
-    for name in options.stalls:
-        outcomes = [run(name, options.seconds, ENOUGH) for _ in range(options.rounds)]
-        faults = [outcome.faults(STALLS[name]) for outcome in outcomes]
-        slowest = max(outcome.seconds[rank] for outcome in outcomes for rank in STALLS[name].reporters)
-        named = sum(not each for each in faults)
-        print(f"{name:<20} named {named} of {options.rounds}, slowest report after {slowest:.1f} s", flush=True)
-        for each, outcome in zip(faults, outcomes):
-            if each:
-                print("\n".join([*each, *outcome.texts]), flush=True)
-    close_shared_pool()
+@own_package
+def bring_another_capacity(group: Any) -> tuple[str, str, float]:
+    """No stall, because the ranks compare it before the first dispatch: kind and text of the error, seconds."""
+    start(1, num_max_tokens_per_rank=64 if group.rank() == CULPRIT else 128)
+    began = time.monotonic()
+    try:
+        layer(group, rows())
+    except EPError as error:
+        return type(error).__name__, str(error), time.monotonic() - began
+    return "none", "", 0.0
 
 
-if __name__ == "__main__":
-    main()
+def capacity_faults(answers: list[tuple[str, str, float]]) -> list[str]:
+    return [
+        f"rank {rank}: {kind}, {seconds} s: {text}"
+        for rank, (kind, text, seconds) in enumerate(answers)
+        if kind != GroupMismatchError.__name__
+        or f"num_max_tokens_per_rank: rank {CULPRIT} has 64" not in text
+        or seconds > ENOUGH
+    ]
