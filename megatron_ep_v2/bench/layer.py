@@ -12,6 +12,7 @@ from megatron_ep_v2.bench.shapes import Batch
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.contract import Buffer
 from megatron_ep_v2.settings import Settings
+from megatron_ep_v2.watchdog.watch import WatchedBuffer
 
 
 class Layer(Protocol):
@@ -70,7 +71,9 @@ class OurBuffer:
 
     @property
     def live(self) -> Buffer | None:
-        return pool.find(self.group)
+        """The buffer itself, below the watchdog that dispatchers find in the pool."""
+        found = pool.find(self.group)
+        return found.buffer if isinstance(found, WatchedBuffer) else found
 
     def enter(self) -> None:
         """Its settings are read when the buffer is built; afterwards it is told the SM count of this variant."""
