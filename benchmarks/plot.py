@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def load(files: Iterable[Path]) -> tuple[list[Row], list[str]]:
-    """The rows that have a time, each with the number of its `file`; and a caption for each file."""
+    """The rows, each with the number of its `file`; and a caption for each file."""
     rows, captions = [], []
     for number, file in enumerate(files):
         header, *of_file = [json.loads(line) for line in file.read_text().splitlines()]
@@ -78,7 +78,7 @@ def load(files: Iterable[Path]) -> tuple[list[Row], list[str]]:
         facts = [header.get("gpu") or header.get("cpu", "")]
         facts += [f"{label} {header[name]}".strip() for name, label in names.items() if header.get(name)]
         captions.append(f"{', '.join(facts)}; {header['command']}")
-        rows += [row | {"file": number} for row in of_file if row["status"] == "ok"]
+        rows += [row | {"file": number} for row in of_file]
     return rows, captions
 
 

@@ -83,6 +83,7 @@ def test_the_work_of_a_step_against_a_count_of_the_models_own_parameters() -> No
     assert 48 * per_layer + 2 * embeddings == pytest.approx(30.5e9, rel=0.01)
     shared_by_8 = attention + 2048 * 128 + 16 * 3 * 2048 * 768
     assert layers_that_fit(model, 8, 5 * shared_by_8 + 2 * 256 * 2048) == 5
+    assert layers_that_fit(model, 8, 5 * shared_by_8 + 2 * 256 * 2048 - 1) == 4
     assert layers_that_fit(model, 8, 1) == 1
 
 

@@ -43,8 +43,7 @@ class DispatcherSet:
         self.sms = sms
         self.backend = variant.backend if variant.kind == "flex" else ""
         # The legacy Buffer is built for its SM count; the others take it with each call.
-        kind = (variant.buffer, sms if variant.buffer == "legacy" else None) if variant.buffer else "megatron"
-        group = groups.get(kind)
+        group = groups.get((variant.buffer or "megatron", sms if variant.buffer == "legacy" else None))
         self.ours = OurBuffer(variant.buffer, variant.layout, sms, group) if variant.buffer else None
         config: dict[str, Any] = {}
         if self.ours is None and sms is not None:
@@ -62,7 +61,7 @@ class DispatcherSet:
             dtype=dtype,
             **config,
         )
-        self._hybrid_buffer: Any = None
+        self._hybrid_buffers = groups.hybrid_buffers
         if variant.kind == "allgather":
             _ensure_global_memory_buffer()
 
@@ -84,7 +83,7 @@ class DispatcherSet:
         if self.ours:
             self.ours.enter()
         elif self.backend == "hybridep":
-            fused_a2a._hybrid_ep_buffer = self._hybrid_buffer  # None: made at the next call, for this SM count
+            fused_a2a._hybrid_ep_buffer = self._hybrid_buffers.get(self.sms)  # None: made at the next call
         elif self.backend == "deepep" and token_dispatcher.set_deepep_num_sms is not None:
             token_dispatcher.set_deepep_num_sms(self.sms or 20)
 
@@ -94,10 +93,10 @@ class DispatcherSet:
         for owner, name, theirs, _ in reversed(self._bindings):
             setattr(owner, name, theirs)
         if self.backend == "hybridep":
-            self._hybrid_buffer, fused_a2a._hybrid_ep_buffer = fused_a2a._hybrid_ep_buffer, None
+            self._hybrid_buffers[self.sms], fused_a2a._hybrid_ep_buffer = fused_a2a._hybrid_ep_buffer, None
 
     def close(self) -> None:
-        self._hybrid_buffer = None
+        self._hybrid_buffers.clear()
         if self.backend == "ncclep":
             from megatron.core.transformer.moe import fused_a2a
 

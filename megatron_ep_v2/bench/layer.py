@@ -52,12 +52,14 @@ class Groups:
 
     def __init__(self) -> None:
         self.alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-        self._by_kind: dict[Any, Any] = {}
+        self.hybrid_buffers: dict[int | None, Any] = {}  # HybridEP's, by SM count; Megatron holds only one at a time
+        # Megatron's own dispatchers have no buffer in the pool, so they share the world with ElasticBuffer.
+        self._by_kind: dict[Any, Any] = {("megatron", None): dist.group.WORLD, ("elastic", None): dist.group.WORLD}
 
     def get(self, kind: Any) -> Any:
-        """The group of a kind of buffer over all ranks; collective for a new kind. The first kind gets the world."""
+        """The group of a kind of buffer over all ranks; collective for a new kind."""
         if kind not in self._by_kind:
-            self._by_kind[kind] = dist.new_group() if self._by_kind else dist.group.WORLD
+            self._by_kind[kind] = dist.new_group()
         return self._by_kind[kind]
 
 
