@@ -13,10 +13,17 @@ _USAGE = """usage: python -m megatron_ep_v2 COMMAND ...
   run SCRIPT ARGS...   run a training script with Megatron's flex dispatcher on this package
   patch apply|revert|check [PATH]
                        make the Megatron in PATH (default: the installed one) do so by itself
+  doctor [--json] [--ranks N]
+                       say what is wrong with this environment; with --ranks, try it on N processes
   bench                time Megatron's dispatchers side by side on this machine (bench --help)"""
 
 # Each takes its arguments and returns the exit status, None for 0. Imported when asked for: not each needs torch.
-_COMMANDS = {"run": "cli.run:run", "patch": "cli.patch:patch", "bench": "cli.bench:main"}
+_COMMANDS = {
+    "run": "cli.run:run",
+    "patch": "cli.patch:patch",
+    "doctor": "cli.doctor:doctor",
+    "bench": "cli.bench:main",
+}
 
 
 def main(arguments: list[str]) -> None:

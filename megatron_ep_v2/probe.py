@@ -146,12 +146,16 @@ def loaded_nccl_version() -> str | None:
 
     Asked of the library itself (ncclGetVersion): torch.cuda.nccl.version() tells what torch was compiled with.
     """
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        return None
-    libraries = {line.split()[-1] for line in maps.read_text().splitlines() if "libnccl.so" in line}
-    for library in sorted(libraries):
+    for library in loaded_libraries("libnccl.so"):
         code = ctypes.c_int()
         if ctypes.CDLL(library).ncclGetVersion(ctypes.byref(code)) == 0:
             return f"{code.value // 10000}.{code.value // 100 % 100}.{code.value % 100}"
     return None
+
+
+def loaded_libraries(name: str) -> list[str]:
+    """Files in this process's memory whose name starts so, each once; not those that were deleted since."""
+    maps = Path("/proc/self/maps")
+    lines = (line.split(maxsplit=5) for line in maps.read_text().splitlines()) if maps.exists() else ()
+    paths = {Path(line[5]).resolve() for line in lines if len(line) == 6 and Path(line[5]).name.startswith(name)}
+    return sorted(str(path) for path in paths if path.exists())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -15,6 +16,9 @@ from typing import Any
 from megatron_ep_v2.errors import SettingsError
 
 PREFIX = "MCORE_DEEPEP_V2_"
+_SHOWN = re.compile(
+    rf"(EP|NCCL|NVSHMEM|{PREFIX.rstrip('_')})_.+|CUDA_(HOME|PATH|VISIBLE_DEVICES|DEVICE_MAX_CONNECTIONS)"
+)
 
 
 def _setting(default: Any, doc: str, *, variable: str | None = None, choices: tuple[str, ...] = ()) -> Any:
@@ -171,6 +175,11 @@ def environment(**values: str) -> Iterator[None]:
 def gin_disabled_by_user() -> bool:
     """Whether DeepEP's own EP_DISABLE_GIN is set, by whoever started the job."""
     return os.environ.get("EP_DISABLE_GIN", "0") not in ("", "0")
+
+
+def shown_environment() -> dict[str, str]:
+    """The variables that matter to expert parallelism, for reports that people pass on: nothing else is shown."""
+    return {name: value for name, value in sorted(os.environ.items()) if _SHOWN.fullmatch(name)}
 
 
 def is_first_rank() -> bool:

@@ -29,13 +29,16 @@ LEVELS = [
     {"dispatcher"},
     {"installer"},
     {""},  # the package's __init__
-    {"bench", "bench.*"},
+    {"bench", "bench.*", "doctor", "doctor.*"},
     {"cli", "cli.*"},
     {"__main__"},
 ]
 MAY_IMPORT_DEEP_EP = {"probe", "buffers.elastic", "buffers.legacy"}
-# The bench makes Megatron's own dispatchers, to time them beside this package's.
-MAY_IMPORT_MEGATRON = {"seam", "dispatcher", "installer", "bench.variants", "bench.dispatchers", "bench.on_cpu"}
+# The bench and the doctor's trial make Megatron's own dispatchers.
+MAY_IMPORT_MEGATRON = {
+    *("seam", "dispatcher", "installer", "doctor.trial"),
+    *("bench.variants", "bench.dispatchers", "bench.on_cpu"),
+}
 MAY_READ_ENVIRONMENT = {"settings"}
 
 
@@ -144,6 +147,12 @@ def witness(module: str) -> dict[str, object]:
 def test_importing_the_package_does_nothing() -> None:
     nothing = {"changed environment": [], "packages": [], "cuda": False, "group": False, "torch": False}
     assert witness(PACKAGE) == nothing
+
+
+def test_importing_the_command_line_touches_nothing() -> None:
+    """Not even torch: the doctor must speak where torch cannot be imported."""
+    nothing = {"changed environment": [], "packages": [], "cuda": False, "group": False, "torch": False}
+    assert witness(f"{PACKAGE}.__main__") == nothing
 
 
 def test_importing_the_installer_touches_nothing_yet() -> None:

@@ -1,0 +1,101 @@
+"""What a check is, and the few questions about the facts that most checks ask."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from megatron_ep_v2.doctor.facts import Facts
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the table.
+
+    Attributes:
+        status: "ok"; "warn": works, but not everything or not well; "fail": cannot work; "skip": does not matter here.
+        found: What is there.
+        needed: What should be there.
+        fix: What the reader can do about it.
+        name: What was looked at.
+    """
+
+    status: str
+    found: str
+    needed: str | None = None
+    fix: str | None = None
+    name: str = ""
+
+
+class Checks(list[Callable[[Facts], Check]]):
+    """Functions of the facts, in the table's order."""
+
+    def add(self, name: str, *, for_v2: bool = False, imports: bool = False) -> Callable[..., None]:
+        """A decorator: the function is the check of that name.
+
+        Args:
+            for_v2: It matters only where DeepEP V2 is wanted.
+            imports: It is about imports that need torch.
+        """
+
+        def register(judge: Callable[[Facts], Check]) -> None:
+            def named(facts: Facts) -> Check:
+                if imports and "failure" in facts["torch"]:
+                    return Check("skip", "torch cannot be imported", name=name)
+                if for_v2 and not wants_v2(facts):
+                    return Check("skip", "only DeepEP V2 on GPUs needs it", name=name)
+                return replace(judge(facts), name=name)
+
+            self.append(named)
+
+        return register
+
+
+def gpus(facts: Facts) -> list[dict[str, str]]:
+    """The GPUs that a job would use, name and sm of each. Empty where CUDA_VISIBLE_DEVICES hides them all."""
+    if facts["environment"].get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return []
+    return facts["torch"].get("devices") or facts["driver"]["gpus"]
+
+
+def is_blackwell(facts: Facts) -> bool:
+    """Whether there is a GPU of SM 10.0 or newer."""
+    return any(version(device["sm"]) >= (10,) for device in gpus(facts))
+
+
+def generation(facts: Facts) -> str:
+    """Which deep_ep this is, told by its API: "none", "broken", "V1", "hybrid-ep", "V2 2.0" or "V2 2.1"."""
+    found = facts["deep_ep"]
+    if failure := found.get("failure"):
+        return "none" if "No module named 'deep_ep'" in failure["how"] else "broken"
+    if found["have_elastic"]:
+        return "V2 2.1" if found["zero_padding"] else "V2 2.0"
+    return "hybrid-ep" if found["have_hybrid"] else "V1"
+
+
+def wants_v2(facts: Facts) -> bool:
+    """Whether DeepEP V2 is wanted here: there are GPUs, and neither the user nor a lone V1 says otherwise."""
+    asked = facts["settings"]["buffer"]
+    return bool(gpus(facts)) and (asked == "elastic" or (asked == "auto" and not has_only_v1(facts)))
+
+
+def has_only_v1(facts: Facts) -> bool:
+    """Whether deep_ep has the legacy Buffer and no ElasticBuffer."""
+    return generation(facts) in ("V1", "hybrid-ep") and facts["deep_ep"]["have_legacy"]
+
+
+def gin_off(facts: Facts) -> str | None:
+    """Why a buffer on this host would be built without NCCL GIN, as buffers.elastic decides it; None if with it."""
+    asked, source = facts["settings"]["gin"], facts["settings"]["sources"].get("gin")
+    if asked != "auto":
+        return f"gin=off by {source}" if asked == "off" else None
+    if facts["environment"].get("EP_DISABLE_GIN", "0") not in ("", "0"):
+        return "EP_DISABLE_GIN is set"
+    return None if facts["rdma"]["devices"] else "no RDMA device"
+
+
+def version(text: str | None) -> tuple[int, ...]:
+    """Leading numbers: "2.30.4+cuda13" -> (2, 30, 4); none -> ()."""
+    leading = re.match(r"[\d.]*", text or "")
+    return tuple(map(int, re.findall(r"\d+", leading[0] if leading else "")))

@@ -1,0 +1,70 @@
+"""All facts about an environment, as plain JSON-able values: the host's, and what imports show in other processes."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from megatron_ep_v2 import __version__
+from megatron_ep_v2.doctor.host import read_host, read_toolkit
+from megatron_ep_v2.doctor.imports import STEPS
+
+SECONDS = 300  # for a process of imports; slow shared file systems take a minute
+
+Facts = dict[str, Any]
+
+
+def gather() -> Facts:
+    """Look at everything. Takes as long as importing Megatron-Core.
+
+    Returns:
+        The host's facts (`host.read_host`), "toolkit" (`host.read_toolkit`), and for each step of imports.py what it
+        found, or {"failure": {"how": in one line, "stderr": its end}} where it ended the process.
+    """
+    host, imports = read_host(), _look_at_imports()
+    environment = {**host["environment"], **imports["deep_ep"].get("environment", {})}
+    return {"megatron_ep_v2": __version__, **host, **imports, "toolkit": read_toolkit(environment)}
+
+
+def _look_at_imports() -> Facts:
+    """Every step's facts. A step that ends its process is noted, and another process takes the remaining ones."""
+    found: Facts = {}
+    hidden: list[str] = []
+    with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
+        report = Path(folder, "report")
+        while left := [step for step in STEPS if step not in found]:
+            report.write_text("")
+            how, stderr = _run("megatron_ep_v2.doctor.imports", str(report), *hidden, *left)
+            for line in report.read_text().splitlines():
+                found |= json.loads(line)
+            if missed := [step for step in left if step not in found]:
+                found[missed[0]] = {"failure": {"how": how, "stderr": stderr[-4000:]}}
+                hidden.append(f"-{missed[0]}")
+    return found
+
+
+def _run(*module: str) -> tuple[str, str]:
+    """How a process ended, and what it wrote to stderr."""
+    command = [sys.executable, "-m", *module]
+    try:
+        done = subprocess.run(command, capture_output=True, check=False, timeout=SECONDS)
+    except subprocess.TimeoutExpired as error:
+        return f"not done after {SECONDS} s", (error.stderr or b"").decode(errors="replace")
+    stderr = done.stderr.decode(errors="replace")
+    return describe_end(done.returncode, stderr), stderr
+
+
+def describe_end(code: int, stderr: str) -> str:
+    """In one line, how a process ended: the error of its traceback, else its signal or exit code."""
+    if code < 0:
+        return f"killed the process ({signal.Signals(-code).name})"
+    lines = re.sub(r"^\[rank\d+\]: ", "", stderr, flags=re.MULTILINE)  # torch marks its ranks' tracebacks so
+    after = lines.rpartition("Traceback (most recent call last):")[2].splitlines()[1:]
+    errors = [line for line in after if line and not line.startswith(" ")]
+    return errors[0] if errors else f"ended the process (exit code {code})"

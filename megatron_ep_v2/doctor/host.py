@@ -1,0 +1,132 @@
+"""What can be read about this host without importing anything that may fail: driver, toolkit, folders, RDMA devices.
+
+Nothing here raises: what cannot be read is empty or None, and a check says what that means.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_ep_v2 import settings
+from megatron_ep_v2.errors import SettingsError
+
+INFINIBAND = Path("/sys/class/infiniband")
+CUDA = Path("/usr/local/cuda")
+# Any package whose version may explain a failure, under the names of its wheels.
+_PACKAGES = re.compile(
+    r"megatron[-_](core|ep[-_]v2)|deep[-_]ep|transformer[-_]engine.*|torch|triton"
+    r"|nvidia[-_](nccl|nvshmem|cuda[-_]runtime|cuda[-_]nvcc|ml[-_]py).*"
+)
+
+
+def read_host() -> dict[str, Any]:
+    """Python, package versions, variables, settings, GPUs as the driver sees them, RDMA devices."""
+    return {
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "packages": _packages(),
+        "environment": settings.shown_environment(),
+        "settings": _settings(),
+        "driver": _driver(),
+        "links": _links(_output("nvidia-smi", "topo", "-m")),
+        "rdma": {"devices": _rdma_devices(), "ibstat": shutil.which("ibstat") is not None},
+    }
+
+
+def _packages() -> dict[str, str]:
+    names = ((each.metadata["Name"] or "", each.version) for each in importlib.metadata.distributions())
+    return {name: version for name, version in sorted(names) if _PACKAGES.fullmatch(name.lower())}
+
+
+def _settings() -> dict[str, Any]:
+    """Values and sources; or the defaults and the error of a variable that cannot be used."""
+    try:
+        return {**asdict(settings.resolve()), "error": None}
+    except SettingsError as error:
+        return {**asdict(settings.resolve({})), "error": {"what": error.what, "needed": error.needed, "fix": error.fix}}
+
+
+def _driver() -> dict[str, Any]:
+    rows = _output("nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader").splitlines()
+    gpus = [[cell.strip() for cell in row.split(",")] for row in rows if row.count(",") == 2]
+    cuda = re.search(r"CUDA (?:\w+ )?Version\s*:\s*([\d.]+)", _output("nvidia-smi"))
+    return {
+        "gpus": [{"name": name, "sm": sm} for name, sm, _ in gpus],
+        "version": gpus[0][2] if gpus else None,
+        "cuda": cuda[1] if cuda else None,
+    }
+
+
+def _links(matrix: str) -> list[list[str]]:
+    """Row by GPU: how it is connected to GPU 0, 1, ... ("NV18", "PIX", "X" to itself)."""
+    rows = [line.split() for line in re.sub(r"\x1b\[[\d;]*m", "", matrix).splitlines()]
+    rows = [row[1:] for row in rows if len(row) > 1 and re.fullmatch(r"GPU\d+", row[0]) and row[1] != "GPU1"]
+    return [row[: len(rows)] for row in rows]
+
+
+def _rdma_devices() -> list[dict[str, Any]]:
+    devices = sorted(INFINIBAND.iterdir()) if INFINIBAND.is_dir() else []
+    return [
+        {
+            "name": device.name,
+            "vendor": _text(device / "device" / "vendor"),
+            "ports": [
+                {name: _text(port / name).rpartition(": ")[2] for name in ("state", "link_layer", "rate")}
+                for port in sorted(device.glob("ports/*"))
+            ],
+        }
+        for device in devices
+    ]
+
+
+def read_toolkit(environment: Mapping[str, str]) -> dict[str, Any]:
+    """The compiler that deep_ep's JIT will call, found as deep_ep finds it, and the folder that it fills.
+
+    Args:
+        environment: After `import deep_ep`, which adds the variables that it was built with.
+    """
+    on_path = shutil.which("nvcc")
+    named = environment.get("CUDA_HOME") or environment.get("CUDA_PATH")
+    home = Path(named) if named else Path(on_path).parent.parent if on_path else CUDA
+    nvcc = environment.get("EP_JIT_NVCC_COMPILER") or str(home / "bin" / "nvcc")
+    release = re.search(r"release (\d+\.\d+)", _output(nvcc, "--version"))
+    return {
+        "nvcc": nvcc,
+        "version": release[1] if release else None,
+        "cuobjdump": (home / "bin" / "cuobjdump").exists(),
+        "cache": _folder(Path(environment.get("EP_JIT_CACHE_DIR") or Path.home() / ".deep_ep")),
+    }
+
+
+def _folder(path: Path) -> dict[str, Any]:
+    """Whether files can be written there, tried in the nearest folder that exists: nothing is left behind."""
+    nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    error = None
+    try:
+        with tempfile.TemporaryFile(dir=nearest):
+            pass
+    except OSError as failure:
+        error = failure.strerror
+    shown = f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
+    return {"path": shown, "error": error, "free_gib": round(shutil.disk_usage(nearest).free / 2**30, 1)}
+
+
+def _text(path: Path) -> str:
+    return path.read_text().strip() if path.exists() else ""
+
+
+def _output(*command: str) -> str:
+    """What a program writes; nothing if it is not there, fails or takes too long."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return ""

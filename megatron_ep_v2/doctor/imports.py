@@ -1,0 +1,145 @@
+"""What importing torch, deep_ep, TransformerEngine and Megatron-Core shows, in a process that an import may kill.
+
+    python -m megatron_ep_v2.doctor.imports REPORT STEP...
+
+Each step adds one line of JSON to the file REPORT. Nothing is caught but what the package itself expects: any other
+error ends this process, and facts.py sees in which step. "-NAME" instead of a step hides a package, so that Megatron is
+looked at on its own where another import is known to fail.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import importlib.util
+import inspect
+import json
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_ep_v2 import seam, settings
+from megatron_ep_v2.errors import EPError, SeamError
+
+
+def look_at_torch() -> dict[str, Any]:
+    """Its version, what it was built with, and the devices that it can use."""
+    import torch
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        devices = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    sm = {device: "{}.{}".format(*torch.cuda.get_device_capability(device)) for device in devices}
+    return {
+        "version": torch.__version__,
+        "cuda": torch.version.cuda,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if torch.version.cuda else None,
+        "devices": [{"name": torch.cuda.get_device_name(device), "sm": sm[device]} for device in devices],
+        "warning": str(caught[0].message) if caught else None,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "fill_uninitialized_memory": torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+    }
+
+
+def look_at_deep_ep() -> dict[str, Any]:
+    """What it offers, by its API; which buffer `install()` would take; the NCCL and CUDA libraries then in use."""
+    from megatron_ep_v2.probe import choose, import_deep_ep, loaded_libraries, loaded_nccl_version, probe
+
+    found = probe()
+    if found.failure:
+        sys.modules["deep_ep"] = None  # type: ignore[assignment]  # for Megatron: as if it were not installed
+    elastic = import_deep_ep().ElasticBuffer if found.have_elastic else None
+    choice = None
+    with contextlib.suppress(EPError):  # its causes have checks of their own
+        choice = choose(found, settings.resolve()).kind
+    environment, libraries = settings.shown_environment(), loaded_libraries("libnccl.so")
+    root = environment.get("EP_NCCL_ROOT_DIR") or environment.get("NCCL_DIR")
+    return {
+        **asdict(found),
+        "failure": {"how": found.failure} if found.failure else None,
+        "zero_padding": elastic is not None and "do_zero_padding" in inspect.signature(elastic.dispatch).parameters,
+        "choice": choice,
+        "environment": environment,
+        "nccl": {
+            "libraries": libraries,
+            "loaded": loaded_nccl_version(),
+            "headers": _header_version(Path(root) if root else Path((libraries or [""])[0]).parent.parent),
+        },
+        "cuda_runtimes": loaded_libraries("libcudart"),
+    }
+
+
+def _header_version(root: Path) -> str | None:
+    """Of the NCCL headers that deep_ep's kernels are compiled with at run time."""
+    header = root / "include" / "nccl.h"
+    text = header.read_text() if header.exists() else ""
+    return ".".join(re.findall(r"#define NCCL_(?:MAJOR|MINOR|PATCH)\s+(\d+)", text)) or None
+
+
+def look_at_fabric() -> dict[str, Any]:
+    """What NCCL loads for RDMA: the newest symbol version of libmlx5, and whether there is a plugin (EFA's)."""
+    from megatron_ep_v2.probe import loaded_libraries
+
+    plugin = settings.shown_environment().get("NCCL_NET_PLUGIN", "ofi")
+    for library in ("libmlx5.so.1", plugin, f"libnccl-net-{plugin}.so"):
+        with contextlib.suppress(OSError):  # there is none
+            ctypes.CDLL(library)
+    symbols = [re.findall(rb"MLX5_(\d+)\.(\d+)\0", Path(file).read_bytes()) for file in loaded_libraries("libmlx5.so")]
+    newest = max(((int(major), int(minor)) for each in symbols for major, minor in each), default=None)
+    plugins = loaded_libraries(Path(plugin).name) + loaded_libraries("libnccl-net")
+    return {"mlx5": "{}.{}".format(*newest) if newest else None, "net_plugin": bool(plugins)}
+
+
+def look_at_transformer_engine() -> dict[str, Any]:
+    """Optional: Megatron-Core uses it where it is installed."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        return {"version": None}
+    module = importlib.import_module("transformer_engine")
+    return {"version": str(getattr(module, "__version__", "unknown"))}
+
+
+def look_at_megatron() -> dict[str, Any]:
+    """The seam, who owns the names in it now, and whether upstream's own DeepEP V2 backend is there."""
+    try:
+        version, modules = seam.find_seam()
+    except SeamError as error:
+        return {"error": {"what": error.what, "found": error.found, "needed": error.needed, "fix": error.fix}}
+    names = [getattr(modules[seam.FUSED_A2A], name) for name in ("FusedDispatch", "FusedCombine")]
+    names += [modules[seam.TOKEN_DISPATCHER]._DeepepManager, modules[seam.TOKEN_DISPATCHER].fused_dispatch]
+    owners = {symbol.__module__ for symbol in names if symbol is not None}
+    return {
+        "version": version,
+        "error": None,
+        "patched_by": sorted(owner for owner in owners if not owner.startswith("megatron.")),
+        "have_deep_ep": modules[seam.FUSED_A2A].HAVE_DEEP_EP,
+        "own_v2_backend": hasattr(modules[seam.FUSED_A2A], "deepepv2_dispatch"),
+    }
+
+
+STEPS: dict[str, Callable[[], dict[str, Any]]] = {
+    "torch": look_at_torch,
+    "deep_ep": look_at_deep_ep,
+    "fabric": look_at_fabric,
+    "transformer_engine": look_at_transformer_engine,
+    "megatron": look_at_megatron,
+}
+
+
+def main(report: str, steps: list[str]) -> None:
+    """Take the steps, each noted when it is done."""
+    for step in steps:
+        if step.startswith("-"):
+            sys.modules[step[1:]] = None  # type: ignore[assignment]
+        else:
+            found = STEPS[step]()
+            with open(report, "a") as lines:
+                lines.write(json.dumps({step: found}) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])

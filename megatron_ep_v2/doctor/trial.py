@@ -1,0 +1,173 @@
+"""A real dispatch and combine, forward and backward, through Megatron's own flex dispatcher, on processes of this host.
+
+Each rank is `python -m megatron_ep_v2.doctor.trial RANK RANKS FOLDER`. It compares with what a dense computation gives,
+and leaves its findings in FOLDER/RANK.json.
+"""
+
+from __future__ import annotations
+
+import datetime
+import faulthandler
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_ep_v2.doctor.check import Check
+from megatron_ep_v2.doctor.facts import Facts, describe_end
+
+SECONDS = 300  # for everything: where its cache is empty, deep_ep compiles some 14 kernels of about 2.5 s each
+GRACE_SECONDS = 15  # for the other ranks, once one has failed
+
+HIDDEN, TOPK, LOCAL_EXPERTS, TOKENS = 1024, 3, 4, 64
+
+
+def run_trial(ranks: int) -> tuple[Check, Facts]:
+    """Start the ranks and judge what they found.
+
+    Returns:
+        The check "trial", and by rank its findings, or "stderr" where it failed or hung.
+    """
+    with tempfile.TemporaryDirectory(prefix="doctor-") as name:
+        processes: list[subprocess.Popen[bytes]] = []
+        try:
+            for rank in range(ranks):
+                command = [sys.executable, "-m", "megatron_ep_v2.doctor.trial", str(rank), str(ranks), name]
+                with open(Path(name, f"{rank}.stderr"), "w") as stderr:
+                    processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr))
+            stuck = _wait(processes)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        found, ends = {}, {}
+        for rank, process in enumerate(processes):
+            text = Path(name, f"{rank}.stderr").read_text(errors="replace")[-8000:]
+            if rank in stuck or process.returncode:
+                ends[rank] = "stuck, see its stack" if rank in stuck else describe_end(process.returncode, text)
+                found[str(rank)] = {"stderr": text}
+            else:
+                found[str(rank)] = json.loads(Path(name, f"{rank}.json").read_text())
+    return _judge(found, ends), found
+
+
+def _wait(processes: list[subprocess.Popen[bytes]]) -> list[int]:
+    """Until all ranks have ended, or time is up; once one has failed, that is soon. The ranks that were stuck; they
+    have written their stacks to stderr then."""
+    deadline, failed = time.monotonic() + SECONDS, False
+    while None in (codes := [process.poll() for process in processes]) and time.monotonic() < deadline:
+        if any(codes) and not failed:
+            deadline, failed = time.monotonic() + GRACE_SECONDS, True
+        time.sleep(0.05)
+    stuck = [rank for rank, code in enumerate(codes) if code is None]
+    for rank in stuck:
+        processes[rank].send_signal(signal.SIGUSR1)
+    time.sleep(0.5 if stuck else 0)
+    return stuck
+
+
+def _judge(found: Facts, ends: dict[int, str]) -> Check:
+    what = f"dispatch and combine on {len(found)} ranks"
+    if ends:
+        whys = "; ".join(f"rank {rank}: {end}" for rank, end in ends.items())
+        return Check("fail", f"{what}: {whys}", "no error on any rank", "read each rank's stderr, below", "trial")
+    one, worst = found["0"], max(error for each in found.values() for error in each["errors"].values())
+    text = f"{what}, {one['buffer']} buffer, {one['layout']}, {one['dtype']}: relative error {worst:.0e}"
+    needed = f"at most {one['tolerance']:g}, against a dense computation"
+    return Check("ok" if worst <= one["tolerance"] else "fail", text, needed, "report it with --json's output", "trial")
+
+
+def run_rank(rank: int, ranks: int, folder: Path) -> Facts:
+    """One rank's part. Raises whatever goes wrong."""
+    faulthandler.register(signal.SIGUSR1)
+    faulthandler.dump_traceback_later(2 * SECONDS, exit=True)  # nobody is left behind if the doctor itself is killed
+
+    import torch
+    import torch.distributed as dist
+
+    import megatron_ep_v2
+
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    store, limit = dist.FileStore(str(folder / "store"), ranks), datetime.timedelta(seconds=SECONDS)
+    dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks, timeout=limit)
+    installed = megatron_ep_v2.install()
+    dtype = torch.bfloat16 if cuda else torch.float32
+    with torch.compiler.set_stance("force_eager"):  # Megatron compiles small functions, which is not on trial
+        errors = _compare(rank, ranks, device, dtype)
+    dist.barrier()
+    dist.destroy_process_group()
+    found = {"buffer": installed["buffer"], "layout": installed["layout"], "dtype": str(dtype), "errors": errors}
+    return {**found, "tolerance": 2e-2 if cuda else 1e-5}
+
+
+def _compare(rank: int, ranks: int, device: Any, dtype: Any) -> dict[str, float]:
+    """Relative L2 errors of a layer in which each expert multiplies its rows by a number of its own."""
+    import torch
+
+    experts, tokens = LOCAL_EXPERTS * ranks, TOKENS + 8 * rank  # uneven on purpose
+    generator = torch.Generator().manual_seed(rank)
+    hidden, grad = torch.randn(2, tokens, 1, HIDDEN, generator=generator).to(device, dtype)
+    probs = torch.randn(tokens, experts, generator=generator).softmax(dim=1)
+    chosen = torch.zeros_like(probs).scatter(1, probs.topk(TOPK, dim=1).indices, 1.0).bool().to(device)
+    probs = probs.to(device) * chosen
+    factors = torch.linspace(0.5, 1.5, experts, device=device)
+
+    x, p = hidden.clone().requires_grad_(), probs.clone().requires_grad_()
+    dispatcher = _make_dispatcher(rank, ranks)
+    sent = dispatcher.token_dispatch(*dispatcher.dispatch_preprocess(x, chosen, p))
+    rows, counts, row_probs = dispatcher.dispatch_postprocess(*sent)
+    own = factors[rank * LOCAL_EXPERTS : (rank + 1) * LOCAL_EXPERTS]
+    weights = row_probs * own.repeat_interleave(torch.as_tensor(counts, device=device))
+    rows = dispatcher.combine_preprocess((rows * weights[:, None]).to(dtype))
+    y = dispatcher.combine_postprocess(dispatcher.token_combine(rows))
+    y.backward(grad)
+
+    # Densely, in fp64: a token times the sum of its probabilities, each times its expert's number.
+    dense_x, dense_p = hidden.double().requires_grad_(), probs.double().requires_grad_()
+    dense_y = dense_x * (dense_p @ factors.double()).view(-1, 1, 1)
+    dense_y.backward(grad.double())
+    pairs = {"output": (y, dense_y), "gradient of x": (x.grad, dense_x.grad)}
+    # The dispatcher gives no gradient to experts that were not chosen.
+    pairs["gradient of the probabilities"] = (p.grad, dense_p.grad.masked_fill(~chosen, 0.0))  # type: ignore[union-attr]
+    return {name: float((mine.double() - wanted).norm() / wanted.norm()) for name, (mine, wanted) in pairs.items()}  # type: ignore[union-attr]
+
+
+def _make_dispatcher(rank: int, ranks: int) -> Any:
+    """Megatron's flex dispatcher over the whole world, outside any model."""
+    import torch
+    import torch.distributed as dist
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    groups = ProcessGroupCollection()
+    groups.ep = groups.tp_ep = dist.group.WORLD
+    groups.tp = groups.expt_tp = dist.new_group([rank], use_local_synchronization=True)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=HIDDEN,
+        num_attention_heads=8,
+        num_moe_experts=LOCAL_EXPERTS * ranks,
+        moe_router_topk=TOPK,
+        moe_router_dtype="fp32",
+        moe_token_dispatcher_type="flex",
+        moe_flex_dispatcher_backend="deepep",
+        expert_model_parallel_size=ranks,
+        add_bias_linear=False,
+        use_cpu_initialization=not torch.cuda.is_available(),
+    )
+    local = list(range(rank * LOCAL_EXPERTS, (rank + 1) * LOCAL_EXPERTS))
+    return MoEFlexTokenDispatcher(LOCAL_EXPERTS, local, config, groups)
+
+
+if __name__ == "__main__":
+    _rank, _ranks, _folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    _found = run_rank(_rank, _ranks, _folder)
+    (_folder / f"{_rank}.json").write_text(json.dumps(_found))
