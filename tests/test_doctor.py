@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from doctor_machine import FUSED_A2A, HYBRID_EP, V1, V2_0, Machine, Report
+from doctor_machine import FUSED_A2A, HYBRID_EP, V1, V2_0, V2_1, Machine, Report
 
 Change = Callable[[Machine], object]
 
@@ -128,6 +128,11 @@ FAULTS: dict[str, tuple[Change, dict[str, str], str]] = {
         put(files={"other/libnccl.so.2": "23004"}, torch={"libraries": [NCCL, "other/libnccl.so.2", CUDART]}),
         {"one NCCL": "fail"},
         "nccl/lib/libnccl.so.2, ",
+    ),
+    "an NCCL that was removed since it was loaded": (
+        deep_ep(f"import sitecustomize\n(sitecustomize.machine / '{NCCL}').unlink()\n{V2_1}"),
+        {"NCCL": "skip", "one NCCL": "skip"},
+        "no libnccl in the process",
     ),
     "two CUDA runtimes": (
         put(files={"cu12/libcudart.so.12": "12"}, torch={"libraries": [NCCL, CUDART, "cu12/libcudart.so.12"]}),

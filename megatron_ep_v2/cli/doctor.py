@@ -33,7 +33,11 @@ def doctor(arguments: list[str]) -> int:
         checks.append(check)
     conclusion = _usable(facts, checks)
     if options.json:
-        document = {"usable": conclusion, "checks": [asdict(check) for check in checks], "facts": facts}
+        document = {
+            "usable": conclusion,
+            "checks": [{"name": check.name, **asdict(check)} for check in checks],
+            "facts": facts,
+        }
         print(json.dumps(document, indent=2))
     else:
         print(_table(checks), f"usable now: {conclusion}", sep="\n")
@@ -81,7 +85,6 @@ def _table(checks: list[Check]) -> str:
     lines = []
     for check in checks:
         lines.append(f"{check.status:<4}  {check.name:<{width}}  {check.found}")
-        if check.status in ("warn", "fail"):
-            parts = (("needed", check.needed), ("fix", check.fix))
-            lines += [f"{'':<{width + 8}}{name}: {text}" for name, text in parts if text]
+        parts = (("needed", check.needed), ("fix", check.fix))
+        lines += [f"{'':<{width + 8}}{name}: {text}" for name, text in parts if text]
     return "\n".join(lines)

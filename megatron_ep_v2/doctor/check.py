@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from megatron_ep_v2.doctor.facts import Facts
 
@@ -28,10 +29,13 @@ class Check:
     name: str = ""
 
 
-class Checks(list[Callable[[Facts], Check]]):
+_Judge: TypeAlias = Callable[[Facts], Check]
+
+
+class Checks(list[_Judge]):
     """Functions of the facts, in the table's order."""
 
-    def add(self, name: str, *, for_v2: bool = False, imports: bool = False) -> Callable[..., None]:
+    def add(self, name: str, *, for_v2: bool = False, imports: bool = False) -> Callable[[_Judge], _Judge]:
         """A decorator: the function is the check of that name.
 
         Args:
@@ -39,15 +43,17 @@ class Checks(list[Callable[[Facts], Check]]):
             imports: It is about imports that need torch.
         """
 
-        def register(judge: Callable[[Facts], Check]) -> None:
+        def register(judge: _Judge) -> _Judge:
             def named(facts: Facts) -> Check:
                 if imports and "failure" in facts["torch"]:
                     return Check("skip", "torch cannot be imported", name=name)
                 if for_v2 and not wants_v2(facts):
                     return Check("skip", "only DeepEP V2 on GPUs needs it", name=name)
-                return replace(judge(facts), name=name)
+                check = replace(judge(facts), name=name)
+                return check if check.status in ("warn", "fail") else replace(check, needed=None, fix=None)
 
             self.append(named)
+            return judge
 
         return register
 

@@ -6,6 +6,7 @@ Nothing here raises: what cannot be read is empty or None, and a check says what
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import re
 import shutil
@@ -43,8 +44,9 @@ def read_host() -> dict[str, Any]:
 
 
 def _packages() -> dict[str, str]:
-    names = ((each.metadata["Name"] or "", each.version) for each in importlib.metadata.distributions())
-    return {name: version for name, version in sorted(names) if _PACKAGES.fullmatch(name.lower())}
+    found = importlib.metadata.distributions()
+    versions = {str(each.metadata["Name"]): each.version for each in found if each.metadata}  # some are only half there
+    return {name: versions[name] for name in sorted(versions) if _PACKAGES.fullmatch(name.lower())}
 
 
 def _settings() -> dict[str, Any]:
@@ -109,7 +111,7 @@ def read_toolkit(environment: Mapping[str, str]) -> dict[str, Any]:
 
 def _folder(path: Path) -> dict[str, Any]:
     """Whether files can be written there, tried in the nearest folder that exists: nothing is left behind."""
-    nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    nearest = next(folder for folder in (path, *path.absolute().parents) if os.path.exists(folder))
     error = None
     try:
         with tempfile.TemporaryFile(dir=nearest):
@@ -121,7 +123,10 @@ def _folder(path: Path) -> dict[str, Any]:
 
 
 def _text(path: Path) -> str:
-    return path.read_text().strip() if path.exists() else ""
+    try:
+        return path.read_text().strip()
+    except OSError:  # some files of a port that is down answer so
+        return ""
 
 
 def _output(*command: str) -> str:
