@@ -1,0 +1,81 @@
+"""Rows as they cross the wire: as they are, or 8 bits an element with a scale for each group of columns.
+
+    fp8     e4m3 values, one fp32 scale for 128 columns of a row
+    mxfp8   e4m3 values, one UE8M0 scale (a byte: the exponent) for 32 columns of a row, four to an int32
+
+Both send 4 bytes of scales for 128 columns: 0.516 of the bytes of bf16. In both, a scale is the smallest power of two
+with which the group fits into e4m3, but at least 2**-117. A power of two costs no accuracy, what arrives is exact in
+bf16, and TransformerEngine takes the same scales by default: quantising these rows once more changes nothing.
+
+What arrives for x, in a group whose largest magnitude is amax:
+    in general      within 2**-4 * abs(x) or 2**-17 * amax of x, whichever is more; zero stays zero
+    tiny groups     with amax below 2**-109: within 2**-4 * abs(x) or 2**-127 of x
+    huge values     from 3.29e38 on (bf16 ends at 3.39e38) infinity, as they would round up to 2**128
+    NaN, infinity   the whole group arrives as NaN
+
+This is PyTorch, for every device; `quantize_triton` does the same on CUDA tensors, bit by bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+PACK = 128  # columns that share 4 bytes of scales
+SCALE_DTYPE = {128: torch.float32, 32: torch.int32}  # by the columns that share a scale
+
+# A scale is 2**(exponent - 127), as in fp32 and in UE8M0. Zeros, and magnitudes below 448 * 2**-117, take the smallest
+# one: then no number that is sent or arrives is subnormal in bf16.
+MIN_EXPONENT = 10
+NAN_EXPONENT = 255  # UE8M0's NaN
+# 448 = 1.75 * 2**8 is e4m3's largest: the mantissa of amax / 448 rounds up to the next power of two above 1.75.
+ROUND_UP = 0x1FFFFF
+
+
+def quantize(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """See the module's docstring.
+
+    Args:
+        x: [T, H] bf16, fp16 or fp32, contiguous. H need not be a multiple of 128: the last group is shorter.
+        group: 128 or 32 columns.
+
+    Returns:
+        Values [T, H] float8_e4m3fn, and scales [T, ceil(H / 128)]: fp32, or int32 with the exponent of the first of
+        four groups in the lowest byte. Groups that the last columns lack have the smallest exponent.
+    """
+    rows, hidden = x.shape
+    padded = F.pad(x.float(), (0, -hidden % PACK))
+    grouped = padded.view(rows, padded.shape[1] // group, group)
+    # The bits of magnitudes order like the magnitudes, infinity above them and NaN above infinity.
+    amax = (grouped.view(torch.int32) & 0x7FFFFFFF).amax(dim=2)
+    exponent = (((amax + ROUND_UP) >> 23) - 8).clamp(min=MIN_EXPONENT)
+    finite = amax < 0x7F800000
+    inverse = ((254 - exponent) << 23).view(torch.float32)
+    scaled = torch.where(finite[..., None], grouped * inverse[..., None], 0.0)
+    values = scaled.to(torch.float8_e4m3fn).view(padded.shape)[:, :hidden].contiguous()
+    exponent = torch.where(finite, exponent, NAN_EXPONENT)
+    if group == PACK:
+        return values, _power_of_two(exponent)
+    return values, exponent.to(torch.uint8).view(torch.int32)  # little-endian, as CUDA is
+
+
+def dequantize(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Values times scales. Zeros with scales of zero, as padding comes, are zero.
+
+    Args:
+        values: [R, H] float8_e4m3fn, contiguous.
+        scales: [R, ceil(H / 128)] fp32 or int32, contiguous; the dtype tells which kind.
+        dtype: Of the result.
+    """
+    hidden = values.shape[1]
+    if scales.dtype == torch.int32:
+        scales = _power_of_two(scales.view(torch.uint8).int())
+    group = PACK * -(-hidden // PACK) // scales.shape[1]
+    by_column = scales.repeat_interleave(group, dim=1)[:, :hidden]
+    return (values.float() * by_column).to(dtype)
+
+
+def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
+    """int32 exponents -> fp32 scales; 255 is NaN and 0, which only padding has, is 0."""
+    bits = torch.where(exponent == NAN_EXPONENT, 0x7FC00000, exponent << 23)
+    return bits.to(torch.int32).view(torch.float32)

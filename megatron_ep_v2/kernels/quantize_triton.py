@@ -1,0 +1,118 @@
+"""The Triton kernels of `quantize`, equal to its references bit by bit. One pass over memory each.
+
+A program takes BLOCK packs of 128 columns, as [BLOCK * groups of a pack, group] tiles.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from megatron_ep_v2.kernels.quantize import MIN_EXPONENT, NAN_EXPONENT, PACK, ROUND_UP, SCALE_DTYPE
+
+BLOCK = 32
+
+_PACK = tl.constexpr(PACK)
+_MIN_EXPONENT = tl.constexpr(MIN_EXPONENT)
+_NAN_EXPONENT = tl.constexpr(NAN_EXPONENT)
+_ROUND_UP = tl.constexpr(ROUND_UP)
+
+
+def quantize(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `quantize.quantize`."""
+    rows, hidden = x.shape
+    packs = triton.cdiv(hidden, PACK)
+    values = torch.empty_like(x, dtype=torch.uint8)
+    scales = torch.empty(rows, packs, dtype=torch.int32, device=x.device)
+    if rows:
+        _quantize[(triton.cdiv(rows * packs, BLOCK),)](
+            x, values, scales, rows * packs, packs, hidden, GROUP=group, BLOCK=BLOCK
+        )
+    return values.view(torch.float8_e4m3fn), scales.view(SCALE_DTYPE[group])
+
+
+def dequantize(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """See `quantize.dequantize`."""
+    rows, hidden = values.shape
+    packs = triton.cdiv(hidden, PACK)
+    group = next(group for group, kind in SCALE_DTYPE.items() if kind == scales.dtype)
+    out = torch.empty_like(values, dtype=dtype)
+    if rows:
+        _dequantize[(triton.cdiv(rows * packs, BLOCK),)](
+            values.view(torch.uint8),
+            scales.view(torch.int32),
+            out,
+            rows * packs,
+            packs,
+            hidden,
+            GROUP=group,
+            BLOCK=BLOCK,
+        )
+    return out
+
+
+@triton.jit
+def _places(num_packs, packs, hidden, GROUP: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Offsets of this program's tile and which of them exist."""
+    groups: tl.constexpr = _PACK // GROUP
+    index = tl.program_id(0) * (BLOCK * groups) + tl.arange(0, BLOCK * groups)
+    pack = index // groups
+    row, first = pack // packs, pack % packs * _PACK + index % groups * GROUP
+    column = first[:, None] + tl.arange(0, GROUP)[None, :]
+    here = (pack < num_packs)[:, None] & (column < hidden)
+    return row.to(tl.int64)[:, None] * hidden + column, here
+
+
+@triton.jit
+def _quantize(  # type: ignore[no-untyped-def]
+    x,
+    values,
+    scales,
+    num_packs,
+    packs,
+    hidden,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    groups: tl.constexpr = _PACK // GROUP
+    offsets, here = _places(num_packs, packs, hidden, GROUP, BLOCK)
+    tile = tl.load(x + offsets, mask=here, other=0.0).to(tl.float32)
+    amax = tl.max(tile.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
+    exponent = tl.maximum(((amax + _ROUND_UP) >> 23) - 8, _MIN_EXPONENT)
+    finite = amax < 0x7F800000
+    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    scaled = tl.where(finite[:, None], tile * inverse[:, None], 0.0)
+    bits = scaled.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    tl.store(values + offsets, bits, mask=here)
+
+    exponent = tl.where(finite, exponent, _NAN_EXPONENT)
+    if groups == 1:
+        packed = tl.where(finite, exponent << 23, 0x7FC00000)
+    else:
+        shifts = tl.arange(0, groups) * 8
+        packed = tl.sum(tl.reshape(exponent, [BLOCK, groups]) << shifts[None, :], axis=1)
+    pack = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(scales + pack, packed, mask=pack < num_packs)
+
+
+@triton.jit
+def _dequantize(  # type: ignore[no-untyped-def]
+    values,
+    scales,
+    out,
+    num_packs,
+    packs,
+    hidden,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    groups: tl.constexpr = _PACK // GROUP
+    offsets, here = _places(num_packs, packs, hidden, GROUP, BLOCK)
+    tile = tl.load(values + offsets, mask=here, other=0).to(tl.float8e4nv, bitcast=True).to(tl.float32)
+
+    index = tl.program_id(0) * (BLOCK * groups) + tl.arange(0, BLOCK * groups)
+    packed = tl.load(scales + index // groups, mask=index // groups < num_packs, other=0)
+    if groups > 1:
+        exponent = (packed >> (index % groups * 8)) & 0xFF
+        packed = tl.where(exponent == _NAN_EXPONENT, 0x7FC00000, exponent << 23)
+    scale = packed.to(tl.float32, bitcast=True)
+    tl.store(out + offsets, (tile * scale[:, None]).to(out.dtype.element_ty), mask=here)
