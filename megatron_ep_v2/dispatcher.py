@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import Any
 
 import torch
 from megatron.core.transformer.moe import token_dispatcher
 
+from megatron_ep_v2 import settings
 from megatron_ep_v2.fused_a2a import fused_dispatch
 
 logger = logging.getLogger(__name__)
@@ -24,10 +26,36 @@ def _warn_of_half_precision(dtype: torch.dtype) -> None:
     logger.warning("router probabilities are %s; set --moe-router-dtype fp32", dtype)
 
 
+def dtype_of_recipe(config: Any) -> tuple[settings.DispatchDtype, str]:
+    """What dispatch_dtype=auto stands for, and why.
+
+    8 bits travel only where the experts' GEMMs would round the same rows in the same groups anyway.
+
+    Args:
+        config: Megatron's TransformerConfig; only `fp8`, `fp8_recipe` and `fp4` are read.
+    """
+    if getattr(config, "fp4", None):
+        return "bf16", "the model trains in FP4, which the transport does not carry"
+    if not config.fp8:
+        return "bf16", "the model trains without FP8"
+    recipe = str(getattr(config.fp8_recipe, "value", config.fp8_recipe))  # an enum or its name
+    if recipe == "blockwise":
+        return "fp8", "the model's fp8_recipe is blockwise, with the same groups"
+    if recipe == "mxfp8":
+        if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (10, 0):
+            return "mxfp8", "the model's fp8_recipe is mxfp8, with the same groups"
+        return "bf16", "the model's fp8_recipe is mxfp8, but this is no GPU of compute capability 10.0 or more"
+    return "bf16", f"the model's fp8_recipe is {recipe}, which does not scale groups of a row's columns"
+
+
 class ExpandedManager(token_dispatcher._DeepepManager):  # type: ignore[misc]
     """`_DeepepManager` with the permutation done by the dispatch itself."""
 
     token_probs: torch.Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        settings.settle_dispatch_dtypes(*dtype_of_recipe(self.config))
 
     def setup_metadata(self, routing_map: torch.Tensor, probs: torch.Tensor) -> None:
         """The picks of each token, in any order: dispatch sorts rows by expert, so sorting here would be lost work.

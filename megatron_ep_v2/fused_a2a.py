@@ -9,6 +9,9 @@ Names and signatures are those of `megatron.core.transformer.moe.fused_a2a`, so 
 One handle per layer and micro-batch, held by the two autograd contexts that need it and by nobody else. The buffer is
 looked up once, in forward, and kept on the context.
 
+Both dispatches may carry 8 bits an element (settings `dispatch_dtype` and `grad_dispatch_dtype`): rows are quantised
+before and dequantised behind, and the gradient takes no notice of it. Combines carry rows as they are.
+
 Megatron passes `async_finish` and `allocate_on_comm_stream`, and waits for the event before it does anything else. A
 call in stream order is the same order with less work: the communication stream waits for the current one, which then
 waits for it; the host waits for neither; and memory of inputs and outputs belongs to the current stream, so that it
@@ -28,6 +31,7 @@ from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.checks import check_dispatch
 from megatron_ep_v2.buffers.contract import Buffer
 from megatron_ep_v2.errors import EPError
+from megatron_ep_v2.kernels.wire import from_wire, to_wire
 from megatron_ep_v2.probe import probe
 
 HAVE_DEEP_EP: bool  # deep_ep imports here and has the legacy `Buffer`
@@ -91,8 +95,8 @@ class FusedDispatch(torch.autograd.Function):
         expert_alignment: int = 1,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, Any]:
         buffer = pool.find(group) or get_buffer(group, x, token_indices, num_experts, token_probs)
-        recv_x, recv_idx, recv_probs, handle, _ = buffer.dispatch(
-            x,
+        received, recv_idx, recv_probs, handle, _ = buffer.dispatch(
+            to_wire(x, settings.active().dispatch_dtype),
             topk_idx=token_indices,
             topk_weights=token_probs,
             num_experts=num_experts,
@@ -100,7 +104,8 @@ class FusedDispatch(torch.autograd.Function):
             do_expand=do_expand,
             do_zero_padding=do_expand and expert_alignment > 1,
         )
-        assert isinstance(recv_x, torch.Tensor) and recv_probs is not None  # as x and token_probs were
+        recv_x = from_wire(received, x.dtype)
+        assert recv_probs is not None  # as token_probs were
         ctx.buffer, ctx.handle = buffer, handle
         ctx.rows, ctx.probs = _Like(recv_x), _Like(recv_probs)
         ctx.set_materialize_grads(False)  # else zeros are written for the outputs that have no gradient
@@ -144,15 +149,15 @@ class FusedCombine(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, _event: Any) -> Any:
         handle = _take_handle(ctx)
-        grad_x, _, _, _, _ = ctx.buffer.dispatch(
-            grad.contiguous(),
+        received, _, _, _, _ = ctx.buffer.dispatch(
+            to_wire(grad.contiguous(), settings.active().grad_dispatch_dtype),
             handle=handle,
             num_sms=handle.num_sms,
             do_expand=handle.do_expand,
             do_zero_padding=handle.do_expand and handle.expert_alignment > 1,
         )
         return (
-            grad_x,  # x
+            from_wire(received, grad.dtype),  # x
             *[None] * 4,  # group, handle, async_finish, allocate_on_comm_stream
         )
 

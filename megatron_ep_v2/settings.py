@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 from megatron_ep_v2.errors import SettingsError
 
@@ -20,9 +20,16 @@ _SHOWN = re.compile(
     rf"(EP|NCCL|NVSHMEM|{PREFIX.rstrip('_')})_.+|CUDA_(HOME|PATH|VISIBLE_DEVICES|DEVICE_MAX_CONNECTIONS)"
 )
 
+# What rows travel as. auto: as the model's recipe says; bf16: as they are; fp8, mxfp8: see `kernels.quantize`.
+DispatchDtype: TypeAlias = Literal["auto", "bf16", "fp8", "mxfp8"]
+DISPATCH_DTYPES: tuple[str, ...] = get_args(DispatchDtype)
+_NO_NVFP4 = " (nvfp4 is not carried: deep_ep takes 8-bit values with 4-byte packs of scales, and NVFP4 has neither)"
 
-def _setting(default: Any, doc: str, *, variable: str | None = None, choices: tuple[str, ...] = ()) -> Any:
-    return field(default=default, metadata={"doc": doc, "variable": variable, "choices": choices})
+
+def _setting(
+    default: Any, doc: str, *, variable: str | None = None, choices: tuple[str, ...] = (), note: str = ""
+) -> Any:
+    return field(default=default, metadata={"doc": doc, "variable": variable, "choices": choices, "note": note})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +43,12 @@ class Settings:
 
     buffer: str = _setting("auto", "what carries the tokens", choices=("auto", "elastic", "legacy", "reference"))
     layout: str = _setting("auto", "rows as the experts get them", choices=("auto", "compact", "expanded"))
+    dispatch_dtype: str = _setting(
+        "auto", "what rows travel as to the experts", choices=DISPATCH_DTYPES, note=_NO_NVFP4
+    )
+    grad_dispatch_dtype: str = _setting(
+        "auto", "what gradients of rows travel as to the experts", choices=DISPATCH_DTYPES, note=_NO_NVFP4
+    )
     num_max_tokens_per_rank: int = _setting(
         0, "most tokens that a rank may dispatch; 0 = agreed by the group", variable="MAX_TOKENS_PER_RANK"
     )
@@ -60,7 +73,7 @@ class Settings:
     def _check(self, name: str, metadata: Mapping[str, Any]) -> None:
         value, choices = getattr(self, name), metadata["choices"]
         if choices:
-            good, needed = value in choices, "one of " + ", ".join(choices)
+            good, needed = value in choices, "one of " + ", ".join(choices) + metadata["note"]
         elif isinstance(_DEFAULTS[name], bool):
             good, needed = isinstance(value, bool), "true or false"
         else:
@@ -155,6 +168,31 @@ def offer(name: str, value: Any, source: str) -> None:
     current = active()
     if current.source(name) in ("default", source) and value != getattr(current, name):
         _active = replace(current, **{name: value}, sources={**current.sources, name: source})
+
+
+def settle_dispatch_dtypes(dtype: DispatchDtype, reason: str) -> None:
+    """Give both dispatch dtypes that are still "auto" a value, once: a settled one does not change any more.
+
+    Args:
+        dtype: What the recipe of a model says, for both directions.
+        reason: Why; becomes the source, as "auto: reason".
+
+    Raises:
+        SettingsError: "auto" was settled before, as something else.
+    """
+    global _active
+    for name in ("dispatch_dtype", "grad_dispatch_dtype"):
+        current = active()
+        if getattr(current, name) == "auto":
+            value: dict[str, Any] = {name: dtype}
+            _active = replace(current, **value, sources={**current.sources, name: f"auto: {reason}"})
+        elif current.source(name).startswith("auto: ") and getattr(current, name) != dtype:
+            raise SettingsError(
+                f"{name}=auto cannot follow two models of one process that differ",
+                found=f"{current.describe()[name]}, and now {dtype} (auto: {reason})",
+                needed="one value for the whole process",
+                fix=f"set {variable(name)} to one of " + ", ".join(DISPATCH_DTYPES[1:]),
+            )
 
 
 @contextlib.contextmanager

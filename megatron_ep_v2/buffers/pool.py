@@ -78,6 +78,9 @@ def get(
     if buffer is None:
         check_group_open(group)
         settings = settings_module.active()
+        if "auto" in (settings.dispatch_dtype, settings.grad_dispatch_dtype):
+            settings_module.settle_dispatch_dtypes("bf16", "no model told its recipe; in the expanded layout they do")
+            settings = settings_module.active()
         found = probe()
         kind, refusal = "", None
         try:
@@ -129,6 +132,8 @@ def describe(buffer: Buffer, settings: Settings) -> dict[str, str]:
         "class": type(getattr(buffer, "buffer", buffer)).__name__,
         "ranks": str(buffer.group.size()),
         "num_max_tokens_per_rank": f"{buffer.num_max_tokens_per_rank} ({_capacity_source[buffer.group]})",
+        "dispatch_dtype": settings.describe()["dispatch_dtype"],
+        "grad_dispatch_dtype": settings.describe()["grad_dispatch_dtype"],
         "num_sms": _explain(buffer.num_sms, settings, "num_sms"),
         "num_qps": _explain(buffer.num_qps, settings, "num_qps"),
         "num_bytes": str(buffer.num_bytes),
