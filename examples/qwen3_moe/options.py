@@ -29,6 +29,8 @@ class Options:
     dispatcher: str = "flex"
     layout: str | None = None
     buffer: str | None = None
+    dispatch_dtype: str | None = None
+    grad_dispatch_dtype: str | None = None
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 1234
@@ -151,6 +153,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     moe.add_argument("--layout", choices=("auto", "compact", "expanded"), help="of megatron_ep_v2")
     moe.add_argument("--buffer", choices=("auto", "reference", "elastic", "legacy"), help="of megatron_ep_v2")
+    dtypes = ("auto", "bf16", "fp8", "mxfp8")
+    moe.add_argument("--dispatch-dtype", choices=dtypes, help="of megatron_ep_v2: what rows travel as")
+    moe.add_argument("--grad-dispatch-dtype", choices=dtypes, help="of megatron_ep_v2: what gradients travel as")
     moe.add_argument("--permute-fusion", action="store_true", help="moe_permute_fusion (GPUs, TransformerEngine)")
     moe.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
