@@ -75,7 +75,7 @@ def _measure(shape: str, options: argparse.Namespace) -> list[dict[str, Any]]:
         variants = {
             "four raw calls": raw(False),
             "four raw calls, async": raw(True),
-            "fused": _fused(x, grad, picks, probs, experts, expand),
+            "fused": fused_layer(x, grad, picks, probs, experts, expand),
         }
         outputs = {name: run() for name, run in variants.items()}
         reference = outputs["four raw calls"]
@@ -84,7 +84,7 @@ def _measure(shape: str, options: argparse.Namespace) -> list[dict[str, Any]]:
                 error = (mine.double() - theirs.double()).norm() / theirs.double().norm()
                 assert error < 5e-3, f"{name} disagrees with the raw calls by {error:.1e}"
         del outputs, reference
-        times = _time(variants, options.repeats)
+        times = time_variants(variants, options.repeats)
         for name, by_kind in times.items():
             row: dict[str, Any] = {
                 "shape": shape,
@@ -159,7 +159,7 @@ def _raw(
     return variant
 
 
-def _fused(
+def fused_layer(
     x: torch.Tensor, grad: torch.Tensor, picks: torch.Tensor, probs: torch.Tensor, experts: int, expand: bool
 ) -> Callable[[], tuple[torch.Tensor, ...]]:
     x, probs = x.clone().requires_grad_(), probs.clone().requires_grad_()
@@ -179,7 +179,7 @@ def _fused(
 IN_A_ROW = 8
 
 
-def _time(variants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, list[float]]]:
+def time_variants(variants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, list[float]]]:
     """Microseconds of one layer, of the slowest rank, for each repeat: "alone", from an idle GPU, where host work
     before the first kernel shows; and "in_a_row", the mean of several without a pause, as in training."""
     for run in variants.values():
