@@ -57,6 +57,16 @@ def test_values_are_the_nearest_and_scales_the_smallest(dtype: str, hidden: int,
 
 
 @each_dtype
+def test_the_scale_at_its_edges(dtype: str) -> None:
+    """448 times a power of two still fits; the next number does not."""
+    edges = 448.0 * 2.0 ** torch.arange(-110.0, 110.0, 10.0)
+    for x, amax in ((edges, 448.0), (edges.nextafter(torch.tensor(torch.inf)), 224.0)):
+        values, packs = quantize(x[:, None].expand(-1, GROUPS[dtype]).contiguous(), GROUPS[dtype])
+        assert (values.float() == amax).all()
+        assert torch.equal(dequantize(values, packs, torch.float32)[:, 0], edges)
+
+
+@each_dtype
 @pytest.mark.parametrize("hidden", HIDDEN)
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32], ids=str)
 def test_what_arrives_is_exact_and_within_the_bound(dtype: str, hidden: int, kind: torch.dtype) -> None:

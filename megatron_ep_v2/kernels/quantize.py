@@ -4,8 +4,9 @@
     mxfp8   e4m3 values, one UE8M0 scale (a byte: the exponent) for 32 columns of a row, four to an int32
 
 Both send 4 bytes of scales for 128 columns: 0.516 of the bytes of bf16. In both, a scale is the smallest power of two
-with which the group fits into e4m3, but at least 2**-117. A power of two costs no accuracy, what arrives is exact in
-bf16, and TransformerEngine takes the same scales by default: quantising these rows once more changes nothing.
+with which the group fits into e4m3, but at least 2**-117. So what arrives is exact in bf16; and TransformerEngine,
+which takes the same scales by default, changes nothing when it quantises these rows once more. It costs little: on
+normal random numbers the error is 2.7 % in L2, instead of 2.6 % with scales of amax / 448.
 
 What arrives for x, in a group whose largest magnitude is amax:
     in general      within 2**-4 * abs(x) or 2**-17 * amax of x, whichever is more; zero stays zero

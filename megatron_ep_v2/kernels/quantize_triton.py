@@ -23,10 +23,8 @@ def quantize(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     packs = triton.cdiv(hidden, PACK)
     values = torch.empty_like(x, dtype=torch.uint8)
     scales = torch.empty(rows, packs, dtype=torch.int32, device=x.device)
-    if rows:
-        _quantize[(triton.cdiv(rows * packs, BLOCK),)](
-            x, values, scales, rows * packs, packs, hidden, GROUP=group, BLOCK=BLOCK
-        )
+    grid = (triton.cdiv(rows * packs, BLOCK),)
+    _quantize[grid](x, values, scales, rows * packs, packs, hidden, GROUP=group, BLOCK=BLOCK)
     return values.view(torch.float8_e4m3fn), scales.view(SCALE_DTYPE[group])
 
 
@@ -36,17 +34,9 @@ def dequantize(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -
     packs = triton.cdiv(hidden, PACK)
     group = next(group for group, kind in SCALE_DTYPE.items() if kind == scales.dtype)
     out = torch.empty_like(values, dtype=dtype)
-    if rows:
-        _dequantize[(triton.cdiv(rows * packs, BLOCK),)](
-            values.view(torch.uint8),
-            scales.view(torch.int32),
-            out,
-            rows * packs,
-            packs,
-            hidden,
-            GROUP=group,
-            BLOCK=BLOCK,
-        )
+    bits, words = values.view(torch.uint8), scales.view(torch.int32)
+    grid = (triton.cdiv(rows * packs, BLOCK),)
+    _dequantize[grid](bits, words, out, rows * packs, packs, hidden, GROUP=group, BLOCK=BLOCK)
     return out
 
 
