@@ -21,7 +21,7 @@ def text_of(node: ast.expr | None) -> str | None:
     if isinstance(node, ast.JoinedStr):
         return "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return re.sub(r"%[sd]", "…", node.value)  # as logging formats it
+        return re.sub(r"%[sdg]", "…", node.value)  # as logging formats it
     return None
 
 
@@ -31,7 +31,7 @@ def said() -> Iterator[tuple[str, bool]]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and node.args and (text := text_of(node.args[0])):
                 name = getattr(node.func, "id", getattr(node.func, "attr", ""))
-                if name in KINDS and path.parent.name != "cli":
+                if name in KINDS and path.parent.name not in ("cli", "bench"):
                     yield text, True
                 elif name == "warning":
                     yield text, False

@@ -50,8 +50,12 @@ class Meeting:
             store.wait(list(keys.values()), timedelta(seconds=self.seconds))
         except RuntimeError:  # a time-out is DistStoreError on TCP and a plain RuntimeError on files
             absent = [member for member, key in keys.items() if not store.check([key])]
-            text = "watchdog, rank %d: the first dispatch of the group waits for rank(s) %s, for %g s so far"
-            logger.warning(text, rank, absent, self.seconds)
+            logger.warning(
+                "watchdog, rank %d: the first dispatch of the group waits for rank(s) %s, for %g s so far",
+                rank,
+                absent,
+                self.seconds,
+            )
 
 
 def _listen(group: Any) -> socket.socket:
