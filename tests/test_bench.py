@@ -13,11 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+from harness import run_ranks
 
 import megatron_ep_v2
+from megatron_ep_v2 import settings
+from megatron_ep_v2.bench.layer import OurBuffer
 from megatron_ep_v2.bench.shapes import PRESETS, ROUTINGS, Shape, make_batch, pairs_sent, rank_load, wire_pairs
 from megatron_ep_v2.bench.timing import summarise
 from megatron_ep_v2.bench.variants import VARIANTS
+from megatron_ep_v2.buffers import pool
+from megatron_ep_v2.fused_a2a import get_buffer
 
 ROOT = Path(megatron_ep_v2.__file__).parent.parent
 SMALL = ["--shapes", "custom", "--hidden", "64", "--experts", "8", "--topk", "3", "--tokens", "64", "--repeats", "4"]
@@ -161,6 +166,27 @@ def test_the_closed_form_against_a_loop_with_autograd() -> None:
         torch.testing.assert_close(expected["output"], output)
         torch.testing.assert_close(expected["gradient of hidden states"], hidden.grad)
         torch.testing.assert_close(expected["gradient of probabilities"], probs.grad)
+
+
+def _sms_of_a_dispatch(group: Any) -> tuple[str, list[int]]:
+    """The class that the bench finds in the pool, and what the calls of two variants in turn go by."""
+    picks = torch.tensor([[0, 1]])
+    settings.activate(settings.resolve(buffer="reference"))
+    get_buffer(group, torch.ones(1, 8), picks, 4)
+    seen = []
+    ours = [OurBuffer("elastic", "compact", sms, group) for sms in (24, 32)]  # its way to set them, on what is here
+    for variant in (*ours, *ours):
+        variant.enter()
+        seen.append(getattr(pool.find(group), "buffer", pool.find(group)).num_sms)
+    name = type(ours[0].live).__name__
+    pool.destroy_buffers()
+    settings.activate(None)
+    return name, seen
+
+
+def test_an_sm_count_reaches_the_buffer_below_its_watchdog() -> None:
+    answers = run_ranks(2, _sms_of_a_dispatch, env={"MCORE_DEEPEP_V2_WATCHDOG_SECS": "30"})
+    assert answers == [("ReferenceBuffer", [24, 32, 24, 32])] * 2
 
 
 def test_batches_differ_between_ranks_and_repeat() -> None:

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from megatron_ep_v2 import settings as settings_module
 from megatron_ep_v2.bench.shapes import Batch
 from megatron_ep_v2.buffers import pool
-from megatron_ep_v2.buffers.contract import Buffer
 from megatron_ep_v2.settings import Settings
 from megatron_ep_v2.watchdog.watch import WatchedBuffer
 
@@ -69,11 +68,11 @@ class OurBuffer:
     def __init__(self, kind: str, layout: str | None, sms: int | None, group: Any):
         self.group, self.kind, self.sms = group, kind, sms
         self.settings: Settings = settings_module.resolve(buffer=kind, layout=layout, num_sms=sms)
-        self._own_sms: int | None = None
 
     @property
-    def live(self) -> Buffer | None:
-        """The buffer itself, below the watchdog that dispatchers find in the pool."""
+    def live(self) -> Any:
+        """The `contract.Buffer` itself, below the watchdog that dispatchers find in the pool; None before the first
+        call."""
         found = pool.find(self.group)
         return found.buffer if isinstance(found, WatchedBuffer) else found
 
@@ -84,11 +83,11 @@ class OurBuffer:
         if buffer is None:
             return
         if self.kind == "elastic":
-            spec = buffer.spec  # type: ignore[attr-defined]
-            chosen = self.settings.num_sms or buffer.get_theoretical_num_sms(spec.num_experts, spec.num_topk)
-            buffer.num_sms = chosen
+            buffer.num_sms = self.settings.num_sms or buffer.get_theoretical_num_sms(
+                buffer.spec.num_experts, buffer.spec.num_topk
+            )
         elif self.kind == "legacy":
-            type(buffer._buffer).set_num_sms(buffer.num_sms)  # type: ignore[attr-defined]
+            type(buffer._buffer).set_num_sms(buffer.num_sms)
 
 
 def named_results(
