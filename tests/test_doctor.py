@@ -195,6 +195,11 @@ FAULTS: dict[str, tuple[Change, dict[str, str], str]] = {
     "a JIT folder without room": (put(site=FULL_DISK), {"JIT cache": "warn"}, "~/.deep_ep: 0.2 GiB free"),
     # ------------------------------------------------------------------------------------------------------------- RDMA
     "RDMA": (rdma(), {"RDMA": "ok"}, "1 of 1 devices active (mlx5_0)"),
+    "RDMA with a file that cannot be read": (
+        rdma("mlx5_0", lambda machine: machine.files.pop("infiniband/mlx5_0/ports/1/rate")),
+        {"RDMA": "ok"},
+        "1 of 1 devices active",
+    ),
     "RDMA that is down": (rdma(state="1: DOWN"), {"RDMA": "fail"}, "0 of 1 devices active"),
     "RDMA that is down and not used": (
         rdma("mlx5_0", put(environment={"EP_DISABLE_GIN": "1"}), state="1: DOWN"),
