@@ -93,7 +93,9 @@ def make_batch(
     elif routing == "one-hot-expert":
         scores[:, 0] = 0.0
     elif routing != "balanced":
-        raise SettingsError(f"unknown routing {routing!r}", needed="one of " + ", ".join(ROUTINGS))
+        raise SettingsError(
+            f"unknown routing {routing!r}", needed="one of " + ", ".join(ROUTINGS), fix="check the spelling"
+        )
     smallest = scores.topk(shape.topk, dim=1, largest=False, sorted=False)
     weights = torch.rand(tokens, shape.topk, generator=generator).softmax(dim=1)
     chosen = torch.zeros(tokens, shape.experts, dtype=torch.bool).scatter_(1, smallest.indices, True)

@@ -108,12 +108,16 @@ def make_dispatchers(
     backends = typing.get_args(known["moe_flex_dispatcher_backend"].type)
     if variant.kind == "flex" and variant.backend not in backends:
         raise UnavailableError(
-            f"this megatron-core has no backend {variant.backend}", found=", ".join(backends) or "no list of backends"
+            f"this megatron-core has no backend {variant.backend}",
+            found=", ".join(backends) or "no list of backends",
+            fix="measure it with a Megatron-Core that has it",
         )
     config = {**variant.config, **config}
     missing = sorted(set(config) - set(known))
     if missing:
-        raise UnavailableError(f"this megatron-core has no {missing[0]}")
+        raise UnavailableError(
+            f"this megatron-core has no {missing[0]}", fix="measure it with a Megatron-Core that has it"
+        )
     classes: dict[str, Callable[..., Any]] = {
         "allgather": token_dispatcher.MoEAllGatherTokenDispatcher,
         "alltoall": token_dispatcher.MoEAlltoAllTokenDispatcher,

@@ -134,7 +134,10 @@ def _variants(options: argparse.Namespace) -> list[Variant]:
         chosen = [VARIANTS[name] for name in options.variants]
         for variant in chosen:
             if whole_step and variant.kind == "raw":
-                raise SettingsError(f"{variant.name} is no dispatcher: a training step cannot run on it")
+                raise SettingsError(
+                    f"{variant.name} is no dispatcher: a training step cannot run on it",
+                    fix="leave it out, or measure it without --step and --tune",
+                )
     else:
         chosen = [variant for variant in VARIANTS.values() if fits(variant)]
     return [variant for variant in chosen if variant.layout in (None, *options.layout)]

@@ -170,6 +170,8 @@ def main() -> None:
     body = {"with": with_the_package, "without": without_the_package}[sys.argv[1]]
     if sys.argv[1] == "without":
         sys.path[:] = [folder for folder in sys.path if not Path(folder or ".", "megatron_ep_v2").exists()]
+        # An editable installation is found by a finder of its own.
+        sys.meta_path[:] = [finder for finder in sys.meta_path if "megatron_ep_v2" not in finder.__module__]
     torch.set_num_threads(1)
     import mcore  # noqa: F401 - both ranks then have everything imported
 
