@@ -68,6 +68,9 @@ def main() -> int:
 
 def pretrain(options: Options, runtime: Runtime) -> dict[str, Any]:
     """Train as the options say; what comes back is the summary of the run."""
+    asked, options = options.shape.hidden_size, options.on(runtime.device)
+    if options.shape.hidden_size != asked:
+        runtime.say(f"hidden size {options.shape.hidden_size} instead of {asked}, as DeepEP's kernels need it")
     runtime.together(lambda: options.check(runtime.world, runtime.device))
     _log_from_main(runtime)
     if options.dispatcher == "flex":

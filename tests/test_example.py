@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "pretrain_qwen3_moe.py"
 SMALL = ["--num-layers", "1", "--num-experts", "8", "--seq-length", "32", "--global-batch-size", "8"]
@@ -95,3 +96,14 @@ def test_megatrons_own_data_files(tmp_path: Path) -> None:
     builder.finalize(f"{prefix}.idx")
     result = summary(train(tmp_path, "--steps", "2", "--data-path", str(prefix), "--vocab-size", "300"))
     assert result["steps"] == 2 and 0 < result["val_loss"] < 10
+
+
+def test_the_laptops_preset_is_wide_enough_for_deep_ep_on_gpus() -> None:
+    sys.path.insert(0, str(SCRIPT.parent))
+    from qwen3_moe.options import parse_options
+
+    on_gpu = parse_options([]).on(torch.device("cuda"))
+    assert on_gpu.shape.hidden_size % 256 == 0  # the combine of deep_ep 2.1.0: 32 lanes x 16 bytes of bf16
+    assert parse_options([]).on(torch.device("cpu")) == parse_options([])
+    chosen = parse_options(["--hidden-size", "512"])
+    assert chosen.on(torch.device("cuda")) == chosen

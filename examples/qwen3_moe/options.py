@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from megatron_ep_v2.buffers.elastic import HIDDEN_MULTIPLE
 from megatron_ep_v2.errors import SettingsError
 
 from .presets import PRESETS, ModelShape, Recipe
@@ -54,6 +55,13 @@ class Options:
     def num_micro_batches(self, world: int) -> int:
         """Forward passes of one step on each of `world` ranks."""
         return self.recipe.global_batch_size // (self.micro_batch_size(world) * world)
+
+    def on(self, device: torch.device) -> Options:
+        """The same, but that the preset made for a laptop becomes wide enough for DeepEP's kernels on GPUs."""
+        laptop = PRESETS["tiny"].shape.hidden_size
+        if device.type != "cuda" or self.preset != "tiny" or self.shape.hidden_size != laptop:
+            return self
+        return dataclasses.replace(self, shape=dataclasses.replace(self.shape, hidden_size=HIDDEN_MULTIPLE))
 
     def check(self, world: int, device: torch.device) -> None:
         """Refuse what cannot be trained on `world` ranks."""
