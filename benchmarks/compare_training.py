@@ -2,8 +2,9 @@
 
     python benchmarks/compare_training.py NAME=RUN_DIR NAME=RUN_DIR ... --out benchmarks/results/h200x8/training.jsonl
 
-The others are compared with the first run. Prints the first step's losses, their differences, and median step times
-(the first tenth of the steps left out); writes the rows and, beside them, the plot as SVG and PNG.
+The others are compared with the first run. Prints the first step's losses, their differences, the last losses, those
+on held-out text, and median step times (the first tenth of the steps left out); writes the rows and, beside them, the
+plot as SVG and PNG.
 """
 
 from __future__ import annotations
@@ -39,9 +40,11 @@ def main() -> None:
     for run in runs:
         warm = [row["seconds"] for row in run["rows"][len(run["rows"]) // 10 :]]
         difference = run["rows"][0]["loss"] - first["rows"][0]["loss"]
+        held_out = run["summary"]["val_loss"]
         print(
             f"{run['name']:<28} first loss {run['rows'][0]['loss']:.6f} ({difference:+.1e})"
-            f"   last {run['rows'][-1]['loss']:.4f}   median step {statistics.median(warm) * 1e3:.0f} ms"
+            f"   last {run['rows'][-1]['loss']:.4f}   held out {'-' if held_out is None else f'{held_out:.4f}'}"
+            f"   median step {statistics.median(warm) * 1e3:.0f} ms"
         )
     _plot(runs, options.out, options.caption)
 
