@@ -1,6 +1,6 @@
 """Put the runs of `examples/pretrain_qwen3_moe.py` beside each other: one results file, one plot of their losses.
 
-    python benchmarks/compare_training.py NAME=RUN_DIR NAME=RUN_DIR ... --out benchmarks/results/h200x8/training.jsonl
+    python benchmarks/compare_training.py NAME=RUN_DIR NAME=RUN_DIR ... --caption "8 x H200, ..." --out OUT.jsonl
 
 The others are compared with the first run. Prints the first step's losses, their differences, the last losses, those
 on held-out text, and median step times (the first tenth of the steps left out); writes the rows and, beside them, the
@@ -26,14 +26,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="NAME=RUN_DIR")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--caption", default="", help="hardware, versions and command, below the plot")
+    parser.add_argument("--caption", required=True, help="hardware, versions, commit and command, below the plot")
     options = parser.parse_args()
     runs = [_load(*run.split("=", 1)) for run in options.runs]
 
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with options.out.open("w") as file:
+        file.write(json.dumps({"environment": True, "caption": options.caption}) + "\n")
         for run in runs:
-            file.write(json.dumps({"run": run["name"], "environment": run["summary"]}) + "\n")
+            file.write(json.dumps({"run": run["name"], "summary": run["summary"]}) + "\n")
             for row in run["rows"]:
                 file.write(json.dumps({"run": run["name"], **row}) + "\n")
     first = runs[0]
