@@ -47,6 +47,10 @@ class TokenCapacityError(InputError):
     """A rank has more tokens than `num_max_tokens_per_rank`."""
 
 
+class RowsOverflowError(EPError):
+    """More rows arrived in a step than the experts have room for; the step must not be applied."""
+
+
 class PeerError(EPError):
     """Another rank of the group refused this call, and says so instead of leaving this rank waiting."""
 

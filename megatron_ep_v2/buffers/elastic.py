@@ -105,6 +105,7 @@ class ElasticBuffer:
         async_with_compute_stream: bool = False,
         allocate_on_comm_stream: bool = False,
         handle: Any = None,
+        do_cpu_sync: bool = True,
         do_expand: bool = False,
         do_zero_padding: bool = False,
     ) -> tuple[Payload, torch.Tensor | None, torch.Tensor | None, Any, Any]:
@@ -113,7 +114,7 @@ class ElasticBuffer:
         if handle is None:
             check_group_open(self.group)
         capacity = num_max_tokens_per_rank or self.num_max_tokens_per_rank
-        check_dispatch(x, topk_idx, topk_weights, num_experts, capacity, handle, do_expand, self.group)
+        check_dispatch(x, topk_idx, topk_weights, num_experts, capacity, handle, do_expand, self.group, do_cpu_sync)
         self._check_rows(
             x[0] if isinstance(x, tuple) else x, torch.float8_e4m3fn if isinstance(x, tuple) else torch.bfloat16
         )
@@ -124,8 +125,7 @@ class ElasticBuffer:
                 needed=f"[{len(topk_idx)}, {self.spec.num_topk}]",
                 fix="use one top-k for all layers of a group, or megatron_ep_v2.destroy_buffers() on all ranks between",
             )
-        if num_sms == 0:
-            num_sms = self.num_sms if handle is None else handle.num_sms
+        num_sms = num_sms or (self.num_sms if handle is None else handle.num_sms)
         return self._buffer.dispatch(
             x,
             topk_idx=topk_idx,
@@ -138,6 +138,7 @@ class ElasticBuffer:
             async_with_compute_stream=async_with_compute_stream,
             allocate_on_comm_stream=allocate_on_comm_stream,
             handle=handle,
+            do_cpu_sync=do_cpu_sync if handle is None else None,  # which a handle has decided
             do_expand=do_expand,
             do_zero_padding=do_zero_padding,
         )
@@ -236,8 +237,7 @@ def _choose_gin(settings: Settings, hosts: list[str]) -> tuple[bool, str]:
         return settings.gin == "off", f"gin={settings.gin} by {settings.source('gin')}"
     if gin_disabled_by_user():
         return True, "EP_DISABLE_GIN was set when the job started"
-    have_rdma = _RDMA_DEVICES.is_dir() and any(_RDMA_DEVICES.iterdir())
-    if have_rdma:
+    if _RDMA_DEVICES.is_dir() and any(_RDMA_DEVICES.iterdir()):
         return False, "RDMA devices are present"
     if one_host:
         return True, "all ranks are on one host, and it has no RDMA device: NVLink alone carries the tokens"

@@ -131,17 +131,25 @@ class LegacyBuffer:
         async_with_compute_stream: bool = False,
         allocate_on_comm_stream: bool = False,
         handle: LegacyHandle | None = None,
+        do_cpu_sync: bool = True,
         do_expand: bool = False,
         do_zero_padding: bool = False,
     ) -> tuple[Payload, torch.Tensor | None, torch.Tensor | None, LegacyHandle, Any]:
         """See `contract.Buffer.dispatch`. `num_sms` is fixed when the buffer is built.
 
         Raises:
-            InputError: Also for the expanded layout, and for weights with a handle, which V1 does not have.
+            InputError: Also for the expanded layout, for weights with a handle and for a dispatch without a host wait,
+                which V1 does not have.
         """
         self._check_open()
         capacity = num_max_tokens_per_rank or self.num_max_tokens_per_rank
         check_dispatch(x, topk_idx, topk_weights, num_experts, capacity, handle, do_expand, self.group)
+        if not do_cpu_sync and handle is None:
+            raise InputError(
+                f"rank {self.group.rank()}: deep_ep's legacy Buffer cannot dispatch without a host wait",
+                found="do_cpu_sync=False",
+                fix="leave MCORE_DEEPEP_V2_SYNC_FREE off, or use buffer=elastic with deep_ep >= 2.1",
+            )
         if do_expand or (handle is not None and topk_weights is not None):
             raise InputError(
                 f"rank {self.group.rank()}: deep_ep's legacy Buffer has no expanded layout and no cached weights",
