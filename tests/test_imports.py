@@ -21,7 +21,7 @@ ROOT = Path(megatron_ep_v2.__file__).parent
 # A module may import those above it. Modules of one line may import each other, but not in a circle.
 LEVELS = [
     {"errors"},
-    {"settings", "seam", "buffers.contract", "links"},
+    {"settings", "seam", "buffers.contract", "links", "deferred"},
     {"probe"},
     {"watchdog", "watchdog.*"},
     {"buffers", "buffers.*", "kernels", "kernels.*"},
