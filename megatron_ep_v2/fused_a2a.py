@@ -93,7 +93,8 @@ class FusedDispatch(torch.autograd.Function):
         allocate_on_comm_stream: bool = False,
         do_expand: bool = False,
         expert_alignment: int = 1,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, Any]:
+        do_cpu_sync: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None, Any]:
         buffer = pool.find(group) or get_buffer(group, x, token_indices, num_experts, token_probs)
         received, recv_idx, recv_probs, handle, _ = buffer.dispatch(
             to_wire(x, settings.active().dispatch_dtype),
@@ -101,6 +102,7 @@ class FusedDispatch(torch.autograd.Function):
             topk_weights=token_probs,
             num_experts=num_experts,
             expert_alignment=expert_alignment,
+            do_cpu_sync=do_cpu_sync,
             do_expand=do_expand,
             do_zero_padding=do_expand and expert_alignment > 1,
         )
@@ -109,6 +111,8 @@ class FusedDispatch(torch.autograd.Function):
         ctx.buffer, ctx.handle = buffer, handle
         ctx.rows, ctx.probs = _Like(recv_x), _Like(recv_probs)
         ctx.set_materialize_grads(False)  # else zeros are written for the outputs that have no gradient
+        if not do_cpu_sync:
+            return recv_x, recv_idx, recv_probs, None, handle
         # Not torch.tensor(list), which takes three times as long: the experts' first kernel waits for this line.
         tokens_per_expert = torch.frombuffer(array("q", handle.num_recv_tokens_per_expert_list), dtype=torch.int64)
         return recv_x, recv_idx, recv_probs, tokens_per_expert, handle
@@ -125,7 +129,7 @@ class FusedDispatch(torch.autograd.Function):
             grad_x,  # x
             None,  # token_indices
             grad_token_probs,  # token_probs
-            *[None] * 6,  # num_experts, group, async_finish, allocate_on_comm_stream, do_expand, expert_alignment
+            *[None] * 7,  # num_experts, group, async_finish, allocate_on_comm_stream, do_expand, alignment, do_cpu_sync
         )
 
 
@@ -186,7 +190,8 @@ def fused_dispatch(
     *,
     do_expand: bool = False,
     expert_alignment: int = 1,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, Any]:
+    do_cpu_sync: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None, Any]:
     """Send tokens to the ranks of their experts.
 
     Args:
@@ -198,11 +203,12 @@ def fused_dispatch(
         async_finish, allocate_on_comm_stream: Megatron's; see the module's docstring for why they change nothing.
         do_expand: Rows sorted by local expert instead of one row per received token.
         expert_alignment: Pad each expert's rows to a multiple of this; in the expanded layout with zero rows.
+        do_cpu_sync: False, compact only: no wait on the host, and W rows; see `buffers.contract` for what they hold.
 
     Returns:
         `(recv_x, recv_indices, recv_probs, tokens_per_expert, handle)`:
         compact [R, H], [R, K] int64 LOCAL ids or -1, [R, K] fp32; expanded [P, H], None, [P] fp32.
-        tokens_per_expert: [L] int64 on the CPU, padded counts.
+        tokens_per_expert: [L] int64 on the CPU, padded counts; None without a host wait.
 
     Raises:
         EPError: See `pool.get` and the buffer's own `dispatch`.
@@ -217,6 +223,7 @@ def fused_dispatch(
         allocate_on_comm_stream,
         do_expand,
         expert_alignment,
+        do_cpu_sync,
     )
 
 
