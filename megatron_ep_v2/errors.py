@@ -47,6 +47,10 @@ class TokenCapacityError(InputError):
     """A rank has more tokens than `num_max_tokens_per_rank`."""
 
 
+class LayoutOverflowError(InputError):
+    """More picks arrived for this rank's experts than a layout of fixed size has places."""
+
+
 class PeerError(EPError):
     """Another rank of the group refused this call, and says so instead of leaving this rank waiting."""
 

@@ -25,7 +25,7 @@ LEVELS = [
     {"probe"},
     {"watchdog", "watchdog.*"},
     {"buffers", "buffers.*", "kernels", "kernels.*"},
-    {"fused_a2a", "watchdog.arrivals"},
+    {"fused_a2a", "watchdog.arrivals", "layouts", "layouts.*"},
     {"dispatcher"},
     {"installer"},
     {""},  # the package's __init__
