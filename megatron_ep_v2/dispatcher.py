@@ -78,10 +78,7 @@ class ExpandedManager(token_dispatcher._DeepepManager):  # type: ignore[misc]
 
         Sets `dispatched_probs` [P] fp32, `tokens_per_expert` [L] int64 on the CPU, and `handle` for the combine.
         """
-        probs = self.token_probs
-        if probs.dtype in (torch.bfloat16, torch.float16):
-            _warn_of_half_precision(probs.dtype)
-        self.token_probs = probs.float()
+        self.token_probs = self._probs_in_fp32()
         hidden_states, _, self.dispatched_probs, self.tokens_per_expert, self.handle = fused_dispatch(
             hidden_states,
             self.token_indices,
@@ -103,6 +100,11 @@ class ExpandedManager(token_dispatcher._DeepepManager):  # type: ignore[misc]
     def get_restored_hidden_states_by_experts(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The rows as they are."""
         return hidden_states
+
+    def _probs_in_fp32(self) -> torch.Tensor:
+        if self.token_probs.dtype in (torch.bfloat16, torch.float16):
+            _warn_of_half_precision(self.token_probs.dtype)
+        return self.token_probs.float()
 
     def _expert_alignment(self) -> int:
         """Megatron's own rule for quantised GEMMs, where a quantised recipe or the padding option asks for it."""

@@ -47,8 +47,8 @@ class TokenCapacityError(InputError):
     """A rank has more tokens than `num_max_tokens_per_rank`."""
 
 
-class RowsOverflowError(EPError):
-    """More rows arrived in a step than the experts have room for; the step must not be applied."""
+class LayoutOverflowError(InputError):
+    """More picks arrived for this rank's experts than a layout of fixed size has places."""
 
 
 class PeerError(EPError):

@@ -140,6 +140,15 @@ def _sentence(installation: _Installation) -> str:
 
 def _choose_layout(settings: settings_module.Settings, choice: Choice) -> tuple[str, str]:
     asked = settings.layout
+    if settings.sync_free:
+        if choice.kind in ("megatron", "legacy") or asked == "compact":
+            raise SettingsError(
+                "sync-free mode needs a buffer that does not wait, and its own layout behind it",
+                found=f"sync_free from {settings.source('sync_free')}; the {choice.kind} buffer, layout={asked}",
+                needed="the elastic or the reference buffer, and layout=auto or expanded",
+                fix="unset MCORE_DEEPEP_V2_SYNC_FREE, or MCORE_DEEPEP_V2_LAYOUT; or install deep_ep >= 2.1",
+            )
+        return "sync-free", f"sync_free is on ({settings.source('sync_free')})"
     if choice.kind in ("megatron", "legacy"):
         if asked == "expanded":
             raise SettingsError(
@@ -178,6 +187,10 @@ def _bindings(modules: dict[str, ModuleType], layout: str) -> list[tuple[Any, st
         from megatron_ep_v2.dispatcher import ExpandedManager  # it imports Megatron, whose seam is checked by now
 
         ours.append((modules[TOKEN_DISPATCHER], "_DeepepManager", ExpandedManager))
+    elif layout == "sync-free":
+        from megatron_ep_v2.sync_free_dispatcher import SyncFreeManager
+
+        ours.append((modules[TOKEN_DISPATCHER], "_DeepepManager", SyncFreeManager))
     # Megatron has this method compiled, anew for each layer's dispatcher until torch gives that up: seconds at the
     # first step and guards at every later one, for a few reshapes and a top-k that no compiler makes faster.
     flex = modules[TOKEN_DISPATCHER].MoEFlexTokenDispatcher

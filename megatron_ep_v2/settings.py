@@ -58,7 +58,9 @@ class Settings:
     allow_hybrid_mode: bool = _setting(True, "NVLink inside and RDMA between hosts, in two hops")
     allow_multiple_reduction: bool = _setting(True, "add up on the way back; off = once, at the end, in more bytes")
     prefer_overlap_with_compute: bool = _setting(True, "take fewer SMs, to leave some to the compute beside")
-    sync_free: bool = _setting(False, "dispatch without a wait on the host; needs grouped experts that do not wait either")
+    sync_free: bool = _setting(
+        False, "dispatch without a wait on the host; needs grouped experts that do not wait either"
+    )
     sync_free_rows_percent: int = _setting(
         200, "room for expert rows on a rank, in percent of an even share; 0 = for all rows that could arrive"
     )

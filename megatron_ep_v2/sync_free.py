@@ -5,13 +5,13 @@
     gather_rows, gather_weights  [M, H] and [M]: what the experts get, with their counts on the device
     reduce_rows, combine         back to [T, H]
 
-M is fixed beforehand: `sync_free_rows_percent` of an even share, which is the picks of one full rank. A step whose routing
-is less even than that has picks without a place. They are left out, counted on the device, and reported before the
+M is fixed beforehand: `sync_free_rows_percent` of an even share, which is the picks of one full rank. In a step whose
+routing is less even, some picks find no place. They are left out, counted on the device, and reported before the
 optimizer's step, on every rank of the group alike:
 
     try:
         optimizer.step()
-    except RowsOverflowError:
+    except LayoutOverflowError:
         sync_free.grow()  # then zero the gradients and run the same batch again; graphs have to be captured again
 
 Everything here can be captured in a CUDA graph, forward and backward. docs/sync_free.md says what it costs and needs.
@@ -30,7 +30,7 @@ from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.contract import Buffer
 from megatron_ep_v2.deferred import DeviceCheck
-from megatron_ep_v2.errors import RowsOverflowError
+from megatron_ep_v2.errors import LayoutOverflowError
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 from megatron_ep_v2.layouts import Places, gather_rows, gather_weights, place_contiguous, reduce_rows, rows_that_fit
 
@@ -57,12 +57,12 @@ def sync_free_dispatch(
     """Send tokens to the ranks of their experts. Arguments as for `fused_dispatch`.
 
     Returns:
-        `(rows, row_probs, tokens_per_expert, handle)`: [M, H] sorted by local expert, zero on padding; [M] fp32, zero on
-        padding; [L] int32 ON THE DEVICE, padded counts. The rows behind the last expert's are padding too: a grouped
-        GEMM may leave them unwritten, and `sync_free_combine` never reads them.
+        `(rows, row_probs, tokens_per_expert, handle)`: [M, H] sorted by local expert; [M] fp32; both zero on padding;
+        [L] int32 ON THE DEVICE, padded counts. The rows behind the last expert's are padding too: a grouped GEMM may
+        leave them unwritten, and `sync_free_combine` never reads them.
 
     Raises:
-        EPError: See `fused_dispatch`. Picks without a place raise RowsOverflowError later, before the optimizer's step.
+        EPError: See `fused_dispatch`. For picks without a place LayoutOverflowError, before the optimizer's step.
     """
     recv_x, recv_idx, recv_probs, _, handle = fused_dispatch(
         x, token_indices, token_probs, num_experts, group, do_cpu_sync=False
@@ -94,8 +94,8 @@ def sync_free_combine(rows: torch.Tensor, group: Any, handle: SyncFreeHandle) ->
 
 
 def grow() -> list[int]:
-    """After a RowsOverflowError: make room for what the step needed and an eighth more, on every rank alike, since the
-    error told each of them the same number. CUDA graphs that were captured before keep their old room.
+    """After a LayoutOverflowError: make room for what the step needed and an eighth more. Every rank does the same,
+    since the error told each the same number. CUDA graphs that were captured before keep their old room.
 
     Returns:
         The room of each buffer that overflowed, in percent of an even share.
@@ -116,7 +116,7 @@ class _Room:
         num_picks: Places, padding between experts not counted.
         even_share: Picks of one full rank, which is what a rank gets where the routing is even.
         most: Picks that could arrive at all.
-        needed: What the steps before the last RowsOverflowError needed; 0 = enough so far.
+        needed: What the steps before the last LayoutOverflowError needed; 0 = enough so far.
     """
 
     def __init__(self, buffer: Buffer, num_topk: int, num_experts: int, device: torch.device):
@@ -147,13 +147,13 @@ def _room(buffer: Buffer, num_topk: int, num_experts: int, device: torch.device)
     return _rooms[buffer]
 
 
-def _to_error(room: _Room | None, excess: dict[int, int]) -> RowsOverflowError:
+def _to_error(room: _Room | None, excess: dict[int, int]) -> LayoutOverflowError:
     """excess: rank -> rows beyond its room; every rank of the group gets the same."""
     assert room is not None  # it owns the check
     worst = max(excess, key=lambda rank: excess[rank])
     room.needed = room.num_picks + excess[worst]
     percent = room.percent(room.needed)
-    return RowsOverflowError(
+    return LayoutOverflowError(
         f"rank {worst} was sent more rows in this step than its experts have room for; the step must not be applied",
         found=f"{room.needed} rows for {room.num_picks} places ({room.percent(room.num_picks)} % of an even share); "
         f"too many on ranks {sorted(excess)}",

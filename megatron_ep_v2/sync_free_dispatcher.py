@@ -13,9 +13,10 @@ from megatron_ep_v2.sync_free import SyncFreeHandle, sync_free_combine, sync_fre
 
 
 class SyncFreeManager(ExpandedManager):
-    """`_DeepepManager` on `sync_free`. `async_finish` and `allocate_on_comm_stream` change nothing, as in `fused_a2a`."""
+    """`_DeepepManager` on `sync_free`. Megatron's stream arguments change nothing, as `fused_a2a` explains."""
 
     handle: SyncFreeHandle | None
+    dispatched_probs: torch.Tensor | None
 
     def dispatch(
         self, hidden_states: torch.Tensor, async_finish: bool = False, allocate_on_comm_stream: bool = False
@@ -24,7 +25,7 @@ class SyncFreeManager(ExpandedManager):
 
         Sets `dispatched_probs` [M] fp32, `tokens_per_expert` [L] int32 on the device, and `handle` for the combine.
         """
-        self.token_probs = self.token_probs.float()
+        self.token_probs = self._probs_in_fp32()
         hidden_states, self.dispatched_probs, self.tokens_per_expert, self.handle = sync_free_dispatch(
             hidden_states,
             self.token_indices,

@@ -25,8 +25,10 @@ LEVELS = [
     {"probe"},
     {"watchdog", "watchdog.*"},
     {"buffers", "buffers.*", "kernels", "kernels.*"},
-    {"fused_a2a", "watchdog.arrivals"},
-    {"dispatcher"},
+    {"fused_a2a", "watchdog.arrivals", "layouts", "layouts.*"},
+    {"sync_free"},
+    {"dispatcher", "serving"},
+    {"sync_free_dispatcher"},
     {"installer"},
     {""},  # the package's __init__
     {"bench", "bench.*", "doctor", "doctor.*"},
@@ -36,7 +38,7 @@ LEVELS = [
 MAY_IMPORT_DEEP_EP = {"probe", "buffers.elastic", "buffers.legacy"}
 # The bench and the doctor's trial make Megatron's own dispatchers.
 MAY_IMPORT_MEGATRON = {
-    *("seam", "dispatcher", "installer", "doctor.trial"),
+    *("seam", "dispatcher", "sync_free_dispatcher", "installer", "doctor.trial"),
     *("bench.variants", "bench.dispatchers", "bench.on_cpu"),
 }
 MAY_READ_ENVIRONMENT = {"settings"}
