@@ -16,7 +16,6 @@ class SyncFreeManager(ExpandedManager):
     """`_DeepepManager` on `sync_free`. Megatron's stream arguments change nothing, as `fused_a2a` explains."""
 
     handle: SyncFreeHandle | None
-    dispatched_probs: torch.Tensor | None
 
     def dispatch(
         self, hidden_states: torch.Tensor, async_finish: bool = False, allocate_on_comm_stream: bool = False
@@ -42,5 +41,5 @@ class SyncFreeManager(ExpandedManager):
         """Send [M, H] back; receive [T, H]."""
         assert self.handle is not None  # of the dispatch
         combined = sync_free_combine(hidden_states, self.group, self.handle)
-        self.handle = self.dispatched_probs = None
+        self.handle = self.dispatched_probs = None  # type: ignore[assignment]  # as Megatron's own does
         return combined

@@ -27,7 +27,7 @@ LEVELS = [
     {"buffers", "buffers.*", "kernels", "kernels.*"},
     {"fused_a2a", "watchdog.arrivals", "layouts", "layouts.*"},
     {"sync_free"},
-    {"dispatcher", "serving"},
+    {"dispatcher", "serving", "serving.*"},
     {"sync_free_dispatcher"},
     {"installer"},
     {""},  # the package's __init__
