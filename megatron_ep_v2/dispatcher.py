@@ -1,8 +1,8 @@
-"""The communication manager of Megatron-Core's flex dispatcher on the expanded layout.
+"""The communication managers of Megatron-Core's flex dispatcher.
 
-Rows arrive sorted by local expert with their probabilities, and combine adds them up, so Megatron's own steps between
-dispatch and experts (indices to multihot, permute, `.item()`, unpermute) have nothing left to do. Everything else is
-inherited, and so are the attribute names that other Megatron code reads (`token_probs`, `dispatched_probs`, `handle`).
+On the compact layout Megatron's own does the work. On the expanded layout rows arrive sorted by local expert with
+their probabilities, and combine adds them up, so Megatron's own steps between dispatch and experts (indices to
+multihot, permute, `.item()`, unpermute) have nothing left to do. Everything else is inherited, and so are the attribute names that other Megatron code reads (`token_probs`, `dispatched_probs`, `handle`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import torch
 from megatron.core.transformer.moe import token_dispatcher
 
 from megatron_ep_v2 import settings
+from megatron_ep_v2.buffers import pool
+from megatron_ep_v2.errors import SettingsError
 from megatron_ep_v2.fused_a2a import fused_dispatch
+from megatron_ep_v2.load import ExpertLoad
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +51,50 @@ def dtype_of_recipe(config: Any) -> tuple[settings.DispatchDtype, str]:
     return "bf16", f"the model's fp8_recipe is {recipe}, which does not scale groups of a row's columns"
 
 
-class ExpandedManager(token_dispatcher._DeepepManager):  # type: ignore[misc]
+def follow_deterministic_mode(config: Any) -> None:
+    """Megatron's --deterministic-mode turns on the setting `deterministic`, unless the user has given it a value.
+
+    Raises:
+        SettingsError: A buffer that is not deterministic has been built.
+    """
+    if not config.deterministic_mode or settings.active().deterministic:
+        return
+    settings.offer("deterministic", True, "Megatron's --deterministic-mode")
+    if settings.active().deterministic and pool.buffers():
+        settings.offer("deterministic", False, "Megatron's --deterministic-mode")
+        raise SettingsError(
+            "Megatron's deterministic mode comes too late: a buffer was built without it",
+            found=f"deterministic={settings.active().describe()['deterministic']}, "
+            f"and {len(pool.buffers())} buffer(s) in use",
+            needed="one value for all models of the process",
+            fix="build the deterministic model first, or set MCORE_DEEPEP_V2_DETERMINISTIC=1 for the whole job",
+        )
+
+
+class CompactManager(token_dispatcher._DeepepManager):  # type: ignore[misc]
+    """`_DeepepManager` as it is; it only says whether the model is deterministic, and counts.
+
+    Attributes:
+        load: Tokens that this rank's experts got in this layer.
+    """
+
+    tokens_per_expert: torch.Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        follow_deterministic_mode(self.config)
+        self.load = ExpertLoad(self.group, self.num_local_experts)
+
+    def dispatch(
+        self, hidden_states: torch.Tensor, async_finish: bool = False, allocate_on_comm_stream: bool = False
+    ) -> torch.Tensor:
+        """As Megatron's."""
+        rows: torch.Tensor = super().dispatch(hidden_states, async_finish, allocate_on_comm_stream)
+        self.load.add(self.tokens_per_expert)
+        return rows
+
+
+class ExpandedManager(CompactManager):
     """`_DeepepManager` with the permutation done by the dispatch itself."""
 
     token_probs: torch.Tensor
@@ -78,7 +124,7 @@ class ExpandedManager(token_dispatcher._DeepepManager):  # type: ignore[misc]
 
         Sets `dispatched_probs` [P] fp32, `tokens_per_expert` [L] int64 on the CPU, and `handle` for the combine.
         """
-        self.token_probs = self._probs_in_fp32()
+        self.token_probs, alignment = self._probs_in_fp32(), self._expert_alignment()
         hidden_states, _, self.dispatched_probs, self.tokens_per_expert, self.handle = fused_dispatch(
             hidden_states,
             self.token_indices,
@@ -88,8 +134,10 @@ class ExpandedManager(token_dispatcher._DeepepManager):  # type: ignore[misc]
             async_finish=async_finish,
             allocate_on_comm_stream=allocate_on_comm_stream,
             do_expand=True,
-            expert_alignment=self._expert_alignment(),
+            expert_alignment=alignment,
         )
+        padded = alignment > 1  # then the exact counts are on the device
+        self.load.add(self.handle.num_unaligned_recv_tokens_per_expert if padded else self.tokens_per_expert)
         return hidden_states
 
     def get_permuted_hidden_states_by_experts(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

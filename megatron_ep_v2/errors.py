@@ -59,5 +59,9 @@ class GroupMismatchError(EPError):
     """A value that must be equal on all ranks of the group is not."""
 
 
+class RoutingChangedError(EPError):
+    """A recomputed forward chose other experts than the first one."""
+
+
 class ClosedError(EPError):
     """The process group or the buffer was already destroyed."""

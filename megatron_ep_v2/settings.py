@@ -58,13 +58,12 @@ class Settings:
     allow_hybrid_mode: bool = _setting(True, "NVLink inside and RDMA between hosts, in two hops")
     allow_multiple_reduction: bool = _setting(True, "add up on the way back; off = once, at the end, in more bytes")
     prefer_overlap_with_compute: bool = _setting(True, "take fewer SMs, to leave some to the compute beside")
-    sync_free: bool = _setting(
-        False, "dispatch without a wait on the host; needs grouped experts that do not wait either"
-    )
+    sync_free: bool = _setting(False, "dispatch without a wait on the host; needs grouped experts")
     sync_free_rows_percent: int = _setting(
-        200, "room for expert rows on a rank, in percent of an even share; 0 = for all rows that could arrive"
+        200, "room for expert rows, in % of an even share; 0 = all that could arrive"
     )
-    deterministic: bool = _setting(False, "deep_ep's deterministic routing: bit-identical repeats")
+    deterministic: bool = _setting(False, "bit-identical repeats: rows and sums in a fixed order")
+    reuse_recompute_handle: bool = _setting(True, "a recomputed dispatch repeats the routing of the first")
     sl_idx: int = _setting(3, "RDMA service level")
     num_cpu_timeout_secs: int = _setting(300, "seconds until a host wait gives up")
     num_gpu_timeout_secs: int = _setting(100, "seconds until a kernel's wait gives up")

@@ -33,6 +33,7 @@ class SyncFreeManager(ExpandedManager):
             self.group,
             expert_alignment=self._expert_alignment(),
         )
+        self.load.add(self.handle.places.counts)
         return hidden_states
 
     def combine(

@@ -22,7 +22,8 @@ ROOT = Path(megatron_ep_v2.__file__).parent
 LEVELS = [
     {"errors"},
     {"settings", "seam", "buffers.contract", "links", "deferred"},
-    {"probe"},
+    {"probe", "recompute", "gradients"},
+    {"load"},
     {"watchdog", "watchdog.*"},
     {"buffers", "buffers.*", "kernels", "kernels.*"},
     {"fused_a2a", "watchdog.arrivals", "layouts", "layouts.*"},

@@ -104,6 +104,7 @@ class Buffer(Protocol):
         num_sms: SMs that a call takes unless told otherwise; 0 where there are none.
         num_qps: RDMA queue pairs allocated; 0 where that is not the buffer's choice.
         supports_expand: Whether `do_expand=True` is carried.
+        supports_cached_weights: Whether a dispatch with a `handle` carries `topk_weights`.
     """
 
     group: Any
@@ -112,6 +113,7 @@ class Buffer(Protocol):
     num_sms: int
     num_qps: int
     supports_expand: bool
+    supports_cached_weights: bool
 
     def dispatch(
         self,

@@ -47,7 +47,7 @@ class ElasticBuffer:
         UnavailableError: The group needs RDMA that is not there, or deep_ep could not build the buffer.
     """
 
-    supports_expand = True
+    supports_expand = supports_cached_weights = True
 
     def __init__(self, group: Any, spec: BufferSpec, settings: Settings, hosts: list[str]):
         _check_limits(group, spec)

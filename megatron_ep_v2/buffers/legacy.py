@@ -77,7 +77,7 @@ class LegacyBuffer:
         UnavailableError: deep_ep could not build the buffer.
     """
 
-    supports_expand = False
+    supports_expand = supports_cached_weights = False
 
     def __init__(self, group: Any, spec: BufferSpec, settings: Settings, hosts: list[str]):
         kind = import_deep_ep().Buffer

@@ -41,7 +41,7 @@ class ReferenceBuffer:
         spec: What the buffer is built for.
     """
 
-    supports_expand = True
+    supports_expand = supports_cached_weights = True
     num_bytes = num_sms = num_qps = 0  # it holds nothing between calls
 
     def __init__(self, group: Any, spec: BufferSpec):
