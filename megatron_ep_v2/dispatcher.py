@@ -125,7 +125,7 @@ class ExpandedManager(CompactManager):
         Sets `dispatched_probs` [P] fp32, `tokens_per_expert` [L] int64 on the CPU, and `handle` for the combine.
         """
         self.token_probs, alignment = self._probs_in_fp32(), self._expert_alignment()
-        hidden_states, _, self.dispatched_probs, self.tokens_per_expert, self.handle = fused_dispatch(
+        hidden_states, _, self.dispatched_probs, tokens_per_expert, self.handle = fused_dispatch(
             hidden_states,
             self.token_indices,
             self.token_probs,
@@ -136,6 +136,8 @@ class ExpandedManager(CompactManager):
             do_expand=True,
             expert_alignment=alignment,
         )
+        assert tokens_per_expert is not None  # a dispatch that waits knows them
+        self.tokens_per_expert = tokens_per_expert
         padded = alignment > 1  # then the exact counts are on the device
         self.load.add(self.handle.num_unaligned_recv_tokens_per_expert if padded else self.tokens_per_expert)
         return hidden_states
