@@ -27,7 +27,7 @@ LEVELS = [
     {"watchdog", "watchdog.*"},
     {"buffers", "buffers.*", "kernels", "kernels.*"},
     {"fused_a2a", "watchdog.arrivals", "layouts", "layouts.*"},
-    {"sync_free"},
+    {"experts", "experts.*", "sync_free"},
     {"dispatcher", "serving", "serving.*"},
     {"sync_free_dispatcher"},
     {"installer"},
@@ -39,7 +39,7 @@ LEVELS = [
 MAY_IMPORT_DEEP_EP = {"probe", "buffers.elastic", "buffers.legacy"}
 # The bench and the doctor's trial make Megatron's own dispatchers.
 MAY_IMPORT_MEGATRON = {
-    *("seam", "dispatcher", "sync_free_dispatcher", "installer", "doctor.trial"),
+    *("seam", "experts.module", "dispatcher", "sync_free_dispatcher", "installer", "doctor.trial"),
     *("bench.variants", "bench.dispatchers", "bench.on_cpu"),
 }
 MAY_READ_ENVIRONMENT = {"settings"}

@@ -37,7 +37,7 @@ from triton.compiler import ASTSource
 import triton.language as tl
 from megatron_ep_v2.kernels import move_triton, places_triton
 
-ROW = {"COLUMNS": 2048, **move_triton._tile(2048, 2)}
+ROW = {"COLUMNS": 2048, **move_triton.tile(2048, 2)}
 ROW.pop("num_warps")
 KERNELS = {  # pointers, numbers, constants
     ("gather", move_triton._gather): ("*i32 *i32 *i32", 0, {"COLUMNS": 1024, "BLOCK": 1024}),

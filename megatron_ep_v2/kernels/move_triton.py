@@ -24,7 +24,7 @@ def gather(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     source, target = x.view(kind), out.view(kind)
     if out.numel():
         columns = source.shape[1]
-        _gather[(len(rows),)](source, target, rows, COLUMNS=columns, **_tile(columns, source.element_size()))
+        _gather[(len(rows),)](source, target, rows, COLUMNS=columns, **tile(columns, source.element_size()))
     return out
 
 
@@ -45,9 +45,9 @@ def reduce(y: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor | None) -
             WEIGHTED=weights is not None,
             TOPK=slots.shape[1],
             COLUMNS=y.shape[1],
-            KIND=_TRITON[accumulator(y)],
+            KIND=accumulator_kind(y),
             enable_fp_fusion=False,  # a product is rounded before it is added, as in PyTorch
-            **_tile(y.shape[1], y.element_size()),
+            **tile(y.shape[1], y.element_size()),
         )
     return out
 
@@ -61,8 +61,8 @@ def spread(
         _spread[(len(y),)](
             *(grad, y, rows, sources, weights, grad_y, grad_weights),
             COLUMNS=y.shape[1],
-            KIND=_TRITON[accumulator(y)],
-            **_tile(y.shape[1], y.element_size()),
+            KIND=accumulator_kind(y),
+            **tile(y.shape[1], y.element_size()),
         )
     return grad_y, grad_weights
 
@@ -82,8 +82,13 @@ def gather_columns(scales: torch.Tensor, rows: torch.Tensor, group: int, stride:
     return out
 
 
-def _tile(columns: int, element_size: int) -> dict[str, int]:
-    """Columns at a time, a power of two: one that divides the row if it can be large enough, and warps for it."""
+def accumulator_kind(y: torch.Tensor) -> tl.dtype:
+    """What sums of y's elements are kept in."""
+    return _TRITON[accumulator(y)]
+
+
+def tile(columns: int, element_size: int) -> dict[str, int]:
+    """BLOCK: columns at a time, a power of two, one that divides the row if it can be large enough; warps for it."""
     most = min(BYTES // element_size, triton.next_power_of_2(columns))
     divisor = columns & -columns
     block = min(most, divisor) if divisor >= most // 4 else most
