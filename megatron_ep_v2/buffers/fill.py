@@ -37,6 +37,6 @@ def memory_left_as_it_is() -> Iterator[None]:
 def _say_so() -> None:
     """Once, not in every call."""
     logger.info(
-        "torch's deterministic mode fills uninitialised memory; what deep_ep allocates is left out, because deep_ep may "
-        "be writing there at the same time"
+        "torch's deterministic mode fills uninitialised memory; what deep_ep allocates is left out, because deep_ep "
+        "may be writing there at the same time"
     )

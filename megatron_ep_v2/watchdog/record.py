@@ -6,8 +6,11 @@ import mmap
 import struct
 import threading
 
-KINDS = ("forward dispatch", "forward combine", "backward of the combine", "backward of the dispatch")
-FORWARD_DISPATCH, FORWARD_COMBINE, BACKWARD_OF_COMBINE, BACKWARD_OF_DISPATCH = range(4)
+KINDS = (
+    *("forward dispatch", "forward combine", "backward of the combine", "backward of the dispatch"),
+    "recomputed dispatch",
+)
+FORWARD_DISPATCH, FORWARD_COMBINE, BACKWARD_OF_COMBINE, BACKWARD_OF_DISPATCH, RECOMPUTED_DISPATCH = range(5)
 
 # Cells of 8 bytes. The last call whose end the GPU has passed, modulo RING (the GPU writes it itself); calls entered,
 # left, and marked for the GPU; the thread of the last call; then RING calls of WIDTH cells.

@@ -38,6 +38,7 @@ from megatron_ep_v2.watchdog.record import (
     FORWARD_COMBINE,
     FORWARD_DISPATCH,
     LEFT,
+    RECOMPUTED_DISPATCH,
     RECORD_BYTES,
     Record,
 )
@@ -84,7 +85,8 @@ class WatchedBuffer:
         rows = x[0] if isinstance(x, tuple) else x
         clock = watch.clock or watch.set_clock(rows)
         if handle is not None:
-            with watch.call(BACKWARD_OF_COMBINE, *_moe_call(handle)):
+            kind = BACKWARD_OF_COMBINE if arguments.get("topk_weights") is None else RECOMPUTED_DISPATCH
+            with watch.call(kind, *_moe_call(handle)):
                 answer = self.buffer.dispatch(x, **arguments)
             clock.mark(watch.number)
             return answer
