@@ -1,8 +1,9 @@
 """The communication managers of Megatron-Core's flex dispatcher.
 
-On the compact layout Megatron's own does the work. On the expanded layout rows arrive sorted by local expert with
-their probabilities, and combine adds them up, so Megatron's own steps between dispatch and experts (indices to
-multihot, permute, `.item()`, unpermute) have nothing left to do. Everything else is inherited, and so are the attribute names that other Megatron code reads (`token_probs`, `dispatched_probs`, `handle`).
+On the compact layout Megatron's own does the work. On the expanded layout rows arrive sorted by local expert with their
+probabilities, and combine adds them up, so Megatron's own steps between dispatch and experts (indices to multihot,
+permute, `.item()`, unpermute) have nothing left to do. Everything else is inherited, and so are the attribute names
+that other Megatron code reads (`token_probs`, `dispatched_probs`, `handle`).
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ class Like:
 
 
 def take_handle(ctx: Any) -> Any:
-    """The context's handle, given up: it must not live on in a loss that the user keeps. EPError if it has none left."""
+    """The context's handle, given up: it must not live on in a loss that the user keeps. EPError if it has none."""
     handle, ctx.handle = ctx.handle, None
     if handle is None:
         raise EPError(

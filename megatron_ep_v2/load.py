@@ -99,8 +99,8 @@ def expert_load() -> list[torch.Tensor]:
 
 
 def log_expert_load(iteration: int) -> dict[str, float]:
-    """`expert_load()` as scalars for a logger: also written to Megatron's TensorBoard and Weights & Biases, on the ranks
-    where Megatron's training loop opened them. Collective, as `expert_load()` is; call it where the loop logs.
+    """`expert_load()` as scalars, also written to Megatron's TensorBoard and Weights & Biases on the ranks where
+    Megatron's training loop opened them. Collective, as `expert_load()` is; call it where the loop logs.
 
     Args:
         iteration: The step that the loggers file it under.

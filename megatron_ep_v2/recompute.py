@@ -64,7 +64,7 @@ class Replayed:
 
 
 def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward of a checkpoint's autograd function, which runs and keeps a function: `forward(ctx, function, ...)`."""
+    """A checkpoint's forward, which runs a function and keeps it: `forward(ctx, run_function, ...)`, on `Replayed`."""
 
     @functools.wraps(forward)
     def forward_replayed(ctx: Any, run_function: Callable[..., Any], *args: Any) -> Any:

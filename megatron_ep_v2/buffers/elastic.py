@@ -15,8 +15,9 @@ import torch
 
 from megatron_ep_v2.buffers.checks import check_combine, check_dispatch, check_group_open
 from megatron_ep_v2.buffers.contract import MAX_TOPK, BufferSpec, Payload
+from megatron_ep_v2.buffers.fill import memory_left_as_it_is
 from megatron_ep_v2.buffers.teardown import everyone_arrives
-from megatron_ep_v2.errors import ClosedError, InputError, SettingsError, UnavailableError
+from megatron_ep_v2.errors import ClosedError, InputError, UnavailableError
 from megatron_ep_v2.probe import import_deep_ep, probe
 from megatron_ep_v2.settings import Settings, environment, gin_disabled_by_user
 
@@ -91,6 +92,7 @@ class ElasticBuffer:
     def get_theoretical_num_sms(self, num_experts: int, num_topk: int) -> int:
         return int(self._buffer.get_theoretical_num_sms(num_experts, num_topk))
 
+    @memory_left_as_it_is()
     def dispatch(
         self,
         x: Payload,
@@ -143,6 +145,7 @@ class ElasticBuffer:
             do_zero_padding=do_zero_padding,
         )
 
+    @memory_left_as_it_is()
     def combine(
         self,
         x: torch.Tensor,
@@ -180,15 +183,6 @@ class ElasticBuffer:
     def _check_ready(self) -> None:
         if self._buffer is None:
             raise ClosedError("this ElasticBuffer was destroyed", fix="ask get_buffer() for a new one")
-        # torch then fills what deep_ep allocates, beside the communication that writes into it; deep_ep only asserts.
-        fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]  # a property
-        if fills and torch.are_deterministic_algorithms_enabled():
-            raise SettingsError(
-                f"rank {self.group.rank()}: torch's deterministic mode would write over what deep_ep receives",
-                found="torch.use_deterministic_algorithms(True) with fill_uninitialized_memory on, its default",
-                needed="torch.utils.deterministic.fill_uninitialized_memory = False",
-                fix="set it right after torch.use_deterministic_algorithms(True)",
-            )
 
     def _check_rows(self, rows: torch.Tensor, dtype: torch.dtype) -> None:
         if rows.dtype != dtype or not rows.is_cuda or rows.shape[1] != self.spec.hidden:

@@ -13,6 +13,7 @@ import torch
 
 from megatron_ep_v2.buffers.checks import check_combine, check_dispatch, check_group_open
 from megatron_ep_v2.buffers.contract import BufferSpec, Payload
+from megatron_ep_v2.buffers.fill import memory_left_as_it_is
 from megatron_ep_v2.buffers.teardown import everyone_arrives
 from megatron_ep_v2.errors import ClosedError, InputError, SettingsError, UnavailableError
 from megatron_ep_v2.probe import import_deep_ep
@@ -117,6 +118,7 @@ class LegacyBuffer:
     def get_theoretical_num_sms(self, num_experts: int, num_topk: int) -> int:
         return self.num_sms
 
+    @memory_left_as_it_is()
     def dispatch(
         self,
         x: Payload,
@@ -197,6 +199,7 @@ class LegacyBuffer:
         )
         return recv_x, recv_idx, recv_weights, fresh, event
 
+    @memory_left_as_it_is()
     def combine(
         self,
         x: torch.Tensor,

@@ -39,6 +39,7 @@ from megatron_ep_v2.watchdog.record import (
     FORWARD_COMBINE,
     FORWARD_DISPATCH,
     LEFT,
+    RECOMPUTED_DISPATCH,
     RECORD_BYTES,
     SYNC_FREE_DISPATCH,
     Record,
@@ -88,7 +89,8 @@ class WatchedBuffer:
             return self.buffer.dispatch(x, **arguments)
         clock = watch.clock or watch.set_clock(rows)
         if handle is not None:
-            with watch.call(BACKWARD_OF_COMBINE, *_moe_call(handle)):
+            kind = BACKWARD_OF_COMBINE if arguments.get("topk_weights") is None else RECOMPUTED_DISPATCH
+            with watch.call(kind, *_moe_call(handle)):
                 answer = self.buffer.dispatch(x, **arguments)
             clock.mark(watch.number)
             return answer
