@@ -42,20 +42,21 @@ class Groups:
         """From what Megatron hands to its experts. No host wait.
 
         Args:
-            tokens_per_expert: [L] integers. On the CPU, they add up to P; on the rows' device, to P at most.
+            tokens_per_expert: [L] integers. On the CPU with rows on a GPU, they add up to P; else to P at most.
             rows: [P, H].
 
         Raises:
-            InputError: Counts on the CPU that do not add up to the rows.
+            InputError: Counts that do not add up to the rows, where that is seen without a wait.
         """
         if tokens_per_expert.device == rows.device and rows.is_cuda:
             ends = tokens_per_expert.cumsum(0).to(torch.int32)
             return cls(ends=ends, sizes=None, alignment=1, used=ends[-1])
-        sizes = tuple(tokens_per_expert.tolist())
-        if sum(sizes) != len(rows):
+        sizes = tuple(tokens_per_expert.long().tolist())  # of sync-free mode, int32, they refuse to be asked directly
+        used = sum(sizes)
+        if used > len(rows) or (used < len(rows) and rows.is_cuda):
             raise InputError(
                 "the experts' rows are not as many as their counts say",
-                found=f"{len(rows)} rows, tokens_per_expert adds up to {sum(sizes)}",
+                found=f"{len(rows)} rows, tokens_per_expert adds up to {used}",
                 needed="one row for each",
                 fix="keep a static number of rows with counts on the device",
             )
@@ -65,7 +66,7 @@ class Groups:
         alignment = 1
         while alignment < 128 and all(size % (2 * alignment) == 0 for size in sizes):
             alignment *= 2
-        return cls(ends=ends, sizes=sizes, alignment=alignment, used=None)
+        return cls(ends=ends, sizes=sizes, alignment=alignment, used=ends[-1] if used < len(rows) else None)
 
     def host_sizes(self) -> tuple[int, ...]:
         """Rows of each expert. Waits for the device where the host does not know them."""
