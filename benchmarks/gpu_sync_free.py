@@ -32,7 +32,7 @@ from megatron_ep_v2.layouts import gather_rows, gather_weights, place_contiguous
 from megatron_ep_v2.serving import Decode, DecodeGraphs, PrepareFinalize
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "gpu"))
-from sync_free_layers import Layer, Sizes, errors  # noqa: E402
+from sync_free_layers import Layer, Sizes, errors
 
 Variants = dict[str, Callable[[], Any]]
 TOLERANCE = 1.5e-2  # relative L2 in bf16

@@ -71,7 +71,7 @@ def pretrain(options: Options, runtime: Runtime) -> dict[str, Any]:
     runtime.together(lambda: options.check(runtime.world, runtime.device))
     _log_from_main(runtime)
     if options.dispatcher == "flex":
-        names = ("buffer", "layout", "dispatch_dtype", "grad_dispatch_dtype")
+        names = ("buffer", "layout", "dispatch_dtype", "grad_dispatch_dtype", "sync_free")
         chosen = {name: getattr(options, name) for name in names}
         runtime.together(lambda: megatron_ep_v2.install(**{k: v for k, v in chosen.items() if v is not None}))
     runtime.from_main(lambda: _make_folder(options))

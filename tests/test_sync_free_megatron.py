@@ -1,5 +1,5 @@
-"""Megatron's MoE layer in sync-free mode on the CPU, with grouped experts: beside the expanded layout, which other tests
-compare with alltoall; and what it says where it cannot run."""
+"""Megatron's MoE layer in sync-free mode on the CPU, with grouped experts: beside the expanded layout, which other
+tests compare with alltoall; and what it says where it cannot run."""
 
 from __future__ import annotations
 

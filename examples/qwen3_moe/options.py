@@ -31,6 +31,7 @@ class Options:
     buffer: str | None = None
     dispatch_dtype: str | None = None
     grad_dispatch_dtype: str | None = None
+    sync_free: bool | None = None
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 1234
@@ -156,6 +157,12 @@ def _parser() -> argparse.ArgumentParser:
     dtypes = ("auto", "bf16", "fp8", "mxfp8")
     moe.add_argument("--dispatch-dtype", choices=dtypes, help="of megatron_ep_v2: what rows travel as")
     moe.add_argument("--grad-dispatch-dtype", choices=dtypes, help="of megatron_ep_v2: what gradients travel as")
+    moe.add_argument(
+        "--sync-free",
+        action="store_true",
+        default=None,
+        help="no wait on the host in a MoE layer; needs --experts grouped or deepgemm",
+    )
     moe.add_argument("--permute-fusion", action="store_true", help="moe_permute_fusion (GPUs, TransformerEngine)")
     moe.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import Router
 
+from megatron_ep_v2.deferred import read_all
 from megatron_ep_v2.errors import EPError
 
 from .data import check_token_ids
@@ -68,10 +69,14 @@ class Trainer:
             router.register_forward_hook(self._load_counter(layer))
 
     def step(self, micro_batches: Sequence[torch.Tensor], stop: bool = False) -> StepStats:
-        """Forward, backward and update. `stop` of any rank comes back to all."""
+        """Forward, backward and update. `stop` of any rank comes back to all.
+
+        Raises:
+            LayoutOverflowError: Before the update, on every rank: the step can be repeated with more room for rows.
+        """
         stats = self.backward(micro_batches, stop)
+        self.optimizer.step(learning_rate(self.options.recipe, self.step_number + 1), stats.grad_norm)
         self.step_number += 1
-        self.optimizer.step(learning_rate(self.options.recipe, self.step_number), stats.grad_norm)
         return stats
 
     def backward(self, micro_batches: Sequence[torch.Tensor], stop: bool = False) -> StepStats:
@@ -93,13 +98,18 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
-        """Mean loss in nats over (tokens, weight [micro-batch size]) of all ranks; weight 0 marks a filler."""
+        """Mean loss in nats over (tokens, weight [micro-batch size]) of all ranks; weight 0 marks a filler.
+
+        Raises:
+            LayoutOverflowError: On every rank: as `step`.
+        """
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for tokens, weight in micro_batches:
             losses = self._token_losses(tokens).double().mean(dim=1)
             sums += torch.stack((losses @ weight.to(losses), weight.sum().to(losses)))
         dist.all_reduce(sums)
+        read_all()  # no optimizer steps here, which would do it
         return (sums[0] / sums[1]).item()
 
     def named_gradients(self) -> dict[str, torch.Tensor]:
