@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import time
 from collections.abc import Callable
@@ -55,7 +56,8 @@ def train_until_done(
         while trainer.step_number < recipe.steps and not stopped:
             started = time.perf_counter()
             batches = train_batches(samples, options, trainer.step_number, runtime.rank, runtime.world)
-            stats = _with_room(lambda: trainer.step(batches, stop=request.received is not None), runtime, trainer)
+            step_once = functools.partial(trainer.step, batches, stop=request.received is not None)
+            stats = _with_room(step_once, runtime, trainer)
             seconds = time.perf_counter() - started
             step, stopped = trainer.step_number, stats.stop
             step_tokens = recipe.global_batch_size * options.shape.seq_length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections import Counter
@@ -12,6 +13,7 @@ import pytest
 import torch
 from harness import run_ranks
 from moe import own_package
+from moe_layer import GPU, hidden_states, make_layer, megatron, step
 from sync_free_layers import Layer, Sizes, errors, poison
 from torch.profiler import ProfilerActivity, profile
 
@@ -100,6 +102,42 @@ def layers(group: Any) -> dict[str, Any]:
     return found
 
 
+def whole_layer(group: Any) -> dict[str, Any]:
+    """Megatron's MoE layer (router, dispatcher, our grouped experts), eagerly and in a graph."""
+    found: dict[str, Any] = {}
+    with megatron(GPU):
+        hidden, results = hidden_states(GPU, GPU.tokens), {}
+        for layout in ("expanded", "sync-free"):
+            layer = make_layer(GPU, "flex", layout, "grouped")
+            found[f"{layout} trace"] = trace(functools.partial(step, layer, hidden))
+            results[layout] = step(layer, hidden)
+        found["eager"] = errors(results["sync-free"], results["expanded"])
+
+        x, parameters = hidden.clone().requires_grad_(), dict(layer.named_parameters())
+
+        def run() -> dict[str, torch.Tensor]:
+            y = layer(x)[0]
+            gradients = torch.autograd.grad(y, [x, *parameters.values()], torch.ones_like(y))
+            return {"output": y.detach(), **dict(zip(["x", *parameters], gradients, strict=True))}
+
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            captured = run()
+        with torch.no_grad():
+            x.copy_(hidden.flip(0) * 0.5)  # other tokens in other places
+        graph.replay()
+        replayed = {name: tensor.clone() for name, tensor in captured.items()}
+        found["graph"] = errors(replayed, run())
+        read_all()
+    return found
+
+
 def overflow() -> str:
     with pytest.raises(LayoutOverflowError) as caught:
         read_all()
@@ -135,6 +173,17 @@ def test_outputs_and_gradients_are_those_of_the_expanded_layout(found: list[dict
     for rank, answer in enumerate(found):
         for tensor, error in answer[name].items():
             assert error < TOLERANCE, f"rank {rank}, {name}, {tensor}: relative L2 {error:.1e}"
+
+
+def test_megatrons_whole_layer_waits_for_nothing_and_can_be_captured() -> None:
+    answers = run_ranks(RANKS, whole_layer, backend="nccl", timeout=120)
+    print(answers[0])
+    for rank, answer in enumerate(answers):
+        assert answer["sync-free trace"]["waits"] == {}
+        assert sorted(answer["sync-free trace"]["dispatches"]) == [(False, False), (False, True)]
+        for name in ("eager", "graph"):
+            for tensor, error in answer[name].items():
+                assert error < TOLERANCE, f"rank {rank}, {name}, {tensor}: relative L2 {error:.1e}"
 
 
 @pytest.mark.parametrize("name", ["overflow", "overflow in a graph"])
