@@ -77,7 +77,8 @@ def sync_free_dispatch(
     places = place_contiguous(recv_idx, num_recv, num_local, num_rows, expert_alignment)
     room.watch(places)
     rows, row_probs = gather_rows(recv_x, places), gather_weights(recv_probs, places)
-    return rows, row_probs, places.padded_counts, SyncFreeHandle(handle, places)
+    counts = places.counts if expert_alignment == 1 else places.padded_counts
+    return rows, row_probs, counts, SyncFreeHandle(handle, places)
 
 
 def sync_free_combine(rows: torch.Tensor, group: Any, handle: SyncFreeHandle) -> torch.Tensor:
