@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from typing import Any
 
 import torch
@@ -158,7 +159,9 @@ class ExpandedManager(CompactManager):
         return self.token_probs.float()
 
     def _expert_alignment(self) -> int:
-        """Megatron's own rule for quantised GEMMs, where a quantised recipe or the padding option asks for it."""
+        """Megatron's own rule for quantised GEMMs, where a quantised recipe or the padding option asks for it; and the
+        setting's, which other GEMMs want."""
         config = self.config
         wants_padding = config.fp8 or getattr(config, "fp4", None) or config.moe_router_padding_for_quantization
-        return int(token_dispatcher.get_align_size_for_quantization(config)) if wants_padding else 1
+        of_recipe = int(token_dispatcher.get_align_size_for_quantization(config)) if wants_padding else 1
+        return math.lcm(of_recipe, settings.active().expert_alignment or 1)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from layout_oracle import KINDS, NAN, Routing, routing
 
-from megatron_ep_v2.kernels import move, places
+from megatron_ep_v2.kernels import move, places, swiglu
 
 Case = tuple[str, Any, Any]  # name, ours, the reference's
 
@@ -92,6 +92,30 @@ def column_cases(kernels: Any, device: str) -> Iterator[Case]:
                 arguments = (scales, rows, group, -(-group // 4) * 4, pack)
                 name = f"columns {num_scales} {group} {pack}"
                 yield name, kernels.gather_columns(*arguments), move.gather_columns(*arguments)
+
+
+def swiglu_cases(kernels: Any, device: str, dtypes: Sequence[torch.dtype], columns: Sequence[int]) -> Iterator[Case]:
+    """As close as exp and sums in another order are; and zeros, bit by bit, from `used` on, whatever was there."""
+    for dtype, width, end in itertools.product(dtypes, columns, (None, 0, 5, 11)):
+        generator = torch.Generator().manual_seed(width)
+        h = torch.randn(11, 2 * width, generator=generator).to(device)
+        probs, grad = torch.rand(11, generator=generator).to(device), torch.randn(11, width, generator=generator)
+        grad, used = grad.to(device), None
+        if end is not None:
+            used = torch.tensor(end, dtype=torch.int32, device=device)
+            h[end:], probs[end:], grad[end:] = NAN, NAN, NAN
+        h, grad = h.to(dtype), grad.to(dtype)
+        most = {torch.bfloat16: 1e-2, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+        inputs = (h, probs.to(torch.float64 if dtype == torch.float64 else torch.float32), used)
+        pairs = [(kernels.forward(*inputs), swiglu.forward(*inputs))]
+        pairs += zip(kernels.backward(grad, *inputs), swiglu.backward(grad, *inputs), strict=True)
+        for name, (ours, theirs) in zip(("forward", "grad h", "grad probs"), pairs, strict=True):
+            same = ours.dtype == theirs.dtype and torch.allclose(ours, theirs, rtol=most, atol=most)
+            zero = not ours[end:].any() if end is not None else bool(ours.any())
+            yield f"swiglu {name} {dtype} {width} {end}", (same, zero), (True, True)
+        rows = h.clone()
+        theirs = rows.clone() if end is None else torch.cat([rows[:end], torch.zeros_like(rows[end:])])
+        yield f"zero {dtype} {width} {end}", kernels.zero_tail_(rows, used), theirs
 
 
 def differences(cases: Iterator[Case]) -> list[str]:

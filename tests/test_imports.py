@@ -39,7 +39,8 @@ LEVELS = [
 MAY_IMPORT_DEEP_EP = {"probe", "buffers.elastic", "buffers.legacy"}
 # The bench and the doctor's trial make Megatron's own dispatchers.
 MAY_IMPORT_MEGATRON = {
-    *("seam", "experts.module", "dispatcher", "sync_free_dispatcher", "installer", "doctor.trial"),
+    *("seam", "experts.module", "experts.checkpoint", "dispatcher", "sync_free_dispatcher", "installer"),
+    "doctor.trial",
     *("bench.variants", "bench.dispatchers", "bench.on_cpu"),
 }
 MAY_READ_ENVIRONMENT = {"settings"}

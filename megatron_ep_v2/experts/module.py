@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_ep_v2.errors import SettingsError
+from megatron_ep_v2.experts.checkpoint import ExpertShards
 from megatron_ep_v2.experts.gemm import gemm
 from megatron_ep_v2.experts.groups import Groups
 from megatron_ep_v2.experts.mlp import swiglu_experts
@@ -96,33 +95,16 @@ class Experts(MegatronModule):  # type: ignore[misc]
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         """For Megatron's distributed checkpoints; see the module's docstring."""
-        first, number = self.ep_group.rank() * self.num_local_experts, self.ep_group.size() * self.num_local_experts
-        single = bool((metadata or {}).get("singleton_local_shards", False))
-        axis = len(sharded_offsets)
-
-        def split(
-            key: str, weight: torch.Tensor, replica_id: tuple[int, ...], flattened_range: slice | None
-        ) -> list[ShardedTensor]:
-            _check_not_flattened(flattened_range)
-            before, _, behind = key.partition("experts.{}")
-            shards = []
-            for i, tensor in enumerate(weight.unbind()):
-                offsets = sharded_offsets if single else (*sharded_offsets, (axis, first + i, number))
-                name = f"{before}experts.{first + i}{behind}" if single else f"{before}experts{behind}"
-                prepended = len(offsets)
-                shards.append(
-                    ShardedTensor.from_rank_offsets(
-                        name, tensor, *offsets, replica_id=replica_id, prepend_axis_num=prepended
-                    )
-                )
-            return shards
-
-        replica_id = (0, 0, self.dp_group.rank())
+        linears = {"linear_fc1": self.linear_fc1, "linear_fc2": self.linear_fc2}
+        shards = ExpertShards(
+            first=self.ep_group.rank() * self.num_local_experts,
+            number=self.ep_group.size() * self.num_local_experts,
+            offsets=tuple(sharded_offsets),
+            by_name=bool((metadata or {}).get("singleton_local_shards", False)),
+        )
         return {
-            f"{prefix}{name}.weight": ShardedTensorFactory(
-                f"{prefix}experts.{{}}.{name}.weight", linear.weight, split, torch.stack, replica_id
-            )
-            for name, linear in (("linear_fc1", self.linear_fc1), ("linear_fc2", self.linear_fc2))
+            f"{prefix}{name}.weight": shards.factory(prefix, name, linear.weight, (0, 0, self.dp_group.rank()))
+            for name, linear in linears.items()
         }
 
 
@@ -218,13 +200,4 @@ def _check(config: Any, pg_collection: Any) -> None:
             found=", ".join(f"{name}={found[name]}" for name in differing),
             needed=", ".join(f"{name}={_NEEDED[name]}" for name in differing),
             fix="change the configuration, or leave Megatron's own experts in the layer spec",
-        )
-
-
-def _check_not_flattened(flattened_range: slice | None) -> None:
-    if flattened_range is not None:
-        raise SettingsError(
-            "stacked experts cannot be saved in flattened pieces",
-            found="a distributed optimizer that shards its checkpoint by model space",
-            fix="--dist-ckpt-optim-fully-reshardable, or Megatron's own experts",
         )

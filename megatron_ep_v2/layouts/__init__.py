@@ -9,10 +9,18 @@ docs/layouts.md shows each with the calls around it.
 
 from megatron_ep_v2.layouts.expanded import expanded_ends, expanded_m_indices, m_splits
 from megatron_ep_v2.layouts.payload import gather_payload, tma_aligned
-from megatron_ep_v2.layouts.places import Places, check_overflow, place_contiguous, place_masked, rows_that_fit
+from megatron_ep_v2.layouts.places import (
+    CONTIGUOUS_ALIGNMENT,
+    Places,
+    check_overflow,
+    place_contiguous,
+    place_masked,
+    rows_that_fit,
+)
 from megatron_ep_v2.layouts.rows import gather_rows, gather_weights, reduce_rows
 
 __all__ = [
+    "CONTIGUOUS_ALIGNMENT",
     "Places",
     "check_overflow",
     "expanded_ends",
