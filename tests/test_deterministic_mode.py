@@ -72,12 +72,12 @@ def test_after_a_buffer_was_built_it_comes_too_late() -> None:
 
 def test_the_user_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "_active", settings.resolve({"MCORE_DEEPEP_V2_DETERMINISTIC": "off"}))
-    follow_deterministic_mode(SimpleNamespace(deterministic_mode=True))
+    follow_deterministic_mode(SimpleNamespace(deterministic_mode=True), None)
     assert settings.active().describe()["deterministic"] == "False (MCORE_DEEPEP_V2_DETERMINISTIC)"
     monkeypatch.setattr(settings, "_active", settings.resolve({}))
-    follow_deterministic_mode(SimpleNamespace(deterministic_mode=False))
+    follow_deterministic_mode(SimpleNamespace(deterministic_mode=False), None)
     assert not settings.active().deterministic
-    follow_deterministic_mode(SimpleNamespace(deterministic_mode=True))
+    follow_deterministic_mode(SimpleNamespace(deterministic_mode=True), None)
     assert settings.active().describe()["deterministic"] == BY_MEGATRON
 
 

@@ -10,7 +10,6 @@ import torch
 from harness import run_ranks
 from moe_layer import GPU, hidden_states, make_layer, megatron, step
 from recompute_rounds import WHOLE_LAYER, alive, recorded
-from test_moe_layer import WAITS
 from torch.profiler import ProfilerActivity, profile
 
 import megatron_ep_v2
@@ -20,6 +19,7 @@ from megatron_ep_v2.errors import RoutingChangedError
 pytest.importorskip("transformer_engine.pytorch", reason="needs TransformerEngine's grouped GEMM")
 
 RANKS = torch.cuda.device_count()
+WAITS = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy"}
 
 pytestmark = pytest.mark.timeout(300)
 
