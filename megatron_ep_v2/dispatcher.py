@@ -53,22 +53,25 @@ def dtype_of_recipe(config: Any) -> tuple[settings.DispatchDtype, str]:
     return "bf16", f"the model's fp8_recipe is {recipe}, which does not scale groups of a row's columns"
 
 
-def follow_deterministic_mode(config: Any) -> None:
+def follow_deterministic_mode(config: Any, group: Any) -> None:
     """Megatron's --deterministic-mode turns on the setting `deterministic`, unless the user has given it a value.
 
+    Args:
+        config: Megatron's TransformerConfig.
+        group: Process group of the experts.
+
     Raises:
-        SettingsError: A buffer that is not deterministic has been built.
+        SettingsError: The group has a buffer already, which is not deterministic.
     """
     if not config.deterministic_mode or settings.active().deterministic:
         return
     settings.offer("deterministic", True, "Megatron's --deterministic-mode")
-    if settings.active().deterministic and pool.buffers():
+    if settings.active().deterministic and pool.find(group):
         settings.offer("deterministic", False, "Megatron's --deterministic-mode")
         raise SettingsError(
             "Megatron's deterministic mode comes too late: a buffer was built without it",
-            found=f"deterministic={settings.active().describe()['deterministic']}, "
-            f"and {len(pool.buffers())} buffer(s) in use",
-            needed="one value for all models of the process",
+            found=f"deterministic={settings.active().describe()['deterministic']}, and the group's buffer in use",
+            needed="one value for all models of a group",
             fix="build the deterministic model first, or set MCORE_DEEPEP_V2_DETERMINISTIC=1 for the whole job",
         )
 
@@ -84,7 +87,7 @@ class CompactManager(token_dispatcher._DeepepManager):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        follow_deterministic_mode(self.config)
+        follow_deterministic_mode(self.config, self.group)
         self.load = ExpertLoad(self.group, self.num_local_experts)
 
     def dispatch(

@@ -1,5 +1,5 @@
-"""What ranks do in test_recompute.py: Megatron's real MoE layer under its own checkpoint, and torch's around the bare
-dispatch and combine."""
+"""What ranks do in the tests of recompute, on CPUs and GPUs: Megatron's real MoE layer under its own checkpoint, and
+other checkpoints around the bare dispatch and combine."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ if not torch.cuda.is_available():  # Megatron's checkpoint keeps the state of th
 
 
 @contextmanager
-def recorded() -> Iterator[tuple[list[str], list[Any]]]:
+def recorded(kind: Any = reference.ReferenceBuffer) -> Iterator[tuple[list[str], list[Any]]]:
     """(each dispatch as "first" or "cached" and "gradient", weak references to the handles of the first ones)."""
     calls: list[str] = []
     handles: list[Any] = []
-    dispatch = reference.ReferenceBuffer.dispatch
+    dispatch = kind.dispatch
 
     def seen(self: Any, x: Any, **arguments: Any) -> Any:
         answer = dispatch(self, x, **arguments)
@@ -48,11 +48,11 @@ def recorded() -> Iterator[tuple[list[str], list[Any]]]:
             calls.append("cached" if arguments.get("topk_weights") is not None else "gradient")
         return answer
 
-    reference.ReferenceBuffer.dispatch = seen
+    kind.dispatch = seen
     try:
         yield calls, handles
     finally:
-        reference.ReferenceBuffer.dispatch = dispatch
+        kind.dispatch = dispatch
 
 
 def alive(handles: list[Any]) -> int:

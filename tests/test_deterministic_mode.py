@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from deterministic_rounds import ON_CPU, Size, bits_of_a_layer, repeat
 from harness import run_ranks
 from moe_layer import CPU, hidden_states, make_layer, megatron, step
 
 import megatron_ep_v2
-from megatron_ep_v2 import settings
+from megatron_ep_v2 import destroy_buffers, settings
 from megatron_ep_v2.dispatcher import follow_deterministic_mode
 from megatron_ep_v2.errors import SettingsError
 
@@ -71,12 +72,12 @@ def test_after_a_buffer_was_built_it_comes_too_late() -> None:
 
 def test_the_user_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "_active", settings.resolve({"MCORE_DEEPEP_V2_DETERMINISTIC": "off"}))
-    follow_deterministic_mode(SimpleNamespace(deterministic_mode=True))
+    follow_deterministic_mode(SimpleNamespace(deterministic_mode=True), None)
     assert settings.active().describe()["deterministic"] == "False (MCORE_DEEPEP_V2_DETERMINISTIC)"
     monkeypatch.setattr(settings, "_active", settings.resolve({}))
-    follow_deterministic_mode(SimpleNamespace(deterministic_mode=False))
+    follow_deterministic_mode(SimpleNamespace(deterministic_mode=False), None)
     assert not settings.active().deterministic
-    follow_deterministic_mode(SimpleNamespace(deterministic_mode=True))
+    follow_deterministic_mode(SimpleNamespace(deterministic_mode=True), None)
     assert settings.active().describe()["deterministic"] == BY_MEGATRON
 
 
@@ -95,3 +96,26 @@ def under_torchs_mode(group: Any) -> bool:
 
 def test_torchs_own_deterministic_mode_goes_with_it() -> None:
     assert run_ranks(2, under_torchs_mode, fresh=True) == [True, True]
+
+
+def test_the_layer_of_the_gpu_test_repeats_on_the_reference() -> None:
+    """Its fingerprints are of the same things in both layouts, and differ between them where picks are not sorted."""
+    for found in run_ranks(2, repeat, ON_CPU, True, 2):
+        for name in found[True]:
+            assert len({*found[True][name], *found[False][name]}) == 1, name
+    apart = [
+        {name for name in found[True] if found[True][name] != found[False][name]}
+        for found in run_ranks(2, shuffled_picks, ON_CPU)
+    ]
+    assert {"output", "grad_x"} & set.union(*apart)
+
+
+def shuffled_picks(group: Any, size: Size) -> Any:
+    """The expanded layout with the picks as they come, the compact one with sorted picks."""
+    found = {}
+    for expand in (False, True):
+        settings.activate(settings.resolve(buffer=size.buffer, deterministic=not expand))
+        found[expand] = bits_of_a_layer(group, size, expand)
+        destroy_buffers()
+    settings.activate(None)
+    return found
