@@ -102,6 +102,13 @@ class Options:
             raise SettingsError(
                 "DeepGEMM multiplies on GPUs only", found="training on the CPU", fix="--experts grouped or sequential"
             )
+        if self.sync_free and self.experts not in ("grouped", "deepgemm"):
+            raise SettingsError(
+                "--sync-free needs experts that do not wait on the host either",
+                found=f"--experts {self.experts}",
+                needed="--experts grouped, or deepgemm on GPUs",
+                fix="add --experts grouped",
+            )
         if self.resume and not self.save:
             raise SettingsError("--resume needs to know where", fix="add --save DIR, the folder of the checkpoints")
 
