@@ -70,6 +70,19 @@ def calls(buffer: elastic.ElasticBuffer) -> Iterator[EPError]:
         yield caught.value
 
 
+def test_the_host_wait_is_left_out_where_asked_and_where_a_handle_has_decided(
+    buffer: elastic.ElasticBuffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(FakeBuffer, "dispatch", lambda self, x, **arguments: given.append(arguments["do_cpu_sync"]))
+    monkeypatch.setattr(elastic.ElasticBuffer, "_check_rows", lambda *_: None)  # these rows are on the CPU
+    rows, picks = torch.zeros(3, 256, dtype=torch.bfloat16), torch.zeros(3, 2, dtype=torch.int64)
+    buffer.dispatch(rows, topk_idx=picks, num_experts=4)
+    buffer.dispatch(rows, topk_idx=picks, num_experts=4, do_cpu_sync=False)
+    buffer.dispatch(rows[:1], handle=HANDLE, do_expand=True)
+    assert given == [True, False, None]
+
+
 @pytest.mark.usefixtures("deterministic")
 def test_torchs_fill_of_uninitialised_memory_is_off_inside_deep_ep(
     buffer: elastic.ElasticBuffer, monkeypatch: pytest.MonkeyPatch
