@@ -95,3 +95,13 @@ def test_megatrons_own_data_files(tmp_path: Path) -> None:
     builder.finalize(f"{prefix}.idx")
     result = summary(train(tmp_path, "--steps", "2", "--data-path", str(prefix), "--vocab-size", "300"))
     assert result["steps"] == 2 and 0 < result["val_loss"] < 10
+
+
+def test_both_dispatchers_tell_the_same_load(tmp_path: Path) -> None:
+    """Counted by what is dispatched, and by what the router says; the first step of both is the same one."""
+    balance = {}
+    for dispatcher in ("flex", "alltoall"):
+        summary(train(tmp_path, "--steps", "1", "--dispatcher", dispatcher))
+        row = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
+        balance[dispatcher] = row["expert_balance"]
+    assert 1.0 < balance["flex"] == balance["alltoall"]
