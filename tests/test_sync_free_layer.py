@@ -7,16 +7,19 @@ from dataclasses import replace
 from typing import Any
 
 import mcore
+import moe
 import pytest
 import torch
 from cases import Case, edge_cases, make_batch
 from harness import run_ranks
 from moe import Step, all_experts, assert_step, grad_output, own_experts, own_package, weights_dtype
 from oracle import Experts
+from torch.utils.checkpoint import checkpoint
 
-from megatron_ep_v2 import settings, sync_free
+from megatron_ep_v2 import recompute, settings, sync_free
 from megatron_ep_v2.deferred import read_all
 from megatron_ep_v2.errors import LayoutOverflowError
+from megatron_ep_v2.recompute import Replayed
 from megatron_ep_v2.sync_free import sync_free_combine, sync_free_dispatch
 
 
@@ -42,13 +45,14 @@ def layer(
     return sync_free_combine(run_experts(rows, row_probs, counts, experts), group, handle)
 
 
-def train_step(case: Case, group: Any, align: int) -> Step:
+def train_step(case: Case, group: Any, align: int, checkpointed: bool = False) -> Step:
     rank = group.rank()
     batch = make_batch(case, rank, weights_dtype=weights_dtype(case.dtype))
     x, probs = batch.x.requires_grad_(), batch.topk_weights.requires_grad_()
     experts = own_experts(case, rank, all_experts(case))
     experts = Experts(*(tensor.clone().requires_grad_() for tensor in experts.tensors()))
-    output = layer(x, batch.topk_idx, probs, experts, case.experts, group, align)
+    arguments = (x, batch.topk_idx, probs, experts, case.experts, group, align)
+    output = checkpoint(Replayed(layer), *arguments, use_reentrant=False) if checkpointed else layer(*arguments)
     output.backward(grad_output(case, rank))
     grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in experts.tensors()]
     return Step(output.detach(), x.grad, probs.grad, Experts(*grads))
@@ -151,6 +155,50 @@ def rooms(group: Any) -> list[int]:
 
 def test_room_is_a_share_of_what_could_arrive() -> None:
     assert run_ranks(4, rooms) == [[4 * 10 * 3, 10 * 3, 4 * 10 * 3]] * 4
+
+
+WIDE = Case("wide", (6, 4, 7, 5), "drop some picks", experts=16, topk=3, hidden=256)
+
+
+@own_package
+def in_8_bits(group: Any) -> tuple[Step, Step]:
+    """The same 8-bit rows, sync-free and expanded."""
+    settings.activate(settings.resolve(dispatch_dtype="fp8", grad_dispatch_dtype="fp8", sync_free_rows_percent=0))
+    return train_step(WIDE, group, 1), moe.train_step(WIDE, moe.EXPANDED, group)
+
+
+def test_rows_and_gradients_in_8_bits() -> None:
+    for rank, (ours, theirs) in enumerate(run_ranks(4, in_8_bits)):
+        for name in ("output", "grad_x", "grad_probs"):
+            error = (getattr(ours, name) - getattr(theirs, name)).norm() / getattr(theirs, name).norm()
+            assert error < 1e-6, f"rank {rank}, {name}: relative L2 {error:.1e}"
+        with pytest.raises(AssertionError, match="relative L2 error"):  # it was in 8 bits
+            assert_step(WIDE, rank, ours)
+
+
+@own_package
+def recomputed(group: Any) -> tuple[Step, list[bool]]:
+    """A checkpointed layer, and for each dispatch whether it replayed a handle."""
+    settings.activate(settings.resolve(sync_free_rows_percent=0))
+    replayed: list[bool] = []
+    original = recompute.take
+
+    def take() -> Any:
+        handle = original()
+        replayed.append(handle is not None)
+        return handle
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recompute, "take", take)
+        step = train_step(SKEWED, group, 16, checkpointed=True)
+    read_all()
+    return step, replayed
+
+
+def test_a_recomputed_layer_replays_its_handle() -> None:
+    for rank, (step, replayed) in enumerate(run_ranks(4, recomputed)):
+        assert_step(SKEWED, rank, step)
+        assert replayed == [False, True]
 
 
 def flex_bodies(group: Any, split: mcore.Split) -> None:
