@@ -92,7 +92,7 @@ def with_tail(b: Batch, num_rows: int, alignment: int) -> tuple[Batch, Groups, t
         return out
 
     moved = Batch(b.sizes, spread(b.x), spread(b.probs), b.w1, b.w2, spread(b.grad))
-    return moved, Groups.from_places(places, alignment), slots
+    return moved, Groups.from_places(places), slots
 
 
 def check(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], most: float) -> None:
@@ -101,3 +101,54 @@ def check(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], most: 
         assert ours[name].shape == wanted.shape, name
         error = (ours[name].double() - wanted).norm().item()
         assert error <= most * wanted.norm().item(), f"{name}: {error:.1e} of {wanted.norm().item():.1e}"
+
+
+@dataclass
+class Layer:
+    """What all ranks hand to one MoE layer, and the weights of all experts."""
+
+    x: list[torch.Tensor]
+    picks: list[torch.Tensor]
+    probs: list[torch.Tensor]
+    grad: list[torch.Tensor]
+    w1: torch.Tensor
+    w2: torch.Tensor
+
+
+def layer(
+    ranks: int, tokens: int, experts: int, topk: int, hidden: int, ffn: int, dtype: torch.dtype, device: str
+) -> Layer:
+    """Ranks have different numbers of tokens, some picks are dropped, the last expert is picked by nobody."""
+    each = []
+    for rank in range(ranks):
+        generator = torch.Generator(device).manual_seed(rank)
+        mine = tokens - 3 * rank
+        x, grad = (torch.randn(mine, hidden, generator=generator, device=device).to(dtype) for _ in range(2))
+        top = torch.rand(mine, experts - 1, generator=generator, device=device).topk(topk, dim=1)
+        picks = top.indices.masked_fill(torch.rand(mine, topk, generator=generator, device=device) < 0.1, -1)
+        each.append((x, picks, top.values.contiguous(), grad))
+    weights = batch([0] * experts, hidden, ffn, dtype, device)
+    x, picks, probs, grad = (list(column) for column in zip(*each, strict=True))
+    return Layer(x, picks, probs, grad, weights.w1, weights.w2)
+
+
+def layer_expected(given: Layer) -> list[dict[str, torch.Tensor]]:
+    """Output and gradients of each rank in fp64; weights' gradients of all experts, over all ranks."""
+    w1, w2 = (t.double().requires_grad_() for t in (given.w1, given.w2))
+    x, probs, outputs = [], [], []
+    for rank, picks in enumerate(given.picks):
+        x.append(given.x[rank].double().requires_grad_())
+        probs.append(given.probs[rank].double().requires_grad_())
+        out = torch.zeros_like(x[-1])
+        for expert in range(len(w1)):
+            row, pick = (picks == expert).nonzero(as_tuple=True)
+            gate, up = (x[-1][row] @ w1[expert].T).chunk(2, dim=1)
+            activated = gate / (1 + torch.exp(-gate)) * up * probs[-1][row, pick][:, None]
+            out = out.index_add(0, row, activated @ w2[expert].T)
+        outputs.append(out)
+    torch.autograd.backward(outputs, [grad.double() for grad in given.grad])
+    assert w1.grad is not None and w2.grad is not None
+    return [
+        {"output": outputs[i].detach(), "x": x[i].grad, "probs": probs[i].grad, "w1": w1.grad, "w2": w2.grad}
+        for i in range(len(x))
+    ]  # type: ignore[misc]

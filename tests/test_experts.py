@@ -14,7 +14,6 @@ from megatron_ep_v2.experts import gemm as gemms
 from megatron_ep_v2.experts.gemm import DeepGemm, Grouped
 from megatron_ep_v2.experts.groups import Groups
 from megatron_ep_v2.experts.mlp import swiglu_experts
-from megatron_ep_v2.layouts.places import place_masked
 
 BACKENDS = ["sequential", "grouped", "deepgemm"]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -130,8 +129,6 @@ def test_what_is_refused() -> None:
     counts = torch.tensor(b.sizes)
     with pytest.raises(InputError, match="not as many as their counts say"):
         Groups.from_counts(counts + 1, b.x)
-    with pytest.raises(InputError, match="one behind the other"):
-        Groups.from_places(place_masked(torch.zeros(3, 1, dtype=torch.int64), None, 2, 4), 1)
     groups = Groups.from_counts(counts, b.x)
     with pytest.raises(SettingsError, match="no 'fast' experts"):
         swiglu_experts(b.x, b.probs, b.w1, b.w2, groups, "fast")

@@ -55,11 +55,8 @@ def told(group: Any, kind: str, alignment: int) -> list[str]:
     wrong = [] if found.dtype == torch.int32 and torch.equal(found, wanted) else ["m_indices"]
 
     splits, ends = m_splits(handle), expanded_ends(handle)
-    if (
-        sum(splits) != len(rows)
-        or ends.dtype != torch.int32
-        or ends.tolist() != torch.tensor(splits).cumsum(0).tolist()
-    ):
+    running = list(itertools.accumulate(splits))
+    if running[-1] != len(rows) or ends.dtype != torch.int32 or ends.tolist() != running:
         wrong.append("splits or ends")
 
     # The compact rows, laid out by us, are the rows that the dispatch laid out.

@@ -55,8 +55,21 @@ KERNELS = {  # pointers, numbers, constants
     ("lay out", places_triton._lay_out): ("*i32 " * 8, 3, {"MASKED": False, "EXPERTS": 256, "ROWS": 128}),
     ("assign", places_triton._assign): ("*i64 " + "*i32 " * 7, 4, {"HAS_NUM_RECV": True, "BLOCK": 128}),
 }
+OTHERS = {  # the other sides of their switches
+    ("reduce, plain", move_triton._reduce): ("*bf16 *i32 *i32 *bf16", 0,
+                                             {"WEIGHTED": False, "TOPK": 8, "KIND": tl.float32, **ROW}),
+    ("swiglu, all", swiglu_triton._forward): ("*bf16 *fp32 *bf16 *bf16", 0, {**GLU, "BOUNDED": False}),
+    ("swiglu back, all", swiglu_triton._backward): ("*bf16 *bf16 *fp32 *bf16 *bf16 *fp32", 0,
+                                                    {**GLU, "BOUNDED": False}),
+    ("columns, plain", move_triton._gather_columns): ("*i32 *i32 *i32", 4,
+                                                      {"PACK": False, "WIDTH": 16, "PLACES": 64}),
+    ("count, all", places_triton._count): ("*i64 *i64 *i32", 4,
+                                           {"HAS_NUM_RECV": False, "EXPERTS": 32, "BLOCK": 128}),
+    ("lay out, masked", places_triton._lay_out): ("*i32 " * 8, 3, {"MASKED": True, "EXPERTS": 32, "ROWS": 128}),
+    ("assign, all", places_triton._assign): ("*i64 *i64 " + "*i32 " * 6, 4, {"HAS_NUM_RECV": False, "BLOCK": 128}),
+}
 found = {}
-for (name, kernel), (pointers, numbers, constants) in KERNELS.items():
+for (name, kernel), (pointers, numbers, constants) in [*KERNELS.items(), *OTHERS.items()]:
     options = {"num_warps": constants.get("num_warps", 4)}
     constants = {key: value for key, value in constants.items() if key != "num_warps"}
     kinds = [*pointers.split(), *["i32"] * numbers, *["constexpr"] * len(constants)]
@@ -74,6 +87,15 @@ print(json.dumps(found))
 def test_the_kernels_compile_for_gpus_and_move_rows_16_bytes_at_a_time(tmp_path: Path) -> None:
     """And no kernel has an atomic in it: what is added up, is added up in a fixed order."""
     found = child(COMPILE, TRITON_CACHE_DIR=str(tmp_path))
-    assert len(found) == 12 and "st.global.v4.b32" in found["zero"]
-    for name in ("gather", "reduce", "spread", "swiglu", "swiglu back"):
+    assert len(found) == 19 and "st.global.v4.b32" in found["zero"]
+    for name in (
+        "gather",
+        "reduce",
+        "reduce, plain",
+        "spread",
+        "swiglu",
+        "swiglu back",
+        "swiglu, all",
+        "swiglu back, all",
+    ):
         assert "ld.global.v4.b32" in found[name] and "st.global.v4.b32" in found[name], found[name]

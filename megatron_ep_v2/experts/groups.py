@@ -27,15 +27,10 @@ class Groups:
     used: torch.Tensor | None
 
     @classmethod
-    def from_places(cls, places: Places, alignment: int) -> Groups:
-        """Of rows that `layouts.gather_rows` put into a contiguous layout with this alignment. No host wait."""
-        if places.expected_m is not None:
-            raise InputError(
-                "a grouped GEMM takes experts one behind the other",
-                found="places of a masked layout",
-                needed="places of place_contiguous()",
-            )
-        return cls(ends=places.ends, sizes=None, alignment=alignment, used=places.ends[-1])
+    def from_places(cls, places: Places) -> Groups:
+        """Of rows that `layouts.gather_rows` laid out, contiguous or masked. No host wait."""
+        used = places.ends[-1] if places.expected_m is None else None
+        return cls(ends=places.ends, sizes=None, alignment=places.alignment, used=used)
 
     @classmethod
     def from_counts(cls, tokens_per_expert: torch.Tensor, rows: torch.Tensor) -> Groups:

@@ -76,7 +76,7 @@ def _padded(
         num_rows = sum(-(-size // alignment) * alignment for size in groups.sizes)
     places = place_contiguous(expert, None, len(groups.ends), num_rows, alignment)
     rows, row_probs = gather_rows(x, places), gather_weights(probs[:, None], places)
-    y = swiglu_experts(rows, row_probs, w1, w2, Groups.from_places(places, alignment), backend)
+    y = swiglu_experts(rows, row_probs, w1, w2, Groups.from_places(places), backend)
     return reduce_rows(y, places)
 
 

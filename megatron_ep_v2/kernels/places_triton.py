@@ -41,12 +41,11 @@ def _place(
     """step: the alignment, or with `masked` each expert's number of rows."""
     num_picks, topk = picks.numel(), picks.shape[1]
     blocks = max(1, triton.cdiv(num_picks, BLOCK))
-    new = {"dtype": torch.int32, "device": picks.device}
-    before = torch.empty(num_local_experts, blocks, **new)  # type: ignore[call-overload]
-    totals, counts, ends = torch.empty(3, num_local_experts, **new)  # type: ignore[call-overload]
-    rows, sources, m_indices = torch.empty(3, num_rows, **new)  # type: ignore[call-overload]
+    before = torch.empty(num_local_experts, blocks, dtype=torch.int32, device=picks.device)
+    totals, counts, ends = _aligned(3, num_local_experts, picks.device)
+    rows, sources, m_indices = _aligned(3, num_rows, picks.device)
     slots = torch.empty_like(picks, dtype=torch.int32)
-    overflow, needed = torch.empty(2, **new)  # type: ignore[call-overload]
+    overflow, needed = _aligned(2, 1, picks.device)
     has_num_recv = num_recv is not None
     received = num_recv if has_num_recv else picks  # some pointer; not read
     width = triton.next_power_of_2(num_local_experts)
@@ -71,7 +70,12 @@ def _place(
         HAS_NUM_RECV=has_num_recv,
         BLOCK=BLOCK,
     )
-    return slots, rows, sources, m_indices, counts, ends, overflow, needed
+    return slots, rows, sources, m_indices, counts, ends, overflow[0], needed[0]
+
+
+def _aligned(number: int, size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """int32 vectors in one allocation, each at a multiple of 16 bytes: Triton compiles anew for other alignments."""
+    return torch.empty(number, -(-size // 4) * 4, dtype=torch.int32, device=device)[:, :size].unbind()
 
 
 @triton.jit

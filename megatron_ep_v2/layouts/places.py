@@ -31,6 +31,7 @@ class Places:
             the one before it ends.
         overflow: Scalar: local picks that found no place; 0 = all fit. Never silent: see `check_overflow`.
         needed: Scalar: the number of rows (contiguous), or `expected_m` (masked), with which all would fit.
+        alignment: Each expert's rows are a multiple of this; `expected_m` in the masked layout.
         expected_m: Rows of each expert; None in the contiguous layout.
     """
 
@@ -42,6 +43,7 @@ class Places:
     ends: torch.Tensor
     overflow: torch.Tensor
     needed: torch.Tensor
+    alignment: int
     expected_m: int | None
 
     @property
@@ -90,7 +92,7 @@ def place_contiguous(
         )
     finder, _ = kernels_of(recv_topk_idx)
     found = finder.place(recv_topk_idx.contiguous(), num_recv, num_local_experts, num_rows, alignment)
-    return _places(found, None)
+    return _places(found, alignment, None)
 
 
 def place_masked(
@@ -110,7 +112,8 @@ def place_masked(
     if expected_m < 1:
         raise InputError(f"a masked layout cannot give {expected_m} rows to an expert", needed="1 or more")
     finder, _ = kernels_of(recv_topk_idx)
-    return _places(finder.place_masked(recv_topk_idx.contiguous(), num_recv, num_local_experts, expected_m), expected_m)
+    found = finder.place_masked(recv_topk_idx.contiguous(), num_recv, num_local_experts, expected_m)
+    return _places(found, expected_m, expected_m)
 
 
 def rows_that_fit(num_picks: int, num_local_experts: int, alignment: int = CONTIGUOUS_ALIGNMENT) -> int:
@@ -161,7 +164,7 @@ def _check(recv_topk_idx: torch.Tensor, num_recv: torch.Tensor | None, num_local
         raise InputError(f"a layout cannot be made for {num_local_experts} experts", needed="1 or more")
 
 
-def _places(found: tuple[torch.Tensor, ...], expected_m: int | None) -> Places:
+def _places(found: tuple[torch.Tensor, ...], alignment: int, expected_m: int | None) -> Places:
     slots, rows, sources, m_indices, counts, ends, overflow, needed = found
     return Places(
         slots=slots,
@@ -172,5 +175,6 @@ def _places(found: tuple[torch.Tensor, ...], expected_m: int | None) -> Places:
         ends=ends,
         overflow=overflow,
         needed=needed,
+        alignment=alignment,
         expected_m=expected_m,
     )
