@@ -71,7 +71,7 @@ class Layer:
     def sync_free(self) -> torch.Tensor:
         """Forward without one: [T, H]."""
         rows, probs, _, handle = sync_free_dispatch(self.x, self.picks, self.probs, self.sizes.experts, self.group)
-        groups = Groups.from_places(handle.places, 1)
+        groups = Groups.from_places(handle.places)
         y = swiglu_experts(rows, probs, self.w1, self.w2, groups, "grouped")
         return sync_free_combine(y, self.group, handle)
 
