@@ -211,9 +211,9 @@ def _measure(case: str, options: argparse.Namespace, device: torch.device) -> li
     for name, run in variants.items():
         shares = profiled(run)
         values = torch.tensor([shares.step, shares.communication, shares.exposed], dtype=torch.float64, device=device)
-        by_rank = values.new_empty(dist.get_world_size(), 3)
+        by_rank = values.new_empty(dist.get_world_size() * 3)
         dist.all_gather_into_tensor(by_rank, values)
-        step, communication, exposed = max(by_rank.tolist(), key=lambda row: row[2] / row[0])
+        step, communication, exposed = max(by_rank.view(-1, 3).tolist(), key=lambda row: row[2] / row[0])
         rows.append(
             {
                 "case": case,

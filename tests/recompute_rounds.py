@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import megatron_ep_v2
 from megatron_ep_v2 import deferred
-from megatron_ep_v2.buffers import pool, reference
+from megatron_ep_v2.buffers import reference
 from megatron_ep_v2.errors import EPError
 from megatron_ep_v2.recompute import Replayed
 
@@ -171,6 +171,6 @@ def two_layers(group: Any, wrap: str, layout: Layout, interleaved: bool) -> tupl
         for y in reversed(outputs) if interleaved else outputs:
             y.backward(grad_output(case, rank))
         gradients = [y.detach() for y in outputs] + [value.grad for pair in inputs for value in pair]
-        del y, outputs
+        left = alive(handles)  # while the user keeps the outputs
         assert not [check for check in deferred._live.values() if check.count.item()]
-        return gradients, calls, alive(handles) * (pool.find(group) is not None)
+        return gradients, calls, left

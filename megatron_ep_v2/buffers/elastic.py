@@ -92,7 +92,7 @@ class ElasticBuffer:
     def get_theoretical_num_sms(self, num_experts: int, num_topk: int) -> int:
         return int(self._buffer.get_theoretical_num_sms(num_experts, num_topk))
 
-    @memory_left_as_it_is()
+    @memory_left_as_it_is
     def dispatch(
         self,
         x: Payload,
@@ -145,7 +145,7 @@ class ElasticBuffer:
             do_zero_padding=do_zero_padding,
         )
 
-    @memory_left_as_it_is()
+    @memory_left_as_it_is
     def combine(
         self,
         x: torch.Tensor,

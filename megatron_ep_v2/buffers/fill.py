@@ -8,29 +8,35 @@ only then; what deep_ep allocates it also writes, but for padding rows, which ar
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import torch
 
 logger = logging.getLogger("megatron_ep_v2")
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
-@contextlib.contextmanager
-def memory_left_as_it_is() -> Iterator[None]:
-    """Torch's fill is off inside, wherever and whenever deterministic mode was turned on."""
-    mode = torch.utils.deterministic
-    if not (torch.are_deterministic_algorithms_enabled() and mode.fill_uninitialized_memory):  # type: ignore[attr-defined]
-        yield
-        return
-    _say_so()
-    mode.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property of the module
-    try:
-        yield
-    finally:
-        mode.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+
+def memory_left_as_it_is(call: Callable[P, T]) -> Callable[P, T]:
+    """Decorates a call of deep_ep: torch's fill is off inside, whenever and wherever its mode was turned on."""
+
+    @functools.wraps(call)
+    def unfilled(*args: P.args, **kwargs: P.kwargs) -> T:
+        mode = torch.utils.deterministic
+        if not (torch.are_deterministic_algorithms_enabled() and mode.fill_uninitialized_memory):  # type: ignore[attr-defined]
+            return call(*args, **kwargs)
+        _say_so()
+        mode.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property of the module
+        try:
+            return call(*args, **kwargs)
+        finally:
+            mode.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+
+    return unfilled
 
 
 @functools.cache

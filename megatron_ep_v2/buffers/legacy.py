@@ -118,7 +118,7 @@ class LegacyBuffer:
     def get_theoretical_num_sms(self, num_experts: int, num_topk: int) -> int:
         return self.num_sms
 
-    @memory_left_as_it_is()
+    @memory_left_as_it_is
     def dispatch(
         self,
         x: Payload,
@@ -199,7 +199,7 @@ class LegacyBuffer:
         )
         return recv_x, recv_idx, recv_weights, fresh, event
 
-    @memory_left_as_it_is()
+    @memory_left_as_it_is
     def combine(
         self,
         x: torch.Tensor,
