@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_ep_v2.bench import report
+from megatron_ep_v2.bench import report, timing
 from megatron_ep_v2.bench.variants import Variant, make_dispatchers
 
 
@@ -20,11 +22,41 @@ def environment(script: str) -> dict[str, Any]:
     return report.environment(" ".join([script, *sys.argv[1:]]))
 
 
+def torchrun(script: str) -> str:
+    """The command of this job."""
+    return f"torchrun --nproc-per-node {dist.get_world_size()} benchmarks/{script}"
+
+
 def write_rows(path: Path | None, header: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     """A JSONL file, header first; and one JSON document as the last line on stdout."""
     if path:
         report.write_rows(path, header, rows)
     print(json.dumps({"environment": header, "rows": list(rows)}))
+
+
+def start(on_cpu: bool) -> torch.device:
+    """The process group of a torchrun job, with a limit on every wait, and this rank's device."""
+    limit = datetime.timedelta(seconds=90)
+    if on_cpu:
+        dist.init_process_group("gloo", timeout=limit)
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", device_id=device, timeout=limit)
+    return device
+
+
+def time_layers(
+    variants: Mapping[Any, Callable[[], Any]], repeats: int, device: torch.device, warmup: int = 3
+) -> dict[Any, list[float]]:
+    """Variant -> microseconds of each repeat, of the slowest rank. They alternate; each begins on an idle device."""
+    times: dict[Any, list[float]] = {name: [] for name in variants}
+    for repeat in range(-warmup, repeats):
+        for name, run in variants.items():
+            microseconds, _ = timing.measure(run, device)
+            if repeat >= 0:
+                times[name].append(microseconds)
+    return {name: timing.slowest_rank(values, device) for name, values in times.items()}
 
 
 def make_flex_dispatcher(*, hidden: int, experts: int, topk: int) -> Any:

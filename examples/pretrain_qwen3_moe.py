@@ -33,6 +33,7 @@ from qwen3_moe.train import DivergedError, Trainer
 import megatron_ep_v2
 from megatron_ep_v2 import links
 from megatron_ep_v2.errors import EPError, SettingsError
+from megatron_ep_v2.layouts import CONTIGUOUS_ALIGNMENT
 
 
 def main() -> int:
@@ -74,13 +75,15 @@ def pretrain(options: Options, runtime: Runtime) -> dict[str, Any]:
     runtime.together(lambda: options.check(runtime.world, runtime.device))
     _log_from_main(runtime)
     if options.dispatcher == "flex":
-        names = ("buffer", "layout", "dispatch_dtype", "grad_dispatch_dtype")
+        names = ("buffer", "layout", "dispatch_dtype", "grad_dispatch_dtype", "sync_free")
         chosen = {name: getattr(options, name) for name in names}
+        if options.experts == "deepgemm":  # then its experts take the rows as they come
+            chosen["expert_alignment"] = CONTIGUOUS_ALIGNMENT
         runtime.together(lambda: megatron_ep_v2.install(**{k: v for k, v in chosen.items() if v is not None}))
     runtime.from_main(lambda: _make_folder(options))
 
     samples: Samples = indexed_samples(options, runtime) if options.data_path else text_samples(options, runtime)
-    trainer = Trainer(options, runtime.device)
+    trainer = runtime.together(lambda: Trainer(options, runtime.device))
     _describe(options, runtime, trainer, samples)
     if options.resume and options.save:
         source = checkpoint.resume(options.save, trainer, samples, runtime)

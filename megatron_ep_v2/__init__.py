@@ -11,7 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["destroy_buffers", "install", "status", "stragglers", "uninstall"]
+__all__ = [
+    *("destroy_buffers", "expert_load", "install", "log_expert_load"),
+    *("status", "stragglers", "uninstall"),
+]
 
 
 def install(**settings: Any) -> dict[str, Any]:
@@ -47,3 +50,17 @@ def stragglers(group: Any = None) -> Any:
     from megatron_ep_v2.watchdog import arrivals
 
     return arrivals.stragglers(group)
+
+
+def expert_load() -> Any:
+    """Tokens of each expert since the last reading, for each MoE layer. Collective; see `load.expert_load`."""
+    from megatron_ep_v2 import load
+
+    return load.expert_load()
+
+
+def log_expert_load(iteration: int) -> dict[str, float]:
+    """The same as scalars, written to Megatron's loggers. Collective; see `load.log_expert_load`."""
+    from megatron_ep_v2 import load
+
+    return load.log_expert_load(iteration)

@@ -1,21 +1,26 @@
-"""The communication manager of Megatron-Core's flex dispatcher on the expanded layout.
+"""The communication managers of Megatron-Core's flex dispatcher.
 
-Rows arrive sorted by local expert with their probabilities, and combine adds them up, so Megatron's own steps between
-dispatch and experts (indices to multihot, permute, `.item()`, unpermute) have nothing left to do. Everything else is
-inherited, and so are the attribute names that other Megatron code reads (`token_probs`, `dispatched_probs`, `handle`).
+On the compact layout Megatron's own does the work. On the expanded layout rows arrive sorted by local expert with their
+probabilities, and combine adds them up, so Megatron's own steps between dispatch and experts (indices to multihot,
+permute, `.item()`, unpermute) have nothing left to do. Everything else is inherited, and so are the attribute names
+that other Megatron code reads (`token_probs`, `dispatched_probs`, `handle`).
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import math
 from typing import Any
 
 import torch
 from megatron.core.transformer.moe import token_dispatcher
 
 from megatron_ep_v2 import settings
+from megatron_ep_v2.buffers import pool
+from megatron_ep_v2.errors import SettingsError
 from megatron_ep_v2.fused_a2a import fused_dispatch
+from megatron_ep_v2.load import ExpertLoad
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +53,53 @@ def dtype_of_recipe(config: Any) -> tuple[settings.DispatchDtype, str]:
     return "bf16", f"the model's fp8_recipe is {recipe}, which does not scale groups of a row's columns"
 
 
-class ExpandedManager(token_dispatcher._DeepepManager):  # type: ignore[misc]
+def follow_deterministic_mode(config: Any, group: Any) -> None:
+    """Megatron's --deterministic-mode turns on the setting `deterministic`, unless the user has given it a value.
+
+    Args:
+        config: Megatron's TransformerConfig.
+        group: Process group of the experts.
+
+    Raises:
+        SettingsError: The group has a buffer already, which is not deterministic.
+    """
+    if not config.deterministic_mode or settings.active().deterministic:
+        return
+    settings.offer("deterministic", True, "Megatron's --deterministic-mode")
+    if settings.active().deterministic and pool.find(group):
+        settings.offer("deterministic", False, "Megatron's --deterministic-mode")
+        raise SettingsError(
+            "Megatron's deterministic mode comes too late: a buffer was built without it",
+            found=f"deterministic={settings.active().describe()['deterministic']}, and the group's buffer in use",
+            needed="one value for all models of a group",
+            fix="build the deterministic model first, or set MCORE_DEEPEP_V2_DETERMINISTIC=1 for the whole job",
+        )
+
+
+class CompactManager(token_dispatcher._DeepepManager):  # type: ignore[misc]
+    """`_DeepepManager` as it is; it only says whether the model is deterministic, and counts.
+
+    Attributes:
+        load: Tokens that this rank's experts got in this layer.
+    """
+
+    tokens_per_expert: torch.Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        follow_deterministic_mode(self.config, self.group)
+        self.load = ExpertLoad(self.group, self.num_local_experts)
+
+    def dispatch(
+        self, hidden_states: torch.Tensor, async_finish: bool = False, allocate_on_comm_stream: bool = False
+    ) -> torch.Tensor:
+        """As Megatron's."""
+        rows: torch.Tensor = super().dispatch(hidden_states, async_finish, allocate_on_comm_stream)
+        self.load.add(self.tokens_per_expert)
+        return rows
+
+
+class ExpandedManager(CompactManager):
     """`_DeepepManager` with the permutation done by the dispatch itself."""
 
     token_probs: torch.Tensor
@@ -78,11 +129,8 @@ class ExpandedManager(token_dispatcher._DeepepManager):  # type: ignore[misc]
 
         Sets `dispatched_probs` [P] fp32, `tokens_per_expert` [L] int64 on the CPU, and `handle` for the combine.
         """
-        probs = self.token_probs
-        if probs.dtype in (torch.bfloat16, torch.float16):
-            _warn_of_half_precision(probs.dtype)
-        self.token_probs = probs.float()
-        hidden_states, _, self.dispatched_probs, self.tokens_per_expert, self.handle = fused_dispatch(
+        self.token_probs, alignment = self._probs_in_fp32(), self._expert_alignment()
+        hidden_states, _, self.dispatched_probs, tokens_per_expert, self.handle = fused_dispatch(
             hidden_states,
             self.token_indices,
             self.token_probs,
@@ -91,8 +139,12 @@ class ExpandedManager(token_dispatcher._DeepepManager):  # type: ignore[misc]
             async_finish=async_finish,
             allocate_on_comm_stream=allocate_on_comm_stream,
             do_expand=True,
-            expert_alignment=self._expert_alignment(),
+            expert_alignment=alignment,
         )
+        assert tokens_per_expert is not None  # a dispatch that waits knows them
+        self.tokens_per_expert = tokens_per_expert
+        padded = alignment > 1  # then the exact counts are on the device
+        self.load.add(self.handle.num_unaligned_recv_tokens_per_expert if padded else self.tokens_per_expert)
         return hidden_states
 
     def get_permuted_hidden_states_by_experts(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,8 +156,15 @@ class ExpandedManager(token_dispatcher._DeepepManager):  # type: ignore[misc]
         """The rows as they are."""
         return hidden_states
 
+    def _probs_in_fp32(self) -> torch.Tensor:
+        if self.token_probs.dtype in (torch.bfloat16, torch.float16):
+            _warn_of_half_precision(self.token_probs.dtype)
+        return self.token_probs.float()
+
     def _expert_alignment(self) -> int:
-        """Megatron's own rule for quantised GEMMs, where a quantised recipe or the padding option asks for it."""
+        """Megatron's own rule for quantised GEMMs, where a quantised recipe or the padding option asks for it; and the
+        setting's, which other GEMMs want."""
         config = self.config
         wants_padding = config.fp8 or getattr(config, "fp4", None) or config.moe_router_padding_for_quantization
-        return int(token_dispatcher.get_align_size_for_quantization(config)) if wants_padding else 1
+        of_recipe = int(token_dispatcher.get_align_size_for_quantization(config)) if wants_padding else 1
+        return math.lcm(of_recipe, settings.active().expert_alignment or 1)

@@ -47,12 +47,20 @@ class TokenCapacityError(InputError):
     """A rank has more tokens than `num_max_tokens_per_rank`."""
 
 
+class LayoutOverflowError(InputError):
+    """More picks arrived for this rank's experts than a layout of fixed size has places."""
+
+
 class PeerError(EPError):
     """Another rank of the group refused this call, and says so instead of leaving this rank waiting."""
 
 
 class GroupMismatchError(EPError):
     """A value that must be equal on all ranks of the group is not."""
+
+
+class RoutingChangedError(EPError):
+    """A recomputed forward chose other experts than the first one."""
 
 
 class ClosedError(EPError):

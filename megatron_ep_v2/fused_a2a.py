@@ -26,11 +26,11 @@ from typing import Any
 
 import torch
 
-from megatron_ep_v2 import settings
+from megatron_ep_v2 import recompute, settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.checks import check_dispatch
 from megatron_ep_v2.buffers.contract import Buffer
-from megatron_ep_v2.errors import EPError
+from megatron_ep_v2.gradients import Like, take_handle
 from megatron_ep_v2.kernels.wire import from_wire, to_wire
 from megatron_ep_v2.probe import probe
 
@@ -93,22 +93,34 @@ class FusedDispatch(torch.autograd.Function):
         allocate_on_comm_stream: bool = False,
         do_expand: bool = False,
         expert_alignment: int = 1,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, Any]:
+        do_cpu_sync: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None, Any]:
         buffer = pool.find(group) or get_buffer(group, x, token_indices, num_experts, token_probs)
+        first = recompute.take()
+        routing = (
+            {"handle": first, "num_sms": first.num_sms}
+            if first is not None
+            else {"topk_idx": token_indices, "num_experts": num_experts, "expert_alignment": expert_alignment}
+        )
         received, recv_idx, recv_probs, handle, _ = buffer.dispatch(
             to_wire(x, settings.active().dispatch_dtype),
-            topk_idx=token_indices,
             topk_weights=token_probs,
-            num_experts=num_experts,
-            expert_alignment=expert_alignment,
+            do_cpu_sync=do_cpu_sync,
             do_expand=do_expand,
             do_zero_padding=do_expand and expert_alignment > 1,
+            **routing,
         )
+        if first is not None:
+            recompute.check_routing(buffer, first, token_indices)
+        if buffer.supports_cached_weights and settings.active().reuse_recompute_handle:
+            recompute.note(handle)
         recv_x = from_wire(received, x.dtype)
         assert recv_probs is not None  # as token_probs were
         ctx.buffer, ctx.handle = buffer, handle
-        ctx.rows, ctx.probs = _Like(recv_x), _Like(recv_probs)
+        ctx.rows, ctx.probs = Like(recv_x), Like(recv_probs)
         ctx.set_materialize_grads(False)  # else zeros are written for the outputs that have no gradient
+        if not do_cpu_sync:
+            return recv_x, recv_idx, recv_probs, None, handle
         # Not torch.tensor(list), which takes three times as long: the experts' first kernel waits for this line.
         tokens_per_expert = torch.frombuffer(array("q", handle.num_recv_tokens_per_expert_list), dtype=torch.int64)
         return recv_x, recv_idx, recv_probs, tokens_per_expert, handle
@@ -117,7 +129,7 @@ class FusedDispatch(torch.autograd.Function):
     def backward(
         ctx: Any, grad_rows: torch.Tensor | None, _idx: Any, grad_probs: torch.Tensor | None, _counts: Any, _handle: Any
     ) -> Any:
-        handle = _take_handle(ctx)
+        handle = take_handle(ctx)
         grad_x, grad_token_probs, _ = ctx.buffer.combine(
             ctx.rows.gradient(grad_rows), handle, ctx.probs.gradient(grad_probs), num_sms=handle.num_sms
         )
@@ -125,7 +137,7 @@ class FusedDispatch(torch.autograd.Function):
             grad_x,  # x
             None,  # token_indices
             grad_token_probs,  # token_probs
-            *[None] * 6,  # num_experts, group, async_finish, allocate_on_comm_stream, do_expand, expert_alignment
+            *[None] * 7,  # num_experts, group, async_finish, allocate_on_comm_stream, do_expand, alignment, do_cpu_sync
         )
 
 
@@ -148,7 +160,7 @@ class FusedCombine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, _event: Any) -> Any:
-        handle = _take_handle(ctx)
+        handle = take_handle(ctx)
         received, _, _, _, _ = ctx.buffer.dispatch(
             to_wire(grad.contiguous(), settings.active().grad_dispatch_dtype),
             handle=handle,
@@ -162,19 +174,6 @@ class FusedCombine(torch.autograd.Function):
         )
 
 
-class _Like:
-    """Shape, dtype and device of an output, to make its gradient where autograd has none: the backward is a collective,
-    so a rank that used nothing of the output takes part with zeros."""
-
-    def __init__(self, output: torch.Tensor):
-        self.shape, self.dtype, self.device = output.shape, output.dtype, output.device
-
-    def gradient(self, grad: torch.Tensor | None) -> torch.Tensor:
-        if grad is None:
-            return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        return grad.to(self.dtype).contiguous()
-
-
 def fused_dispatch(
     x: torch.Tensor,
     token_indices: torch.Tensor,
@@ -186,7 +185,8 @@ def fused_dispatch(
     *,
     do_expand: bool = False,
     expert_alignment: int = 1,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, Any]:
+    do_cpu_sync: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None, Any]:
     """Send tokens to the ranks of their experts.
 
     Args:
@@ -198,15 +198,20 @@ def fused_dispatch(
         async_finish, allocate_on_comm_stream: Megatron's; see the module's docstring for why they change nothing.
         do_expand: Rows sorted by local expert instead of one row per received token.
         expert_alignment: Pad each expert's rows to a multiple of this; in the expanded layout with zero rows.
+        do_cpu_sync: False, compact only: no wait on the host, and W rows; see `buffers.contract` for what they hold.
 
     Returns:
         `(recv_x, recv_indices, recv_probs, tokens_per_expert, handle)`:
         compact [R, H], [R, K] int64 LOCAL ids or -1, [R, K] fp32; expanded [P, H], None, [P] fp32.
-        tokens_per_expert: [L] int64 on the CPU, padded counts.
+        tokens_per_expert: [L] int64 on the CPU, padded counts; None without a host wait.
 
     Raises:
         EPError: See `pool.get` and the buffer's own `dispatch`.
     """
+    if settings.active().deterministic:
+        # deep_ep adds up a token's picks in the order of its columns, Megatron's unpermute in the order of the experts.
+        token_indices, order = token_indices.sort(dim=1, stable=True)
+        token_probs = token_probs.gather(1, order)
     return FusedDispatch.apply(
         x.contiguous(),
         token_indices.contiguous(),
@@ -217,6 +222,7 @@ def fused_dispatch(
         allocate_on_comm_stream,
         do_expand,
         expert_alignment,
+        do_cpu_sync,
     )
 
 
@@ -246,15 +252,3 @@ def set_deepep_num_sms(num_sms: int) -> None:
     """
     if num_sms != MEGATRON_DEFAULT_NUM_SMS:
         settings.offer("num_sms", num_sms, "Megatron's SM count")
-
-
-def _take_handle(ctx: Any) -> Any:
-    """The context's handle, given up: it must not live on in a loss that the user keeps."""
-    handle, ctx.handle = ctx.handle, None
-    if handle is None:
-        raise EPError(
-            "backward ran a second time through one dispatch or combine",
-            needed="one backward per forward; the handle is released with the first",
-            fix="run the forward again instead of backward(retain_graph=True)",
-        )
-    return handle

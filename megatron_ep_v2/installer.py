@@ -16,12 +16,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ep_v2 import fused_a2a
+from megatron_ep_v2 import fused_a2a, recompute
 from megatron_ep_v2 import settings as settings_module
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.errors import SettingsError
 from megatron_ep_v2.probe import Choice, choose, probe
-from megatron_ep_v2.seam import FUSED_A2A, TOKEN_DISPATCHER, find_seam
+from megatron_ep_v2.seam import FUSED_A2A, TOKEN_DISPATCHER, checkpoints, find_seam
 
 logger = logging.getLogger("megatron_ep_v2")
 
@@ -140,6 +140,15 @@ def _sentence(installation: _Installation) -> str:
 
 def _choose_layout(settings: settings_module.Settings, choice: Choice) -> tuple[str, str]:
     asked = settings.layout
+    if settings.sync_free:
+        if choice.kind in ("megatron", "legacy") or asked == "compact":
+            raise SettingsError(
+                "sync-free mode needs a buffer that does not wait, and its own layout behind it",
+                found=f"sync_free from {settings.source('sync_free')}; the {choice.kind} buffer, layout={asked}",
+                needed="the elastic or the reference buffer, and layout=auto or expanded",
+                fix="unset MCORE_DEEPEP_V2_SYNC_FREE, or MCORE_DEEPEP_V2_LAYOUT; or install deep_ep >= 2.1",
+            )
+        return "sync-free", f"sync_free is on ({settings.source('sync_free')})"
     if choice.kind in ("megatron", "legacy"):
         if asked == "expanded":
             raise SettingsError(
@@ -171,17 +180,21 @@ def _bindings(modules: dict[str, ModuleType], layout: str) -> list[tuple[Any, st
         (modules[FUSED_A2A], "FusedDispatch", fused_a2a.FusedDispatch),
         (modules[FUSED_A2A], "FusedCombine", fused_a2a.FusedCombine),
     ]
-    for module in modules.values():
+    for module in (modules[FUSED_A2A], modules[TOKEN_DISPATCHER]):
         for name in ("fused_dispatch", "fused_combine", "set_deepep_num_sms"):
             ours.append((module, name, getattr(fused_a2a, name)))
-    if layout == "expanded":
-        from megatron_ep_v2.dispatcher import ExpandedManager  # it imports Megatron, whose seam is checked by now
+    # They import Megatron, whose seam is checked by now.
+    from megatron_ep_v2.dispatcher import CompactManager, ExpandedManager
+    from megatron_ep_v2.sync_free_dispatcher import SyncFreeManager
 
-        ours.append((modules[TOKEN_DISPATCHER], "_DeepepManager", ExpandedManager))
+    managers = {"compact": CompactManager, "expanded": ExpandedManager, "sync-free": SyncFreeManager}
+    ours.append((modules[TOKEN_DISPATCHER], "_DeepepManager", managers[layout]))
     # Megatron has this method compiled, anew for each layer's dispatcher until torch gives that up: seconds at the
     # first step and guards at every later one, for a few reshapes and a top-k that no compiler makes faster.
     flex = modules[TOKEN_DISPATCHER].MoEFlexTokenDispatcher
     ours.append((flex, "dispatch_preprocess", torch.compiler.disable(flex.dispatch_preprocess)))
+    for function in checkpoints(modules):
+        ours.append((function, "forward", recompute.wrapped(function.forward)))
     for module in (dist, dist.distributed_c10d):
         ours.append((module, "destroy_process_group", _destroy_buffers_before(module.destroy_process_group)))
     return ours

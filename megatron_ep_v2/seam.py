@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.metadata
 import inspect
+import sys
 from types import ModuleType
 from typing import Any
 
@@ -13,6 +14,8 @@ from megatron_ep_v2.errors import SeamError
 
 FUSED_A2A = "megatron.core.transformer.moe.fused_a2a"
 TOKEN_DISPATCHER = "megatron.core.transformer.moe.token_dispatcher"
+CHECKPOINT = "megatron.core.tensor_parallel.random"
+TE_CHECKPOINT = "transformer_engine.pytorch.distributed"
 _CALL = ("hidden_states", "async_finish", "allocate_on_comm_stream")
 
 # What must be there, by module: name -> parameters in order (without self), or None where only the name counts.
@@ -43,11 +46,12 @@ _SEAM: dict[str, dict[str, tuple[str, ...] | None]] = {
         "MoEFlexTokenDispatcher.dispatch_preprocess": ("hidden_states", "routing_map", "probs"),
         "get_align_size_for_quantization": ("config",),
     },
+    CHECKPOINT: {"CheckpointFunction.forward": ("ctx", "run_function", "distribute_saved_activations", "args")},
 }
 
 
 def find_seam() -> tuple[str, dict[str, ModuleType]]:
-    """Megatron-Core's version and the two modules to bind in, every name and signature checked.
+    """Megatron-Core's version and the modules to bind in, every name and signature checked.
 
     Raises:
         SeamError: Megatron-Core cannot be imported, or a name or signature is not the expected one.
@@ -71,6 +75,14 @@ def find_seam() -> tuple[str, dict[str, ModuleType]]:
         for dotted, parameters in names.items():
             _check_symbol(modules[module_name], dotted, parameters, version)
     return version, modules
+
+
+def checkpoints(modules: dict[str, ModuleType]) -> list[Any]:
+    """The autograd functions of activation recompute that Megatron uses: its own, and TransformerEngine's (for FP8)
+    where Megatron has imported that and it keeps the function that it runs twice as its first argument."""
+    theirs = getattr(sys.modules.get(TE_CHECKPOINT), "_CheckpointFunction", None)
+    known = theirs is not None and list(inspect.signature(theirs.forward).parameters)[:2] == ["ctx", "run_function"]
+    return [modules[CHECKPOINT].CheckpointFunction, *([theirs] if known else [])]
 
 
 def _check_symbol(module: ModuleType, dotted: str, parameters: tuple[str, ...] | None, version: str) -> None:

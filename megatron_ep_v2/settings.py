@@ -52,13 +52,19 @@ class Settings:
     num_max_tokens_per_rank: int = _setting(
         0, "most tokens that a rank may dispatch; 0 = agreed by the group", variable="MAX_TOKENS_PER_RANK"
     )
+    expert_alignment: int = _setting(0, "pad an expert's expanded rows to a multiple of this; 0 = as the recipe needs")
     num_sms: int = _setting(0, "SMs of a dispatch or combine; 0 = the library's analytic choice")
     num_qps: int = _setting(0, "RDMA queue pairs to allocate; 0 = the library's choice; fabrics such as EFA need a cap")
     gin: str = _setting("auto", "NCCL's device-side RDMA; off = one NVLink host", choices=("auto", "on", "off"))
     allow_hybrid_mode: bool = _setting(True, "NVLink inside and RDMA between hosts, in two hops")
     allow_multiple_reduction: bool = _setting(True, "add up on the way back; off = once, at the end, in more bytes")
     prefer_overlap_with_compute: bool = _setting(True, "take fewer SMs, to leave some to the compute beside")
-    deterministic: bool = _setting(False, "deep_ep's deterministic routing: bit-identical repeats")
+    sync_free: bool = _setting(False, "dispatch without a wait on the host; needs grouped experts")
+    sync_free_rows_percent: int = _setting(
+        200, "room for expert rows, in % of an even share; 0 = all that could arrive"
+    )
+    deterministic: bool = _setting(False, "bit-identical repeats: rows and sums in a fixed order")
+    reuse_recompute_handle: bool = _setting(True, "a recomputed dispatch repeats the routing of the first")
     sl_idx: int = _setting(3, "RDMA service level")
     num_cpu_timeout_secs: int = _setting(300, "seconds until a host wait gives up")
     num_gpu_timeout_secs: int = _setting(100, "seconds until a kernel's wait gives up")
@@ -98,8 +104,6 @@ class Settings:
 
 _DEFAULTS = {item.name: item.default for item in fields(Settings) if item.name != "sources"}
 _METADATA = {item.name: item.metadata for item in fields(Settings) if item.name != "sources"}
-
-
 NAMES = tuple(_DEFAULTS)
 
 

@@ -83,8 +83,6 @@ cuda = types.SimpleNamespace(
     get_device_capability=lambda device: tuple(spec["devices"][device][1]),
     nccl=types.SimpleNamespace(version=lambda: tuple(spec["nccl"])),
 )
-are_deterministic_algorithms_enabled = lambda: spec["deterministic"]
-utils = types.SimpleNamespace(deterministic=types.SimpleNamespace(fill_uninitialized_memory=spec["fill"]))
 """
 
 FUSED_A2A = """
@@ -116,6 +114,12 @@ class _DeepepManager:
 class MoEFlexTokenDispatcher:
     def dispatch_preprocess(self, hidden_states, routing_map, probs): ...
 def get_align_size_for_quantization(config): ...
+"""
+
+CHECKPOINT = """
+class CheckpointFunction:
+    @staticmethod
+    def forward(ctx, run_function, distribute_saved_activations, *args): ...
 """
 
 V1 = "__version__ = '1.2.1'\nclass Buffer: ...\n"
@@ -154,8 +158,6 @@ class Machine:
             "nccl": [2, 28, 9],
             "devices": [["NVIDIA H200", [9, 0]]] * 8,
             "warning": "",
-            "deterministic": False,
-            "fill": True,
             "libraries": ["nccl/lib/libnccl.so.2", "cudart/libcudart.so.13"],
         }
     )
@@ -165,6 +167,8 @@ class Machine:
             "megatron/core/__init__.py": "__version__ = '0.19.2'",
             "megatron/core/transformer/moe/fused_a2a.py": FUSED_A2A,
             "megatron/core/transformer/moe/token_dispatcher.py": TOKEN_DISPATCHER,
+            "megatron/core/tensor_parallel/__init__.py": "",
+            "megatron/core/tensor_parallel/random.py": CHECKPOINT,
         }
     )
     nvcc: str | None = "13.0"

@@ -140,7 +140,8 @@ class Layer:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         rows, counts, row_probs = self.dispatch(hidden, *self.router(hidden))
-        weights = row_probs * self.local_factors.repeat_interleave(counts)
+        factors = self.local_factors.repeat_interleave(counts)
+        weights = row_probs * torch.nn.functional.pad(factors, (0, len(rows) - len(factors)))
         return self.combine((rows * weights[:, None]).to(rows.dtype))
 
     def dense(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from qwen3_moe import cpu
 
 import megatron_ep_v2
+from megatron_ep_v2.experts.module import EXPERTS
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,11 @@ def megatron(machine: Machine) -> Iterator[None]:
             parallel_state.destroy_model_parallel()
 
 
-def make_layer(machine: Machine, dispatcher: str, layout: str = "expanded", **more: Any) -> Any:
-    """A MoELayer with the same weights every time; with "flex", on this package's buffer in this layout."""
+def make_layer(
+    machine: Machine, dispatcher: str, layout: str = "expanded", experts: str | None = None, **more: Any
+) -> Any:
+    """A MoELayer with the same weights every time; with "flex", on this package's buffer in this layout ("sync-free"
+    is one). experts: one of `experts.module.EXPERTS`; None = Megatron's own."""
     values: dict[str, Any] = {
         "num_layers": 1,
         "hidden_size": machine.hidden,
@@ -108,16 +112,19 @@ def make_layer(machine: Machine, dispatcher: str, layout: str = "expanded", **mo
     }
     megatron_ep_v2.uninstall()
     if dispatcher == "flex":  # one capacity, so one set of kernels
-        megatron_ep_v2.install(buffer=machine.buffer, layout=layout, num_max_tokens_per_rank=machine.tokens)
+        mode: dict[str, Any] = {"sync_free": True} if layout == "sync-free" else {"layout": layout}
+        megatron_ep_v2.install(buffer=machine.buffer, num_max_tokens_per_rank=machine.tokens, **mode)
     elif not machine.on_gpu:
         cpu.substitute_alltoall_dispatcher()
     config = TransformerConfig(**values | more)
     spec = get_moe_module_spec(
         use_te=machine.on_gpu, num_experts=machine.experts, moe_grouped_gemm=config.moe_grouped_gemm
     )
+    submodules = spec.submodules if isinstance(spec, ModuleSpec) else spec.keywords["submodules"]
     if not machine.on_gpu:
-        submodules = spec.submodules if isinstance(spec, ModuleSpec) else spec.keywords["submodules"]
         submodules.router = cpu.CpuRouter
+    if experts is not None:
+        submodules.experts = EXPERTS[experts]
     build = functools.partial(build_module, spec) if isinstance(spec, ModuleSpec) else spec
     layer = build(config=config, layer_number=1).to(machine.device)
     generator = torch.Generator(machine.device)

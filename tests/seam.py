@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel.random import CheckpointFunction
 from megatron.core.transformer.moe import fused_a2a, token_dispatcher
 
 from megatron_ep_v2 import installer, settings
@@ -19,12 +20,13 @@ from megatron_ep_v2.probe import probe
 MODULES = (fused_a2a, token_dispatcher, dist, dist.distributed_c10d)
 MANAGER = token_dispatcher._DeepepManager  # Megatron's own, taken before any test runs
 FLEX = token_dispatcher.MoEFlexTokenDispatcher
+CLASSES = (MANAGER, FLEX, CheckpointFunction)
 
 
 def names() -> dict[tuple[str, str], Any]:
-    """Everything that the modules hold, which `install()` may bind in, and what Megatron's two classes hold."""
+    """Everything that the modules hold, which `install()` may bind in, and what Megatron's classes hold."""
     held = {(module.__name__, name): value for module in MODULES for name, value in vars(module).items()}
-    return held | {(cls.__name__, name): value for cls in (MANAGER, FLEX) for name, value in vars(cls).items()}
+    return held | {(cls.__name__, name): value for cls in CLASSES for name, value in vars(cls).items()}
 
 
 def rebound(before: dict[tuple[str, str], Any]) -> set[tuple[str, str]]:

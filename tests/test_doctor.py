@@ -100,9 +100,7 @@ OWN_V2 = FUSED_A2A + "def deepepv2_dispatch(): ..."
 KILLED = "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)"
 
 # What a check needs that can no longer be told.
-NO_TORCH = dict.fromkeys(
-    ["deterministic mode", "NCCL", "one NCCL", "one CUDA runtime", "deep_ep", "megatron-core", "CUDA"], "skip"
-)
+NO_TORCH = dict.fromkeys(["NCCL", "one NCCL", "one CUDA runtime", "deep_ep", "megatron-core", "CUDA"], "skip")
 DIED = dict.fromkeys(["NCCL", "one NCCL", "one CUDA runtime"], "skip")
 NOT_V2 = dict.fromkeys(["NCCL", "nvcc", "JIT cache", "NCCL GIN", "hybrid combine", "zero padding"], "skip")
 
@@ -116,7 +114,6 @@ FAULTS: dict[str, tuple[Change, dict[str, str], str]] = {
     "no torch": (put(torch=None), {"torch": "fail", **NO_TORCH}, "No module named 'torch'"),
     "a torch that is too old": (put(torch={"version": "2.3.1"}), {"torch": "fail"}, "2.3.1"),
     "a torch too old for V2": (put(torch={"version": "2.9.1"}), {"torch": "warn"}, "2.9.1"),
-    "deterministic mode": (put(torch={"deterministic": True}), {"deterministic mode": "fail"}, "with fill_uninit"),
     # ------------------------------------------------------------------------------------------------------- NCCL, CUDA
     "an old NCCL": (put(files={NCCL: "22809"}), {"NCCL": "fail"}, "2.28.9 loaded"),
     "NCCL with other headers": (
@@ -279,11 +276,6 @@ def test_a_fault_changes_its_own_check(fault: str, tmp_path: Path) -> None:
 
 
 HARMLESS: dict[str, tuple[Change, str, str]] = {
-    "deterministic mode without fill": (
-        put(torch={"deterministic": True, "fill": False}),
-        "deterministic mode",
-        "on, w",
-    ),
     "NCCL from 2.31 with other headers": (put(files={NCCL: "23100"}), "NCCL", "2.31.0 loaded, headers 2.30.4"),
     "EP_DISABLE_GIN": (put(environment={"EP_DISABLE_GIN": "1"}), "NCCL GIN", "off (EP_DISABLE_GIN is set)"),
     "a Megatron patched by us": (put(modules={f"{MOE}/fused_a2a.py": PATCHED}), "megatron-core", "by megatron_ep_v2"),

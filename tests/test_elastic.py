@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import elastic
 from megatron_ep_v2.buffers.contract import BufferSpec
-from megatron_ep_v2.errors import ClosedError, EPError, SettingsError, UnavailableError
+from megatron_ep_v2.errors import ClosedError, EPError, UnavailableError
 
 SPEC = BufferSpec(num_max_tokens_per_rank=8, hidden=256, num_topk=2, num_experts=4)
 GROUP = types.SimpleNamespace(size=lambda: 2, rank=lambda: 1)
@@ -51,26 +52,61 @@ def deterministic() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
-def calls(buffer: elastic.ElasticBuffer) -> Iterator[EPError]:
-    """What each call of a layer raises."""
+def layer_calls(buffer: elastic.ElasticBuffer) -> list[Callable[[], Any]]:
+    """Each call of a layer."""
     rows = torch.zeros(3, 256, dtype=torch.bfloat16)
-    for call in (
+    return [
         lambda: buffer.dispatch(rows, topk_idx=torch.zeros(3, 2, dtype=torch.int64), num_experts=4),
         lambda: buffer.combine(rows, HANDLE),
         lambda: buffer.dispatch(rows[:1], handle=HANDLE, do_expand=True),
-    ):
+    ]
+
+
+def calls(buffer: elastic.ElasticBuffer) -> Iterator[EPError]:
+    """What each call of a layer raises."""
+    for call in layer_calls(buffer):
         with pytest.raises(EPError) as caught:
             call()
         yield caught.value
 
 
+def test_the_host_wait_is_left_out_where_asked_and_where_a_handle_has_decided(
+    buffer: elastic.ElasticBuffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(FakeBuffer, "dispatch", lambda self, x, **arguments: given.append(arguments["do_cpu_sync"]))
+    monkeypatch.setattr(elastic.ElasticBuffer, "_check_rows", lambda *_: None)  # these rows are on the CPU
+    rows, picks = torch.zeros(3, 256, dtype=torch.bfloat16), torch.zeros(3, 2, dtype=torch.int64)
+    buffer.dispatch(rows, topk_idx=picks, num_experts=4)
+    buffer.dispatch(rows, topk_idx=picks, num_experts=4, do_cpu_sync=False)
+    buffer.dispatch(rows[:1], handle=HANDLE, do_expand=True)
+    assert given == [True, False, None]
+
+
 @pytest.mark.usefixtures("deterministic")
-def test_torchs_fill_of_uninitialised_memory_is_refused_with_a_remedy(buffer: elastic.ElasticBuffer) -> None:
-    for error in calls(buffer):
-        assert isinstance(error, SettingsError) and "fill_uninitialized_memory = False" in str(error)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-    for error in calls(buffer):  # the next check: these rows are on the CPU
-        assert not isinstance(error, SettingsError)
+def test_torchs_fill_of_uninitialised_memory_is_off_inside_deep_ep(
+    buffer: elastic.ElasticBuffer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And nowhere else, also if the call fails. deep_ep asserts this in each call."""
+    mode = torch.utils.deterministic
+    monkeypatch.setattr(buffer, "_check_rows", lambda *_: None)
+    for fill in (True, False):
+        mode.fill_uninitialized_memory = fill
+        seen = []
+        for fails in (False, True):
+
+            def call(*_: Any, fails: bool = fails, seen: list[bool] = seen, **__: Any) -> None:
+                seen.append(mode.fill_uninitialized_memory)
+                if fails:
+                    raise MemoryError
+
+            monkeypatch.setattr(FakeBuffer, "dispatch", call)
+            monkeypatch.setattr(FakeBuffer, "combine", call)
+            for made in layer_calls(buffer):
+                with pytest.raises(MemoryError) if fails else contextlib.nullcontext():
+                    made()
+                assert mode.fill_uninitialized_memory is fill
+        assert seen == [False] * 6
 
 
 def test_deep_ep_2_0_is_told_by_its_api(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,3 +107,13 @@ def test_the_laptops_preset_is_wide_enough_for_deep_ep_on_gpus() -> None:
     assert parse_options([]).on(torch.device("cpu")) == parse_options([])
     chosen = parse_options(["--hidden-size", "512"])
     assert chosen.on(torch.device("cuda")) == chosen
+
+
+def test_both_dispatchers_tell_the_same_load(tmp_path: Path) -> None:
+    """Counted by what is dispatched, and by what the router says; the first step of both is the same one."""
+    balance = {}
+    for dispatcher in ("flex", "alltoall"):
+        summary(train(tmp_path, "--steps", "1", "--dispatcher", dispatcher))
+        row = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
+        balance[dispatcher] = row["expert_balance"]
+    assert 1.0 < balance["flex"] == balance["alltoall"]

@@ -21,12 +21,15 @@ ROOT = Path(megatron_ep_v2.__file__).parent
 # A module may import those above it. Modules of one line may import each other, but not in a circle.
 LEVELS = [
     {"errors"},
-    {"settings", "seam", "buffers.contract", "links"},
-    {"probe"},
+    {"settings", "seam", "buffers.contract", "links", "deferred"},
+    {"probe", "recompute", "gradients"},
+    {"load"},
     {"watchdog", "watchdog.*"},
     {"buffers", "buffers.*", "kernels", "kernels.*"},
-    {"fused_a2a", "watchdog.arrivals"},
-    {"dispatcher"},
+    {"fused_a2a", "watchdog.arrivals", "layouts", "layouts.*"},
+    {"experts", "experts.*", "sync_free"},
+    {"dispatcher", "serving", "serving.*"},
+    {"sync_free_dispatcher"},
     {"installer"},
     {""},  # the package's __init__
     {"bench", "bench.*", "doctor", "doctor.*"},
@@ -36,7 +39,8 @@ LEVELS = [
 MAY_IMPORT_DEEP_EP = {"probe", "buffers.elastic", "buffers.legacy"}
 # The bench and the doctor's trial make Megatron's own dispatchers.
 MAY_IMPORT_MEGATRON = {
-    *("seam", "dispatcher", "installer", "doctor.trial"),
+    *("seam", "experts.module", "experts.checkpoint", "dispatcher", "sync_free_dispatcher", "installer"),
+    "doctor.trial",
     *("bench.variants", "bench.dispatchers", "bench.on_cpu"),
 }
 MAY_READ_ENVIRONMENT = {"settings"}

@@ -6,12 +6,14 @@ import inspect
 import json
 import logging
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import __version__ as megatron_version
+from megatron.core.tensor_parallel.random import CheckpointFunction
 from megatron.core.transformer.moe import fused_a2a, moe_utils, token_dispatcher
 from seam import FLEX, MANAGER, clean, names, rebound, set_cuda, set_deep_ep
 
@@ -19,6 +21,8 @@ import megatron_ep_v2
 from megatron_ep_v2 import fused_a2a as ours
 from megatron_ep_v2 import settings
 from megatron_ep_v2.errors import SeamError, SettingsError, UnavailableError
+from megatron_ep_v2.recompute import Replayed
+from megatron_ep_v2.seam import TE_CHECKPOINT
 
 __all__ = ["clean"]  # a fixture
 
@@ -28,8 +32,9 @@ BOUND = {
     *(("fused_a2a", name) for name in ("FusedDispatch", "FusedCombine")),
     *((module, "destroy_process_group") for module in ("distributed", "distributed_c10d")),
     ("MoEFlexTokenDispatcher", "dispatch_preprocess"),
+    ("CheckpointFunction", "forward"),
+    ("token_dispatcher", "_DeepepManager"),
 }
-MANAGER_NAME = ("token_dispatcher", "_DeepepManager")
 
 pytestmark = pytest.mark.usefixtures("clean")
 
@@ -37,11 +42,12 @@ pytestmark = pytest.mark.usefixtures("clean")
 # ------------------------------------------------------------------------------------------------ binding and undoing
 
 
-def test_the_compact_layout_keeps_megatrons_manager() -> None:
+def test_the_compact_layout_leaves_the_work_to_megatrons_manager() -> None:
     before = names()
     status = megatron_ep_v2.install(layout="compact")
     assert rebound(before) == BOUND
-    assert token_dispatcher._DeepepManager is MANAGER
+    manager = token_dispatcher._DeepepManager
+    assert manager.__name__ == "CompactManager" and manager.setup_metadata is MANAGER.setup_metadata
     assert status["layout"] == "compact" and status["layout_reason"] == "asked for by install()"
 
 
@@ -49,7 +55,7 @@ def test_the_compact_layout_keeps_megatrons_manager() -> None:
 def test_the_expanded_layout_has_a_manager_of_its_own(layout: dict[str, str]) -> None:
     before = names()
     status = megatron_ep_v2.install(**layout)
-    assert rebound(before) == BOUND | {MANAGER_NAME}
+    assert rebound(before) == BOUND
     manager = token_dispatcher._DeepepManager
     assert manager.__name__ == "ExpandedManager" and issubclass(manager, MANAGER)
     assert status["layout"] == "expanded" and status["layout_reason"]
@@ -175,6 +181,7 @@ DELETED = {
 CHANGED = {
     f"{A2A}.FusedDispatch.forward": (fused_a2a.FusedDispatch, "forward"),
     f"{A2A}.FusedCombine.forward": (fused_a2a.FusedCombine, "forward"),
+    f"{CheckpointFunction.__module__}.CheckpointFunction.forward": (CheckpointFunction, "forward"),
     **{
         f"{DISPATCHER}._DeepepManager.{name}": (MANAGER, name)
         for name in (
@@ -202,6 +209,22 @@ def assert_refused(symbol: str) -> SeamError:
     assert megatron_ep_v2.status()["installed"] is False
     assert settings.active().num_sms == 0
     return caught.value
+
+
+def checkpoint_of_te(ctx: Any, run_function: Any, distribute_saved_activations: bool, *args: Any) -> Any:
+    return run_function
+
+
+@pytest.mark.parametrize("forward", [checkpoint_of_te, other_parameters], ids=["as known", "as unknown"])
+def test_transformer_engines_checkpoint_is_bound_where_it_is_as_known(clean: pytest.MonkeyPatch, forward: Any) -> None:
+    function = type("_CheckpointFunction", (), {"forward": staticmethod(forward)})
+    clean.setitem(sys.modules, TE_CHECKPOINT, SimpleNamespace(_CheckpointFunction=function))
+    megatron_ep_v2.install()
+    assert (function.forward is not forward) == (forward is checkpoint_of_te)
+    if forward is checkpoint_of_te:
+        assert isinstance(function.forward(None, len, False), Replayed)
+    megatron_ep_v2.uninstall()
+    assert function.forward is forward
 
 
 @pytest.mark.parametrize("symbol", DELETED)
@@ -270,7 +293,7 @@ def test_the_seam_that_moved_back_is_accepted(clean: pytest.MonkeyPatch) -> None
             megatron_ep_v2.install()
     before = names()
     megatron_ep_v2.install()
-    assert rebound(before) == BOUND | {MANAGER_NAME}
+    assert rebound(before) == BOUND
 
 
 # ------------------------------------------------------------------------------- a second install() that cannot be done

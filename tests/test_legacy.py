@@ -6,11 +6,12 @@ import types
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import legacy
 from megatron_ep_v2.buffers.contract import BufferSpec
-from megatron_ep_v2.errors import SettingsError, UnavailableError
+from megatron_ep_v2.errors import InputError, SettingsError, UnavailableError
 
 SPEC = BufferSpec(num_max_tokens_per_rank=8, hidden=256, num_topk=2, num_experts=4)
 GROUP = types.SimpleNamespace(size=lambda: 2, rank=lambda: 0)
@@ -57,3 +58,13 @@ def test_a_failed_construction_keeps_deep_eps_own_words() -> None:
     assert "peer access is not supported" in str(caught.value)
     assert isinstance(caught.value.__cause__, RuntimeError)
     assert FakeBuffer.sms == legacy.DEFAULT_NUM_SMS
+
+
+def test_a_dispatch_without_a_host_wait_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeBuffer, "__init__", lambda self, *_, **__: None)
+    monkeypatch.setattr(legacy, "check_group_open", lambda group: None)
+    buffer = legacy.LegacyBuffer(GROUP, SPEC, settings.resolve({}), ["a", "a"])
+    rows, picks = torch.zeros(3, 256, dtype=torch.bfloat16), torch.zeros(3, 2, dtype=torch.int64)
+    with pytest.raises(InputError, match="cannot dispatch without a host wait") as caught:
+        buffer.dispatch(rows, topk_idx=picks, num_experts=4, do_cpu_sync=False)
+    assert caught.value.fix and "elastic" in caught.value.fix

@@ -172,6 +172,8 @@ def test_a_megatron_beside_the_script_comes_first_and_must_fit(tmp_path: Path) -
     write(core / "transformer" / "moe", "__init__.py", "")
     write(core / "transformer" / "moe", "fused_a2a.py", "HAVE_DEEP_EP = False")
     write(core / "transformer" / "moe", "token_dispatcher.py", "")
+    write(core / "tensor_parallel", "__init__.py", "")
+    write(core / "tensor_parallel", "random.py", "")
     done = run("run", os.path.join("job", "pretrain.py"), cwd=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
     for part in ("SeamError: megatron-core 0.99.0: ", "fused_a2a.fused_dispatch", "fix: "):

@@ -19,7 +19,16 @@ from stalls import CULPRIT, HEAD, RANKS, layer, rows, standard_error_in, start
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.errors import EPError
 from megatron_ep_v2.fused_a2a import fused_dispatch
-from megatron_ep_v2.watchdog.record import DONE, LEFT, MARKED, RECORD_BYTES, RING, Record
+from megatron_ep_v2.watchdog.record import (
+    DONE,
+    ENTERED,
+    LEFT,
+    MARKED,
+    RECORD_BYTES,
+    RING,
+    SYNC_FREE_DISPATCH,
+    Record,
+)
 from megatron_ep_v2.watchdog.report import STACK_FRAMES, choose_threads, find_late
 
 LIMIT = 1
@@ -188,6 +197,37 @@ def test_the_record_knows_the_first_call_that_has_not_finished(record: Record) -
     assert record.pending() == 5
     record.retract()
     assert record.pending() == 0
+
+
+def test_a_sync_free_dispatch_has_not_finished_when_it_was_left(record: Record) -> None:
+    number = record.enter(SYNC_FREE_DISPATCH, 1, 7, 40)
+    record.cells[LEFT] = record.cells[MARKED] = number
+    assert record.pending() == number
+    record.cells[DONE] = number
+    assert record.pending() == 0
+
+
+@own_package
+def dispatch_sync_free(group: Any) -> tuple[int, int, int]:
+    """(kind of the call, calls marked for the GPU, calls entered) after a dispatch without a host wait."""
+    start(LIMIT)
+    layer(group, rows())
+    watched: Any = pool.find(group)
+    watched.watch.clock = SlowGpu(watched.watch.record)
+    x = rows()
+    picks = torch.zeros(len(x), stalls.TOPK, dtype=torch.int64) + torch.arange(stalls.TOPK)
+    weights = torch.ones(picks.shape)
+    arguments = {"topk_idx": picks, "topk_weights": weights, "num_experts": stalls.EXPERTS, "do_cpu_sync": False}
+    watched.dispatch(x, **arguments)
+    record = watched.watch.record
+    found = (record.call(record.cells[ENTERED])[1], record.cells[MARKED], record.cells[ENTERED])
+    record.cells[DONE] = record.cells[MARKED] % RING
+    return found
+
+
+def test_the_gpu_tells_when_a_sync_free_dispatch_is_done() -> None:
+    for kind, marked, entered in run_ranks(2, dispatch_sync_free):
+        assert kind == SYNC_FREE_DISPATCH and marked == entered
 
 
 def answer(entered: int, *, kinds: str = "dcdcDCDC", end: str = "") -> dict[str, Any]:

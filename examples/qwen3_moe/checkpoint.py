@@ -3,7 +3,8 @@
     DIR/step_00000100/rank_00000.pt ...    masters, AdamW's moments, random state, step and data position
     DIR/latest                             the name of the newest complete one, written after every rank's shard
 
-A run resumes exactly on the same number of processes.
+A run resumes exactly on the same number of processes, and with experts that are stored alike: Megatron's own one by
+one, megatron_ep_v2's, whichever backend, all of a rank in one parameter, with its moments.
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ def identity(options: Options, runtime: Runtime) -> dict[str, Any]:
         **dataclasses.asdict(options.shape),
         "dtype": str(torch_dtype(options, runtime.device)),
         "device": runtime.device.type,
+        **({} if options.experts == "megatron" else {"experts": "stacked"}),
     }
 
 
@@ -102,12 +104,12 @@ def _load(folder: Path, trainer: Trainer, samples: Samples, runtime: Runtime) ->
 def _check(shard: dict[str, Any], trainer: Trainer, samples: Samples, runtime: Runtime, source: Path) -> None:
     options = trainer.options
     here, there = identity(options, runtime), shard["identity"]
-    differing = [name for name in here if here[name] != there.get(name)]
+    differing = [name for name in {**here, **there} if here.get(name) != there.get(name)]
     if differing:
         raise SettingsError(
             f"--resume: this run does not fit the checkpoint {source}",
-            found="; ".join(f"{name} {here[name]}" for name in differing),
-            needed="; ".join(f"{name} {there.get(name)}" for name in differing),
+            found="; ".join(f"{name} {here.get(name, 'one by one')}" for name in differing),
+            needed="; ".join(f"{name} {there.get(name, 'one by one')}" for name in differing),
             fix="the options that the checkpoint was written with, or leave out --resume",
         )
     if shard["samples_seen"] != shard["trainer"]["step"] * options.recipe.global_batch_size:

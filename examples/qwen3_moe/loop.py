@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TypeVar
+
+from megatron_ep_v2 import sync_free
+from megatron_ep_v2.errors import LayoutOverflowError
 
 from . import checkpoint
 from .data import Samples, train_batches, valid_batches
@@ -14,6 +19,8 @@ from .options import Options
 from .progress import Progress
 from .runtime import Runtime
 from .train import Trainer
+
+T = TypeVar("T")
 
 
 class StopRequest:
@@ -49,7 +56,8 @@ def train_until_done(
         while trainer.step_number < recipe.steps and not stopped:
             started = time.perf_counter()
             batches = train_batches(samples, options, trainer.step_number, runtime.rank, runtime.world)
-            stats = trainer.step(batches, stop=request.received is not None)
+            step_once = functools.partial(trainer.step, batches, stop=request.received is not None)
+            stats = _with_room(step_once, runtime, trainer)
             seconds = time.perf_counter() - started
             step, stopped = trainer.step_number, stats.stop
             step_tokens = recipe.global_batch_size * options.shape.seq_length
@@ -64,7 +72,11 @@ def train_until_done(
                 "expert_balance": stats.expert_balance,
             }
             if _due(step, options.eval_every, recipe.steps) and not stopped:
-                row["val_loss"] = trainer.evaluate(valid_batches(samples, options, runtime.rank, runtime.world))
+                row["val_loss"] = _with_room(
+                    lambda: trainer.evaluate(valid_batches(samples, options, runtime.rank, runtime.world)),
+                    runtime,
+                    trainer,
+                )
             if progress:
                 progress.add(row)
             if options.save and (stopped or _due(step, options.save_interval, recipe.steps)):
@@ -76,6 +88,21 @@ def train_until_done(
             f"stopped by {reason} after step {trainer.step_number}: " + (f"saved {saved}" if saved else "no --save")
         )
         return reason
+
+
+def _with_room(action: Callable[[], T], runtime: Runtime, trainer: Trainer) -> T:
+    """What `action` returns. In sync-free mode it may find too little room for rows, on all ranks alike and before any
+    weight has changed; then again, with more."""
+    while True:
+        try:
+            return action()
+        except LayoutOverflowError as error:
+            grown = sync_free.grow()
+            if not grown:
+                raise
+            runtime.say(
+                f"after step {trainer.step_number}: {error.found}; again with room for {grown[0]} % of an even share"
+            )
 
 
 def _due(step: int, interval: int, last: int) -> bool:

@@ -6,6 +6,7 @@ import importlib.util
 import math
 import re
 import zlib
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,8 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_ep_v2.experts.module import use_experts
 
 from . import cpu
 from .options import Options
@@ -77,7 +80,14 @@ def transformer_config(options: Options, device: torch.device, world: int) -> Tr
 
 
 def layer_spec(options: Options, device: torch.device) -> ModuleSpec:
-    """TransformerEngine's modules on GPUs where it is installed, else Megatron's local ones."""
+    """TransformerEngine's modules on GPUs where it is installed, else Megatron's local ones; experts as chosen."""
+    spec = _layer_spec(options, device)
+    if options.experts != "megatron":
+        use_experts(spec, options.experts)
+    return spec
+
+
+def _layer_spec(options: Options, device: torch.device) -> ModuleSpec:
     if device.type == "cuda" and have_transformer_engine():
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=options.shape.num_experts, moe_grouped_gemm=True, qk_layernorm=True
@@ -117,7 +127,9 @@ def build_model(options: Options, device: torch.device, rank: int, world: int) -
             use_cpu_initialization=True,
         )
     model.to(device=device, dtype=torch_dtype(options, device))
-    initialise(named_parameters(model, rank, options.shape.num_experts // world), options)
+    num_local_experts = options.shape.num_experts // world
+    parameters = named_parameters(model, rank, num_local_experts)
+    initialise(one_by_one(parameters, rank, num_local_experts), options)
     return model
 
 
@@ -126,6 +138,7 @@ def named_parameters(model: GPTModel, rank: int, num_local_experts: int) -> dict
 
     Megatron's `...experts.local_experts.3.linear_fc1.weight` (local modules) and `...experts.linear_fc1.weight3`
     (TransformerEngine's grouped ones) both become `...experts.11.linear_fc1.weight` on rank 1 of 8 experts each.
+    megatron_ep_v2's `...experts.linear_fc1.weight`, all experts of a rank in one, keeps its name.
     """
 
     def global_name(name: str) -> str:
@@ -139,8 +152,20 @@ def named_parameters(model: GPTModel, rank: int, num_local_experts: int) -> dict
     return {global_name(name): parameter for name, parameter in model.named_parameters()}
 
 
+def one_by_one(tensors: Mapping[str, torch.Tensor], rank: int, num_local_experts: int) -> dict[str, torch.Tensor]:
+    """The same with every expert by itself: stacked ones as views, under the names that other experts have."""
+    first, single = rank * num_local_experts, {}
+    for name, tensor in tensors.items():
+        prefix, stacked, rest = name.partition(".experts.linear")
+        if stacked:
+            single |= {f"{prefix}.experts.{first + i}.linear{rest}": part for i, part in enumerate(tensor.detach())}
+        else:
+            single[name] = tensor
+    return single
+
+
 @torch.no_grad()
-def initialise(parameters: dict[str, torch.nn.Parameter], options: Options) -> None:
+def initialise(parameters: Mapping[str, torch.Tensor], options: Options) -> None:
     """Norms 1; matrices normal, each from the seed and its own name: the same model on any number of ranks."""
     output_std = INIT_STD / math.sqrt(2 * options.shape.num_layers)
     for name, parameter in parameters.items():

@@ -32,10 +32,12 @@ class Options:
     buffer: str | None = None
     dispatch_dtype: str | None = None
     grad_dispatch_dtype: str | None = None
+    sync_free: bool | None = None
     device: str = "auto"
     dtype: str = "auto"
     seed: int = 1234
     permute_fusion: bool = False
+    experts: str = "megatron"
     data: tuple[Path, ...] = ()
     data_path: str | None = None
     split: str = "95,5,0"
@@ -104,6 +106,17 @@ class Options:
             raise SettingsError("--data and --data-path exclude each other", fix="give one of them")
         if self.permute_fusion and device.type == "cpu":
             raise SettingsError("--permute-fusion needs GPUs", found="training on the CPU", fix="leave it out")
+        if self.experts == "deepgemm" and device.type == "cpu":
+            raise SettingsError(
+                "DeepGEMM multiplies on GPUs only", found="training on the CPU", fix="--experts grouped or sequential"
+            )
+        if self.sync_free and self.experts not in ("grouped", "deepgemm"):
+            raise SettingsError(
+                "--sync-free needs experts that do not wait on the host either",
+                found=f"--experts {self.experts}",
+                needed="--experts grouped, or deepgemm on GPUs",
+                fix="add --experts grouped",
+            )
         if self.resume and not self.save:
             raise SettingsError("--resume needs to know where", fix="add --save DIR, the folder of the checkpoints")
 
@@ -164,7 +177,19 @@ def _parser() -> argparse.ArgumentParser:
     dtypes = ("auto", "bf16", "fp8", "mxfp8")
     moe.add_argument("--dispatch-dtype", choices=dtypes, help="of megatron_ep_v2: what rows travel as")
     moe.add_argument("--grad-dispatch-dtype", choices=dtypes, help="of megatron_ep_v2: what gradients travel as")
+    moe.add_argument(
+        "--sync-free",
+        action="store_true",
+        default=None,
+        help="no wait on the host in a MoE layer; needs --experts grouped or deepgemm",
+    )
     moe.add_argument("--permute-fusion", action="store_true", help="moe_permute_fusion (GPUs, TransformerEngine)")
+    moe.add_argument(
+        "--experts",
+        choices=("megatron", "deepgemm", "grouped", "sequential"),
+        default="megatron",
+        help="megatron: its own; else megatron_ep_v2's, on DeepGEMM, on torch's grouped GEMM, or one by one",
+    )
     moe.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
     data = parser.add_argument_group("data")

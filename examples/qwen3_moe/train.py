@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron.core.transformer.moe.router import Router
 
+from megatron_ep_v2.deferred import read_all
 from megatron_ep_v2.errors import EPError
+from megatron_ep_v2.load import ExpertLoad
 
 from .data import check_token_ids
 from .model import build_model, named_parameters
@@ -59,19 +61,24 @@ class Trainer:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.model = build_model(options, device, self.rank, self.world)
         parameters = named_parameters(self.model, self.rank, options.shape.num_experts // self.world)
+        self._local_experts = options.shape.num_experts // self.world
         self.optimizer = Optimizer(parameters, options.recipe, device)
         self.step_number = 0
         load_shape = (options.shape.num_layers, options.shape.num_experts)
         self.expert_load = torch.zeros(load_shape, dtype=torch.float64, device=device)
-        routers = [module for module in self.model.modules() if isinstance(module, Router)]
-        for layer, router in enumerate(routers):
-            router.register_forward_hook(self._load_counter(layer))
+        self.moe_layers = [module for module in self.model.modules() if isinstance(module, MoELayer)]
+        for number, layer in enumerate(self.moe_layers):
+            layer.router.register_forward_hook(self._load_counter(number))
 
     def step(self, micro_batches: Sequence[torch.Tensor], stop: bool = False) -> StepStats:
-        """Forward, backward and update. `stop` of any rank comes back to all."""
+        """Forward, backward and update. `stop` of any rank comes back to all.
+
+        Raises:
+            LayoutOverflowError: Before the update, on every rank: the step can be repeated with more room for rows.
+        """
         stats = self.backward(micro_batches, stop)
+        self.optimizer.step(learning_rate(self.options.recipe, self.step_number + 1), stats.grad_norm)
         self.step_number += 1
-        self.optimizer.step(learning_rate(self.options.recipe, self.step_number), stats.grad_norm)
         return stats
 
     def backward(self, micro_batches: Sequence[torch.Tensor], stop: bool = False) -> StepStats:
@@ -79,6 +86,7 @@ class Trainer:
         self.model.train()
         self.optimizer.zero_gradients()
         self.expert_load.zero_()
+        self._counted_by_dispatch()  # what an evaluation has left
         # Megatron's router adds the gradient of each micro-batch's load-balancing loss by itself, at this scale.
         aux_scale = 1.0 / (self.world * len(micro_batches))
         MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(aux_scale, device=self.device))
@@ -93,13 +101,18 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
-        """Mean loss in nats over (tokens, weight [micro-batch size]) of all ranks; weight 0 marks a filler."""
+        """Mean loss in nats over (tokens, weight [micro-batch size]) of all ranks; weight 0 marks a filler.
+
+        Raises:
+            LayoutOverflowError: On every rank: as `step`.
+        """
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for tokens, weight in micro_batches:
             losses = self._token_losses(tokens).double().mean(dim=1)
             sums += torch.stack((losses @ weight.to(losses), weight.sum().to(losses)))
         dist.all_reduce(sums)
+        read_all()  # no optimizer steps here, which would do it
         return (sums[0] / sums[1]).item()
 
     def named_gradients(self) -> dict[str, torch.Tensor]:
@@ -129,6 +142,9 @@ class Trainer:
 
     def _reduce_stats(self, loss: torch.Tensor, stop: bool) -> StepStats:
         """Everything that the ranks have to add up, in one collective."""
+        mine = slice(self.rank * self._local_experts, (self.rank + 1) * self._local_experts)
+        for number, counts in self._counted_by_dispatch().items():
+            self.expert_load[number, mine] = counts.to(self.expert_load)
         head = torch.stack((loss, self.optimizer.experts.square_sum(), loss.new_tensor(float(stop))))
         sums = torch.cat((head, self.expert_load.flatten()))
         dist.all_reduce(sums)
@@ -143,10 +159,21 @@ class Trainer:
         load = sums[3:].view_as(self.expert_load).long().cpu()
         return StepStats(loss_value, norm_value, load, stops > 0)
 
-    def _load_counter(self, layer: int) -> Callable[..., None]:
-        def count(router: Router, _: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    def _load_of(self, number: int) -> ExpertLoad | None:
+        """What counts the tokens of this rank's experts in a layer, where this package's dispatcher does."""
+        return getattr(getattr(self.moe_layers[number].token_dispatcher, "_comm_manager", None), "load", None)
+
+    def _counted_by_dispatch(self) -> dict[int, torch.Tensor]:
+        """Layer -> [local experts] int64 since the last call."""
+        loads = {number: self._load_of(number) for number in range(len(self.moe_layers))}
+        return {number: load.take() for number, load in loads.items() if load is not None}
+
+    def _load_counter(self, number: int) -> Callable[..., None]:
+        """For Megatron's own dispatchers: counts what the router says."""
+
+        def count(router: Any, _: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
             # With recomputation the first forward runs without gradients; it would count twice.
-            if router.training and torch.is_grad_enabled():
-                self.expert_load[layer] += output[1].sum(dim=0)  # the routing map, [tokens, experts] bool
+            if self._load_of(number) is None and router.training and torch.is_grad_enabled():
+                self.expert_load[number] += output[1].sum(dim=0)  # the routing map, [tokens, experts] bool
 
         return count

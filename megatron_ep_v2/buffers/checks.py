@@ -40,6 +40,7 @@ def check_dispatch(
     handle: Any,
     do_expand: bool,
     group: Any,
+    do_cpu_sync: bool = True,
 ) -> None:
     """Check the arguments of a dispatch, as `contract.Buffer.dispatch` names them.
 
@@ -65,6 +66,13 @@ def check_dispatch(
     if handle is not None:
         _check_cached(group, num_tokens, topk_idx, topk_weights, handle, do_expand)
         return
+    if do_expand and not do_cpu_sync:
+        raise InputError(
+            f"rank {group.rank()}: the expanded layout cannot be sized without a host wait",
+            found="do_expand=True, do_cpu_sync=False",
+            needed="the compact layout: in the expanded one the most rows that could arrive are top-k times as many",
+            fix="pass do_expand=False and place the rows by expert behind it, as megatron_ep_v2.sync_free does",
+        )
     _check_picks(group, rows, topk_idx, topk_weights, num_experts)
     if num_tokens > capacity:
         raise TokenCapacityError(

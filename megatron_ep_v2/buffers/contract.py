@@ -14,6 +14,10 @@ Layouts:
               recv_topk_weights [R, K] fp32, only meaningful where recv_topk_idx >= 0
     expanded  recv_x [P, H] sorted by local expert; recv_topk_idx is None; recv_topk_weights [P] fp32.
               Padding rows are uninitialised unless `do_zero_padding` (then rows and weights are zero)
+
+Without a host wait (`do_cpu_sync=False`, compact only) the host does not learn R: outputs have W rows instead, the most
+that could arrive (group size * num_max_tokens_per_rank). R is `psum_num_recv_tokens_per_scaleup_rank[-1]`, on the
+device; rows from there on are garbage in every output, ids included, and nobody may read them.
 """
 
 from __future__ import annotations
@@ -57,15 +61,15 @@ class Handle(Protocol):
         num_max_tokens_per_rank: The capacity that the dispatch ran with.
         num_sms: SMs of the dispatch. The combine and both backwards must use the same.
         topk_idx: [T, K] int64, a copy of the picks.
-        num_recv_tokens: R.
-        num_expanded_tokens: P.
-        num_recv_tokens_per_expert_list: L host integers, each padded to `expert_alignment`.
+        num_recv_tokens: R; W without a host wait.
+        num_expanded_tokens: P; without a host wait the most that could be.
+        num_recv_tokens_per_expert_list: L host integers, each padded to `expert_alignment`. Empty without a host wait.
         psum_num_recv_tokens_per_scaleup_rank: int32, running sum of rows received by source rank; the last is R.
         psum_num_recv_tokens_per_expert: [L] int32. Compact: running sum of the padded counts. Expanded: where each
             expert's real rows end, its first row being `align(psum[i - 1], expert_alignment)`.
         num_unaligned_recv_tokens_per_expert: [L] int32, real rows of each local expert (expanded only).
-        recv_src_metadata: [R, 2 + K] int32. Column 0: source rank * num_max_tokens_per_rank + token. Columns 2 and on,
-            expanded only: the row of [P, H] that holds pick k, or -1.
+        recv_src_metadata: [R, 2 + K] int32; W rows without a host wait. Column 0: source rank *
+            num_max_tokens_per_rank + token. Columns 2 and on, expanded only: the row of [P, H] of pick k, or -1.
     """
 
     do_expand: bool
@@ -100,6 +104,7 @@ class Buffer(Protocol):
         num_sms: SMs that a call takes unless told otherwise; 0 where there are none.
         num_qps: RDMA queue pairs allocated; 0 where that is not the buffer's choice.
         supports_expand: Whether `do_expand=True` is carried.
+        supports_cached_weights: Whether a dispatch with a `handle` carries `topk_weights`.
     """
 
     group: Any
@@ -108,6 +113,7 @@ class Buffer(Protocol):
     num_sms: int
     num_qps: int
     supports_expand: bool
+    supports_cached_weights: bool
 
     def dispatch(
         self,
@@ -123,6 +129,7 @@ class Buffer(Protocol):
         async_with_compute_stream: bool = False,
         allocate_on_comm_stream: bool = False,
         handle: Any = None,
+        do_cpu_sync: bool = True,
         do_expand: bool = False,
         do_zero_padding: bool = False,
     ) -> tuple[Payload, torch.Tensor | None, torch.Tensor | None, Any, Event]:
@@ -140,6 +147,8 @@ class Buffer(Protocol):
             async_with_compute_stream: The caller waits on the returned event; else the call does.
             allocate_on_comm_stream: Results belong to the communication stream.
             handle: Of an earlier dispatch: repeat its routing, with no exchange of counts and no host wait.
+            do_cpu_sync: Wait on the host for R and P. False: W rows, see the module's docstring; such a call can be
+                captured in a CUDA graph. Without meaning with `handle`: its numbers hold.
             do_expand: The expanded layout. With `handle`, must repeat the handle's own.
             do_zero_padding: Zero the padding rows (expanded only).
 

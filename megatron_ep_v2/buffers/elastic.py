@@ -15,8 +15,9 @@ import torch
 
 from megatron_ep_v2.buffers.checks import check_combine, check_dispatch, check_group_open
 from megatron_ep_v2.buffers.contract import MAX_TOPK, BufferSpec, Payload
+from megatron_ep_v2.buffers.fill import memory_left_as_it_is
 from megatron_ep_v2.buffers.teardown import everyone_arrives
-from megatron_ep_v2.errors import ClosedError, InputError, SettingsError, UnavailableError
+from megatron_ep_v2.errors import ClosedError, InputError, UnavailableError
 from megatron_ep_v2.probe import import_deep_ep, probe
 from megatron_ep_v2.settings import Settings, environment, gin_disabled_by_user
 
@@ -47,7 +48,7 @@ class ElasticBuffer:
         UnavailableError: The group needs RDMA that is not there, or deep_ep could not build the buffer.
     """
 
-    supports_expand = True
+    supports_expand = supports_cached_weights = True
 
     def __init__(self, group: Any, spec: BufferSpec, settings: Settings, hosts: list[str]):
         _check_limits(group, spec)
@@ -91,6 +92,7 @@ class ElasticBuffer:
     def get_theoretical_num_sms(self, num_experts: int, num_topk: int) -> int:
         return int(self._buffer.get_theoretical_num_sms(num_experts, num_topk))
 
+    @memory_left_as_it_is
     def dispatch(
         self,
         x: Payload,
@@ -105,6 +107,7 @@ class ElasticBuffer:
         async_with_compute_stream: bool = False,
         allocate_on_comm_stream: bool = False,
         handle: Any = None,
+        do_cpu_sync: bool = True,
         do_expand: bool = False,
         do_zero_padding: bool = False,
     ) -> tuple[Payload, torch.Tensor | None, torch.Tensor | None, Any, Any]:
@@ -113,7 +116,7 @@ class ElasticBuffer:
         if handle is None:
             check_group_open(self.group)
         capacity = num_max_tokens_per_rank or self.num_max_tokens_per_rank
-        check_dispatch(x, topk_idx, topk_weights, num_experts, capacity, handle, do_expand, self.group)
+        check_dispatch(x, topk_idx, topk_weights, num_experts, capacity, handle, do_expand, self.group, do_cpu_sync)
         self._check_rows(
             x[0] if isinstance(x, tuple) else x, torch.float8_e4m3fn if isinstance(x, tuple) else torch.bfloat16
         )
@@ -124,8 +127,7 @@ class ElasticBuffer:
                 needed=f"[{len(topk_idx)}, {self.spec.num_topk}]",
                 fix="use one top-k for all layers of a group, or megatron_ep_v2.destroy_buffers() on all ranks between",
             )
-        if num_sms == 0:
-            num_sms = self.num_sms if handle is None else handle.num_sms
+        num_sms = num_sms or (self.num_sms if handle is None else handle.num_sms)
         return self._buffer.dispatch(
             x,
             topk_idx=topk_idx,
@@ -138,10 +140,12 @@ class ElasticBuffer:
             async_with_compute_stream=async_with_compute_stream,
             allocate_on_comm_stream=allocate_on_comm_stream,
             handle=handle,
+            do_cpu_sync=do_cpu_sync if handle is None else None,  # which a handle has decided
             do_expand=do_expand,
             do_zero_padding=do_zero_padding,
         )
 
+    @memory_left_as_it_is
     def combine(
         self,
         x: torch.Tensor,
@@ -179,15 +183,6 @@ class ElasticBuffer:
     def _check_ready(self) -> None:
         if self._buffer is None:
             raise ClosedError("this ElasticBuffer was destroyed", fix="ask get_buffer() for a new one")
-        # torch then fills what deep_ep allocates, beside the communication that writes into it; deep_ep only asserts.
-        fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]  # a property
-        if fills and torch.are_deterministic_algorithms_enabled():
-            raise SettingsError(
-                f"rank {self.group.rank()}: torch's deterministic mode would write over what deep_ep receives",
-                found="torch.use_deterministic_algorithms(True) with fill_uninitialized_memory on, its default",
-                needed="torch.utils.deterministic.fill_uninitialized_memory = False",
-                fix="set it right after torch.use_deterministic_algorithms(True)",
-            )
 
     def _check_rows(self, rows: torch.Tensor, dtype: torch.dtype) -> None:
         if rows.dtype != dtype or not rows.is_cuda or rows.shape[1] != self.spec.hidden:
@@ -236,8 +231,7 @@ def _choose_gin(settings: Settings, hosts: list[str]) -> tuple[bool, str]:
         return settings.gin == "off", f"gin={settings.gin} by {settings.source('gin')}"
     if gin_disabled_by_user():
         return True, "EP_DISABLE_GIN was set when the job started"
-    have_rdma = _RDMA_DEVICES.is_dir() and any(_RDMA_DEVICES.iterdir())
-    if have_rdma:
+    if _RDMA_DEVICES.is_dir() and any(_RDMA_DEVICES.iterdir()):
         return False, "RDMA devices are present"
     if one_host:
         return True, "all ranks are on one host, and it has no RDMA device: NVLink alone carries the tokens"

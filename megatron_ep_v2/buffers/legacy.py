@@ -13,6 +13,7 @@ import torch
 
 from megatron_ep_v2.buffers.checks import check_combine, check_dispatch, check_group_open
 from megatron_ep_v2.buffers.contract import BufferSpec, Payload
+from megatron_ep_v2.buffers.fill import memory_left_as_it_is
 from megatron_ep_v2.buffers.teardown import everyone_arrives
 from megatron_ep_v2.errors import ClosedError, InputError, SettingsError, UnavailableError
 from megatron_ep_v2.probe import import_deep_ep
@@ -77,7 +78,7 @@ class LegacyBuffer:
         UnavailableError: deep_ep could not build the buffer.
     """
 
-    supports_expand = False
+    supports_expand = supports_cached_weights = False
 
     def __init__(self, group: Any, spec: BufferSpec, settings: Settings, hosts: list[str]):
         kind = import_deep_ep().Buffer
@@ -117,6 +118,7 @@ class LegacyBuffer:
     def get_theoretical_num_sms(self, num_experts: int, num_topk: int) -> int:
         return self.num_sms
 
+    @memory_left_as_it_is
     def dispatch(
         self,
         x: Payload,
@@ -131,17 +133,25 @@ class LegacyBuffer:
         async_with_compute_stream: bool = False,
         allocate_on_comm_stream: bool = False,
         handle: LegacyHandle | None = None,
+        do_cpu_sync: bool = True,
         do_expand: bool = False,
         do_zero_padding: bool = False,
     ) -> tuple[Payload, torch.Tensor | None, torch.Tensor | None, LegacyHandle, Any]:
         """See `contract.Buffer.dispatch`. `num_sms` is fixed when the buffer is built.
 
         Raises:
-            InputError: Also for the expanded layout, and for weights with a handle, which V1 does not have.
+            InputError: Also for the expanded layout, for weights with a handle and for a dispatch without a host wait,
+                which V1 does not have.
         """
         self._check_open()
         capacity = num_max_tokens_per_rank or self.num_max_tokens_per_rank
         check_dispatch(x, topk_idx, topk_weights, num_experts, capacity, handle, do_expand, self.group)
+        if not do_cpu_sync and handle is None:
+            raise InputError(
+                f"rank {self.group.rank()}: deep_ep's legacy Buffer cannot dispatch without a host wait",
+                found="do_cpu_sync=False",
+                fix="leave MCORE_DEEPEP_V2_SYNC_FREE off, or use buffer=elastic with deep_ep >= 2.1",
+            )
         if do_expand or (handle is not None and topk_weights is not None):
             raise InputError(
                 f"rank {self.group.rank()}: deep_ep's legacy Buffer has no expanded layout and no cached weights",
@@ -189,6 +199,7 @@ class LegacyBuffer:
         )
         return recv_x, recv_idx, recv_weights, fresh, event
 
+    @memory_left_as_it_is
     def combine(
         self,
         x: torch.Tensor,

@@ -5,7 +5,8 @@ It is what a laptop trains with and what the other buffers are compared against,
 - Results repeat bit for bit. Received rows are ordered by (source rank, token), an expert's rows likewise, and sums run
   in a fixed order, accumulated in at least fp32 (fp64 for fp64): the picks on one rank first, in pick order, rounded to
   the payload's dtype as the wire carries it, then the ranks in order.
-- Rows that deep_ep leaves uninitialised are NaN here, so that code which reads them fails on every machine.
+- Rows that deep_ep leaves uninitialised are NaN here, with ids that look real, so that code which reads them fails on
+  every machine.
 - A rank that refuses its input tells the others in the exchange of counts, and every rank raises: nobody waits on.
 
 Two collectives per first dispatch (header; rows with their picks and weights), one per cached dispatch and per combine.
@@ -13,37 +14,16 @@ Two collectives per first dispatch (header; rows with their picks and weights), 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from megatron_ep_v2.buffers.checks import check_combine, check_dispatch, check_group_open
 from megatron_ep_v2.buffers.contract import BufferSpec, Payload
-from megatron_ep_v2.buffers.route import Route, agree_on_route
-from megatron_ep_v2.buffers.rows import exchange_rows, expand_rows, sum_rows
+from megatron_ep_v2.buffers.reference_handle import ReferenceHandle, forget_counts, make_handle
+from megatron_ep_v2.buffers.route import agree_on_route
+from megatron_ep_v2.buffers.rows import exchange_rows, expand_rows, sum_rows, with_garbage
 from megatron_ep_v2.errors import ClosedError
-
-
-@dataclass(frozen=True)
-class ReferenceHandle:
-    """`contract.Handle`, and what the reference needs beyond it to repeat or reverse the routing."""
-
-    do_expand: bool
-    num_experts: int
-    expert_alignment: int
-    num_max_tokens_per_rank: int
-    num_sms: int
-    topk_idx: torch.Tensor
-    num_recv_tokens: int
-    num_expanded_tokens: int
-    num_recv_tokens_per_expert_list: list[int]
-    psum_num_recv_tokens_per_scaleup_rank: torch.Tensor
-    psum_num_recv_tokens_per_expert: torch.Tensor
-    num_unaligned_recv_tokens_per_expert: torch.Tensor | None
-    recv_src_metadata: torch.Tensor
-    route: Route
-    recv_topk_idx: torch.Tensor  # [R, K] int64 local expert ids, -1 elsewhere
 
 
 class CompletedEvent:
@@ -61,7 +41,7 @@ class ReferenceBuffer:
         spec: What the buffer is built for.
     """
 
-    supports_expand = True
+    supports_expand = supports_cached_weights = True
     num_bytes = num_sms = num_qps = 0  # it holds nothing between calls
 
     def __init__(self, group: Any, spec: BufferSpec):
@@ -93,6 +73,7 @@ class ReferenceBuffer:
         async_with_compute_stream: bool = False,
         allocate_on_comm_stream: bool = False,
         handle: ReferenceHandle | None = None,
+        do_cpu_sync: bool = True,
         do_expand: bool = False,
         do_zero_padding: bool = False,
     ) -> tuple[Payload, torch.Tensor | None, torch.Tensor | None, ReferenceHandle, CompletedEvent]:
@@ -112,7 +93,9 @@ class ReferenceBuffer:
         else:
             capacity = num_max_tokens_per_rank or self.num_max_tokens_per_rank
             alignment = expert_alignment or 1
-            route = agree_on_route(self.group, x, topk_idx, topk_weights, num_experts, capacity, alignment, do_expand)
+            route = agree_on_route(
+                self.group, x, topk_idx, topk_weights, num_experts, capacity, alignment, do_expand, do_cpu_sync
+            )
             assert topk_idx is not None
             token = torch.arange(len(topk_idx), device=topk_idx.device)[:, None]
             picks = [torch.cat([token, topk_idx], dim=1).to(torch.int32)]
@@ -121,9 +104,11 @@ class ReferenceBuffer:
         received = exchange_rows(self.group, columns, route.send_tokens, route.send_counts, route.recv_counts)
         if handle is None:
             assert topk_idx is not None and num_experts is not None  # or they would have been refused
-            handle = self._make_handle(
-                topk_idx, received.pop(), num_experts, capacity, alignment, num_sms, do_expand, route
+            handle = make_handle(
+                self.group, topk_idx, received.pop(), num_experts, capacity, alignment, num_sms, do_expand, route
             )
+            if not do_cpu_sync:
+                handle = forget_counts(handle, self.num_ranks)
 
         if do_expand:
             received = expand_rows(
@@ -134,7 +119,7 @@ class ReferenceBuffer:
                 zero=do_zero_padding,
             )
         else:
-            received = [rows.contiguous() for rows in received]
+            received = [with_garbage(rows, handle.num_recv_tokens) for rows in received]
         recv_weights = received.pop() if weights else None
         recv_x = (received[0], received[1]) if isinstance(x, tuple) else received[0]
         return recv_x, None if do_expand else handle.recv_topk_idx.clone(), recv_weights, handle, CompletedEvent()
@@ -158,15 +143,15 @@ class ReferenceBuffer:
         """
         self._check_open()
         check_combine(x, handle, topk_weights, self.group)
-        columns = [x]
-        weights = topk_weights
+        real = sum(handle.route.recv_counts)  # fewer than x has, where the dispatch did not wait for the count
+        columns, weights = [x[:real]], topk_weights
         if handle.do_expand:
             slots = handle.recv_src_metadata[:, 2:]
             held = slots >= 0
             columns = [sum_rows(x, slots[held], held.sum(dim=1))]
             weights = None if weights is None else weights[slots.clamp(min=0)]
         if weights is not None:
-            columns.append(weights)
+            columns.append(weights[:real])
         route = handle.route
         returned = exchange_rows(self.group, columns, None, route.recv_counts, route.send_counts)
 
@@ -187,54 +172,3 @@ class ReferenceBuffer:
         if self._destroyed:
             raise ClosedError("this reference buffer was destroyed", fix="ask get_buffer() for a new one")
         check_group_open(self.group)
-
-    def _make_handle(
-        self,
-        topk_idx: torch.Tensor,
-        recv_picks: torch.Tensor,
-        num_experts: int,
-        capacity: int,
-        alignment: int,
-        num_sms: int,
-        do_expand: bool,
-        route: Route,
-    ) -> ReferenceHandle:
-        """Find a place for every received pick. recv_picks: [R, 1 + K] int32, source token and global expert ids."""
-        device = topk_idx.device
-        num_local = num_experts // self.num_ranks
-        local_idx = recv_picks[:, 1:].long() - self.rank * num_local
-        is_local = (local_idx >= 0) & (local_idx < num_local)
-        local_idx = torch.where(is_local, local_idx, -1)
-        row, pick = is_local.nonzero(as_tuple=True)
-        expert = local_idx[row, pick]
-        counts = torch.bincount(expert, minlength=num_local)
-        padded = (counts + alignment - 1) // alignment * alignment
-        ends = padded.cumsum(dim=0)
-
-        slots = torch.full_like(local_idx, -1)
-        by_expert = torch.argsort(expert, stable=True)
-        rank_in_expert = torch.arange(len(expert), device=device) - (counts.cumsum(0) - counts)[expert[by_expert]]
-        slots[row[by_expert], pick[by_expert]] = (ends - padded)[expert[by_expert]] + rank_in_expert
-
-        recv_counts = torch.tensor(route.recv_counts, device=device)
-        source_rank = torch.arange(self.num_ranks, device=device).repeat_interleave(recv_counts)
-        source = source_rank * capacity + recv_picks[:, 0]
-        first_pick = is_local.int().argmax(dim=1)
-        metadata = torch.stack([source, source_rank * topk_idx.shape[1] + first_pick], dim=1)
-        return ReferenceHandle(
-            do_expand=do_expand,
-            num_experts=num_experts,
-            expert_alignment=alignment,
-            num_max_tokens_per_rank=capacity,
-            num_sms=num_sms,
-            topk_idx=topk_idx.clone(),
-            num_recv_tokens=len(recv_picks),
-            num_expanded_tokens=int(ends[-1]),
-            num_recv_tokens_per_expert_list=padded.tolist(),
-            psum_num_recv_tokens_per_scaleup_rank=recv_counts.cumsum(0).int(),
-            psum_num_recv_tokens_per_expert=(ends - padded + counts if do_expand else ends).int(),
-            num_unaligned_recv_tokens_per_expert=counts.int() if do_expand else None,
-            recv_src_metadata=torch.cat([metadata, slots if do_expand else torch.full_like(slots, -1)], dim=1).int(),
-            route=route,
-            recv_topk_idx=local_idx,
-        )

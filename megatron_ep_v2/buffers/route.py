@@ -39,6 +39,7 @@ def agree_on_route(
     capacity: int,
     alignment: int,
     do_expand: bool,
+    do_cpu_sync: bool,
 ) -> Route:
     """Exchange row counts, beliefs about the call and refusals; raise what anyone refuses."""
     num_ranks, rank = group.size(), group.rank()
@@ -46,7 +47,7 @@ def agree_on_route(
     counts = torch.zeros(num_ranks, dtype=torch.int64, device=rows.device)
     refusal: EPError | None = None
     try:
-        check_dispatch(x, topk_idx, topk_weights, num_experts, capacity, None, do_expand, group)
+        check_dispatch(x, topk_idx, topk_weights, num_experts, capacity, None, do_expand, group, do_cpu_sync)
         assert topk_idx is not None and num_experts is not None
         _check_strictly(rows, topk_idx, rank)
         picked_rank = torch.where(topk_idx >= 0, topk_idx // (num_experts // num_ranks), num_ranks)
@@ -65,6 +66,7 @@ def agree_on_route(
         "num_max_tokens_per_rank": capacity,
         "expert_alignment": alignment,
         "do_expand": int(do_expand),
+        "do_cpu_sync": int(do_cpu_sync),
     }
     told = torch.tensor([int(refusal is not None), *beliefs.values()], device=rows.device)
     outgoing = torch.cat([counts[:, None], told.expand(num_ranks, -1)], dim=1)

@@ -110,6 +110,21 @@ def expand_rows(
     return [*spread, spread_weights] if has_weights else spread
 
 
+def with_garbage(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """The rows [N, ...], contiguous, and behind them what deep_ep leaves uninitialised: NaN, or row numbers where the
+    dtype has none. num_rows: N or more."""
+    if len(rows) == num_rows:
+        return rows.contiguous()
+    longer = rows.new_empty(num_rows, *rows.shape[1:])
+    longer[: len(rows)] = rows
+    tail = longer[len(rows) :]
+    if rows.is_floating_point():
+        tail.view(_SAME_SIZE_INT[rows.dtype.itemsize]).fill_(_nan_bits(rows.dtype))
+    else:
+        tail.copy_(torch.arange(len(tail), device=rows.device)[:, None])
+    return longer
+
+
 def _nan_bits(dtype: torch.dtype) -> int:
     """NaN as an integer of the same size; all ones for packs of UE8M0, whose NaN is 0xFF."""
     if not dtype.is_floating_point:

@@ -41,8 +41,6 @@ def look_at_torch() -> dict[str, Any]:
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if torch.version.cuda else None,
         "devices": [{"name": torch.cuda.get_device_name(device), "sm": sm[device]} for device in devices],
         "warning": str(caught[0].message) if caught else None,
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "fill_uninitialized_memory": torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
     }
 
 

@@ -54,17 +54,6 @@ def check_torch(facts: Facts) -> Check:
     return Check("ok" if version(found) >= (2, 4) else "fail", found, "2.4 or newer", "upgrade torch")
 
 
-@checks.add("deterministic mode", imports=True)
-def check_deterministic(facts: Facts) -> Check:
-    on, fill = facts["torch"]["deterministic"], facts["torch"]["fill_uninitialized_memory"]
-    return Check(
-        "fail" if on and fill else "ok",
-        f"on, {'with' if fill else 'without'} fill_uninitialized_memory" if on else "off",
-        "without it: DeepEP V2 answers each call with a bare AssertionError",
-        "torch.utils.deterministic.fill_uninitialized_memory = False, before training",
-    )
-
-
 @checks.add("NCCL", for_v2=True, imports=True)
 def check_nccl(facts: Facts) -> Check:
     nccl = facts["deep_ep"].get("nccl")

@@ -6,8 +6,12 @@ import mmap
 import struct
 import threading
 
-KINDS = ("forward dispatch", "forward combine", "backward of the combine", "backward of the dispatch")
+KINDS = (
+    *("forward dispatch", "forward combine", "backward of the combine", "backward of the dispatch"),
+    *("recomputed dispatch", "sync-free forward dispatch"),
+)
 FORWARD_DISPATCH, FORWARD_COMBINE, BACKWARD_OF_COMBINE, BACKWARD_OF_DISPATCH = range(4)
+RECOMPUTED_DISPATCH, SYNC_FREE_DISPATCH = 4, 5  # which return before they have finished, as all but the first do
 
 # Cells of 8 bytes. The last call whose end the GPU has passed, modulo RING (the GPU writes it itself); calls entered,
 # left, and marked for the GPU; the thread of the last call; then RING calls of WIDTH cells.

@@ -1,6 +1,7 @@
 """The rank's side of the watchdog: it writes down each call of a buffer, and has a watcher beside it that reads.
 
-A call costs a few stores into shared memory and, on a GPU, a copy of 8 bytes.
+A call costs a few stores into shared memory and, on a GPU, a copy of 8 bytes. Calls that a CUDA graph captures are not
+written down: what is recorded then would be replayed, with the numbers of the calls that were captured.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ from megatron_ep_v2.watchdog.record import (
     FORWARD_COMBINE,
     FORWARD_DISPATCH,
     LEFT,
+    RECOMPUTED_DISPATCH,
     RECORD_BYTES,
+    SYNC_FREE_DISPATCH,
     Record,
 )
 
@@ -82,16 +85,21 @@ class WatchedBuffer:
         """See `contract.Buffer.dispatch`."""
         watch, handle = self.watch, arguments.get("handle")
         rows = x[0] if isinstance(x, tuple) else x
+        if _captured(rows):
+            return self.buffer.dispatch(x, **arguments)
         clock = watch.clock or watch.set_clock(rows)
         if handle is not None:
-            with watch.call(BACKWARD_OF_COMBINE, *_moe_call(handle)):
+            kind = BACKWARD_OF_COMBINE if arguments.get("topk_weights") is None else RECOMPUTED_DISPATCH
+            with watch.call(kind, *_moe_call(handle)):
                 answer = self.buffer.dispatch(x, **arguments)
             clock.mark(watch.number)
             return answer
         moe_call = (watch.moe_calls + 1, rows.shape[0] if rows.dim() else 0)
-        start = clock.now()
-        with watch.call(FORWARD_DISPATCH, *moe_call):
+        start, waits = clock.now(), arguments.get("do_cpu_sync", True)
+        with watch.call(FORWARD_DISPATCH if waits else SYNC_FREE_DISPATCH, *moe_call):
             answer = self.buffer.dispatch(x, **arguments)
+        if not waits:
+            clock.mark(watch.number)
         watch.waits.append((watch.number, start, clock.now()))
         watch.moe_calls += 1
         vars(answer[3])["moe_call"] = moe_call  # the handle goes through all calls of a layer
@@ -99,6 +107,8 @@ class WatchedBuffer:
 
     def combine(self, x: torch.Tensor, handle: Any, topk_weights: torch.Tensor | None = None, **arguments: Any) -> Any:
         """See `contract.Buffer.combine`."""
+        if _captured(x):
+            return self.buffer.combine(x, handle, topk_weights, **arguments)
         watch = self.watch
         clock = watch.clock or watch.set_clock(x)
         kind = FORWARD_COMBINE if topk_weights is None else BACKWARD_OF_DISPATCH
@@ -216,6 +226,11 @@ def _start(task: Task) -> Any:
 def _moe_call(handle: Any) -> tuple[int, int]:
     """The number of a handle's dispatch in its step, and its tokens. Zeros if nobody watched it."""
     return getattr(handle, "moe_call", (0, 0))
+
+
+def _captured(rows: torch.Tensor) -> bool:
+    """Whether a CUDA graph is recording what is done with these rows."""
+    return rows.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _shared_file() -> Any:

@@ -1,0 +1,240 @@
+"""How much of dispatch and combine is exposed in whole steps, with Megatron's two ways to overlap them and without.
+
+    shared   a stack of MoE layers with shared experts: `moe_shared_expert_overlap` off and on
+    1f1b     a GPT of MoE layers, several micro-batches: one after the other, and by Megatron's 1F1B plan, which runs
+             one micro-batch's forward beside another's backward
+
+Exposed: some kernel of deep_ep runs and no other kernel does, in a profiler's trace of one step; a kernel that waits
+for a late rank counts as running. Times are CUDA events, medians over repeats of the slowest rank; shares are the worst
+rank's. Results of both ways agree before anything is timed. The number of hardware queues is the environment's:
+
+    CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun --nproc-per-node 8 benchmarks/gpu_overlap.py [--out ...overlap_1.jsonl]
+    CUDA_DEVICE_MAX_CONNECTIONS=32 torchrun --nproc-per-node 8 benchmarks/gpu_overlap.py [--out ...overlap_32.jsonl]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from common import environment, start, time_layers, torchrun, write_rows
+from exposed import profiled
+
+import megatron_ep_v2
+
+HIDDEN, FFN, EXPERTS, TOPK = 2048, 768, 128, 8  # Qwen3-30B-A3B
+SHARED_FFN = 4096  # Qwen3 has no shared expert: as much work for a token as its 8 chosen ones have, rounded down
+HEADS, VOCABULARY = 16, 32768
+
+Run = Callable[[], dict[str, torch.Tensor]]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--layout", choices=("compact", "expanded"), default="expanded")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a micro-batch")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--micro-batches", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    device = start(on_cpu=False)
+    _initialise_megatron(options)
+    rows = [row for case in options.cases for row in _measure(case, options, device)]
+    if dist.get_rank() == 0:
+        for row in rows:
+            print(
+                f"{row['case']:<7} overlap {row['overlap']:<4} {row['microseconds']:>8.0f} us {row['ratio']:.3f}"
+                f"  deep_ep {row['communication_us']:>7.0f} us, exposed {row['exposed_us']:>7.0f} us:"
+                f" {row['exposed_share']:.1%} of the step, {row['covered']:.1%} covered"
+            )
+        write_rows(options.out, environment(torchrun("gpu_overlap.py")), rows)
+    megatron_ep_v2.uninstall()
+    dist.destroy_process_group()
+
+
+def _initialise_megatron(options: argparse.Namespace) -> None:
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(
+        expert_model_parallel_size=dist.get_world_size(), expert_tensor_parallel_size=1
+    )
+    model_parallel_cuda_manual_seed(1)
+    megatron_ep_v2.install(buffer="elastic", layout=options.layout, num_max_tokens_per_rank=options.tokens)
+
+
+def _config(layers: int, **more: Any) -> Any:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    return TransformerConfig(
+        num_layers=layers,
+        hidden_size=HIDDEN,
+        num_attention_heads=HEADS,
+        num_query_groups=4,
+        kv_channels=128,
+        ffn_hidden_size=FFN,
+        moe_ffn_hidden_size=FFN,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=True,
+        params_dtype=torch.bfloat16,
+        num_moe_experts=EXPERTS,
+        moe_router_topk=TOPK,
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none",
+        moe_grouped_gemm=True,
+        moe_permute_fusion=True,
+        gradient_accumulation_fusion=False,
+        moe_token_dispatcher_type="flex",
+        moe_flex_dispatcher_backend="deepep",
+        expert_model_parallel_size=dist.get_world_size(),
+        **more,
+    )
+
+
+def _shared(options: argparse.Namespace, device: torch.device) -> dict[str, Run]:
+    """Layers with a residual connection, alike in both variants."""
+    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+
+    def build(overlap: bool) -> torch.nn.ModuleList:
+        config = _config(1, moe_shared_expert_intermediate_size=SHARED_FFN, moe_shared_expert_overlap=overlap)
+        spec = get_moe_module_spec(use_te=True, num_experts=EXPERTS, moe_grouped_gemm=True)
+        layers = range(1, options.layers + 1)
+        if isinstance(spec, ModuleSpec):
+            made = [build_module(spec, config=config, layer_number=number) for number in layers]
+        else:
+            made = [spec(config=config, layer_number=number) for number in layers]
+        return torch.nn.ModuleList(made).to(device)
+
+    generator = torch.Generator(device).manual_seed(dist.get_rank())
+    hidden = torch.randn(options.tokens, 1, HIDDEN, generator=generator, device=device).bfloat16()
+    grad = torch.randn(options.tokens, 1, HIDDEN, generator=generator, device=device).bfloat16()
+    plain, overlapped = build(False), build(True)
+    overlapped.load_state_dict(plain.state_dict())
+
+    def step(layers: torch.nn.ModuleList) -> dict[str, torch.Tensor]:
+        layers.zero_grad(set_to_none=True)
+        x = hidden.detach().requires_grad_()
+        y = x
+        for layer in layers:
+            y = y + layer(y)[0]
+        y.backward(grad)
+        assert x.grad is not None
+        return {"output": y.detach(), "gradient": x.grad}
+
+    return {"off": lambda: step(plain), "on": lambda: step(overlapped)}
+
+
+def _one_forward_one_backward(options: argparse.Namespace, device: torch.device) -> dict[str, Run]:
+    """The same model and micro-batches, one after the other and by Megatron's plan."""
+    from megatron.core.models.common.model_chunk_schedule_plan import TransformerModelChunkSchedulePlan
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.pipeline_parallel.utils import set_streams
+
+    set_streams()
+    config = _config(options.layers)
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=get_gpt_decoder_block_spec(config=config, use_transformer_engine=True),
+        vocab_size=VOCABULARY,
+        max_sequence_length=options.tokens,
+        position_embedding_type="rope",
+    ).to(device)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    positions = torch.arange(options.tokens, device=device)[None]
+
+    def tokens() -> torch.Tensor:
+        return torch.randint(VOCABULARY, (1, options.tokens), generator=generator).to(device)
+
+    batches: list[dict[str, Any]] = [
+        {"input_ids": tokens(), "position_ids": positions, "attention_mask": None, "labels": tokens()}
+        for _ in range(options.micro_batches)
+    ]
+
+    def gradients(losses: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        norm = torch.stack([grad.double().norm() for grad in grads]).norm()
+        return {"loss": torch.stack([loss.detach().double().mean() for loss in losses]), "gradient norm": norm}
+
+    def one_after_the_other() -> dict[str, torch.Tensor]:
+        model.zero_grad(set_to_none=True)
+        losses = []
+        for batch in batches:
+            losses.append(model(**batch))
+            losses[-1].backward(torch.ones_like(losses[-1]))
+        return gradients(losses)
+
+    def planned() -> dict[str, torch.Tensor]:
+        model.zero_grad(set_to_none=True)
+        run, losses, previous = TransformerModelChunkSchedulePlan.run, [], None
+        for batch in batches:
+            plan = model.build_schedule_plan(**batch)
+            loss = run(plan, previous, b_grad=torch.ones_like(losses[-1]) if losses else None)
+            losses.append(loss.detach())
+            previous = plan
+        run(None, previous, b_grad=torch.ones_like(losses[-1]))
+        return gradients(losses)
+
+    return {"off": one_after_the_other, "on": planned}
+
+
+CASES: dict[str, Callable[[argparse.Namespace, torch.device], dict[str, Run]]] = {
+    "shared": _shared,
+    "1f1b": _one_forward_one_backward,
+}
+
+
+def _measure(case: str, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    variants = CASES[case](options, device)
+    results = {name: run() for name, run in variants.items()}
+    for name, expected in results["off"].items():
+        error = (results["on"][name].double() - expected.double()).norm() / expected.double().norm()
+        assert error < 2e-2, f"{case}: overlap changes the {name} by {error:.1e}"
+    del results
+    times = time_layers(variants, options.repeats, device)
+    rows = []
+    for name, run in variants.items():
+        shares = profiled(run)
+        values = torch.tensor([shares.step, shares.communication, shares.exposed], dtype=torch.float64, device=device)
+        by_rank = values.new_empty(dist.get_world_size() * 3)
+        dist.all_gather_into_tensor(by_rank, values)
+        step, communication, exposed = max(by_rank.view(-1, 3).tolist(), key=lambda row: row[2] / row[0])
+        rows.append(
+            {
+                "case": case,
+                "overlap": name,
+                "layout": options.layout,
+                "max_connections": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "unset"),
+                "ranks": dist.get_world_size(),
+                "tokens_per_rank": options.tokens,
+                "layers": options.layers,
+                "microseconds": round(statistics.median(times[name]), 1),
+                "ratio": round(statistics.median(times[name]) / statistics.median(times["off"]), 3),
+                "repeats": options.repeats,
+                "traced_step_us": round(step, 1),
+                "communication_us": round(communication, 1),
+                "exposed_us": round(exposed, 1),
+                "exposed_share": round(exposed / step, 4),
+                "covered": round(1 - exposed / communication, 4),
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Activation recompute: a stack of MoE layers without it, with it, and with the first dispatch's handle replayed.
+
+Each layer is a dispatch, an MLP over the received rows (one weight for all experts: the same work as a grouped GEMM of
+Qwen3-30B-A3B's) and a combine, under torch's reentrant checkpoint, which does what Megatron's does. Forward + backward
+of all layers; variants alternate; CUDA events, medians over repeats of the slowest rank; peak memory beyond what was
+allocated before. `kept` is what checkpoints hold between forward and backward.
+
+    torchrun --nproc-per-node 8 benchmarks/gpu_recompute.py [--out benchmarks/results/h200x8/recompute.jsonl]
+
+On the CPU, to try the script: torchrun --nproc-per-node 2 benchmarks/gpu_recompute.py --cpu
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from common import environment, start, time_layers, torchrun, write_rows
+from torch.utils.checkpoint import checkpoint
+
+import megatron_ep_v2
+from megatron_ep_v2 import deferred, settings
+from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
+from megatron_ep_v2.recompute import Replayed
+
+HIDDEN, FFN, EXPERTS, TOPK = 2048, 768, 128, 8  # Qwen3-30B-A3B
+VARIANTS = ("no recompute", "recompute", "recompute, replayed")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens per rank")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--layouts", nargs="+", default=["expanded"], choices=("compact", "expanded"))
+    parser.add_argument("--cpu", action="store_true", help="the reference buffer, with few tokens")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    device = start(options.cpu)
+    settings.activate(settings.resolve(buffer="reference" if options.cpu else "elastic"))
+    if options.cpu:
+        options.tokens, options.layers, options.repeats = 64, 2, 3
+
+    rows = [row for layout in options.layouts for row in _measure(layout, options, device)]
+    if dist.get_rank() == 0:
+        for row in rows:
+            print(
+                f"{row['layout']:<9} {row['variant']:<20} {row['microseconds']:>9.0f} us  {row['ratio']:.3f}"
+                f"  peak {row['peak_mib']:>7.1f} MiB  kept {row['kept_mib']:>7.1f} MiB"
+            )
+        write_rows(options.out, environment(torchrun("gpu_recompute.py")), rows)
+    megatron_ep_v2.destroy_buffers()
+    dist.destroy_process_group()
+
+
+def _measure(layout: str, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    stack = Stack(layout, options, device)
+    variants = {variant: _stack_of(stack, variant) for variant in VARIANTS}
+    results = {variant: run() for variant, run in variants.items()}
+    for variant, result in results.items():
+        for mine, theirs in zip(result, results["no recompute"], strict=True):
+            error = (mine.double() - theirs.double()).norm() / theirs.double().norm()
+            assert error < 1e-2, f"{layout}, {variant}: a result is off by {error:.1e}"
+    deferred.read_all()  # the routing was the same
+    del results
+    memory = {variant: stack.memory(variant) for variant in VARIANTS}
+    times = time_layers(variants, options.repeats, device)
+    base = statistics.median(times["recompute"])
+    return [
+        {
+            "layout": layout,
+            "variant": variant,
+            "layers": options.layers,
+            "tokens_per_rank": options.tokens,
+            "ranks": dist.get_world_size(),
+            "microseconds": round(statistics.median(times[variant]), 1),
+            "ratio": round(statistics.median(times[variant]) / base, 3),
+            "repeats": options.repeats,
+            "peak_mib": round(memory[variant][0], 1),
+            "kept_mib": round(memory[variant][1], 1),
+        }
+        for variant in VARIANTS
+    ]
+
+
+def _stack_of(stack: Stack, variant: str) -> Callable[[], tuple[torch.Tensor, ...]]:
+    return lambda: stack.run(variant)
+
+
+class Stack:
+    """MoE layers one after the other, each with a routing of its own."""
+
+    def __init__(self, layout: str, options: argparse.Namespace, device: torch.device):
+        generator = torch.Generator(device).manual_seed(dist.get_rank())
+
+        def make(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator, device=device)
+
+        self.layout, self.device = layout, device
+        self.x, self.grad = make(options.tokens, HIDDEN).bfloat16(), make(options.tokens, HIDDEN).bfloat16()
+        self.x.requires_grad_()
+        tops = [make(options.tokens, EXPERTS).softmax(dim=1).topk(TOPK, dim=1) for _ in range(options.layers)]
+        self.picks = [top.indices for top in tops]
+        self.probs = [top.values.contiguous().requires_grad_() for top in tops]
+        self.up, self.down = (make(HIDDEN, FFN) * 0.02).bfloat16(), (make(FFN, HIDDEN) * 0.02).bfloat16()
+
+    def layer(self, x: torch.Tensor, picks: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+        expand = self.layout == "expanded"
+        rows, idx, row_probs, _, handle = fused_dispatch(x, picks, probs, EXPERTS, dist.group.WORLD, do_expand=expand)
+        weights = row_probs if idx is None else row_probs.masked_fill(idx < 0, 0.0).sum(dim=1)
+        rows = (F.silu(rows @ self.up) @ self.down) * weights[:, None].to(rows.dtype)
+        return x + fused_combine(rows, dist.group.WORLD, handle)[0]
+
+    def forward(self, variant: str) -> torch.Tensor:
+        y = self.x
+        for picks, probs in zip(self.picks, self.probs, strict=True):
+            if variant == "no recompute":
+                y = self.layer(y, picks, probs)
+            else:
+                function = Replayed(self.layer) if variant == "recompute, replayed" else self.layer
+                y = checkpoint(function, y, picks, probs, use_reentrant=True)
+        return y
+
+    def run(self, variant: str) -> tuple[torch.Tensor, ...]:
+        for leaf in (self.x, *self.probs):
+            leaf.grad = None
+        y = self.forward(variant)
+        y.backward(self.grad)
+        assert self.x.grad is not None and self.probs[0].grad is not None
+        return y.detach(), self.x.grad, self.probs[0].grad
+
+    def memory(self, variant: str) -> tuple[float, float]:
+        """(peak, kept between forward and backward) in MiB; zeros on the CPU."""
+        if self.device.type == "cpu":
+            return 0.0, 0.0
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        y = self.forward(variant)
+        kept = torch.cuda.memory_allocated() - before
+        y.backward(self.grad)
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20, kept / 2**20
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""The three GEMMs of a linear layer of several experts, on three backends.
+
+    forward   x [P, K]    , w [L, N, K] -> x @ w.T    [P, N]    each row with its own expert's w
+    dgrad     grad [P, N] , w [L, N, K] -> grad @ w   [P, K]
+    wgrad     grad [P, N] , x [P, K]    -> grad.T @ x [L, N, K] over each expert's rows; zero where it has none
+
+Rows that belong to no expert come out as whatever was in memory, and go into nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import Any, Protocol
+
+import torch
+
+from megatron_ep_v2.errors import InputError, SettingsError, UnavailableError
+from megatron_ep_v2.experts.groups import Groups
+from megatron_ep_v2.layouts.places import CONTIGUOUS_ALIGNMENT
+
+
+class Gemm(Protocol):
+    """A backend.
+
+    Attributes:
+        alignment: Each expert's rows have to be padded to a multiple of this.
+    """
+
+    alignment: int
+
+    def check(self, x: torch.Tensor, w: torch.Tensor) -> None:
+        """Raise an EPError where this backend cannot multiply these."""
+
+    def forward(self, x: torch.Tensor, w: torch.Tensor, groups: Groups) -> torch.Tensor: ...
+
+    def dgrad(self, grad: torch.Tensor, w: torch.Tensor, groups: Groups) -> torch.Tensor: ...
+
+    def wgrad(self, grad: torch.Tensor, x: torch.Tensor, groups: Groups) -> torch.Tensor: ...
+
+
+class Sequential:
+    """One GEMM an expert, any dtype and device. The host has to know the sizes."""
+
+    alignment = 1
+
+    def check(self, x: torch.Tensor, w: torch.Tensor) -> None:
+        """Everything goes."""
+
+    def forward(self, x: torch.Tensor, w: torch.Tensor, groups: Groups) -> torch.Tensor:
+        return self._by_expert(x, w.transpose(1, 2), groups)
+
+    def dgrad(self, grad: torch.Tensor, w: torch.Tensor, groups: Groups) -> torch.Tensor:
+        return self._by_expert(grad, w, groups)
+
+    def wgrad(self, grad: torch.Tensor, x: torch.Tensor, groups: Groups) -> torch.Tensor:
+        sizes = groups.host_sizes()
+        out = x.new_empty(len(sizes), grad.shape[1], x.shape[1])
+        used = sum(sizes)
+        for mine, a, b in zip(out, grad[:used].split(sizes), x[:used].split(sizes), strict=True):
+            torch.mm(a.t(), b, out=mine)
+        return out
+
+    def _by_expert(self, x: torch.Tensor, w: torch.Tensor, groups: Groups) -> torch.Tensor:
+        sizes = groups.host_sizes()
+        out = x.new_empty(len(x), w.shape[2])
+        used = sum(sizes)
+        for mine, rows, weight in zip(out[:used].split(sizes), x[:used].split(sizes), w, strict=True):
+            torch.mm(rows, weight, out=mine)
+        return out
+
+
+class Grouped:
+    """torch's grouped GEMM: one kernel, sizes on the device."""
+
+    alignment = 1
+
+    def check(self, x: torch.Tensor, w: torch.Tensor) -> None:
+        """
+        Raises:
+            UnavailableError: This torch has no grouped GEMM, or none for this GPU that leaves the sizes on the device.
+            InputError: A dtype or size that it does not take.
+        """
+        _grouped_mm()
+        # Elsewhere it is a loop that waits for the sizes (torch 2.11, aten/src/ATen/native/cuda/GroupedBlas.cpp).
+        if x.is_cuda and torch.cuda.get_device_capability(x.device) < (9, 0):
+            raise UnavailableError(
+                "torch has no grouped GEMM for this GPU",
+                found=f"compute capability {torch.cuda.get_device_capability(x.device)}",
+                needed="9.0 or more",
+                fix="choose the sequential experts",
+            )
+        good = (torch.bfloat16,) if x.is_cuda else (torch.bfloat16, torch.float16, torch.float32)
+        step = 16 // x.element_size()  # its rows start at multiples of 16 bytes
+        if x.dtype not in good or w.dtype != x.dtype or w.shape[1] % step or w.shape[2] % step:
+            raise InputError(
+                "torch's grouped GEMM does not take these experts",
+                found=f"{x.dtype} rows, {w.dtype} weights {tuple(w.shape)}",
+                needed=f"{' or '.join(map(str, good))} for both, sizes that are multiples of {step}",
+                fix="train in bf16 (--bf16), or choose the sequential experts",
+            )
+
+    def forward(self, x: torch.Tensor, w: torch.Tensor, groups: Groups) -> torch.Tensor:
+        return self._multiply(x, w.transpose(1, 2), groups)
+
+    def dgrad(self, grad: torch.Tensor, w: torch.Tensor, groups: Groups) -> torch.Tensor:
+        return self._multiply(grad, w, groups)
+
+    def wgrad(self, grad: torch.Tensor, x: torch.Tensor, groups: Groups) -> torch.Tensor:
+        if not len(x):
+            return x.new_zeros(len(groups.ends), grad.shape[1], x.shape[1])
+        return _grouped_mm()(grad.t(), x, offs=groups.ends)  # type: ignore[no-any-return]
+
+    def _multiply(self, x: torch.Tensor, w: torch.Tensor, groups: Groups) -> torch.Tensor:
+        if not len(x):
+            return x.new_empty(0, w.shape[2])
+        return _grouped_mm()(x, w, offs=groups.ends)  # type: ignore[no-any-return]
+
+
+class DeepGemm(Grouped):
+    """DeepGEMM's bf16 GEMMs on the contiguous layout, forward and dgrad.
+
+    wgrad is torch's: on SM90 DeepGEMM's own (k_grouped_bf16_gemm_tn_contiguous) wants the sizes on the host.
+    """
+
+    alignment = CONTIGUOUS_ALIGNMENT
+
+    def check(self, x: torch.Tensor, w: torch.Tensor) -> None:
+        """
+        Raises:
+            UnavailableError: DeepGEMM is not here, or this is no GPU.
+            InputError: A dtype or size that it does not take.
+        """
+        deep_gemm()
+        if not x.is_cuda:
+            raise UnavailableError(
+                "DeepGEMM multiplies on GPUs only", found=f"rows on {x.device}", fix="choose the sequential experts"
+            )
+        super().check(x, w)
+        if w.shape[1] % 64 or w.shape[2] % 64:  # DeepGEMM, impls/sm90_bf16_gemm.hpp: k % 64 == 0; N is dgrad's K
+            raise InputError(
+                "DeepGEMM does not take experts of this size",
+                found=f"weights {tuple(w.shape)}",
+                needed="multiples of 64",
+                fix="choose the grouped experts",
+            )
+
+    def forward(self, x: torch.Tensor, w: torch.Tensor, groups: Groups) -> torch.Tensor:
+        out = x.new_empty(len(x), w.shape[1])
+        deep_gemm().m_grouped_bf16_gemm_nt_contiguous(x, w, out, m_indices(groups, len(x)))
+        return out
+
+    def dgrad(self, grad: torch.Tensor, w: torch.Tensor, groups: Groups) -> torch.Tensor:
+        out = grad.new_empty(len(grad), w.shape[2])
+        deep_gemm().m_grouped_bf16_gemm_nn_contiguous(grad, w, out, m_indices(groups, len(grad)))
+        return out
+
+
+def m_indices(groups: Groups, num_rows: int) -> torch.Tensor:
+    """[P] int32, the expert of each row; -1 = nobody's. Padding inside an expert's rows counts as its own."""
+    place = torch.arange(num_rows, dtype=torch.int32, device=groups.ends.device)
+    expert = torch.searchsorted(groups.ends, place, right=True, out_int32=True)
+    return expert if groups.used is None else torch.where(expert < len(groups.ends), expert, -1)
+
+
+GEMMS: dict[str, Gemm] = {"deepgemm": DeepGemm(), "grouped": Grouped(), "sequential": Sequential()}
+
+
+def gemm(backend: str) -> Gemm:
+    """The backend of this name."""
+    if backend not in GEMMS:
+        raise SettingsError(f"there are no {backend!r} experts", needed="one of " + ", ".join(GEMMS))
+    return GEMMS[backend]
+
+
+@functools.cache
+def deep_gemm() -> Any:
+    """The package deep_gemm.
+
+    Raises:
+        UnavailableError: It cannot be imported. It asserts, too, that it finds a CUDA toolkit.
+    """
+    try:
+        return importlib.import_module("deep_gemm")
+    except (ImportError, AssertionError, OSError, RuntimeError) as error:
+        raise UnavailableError(
+            "DeepGEMM cannot be imported",
+            found=f"{type(error).__name__}: {error}",
+            needed="the package deep_gemm, and the CUDA toolkit that it compiles with",
+            fix="install it from its repository (deepseek-ai/DeepGEMM), or choose the grouped experts",
+        ) from error
+
+
+@functools.cache
+def _grouped_mm() -> Any:
+    """torch.nn.functional.grouped_mm from torch 2.10 on; torch._grouped_mm, with the same arguments, before."""
+    public = getattr(torch.nn.functional, "grouped_mm", None)
+    found = public or getattr(torch, "_grouped_mm", None)
+    if found is None:
+        raise UnavailableError(
+            "this torch has no grouped GEMM",
+            found=f"torch {torch.__version__}",
+            needed="torch.nn.functional.grouped_mm (torch 2.10) or torch._grouped_mm (torch 2.8)",
+            fix="upgrade torch, or choose the sequential experts",
+        )
+    return found

@@ -1,0 +1,68 @@
+"""Which rows belong to which expert, as much of it on the host as is known there for free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_ep_v2.errors import InputError
+from megatron_ep_v2.layouts.places import Places
+
+
+@dataclass(frozen=True, kw_only=True)
+class Groups:
+    """Rows [P] of L experts, one behind the other.
+
+    Attributes:
+        ends: [L] int32 on the rows' device, where each expert's rows end.
+        sizes: Rows of each expert, where the host knows them; None = only the device does.
+        alignment: Each size is a multiple of this.
+        used: One int32 on the device: rows from here on belong to nobody, and may hold anything. None = there are none.
+    """
+
+    ends: torch.Tensor
+    sizes: tuple[int, ...] | None
+    alignment: int
+    used: torch.Tensor | None
+
+    @classmethod
+    def from_places(cls, places: Places) -> Groups:
+        """Of rows that `layouts.gather_rows` laid out, contiguous or masked. No host wait."""
+        used = places.ends[-1] if places.expected_m is None else None
+        return cls(ends=places.ends, sizes=None, alignment=places.alignment, used=used)
+
+    @classmethod
+    def from_counts(cls, tokens_per_expert: torch.Tensor, rows: torch.Tensor) -> Groups:
+        """From what Megatron hands to its experts. No host wait.
+
+        Args:
+            tokens_per_expert: [L] integers. On the CPU with rows on a GPU, they add up to P; else to P at most.
+            rows: [P, H].
+
+        Raises:
+            InputError: Counts that do not add up to the rows, where that is seen without a wait.
+        """
+        if tokens_per_expert.device == rows.device and rows.is_cuda:
+            ends = tokens_per_expert.cumsum(0).to(torch.int32)
+            return cls(ends=ends, sizes=None, alignment=1, used=ends[-1])
+        sizes = tuple(tokens_per_expert.long().tolist())  # of sync-free mode, int32, they refuse to be asked directly
+        used = sum(sizes)
+        if used > len(rows) or (used < len(rows) and rows.is_cuda):
+            raise InputError(
+                "the experts' rows are not as many as their counts say",
+                found=f"{len(rows)} rows, tokens_per_expert adds up to {used}",
+                needed="one row for each",
+                fix="keep a static number of rows with counts on the device",
+            )
+        ends = tokens_per_expert.cumsum(0).to(torch.int32)
+        if rows.is_cuda:
+            ends = ends.to(rows.device, non_blocking=True)  # staged by the driver: nothing waits, and it may be freed
+        alignment = 1
+        while alignment < 128 and all(size % (2 * alignment) == 0 for size in sizes):
+            alignment *= 2
+        return cls(ends=ends, sizes=sizes, alignment=alignment, used=ends[-1] if used < len(rows) else None)
+
+    def host_sizes(self) -> tuple[int, ...]:
+        """Rows of each expert. Waits for the device where the host does not know them."""
+        return self.sizes if self.sizes is not None else tuple(self.ends.diff(prepend=self.ends.new_zeros(1)).tolist())

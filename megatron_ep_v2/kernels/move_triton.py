@@ -1,0 +1,201 @@
+"""The Triton kernels of `move`. One program a row of the result, in accesses of 16 bytes; offsets are 64-bit."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from megatron_ep_v2.kernels.move import accumulator
+
+BYTES = 4096  # of a row that a program has in flight at a time: two accesses of 16 bytes a thread of four warps
+TAKEN = 1024  # numbers of a program of `take`
+PLACES = 64  # rows of a program of `gather_columns`
+
+_TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
+_SAME_SIZE_INT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def gather(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """See `move.gather`."""
+    out = torch.empty(len(rows), x.shape[1], dtype=x.dtype, device=x.device)
+    whole_words = x.shape[1] * x.element_size() % 4 == 0
+    kind = torch.int32 if whole_words else _SAME_SIZE_INT[x.element_size()]
+    source, target = x.view(kind), out.view(kind)
+    if out.numel():
+        columns = source.shape[1]
+        _gather[(len(rows),)](source, target, rows, COLUMNS=columns, **tile(columns, source.element_size()))
+    return out
+
+
+def take(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """See `move.take`."""
+    out = torch.empty(index.shape, dtype=values.dtype, device=values.device)
+    if out.numel():
+        _take[(triton.cdiv(out.numel(), TAKEN),)](values, index, out, out.numel(), BLOCK=TAKEN)
+    return out
+
+
+def reduce(y: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """See `move.reduce`."""
+    out = torch.empty(len(slots), y.shape[1], dtype=y.dtype, device=y.device)
+    if out.numel():
+        _reduce[(len(slots),)](
+            *(y, slots, weights if weights is not None else slots, out),
+            WEIGHTED=weights is not None,
+            TOPK=slots.shape[1],
+            COLUMNS=y.shape[1],
+            KIND=accumulator_kind(y),
+            enable_fp_fusion=False,  # a product is rounded before it is added, as in PyTorch
+            **tile(y.shape[1], y.element_size()),
+        )
+    return out
+
+
+def spread(
+    grad: torch.Tensor, y: torch.Tensor, rows: torch.Tensor, sources: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `move.spread`."""
+    grad_y, grad_weights = torch.empty_like(y), torch.zeros_like(weights)
+    if y.numel():
+        _spread[(len(y),)](
+            *(grad, y, rows, sources, weights, grad_y, grad_weights),
+            COLUMNS=y.shape[1],
+            KIND=accumulator_kind(y),
+            **tile(y.shape[1], y.element_size()),
+        )
+    return grad_y, grad_weights
+
+
+def gather_columns(scales: torch.Tensor, rows: torch.Tensor, group: int, stride: int, pack: bool) -> torch.Tensor:
+    """See `move.gather_columns`."""
+    columns = triton.cdiv(scales.shape[1], 4) if pack else scales.shape[1]
+    groups = max(1, len(rows) // max(1, group))
+    out = torch.empty(groups, columns, stride, dtype=torch.int32 if pack else scales.dtype, device=scales.device)
+    if out.numel():
+        _gather_columns[(groups, triton.cdiv(stride, PLACES))](
+            *(scales.view(torch.int32), rows, out.view(torch.int32), scales.shape[1], columns, group, stride),
+            PACK=pack,
+            WIDTH=triton.next_power_of_2(columns),
+            PLACES=PLACES,
+        )
+    return out
+
+
+def accumulator_kind(y: torch.Tensor) -> tl.dtype:
+    """What sums of y's elements are kept in."""
+    return _TRITON[accumulator(y)]
+
+
+def tile(columns: int, element_size: int) -> dict[str, int]:
+    """BLOCK: columns at a time, a power of two, one that divides the row if it can be large enough; warps for it."""
+    most = min(BYTES // element_size, triton.next_power_of_2(columns))
+    divisor = columns & -columns
+    block = min(most, divisor) if divisor >= most // 4 else most
+    return {"BLOCK": block, "num_warps": min(4, max(1, block * element_size // 512))}
+
+
+@triton.jit
+def _gather(x, out, rows, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + place).to(tl.int64)
+    width = tl.where(row >= 0, COLUMNS, 0)  # nothing is read for padding
+    for first in tl.static_range(0, COLUMNS, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        words = tl.load(x + row * COLUMNS + column, mask=column < width, other=0)
+        tl.store(out + place * COLUMNS + column, words, mask=column < COLUMNS)
+
+
+@triton.jit(do_not_specialize=["number"])
+def _take(values, index, out, number, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = lane < number
+    source = tl.load(index + lane, mask=here, other=-1)
+    tl.store(out + lane, tl.load(values + source, mask=source >= 0, other=0), mask=here)
+
+
+@triton.jit
+def _reduce(  # type: ignore[no-untyped-def]
+    y,
+    slots,
+    weights,
+    out,
+    WEIGHTED: tl.constexpr,
+    TOPK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    for first in range(0, COLUMNS, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        total = tl.zeros([BLOCK], KIND)
+        for k in tl.static_range(TOPK):
+            slot = tl.load(slots + row * TOPK + k).to(tl.int64)
+            width = tl.where(slot >= 0, COLUMNS, 0)
+            term = tl.load(y + slot * COLUMNS + column, mask=column < width, other=0).to(KIND)
+            if WEIGHTED:
+                term = term * tl.load(weights + row * TOPK + k, mask=slot >= 0, other=0).to(KIND)
+            total += term
+        tl.store(out + row * COLUMNS + column, total.to(out.dtype.element_ty), mask=column < COLUMNS)
+
+
+@triton.jit
+def _spread(  # type: ignore[no-untyped-def]
+    grad,
+    y,
+    rows,
+    sources,
+    weights,
+    grad_y,
+    grad_weights,
+    COLUMNS: tl.constexpr,
+    KIND: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + place).to(tl.int64)
+    source = tl.load(sources + place)
+    weight = tl.load(weights + source, mask=row >= 0, other=0).to(KIND)
+    width = tl.where(row >= 0, COLUMNS, 0)
+    dots = tl.zeros([BLOCK], KIND)
+    for first in range(0, COLUMNS, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        incoming = tl.load(grad + row * COLUMNS + column, mask=column < width, other=0).to(KIND)
+        dots += incoming * tl.load(y + place * COLUMNS + column, mask=column < width, other=0).to(KIND)
+        back = (incoming * weight).to(grad_y.dtype.element_ty)
+        tl.store(grad_y + place * COLUMNS + column, back, mask=column < COLUMNS)
+    dot = tl.sum(dots, axis=0)
+    tl.store(grad_weights + source, dot.to(grad_weights.dtype.element_ty), mask=row >= 0)
+
+
+@triton.jit(do_not_specialize=["group", "stride"])
+def _gather_columns(  # type: ignore[no-untyped-def]
+    scales,
+    rows,
+    out,
+    num_scales,
+    columns,
+    group,
+    stride,
+    PACK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PLACES: tl.constexpr,
+):
+    matrix = tl.program_id(0)
+    place = tl.program_id(1) * PLACES + tl.arange(0, PLACES)
+    column = tl.arange(0, WIDTH)
+    row = tl.load(rows + matrix * group + place, mask=place < group, other=-1).to(tl.int64)
+    if PACK:
+        words = tl.zeros([PLACES, WIDTH], tl.int32)
+        for i in tl.static_range(4):
+            scale = column * 4 + i
+            here = (row >= 0)[:, None] & (scale < num_scales)[None, :]
+            bits = tl.load(scales + row[:, None] * num_scales + scale[None, :], mask=here, other=0)
+            words |= ((bits >> 23) & 0xFF) << (8 * i)
+    else:
+        here = (row >= 0)[:, None] & (column < columns)[None, :]
+        words = tl.load(scales + row[:, None] * num_scales + column[None, :], mask=here, other=0)
+    inside = (place < stride)[:, None] & (column < columns)[None, :]
+    target = (matrix.to(tl.int64) * columns + column[None, :]) * stride + place[:, None]
+    tl.store(out + target, words, mask=inside)

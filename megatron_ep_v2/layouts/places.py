@@ -1,0 +1,180 @@
+"""The places of received picks in an expert-grouped matrix whose number of rows the host fixes beforehand.
+
+Letters as in `buffers.contract`, and M: the rows of that matrix. The counts stay on the device, so none of this waits
+for it, and a CUDA graph can hold all of it. Rows at or past `num_recv` may hold anything: their picks are ignored and
+they are never read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_ep_v2.errors import InputError, LayoutOverflowError
+from megatron_ep_v2.layouts.choose import kernels_of
+
+CONTIGUOUS_ALIGNMENT = 128  # DeepGEMM's get_mk_alignment_for_contiguous_layout(): its block of rows, one expert in each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """One place for each local pick, as many as fit. All tensors are int32 and on the device.
+
+    Attributes:
+        slots: [R, K], the place of pick k of row r; -1 where the pick is not local, or found no place.
+        rows: [M], the received row of each place; -1 = padding.
+        sources: [M], row * K + pick of each place; -1 = padding.
+        m_indices: [M], the local expert of each place, -1 = padding: DeepGEMM's `m_indices` (`grouped_layout`).
+        counts: [L], places in use of each expert, padding not counted: DeepGEMM's `masked_m`.
+        ends: [L], where each expert's rows end, padding counted: `offs` of torch's grouped_mm. Each expert starts where
+            the one before it ends.
+        overflow: Scalar: local picks that found no place; 0 = all fit. Never silent: see `check_overflow`.
+        needed: Scalar: the number of rows (contiguous), or `expected_m` (masked), with which all would fit.
+        alignment: Each expert's rows are a multiple of this; `expected_m` in the masked layout.
+        expected_m: Rows of each expert; None in the contiguous layout.
+    """
+
+    slots: torch.Tensor
+    rows: torch.Tensor
+    sources: torch.Tensor
+    m_indices: torch.Tensor
+    counts: torch.Tensor
+    ends: torch.Tensor
+    overflow: torch.Tensor
+    needed: torch.Tensor
+    alignment: int
+    expected_m: int | None
+
+    @property
+    def num_rows(self) -> int:
+        """M."""
+        return len(self.rows)
+
+    @property
+    def padded_counts(self) -> torch.Tensor:
+        """[L] int32, rows of each expert with its padding: `tokens_per_expert` of grouped experts."""
+        return self.ends.diff(prepend=self.ends.new_zeros(1))
+
+    def by_expert(self, rows: torch.Tensor) -> torch.Tensor:
+        """[M, ...] -> [L, expected_m, ...], a view, as masked GEMMs take it; [M, ...] as it is if contiguous."""
+        return rows if self.expected_m is None else rows.unflatten(0, (-1, self.expected_m))
+
+
+def place_contiguous(
+    recv_topk_idx: torch.Tensor,
+    num_recv: torch.Tensor | None,
+    num_local_experts: int,
+    num_rows: int,
+    alignment: int = CONTIGUOUS_ALIGNMENT,
+) -> Places:
+    """Experts one behind the other; each one's rows are padded to a multiple of `alignment`.
+
+    Args:
+        recv_topk_idx: [R, K] int64 LOCAL expert ids, -1 = the pick belongs to another rank, as a compact dispatch
+            delivers them.
+        num_recv: One int32 on the device, received rows: `handle.psum_num_recv_tokens_per_scaleup_rank[-1]`. None = R.
+        num_local_experts: L.
+        num_rows: M, a multiple of `alignment`; `rows_that_fit` is always enough. With fewer, the picks of the last
+            experts may find no place, and `overflow` counts them.
+        alignment: 1 = no padding.
+
+    Raises:
+        InputError: A shape, dtype or number is not as above.
+    """
+    _check(recv_topk_idx, num_recv, num_local_experts)
+    if alignment < 1 or num_rows < 0 or num_rows % alignment:
+        raise InputError(
+            "rows of a contiguous layout come in blocks",
+            found=f"num_rows={num_rows}, alignment={alignment}",
+            needed="num_rows a multiple of alignment, which is 1 or more",
+            fix="round num_rows up; rows_that_fit() does",
+        )
+    finder, _ = kernels_of(recv_topk_idx)
+    found = finder.place(recv_topk_idx.contiguous(), num_recv, num_local_experts, num_rows, alignment)
+    return _places(found, alignment, None)
+
+
+def place_masked(
+    recv_topk_idx: torch.Tensor, num_recv: torch.Tensor | None, num_local_experts: int, expected_m: int
+) -> Places:
+    """Expert e owns the rows from e * expected_m on; what it does not use is padding.
+
+    Args:
+        recv_topk_idx, num_recv, num_local_experts: As for `place_contiguous`.
+        expected_m: Rows of each expert. An expert's picks beyond it find no place, and `overflow` counts them; R is
+            always enough, as an expert is picked once in a row at most.
+
+    Raises:
+        InputError: A shape, dtype or number is not as above.
+    """
+    _check(recv_topk_idx, num_recv, num_local_experts)
+    if expected_m < 1:
+        raise InputError(f"a masked layout cannot give {expected_m} rows to an expert", needed="1 or more")
+    finder, _ = kernels_of(recv_topk_idx)
+    found = finder.place_masked(recv_topk_idx.contiguous(), num_recv, num_local_experts, expected_m)
+    return _places(found, expected_m, expected_m)
+
+
+def rows_that_fit(num_picks: int, num_local_experts: int, alignment: int = CONTIGUOUS_ALIGNMENT) -> int:
+    """M of a contiguous layout in which this many local picks fit, however they spread over the experts.
+
+    Args:
+        num_picks: At most R * min(K, L).
+    """
+    padding = min(num_local_experts, num_picks) * (alignment - 1)
+    return (num_picks + padding) // alignment * alignment
+
+
+def check_overflow(places: Places) -> None:
+    """Wait for the device, and raise if a pick found no place. Not for the hot path: once a step at most.
+
+    Raises:
+        LayoutOverflowError: With the size that would have been enough.
+    """
+    overflow, needed = torch.stack([places.overflow, places.needed]).tolist()
+    if overflow:
+        masked = places.expected_m is not None
+        name, size = ("expected_m", places.expected_m) if masked else ("num_rows", places.num_rows)
+        raise LayoutOverflowError(
+            f"{overflow} received picks found no place in the experts' layout",
+            found=f"{name}={size}",
+            needed=f"{name}={needed} for this routing",
+            fix=f"repeat the step with {name}={needed} or more",
+        )
+
+
+def _check(recv_topk_idx: torch.Tensor, num_recv: torch.Tensor | None, num_local_experts: int) -> None:
+    if recv_topk_idx.dim() != 2 or recv_topk_idx.dtype != torch.int64:
+        raise InputError(
+            "a layout cannot be made of these picks",
+            found=f"{recv_topk_idx.dtype} {tuple(recv_topk_idx.shape)}",
+            needed="recv_topk_idx [R, K] int64 of a compact dispatch",
+        )
+    if num_recv is not None and (
+        num_recv.dtype != torch.int32 or num_recv.numel() != 1 or num_recv.device != recv_topk_idx.device
+    ):
+        raise InputError(
+            "the number of received rows has to be on the device",
+            found=f"{num_recv.dtype} {tuple(num_recv.shape)} on {num_recv.device}",
+            needed=f"one int32 on {recv_topk_idx.device}",
+            fix="pass handle.psum_num_recv_tokens_per_scaleup_rank[-1]",
+        )
+    if num_local_experts < 1:
+        raise InputError(f"a layout cannot be made for {num_local_experts} experts", needed="1 or more")
+
+
+def _places(found: tuple[torch.Tensor, ...], alignment: int, expected_m: int | None) -> Places:
+    slots, rows, sources, m_indices, counts, ends, overflow, needed = found
+    return Places(
+        slots=slots,
+        rows=rows,
+        sources=sources,
+        m_indices=m_indices,
+        counts=counts,
+        ends=ends,
+        overflow=overflow,
+        needed=needed,
+        alignment=alignment,
+        expected_m=expected_m,
+    )

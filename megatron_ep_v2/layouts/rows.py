@@ -1,0 +1,134 @@
+"""Rows and weights to their places and back, with gradients. Each is one kernel, forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_ep_v2.errors import InputError
+from megatron_ep_v2.layouts.choose import kernels_of
+from megatron_ep_v2.layouts.places import Places
+
+
+def gather_rows(x: torch.Tensor, places: Places) -> torch.Tensor:
+    """Received rows to their places.
+
+    Args:
+        x: [R, H]. Rows without a place are not read.
+
+    Returns:
+        [M, H], zero on padding. The gradient of x is the sum over a row's places, in pick order, in fp32; zero for rows
+        without one.
+    """
+    _check_rows("received rows", x, len(places.slots))
+    return _Gather.apply(x, places)  # type: ignore[no-any-return]
+
+
+def gather_weights(weights: torch.Tensor, places: Places) -> torch.Tensor:
+    """Weights of picks to the picks' places.
+
+    Args:
+        weights: [R, K]. Weights without a place are not read.
+
+    Returns:
+        [M], zero on padding. The gradient is zero where a pick has no place.
+    """
+    _check_weights(weights, places)
+    return _Take.apply(weights, places)  # type: ignore[no-any-return]
+
+
+def reduce_rows(y: torch.Tensor, places: Places, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """What the experts made of a row's picks, added up: what `combine` takes.
+
+    Args:
+        y: [M, H], or [L, expected_m, H]. Padding is not read.
+        weights: [R, K], a factor for each pick; None = 1.
+
+    Returns:
+        [R, H] in y's dtype, added up in pick order in fp32 (fp64 for fp64). Rows without a place, which includes those
+        past `num_recv`, are zero. The gradient of y is zero on padding.
+    """
+    y = y.flatten(0, -2)
+    _check_rows("experts' rows", y, places.num_rows)
+    if weights is None:
+        return _Reduce.apply(y, places)  # type: ignore[no-any-return]
+    _check_weights(weights, places)
+    return _WeightedReduce.apply(y, weights, places)  # type: ignore[no-any-return]
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, places: Places) -> torch.Tensor:
+        ctx.slots = places.slots
+        return kernels_of(x)[1].gather(x.contiguous(), places.rows)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return (
+            kernels_of(grad)[1].reduce(grad.contiguous(), ctx.slots, None),  # x
+            None,  # places
+        )
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weights: torch.Tensor, places: Places) -> torch.Tensor:
+        ctx.slots = places.slots
+        return kernels_of(weights)[1].take(weights.contiguous(), places.sources)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return (
+            kernels_of(grad)[1].take(grad.contiguous(), ctx.slots),  # weights
+            None,  # places
+        )
+
+
+class _Reduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, places: Places) -> torch.Tensor:
+        ctx.rows = places.rows
+        return kernels_of(y)[1].reduce(y.contiguous(), places.slots, None)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return (
+            kernels_of(grad)[1].gather(grad.contiguous(), ctx.rows),  # y
+            None,  # places
+        )
+
+
+class _WeightedReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, weights: torch.Tensor, places: Places) -> torch.Tensor:
+        y, weights = y.contiguous(), weights.contiguous()
+        ctx.save_for_backward(y, weights)
+        ctx.rows, ctx.sources = places.rows, places.sources
+        return kernels_of(y)[1].reduce(y, places.slots, weights)  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        y, weights = ctx.saved_tensors
+        grad_y, grad_weights = kernels_of(grad)[1].spread(grad.contiguous(), y, ctx.rows, ctx.sources, weights)
+        return (
+            grad_y,  # y
+            grad_weights,  # weights
+            None,  # places
+        )
+
+
+def _check_rows(name: str, rows: torch.Tensor, number: int) -> None:
+    if rows.dim() != 2 or len(rows) != number:
+        raise InputError(
+            f"the {name} do not fit their places", found=str(tuple(rows.shape)), needed=f"({number}, hidden)"
+        )
+
+
+def _check_weights(weights: torch.Tensor, places: Places) -> None:
+    if weights.shape != places.slots.shape:
+        raise InputError(
+            "the weights do not fit their places",
+            found=str(tuple(weights.shape)),
+            needed=f"{tuple(places.slots.shape)}, one for each pick",
+        )

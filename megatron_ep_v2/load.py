@@ -1,0 +1,128 @@
+"""How many tokens each expert got: added up, layer by layer, from the counts that every dispatch delivers anyway.
+
+Each layer's manager owns an `ExpertLoad` and adds the counts of its first dispatches (a recomputed one is the same
+tokens again): on the host where they are on the host, and on the device, with no wait, where they are there. Layers are
+numbered in the order in which this process built their dispatchers, which is Megatron's order; with pipeline
+parallelism they are the layers of this process' stages.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import weakref
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_ep_v2.errors import GroupMismatchError
+from megatron_ep_v2.recompute import runs_again
+
+_numbers = itertools.count()
+_layers: weakref.WeakValueDictionary[int, ExpertLoad] = weakref.WeakValueDictionary()  # by age
+
+
+class ExpertLoad:
+    """Rows that this rank's experts of one layer received since the last reading. Lives as long as somebody holds it.
+
+    Args:
+        group: Process group of the experts.
+        num_local_experts: Experts of this rank.
+    """
+
+    def __init__(self, group: Any, num_local_experts: int):
+        self.group = group
+        self._host = torch.zeros(num_local_experts, dtype=torch.int64)
+        self._device: torch.Tensor | None = None
+        _layers[next(_numbers)] = self
+
+    def add(self, counts: torch.Tensor) -> None:
+        """Add the counts of a dispatch, unless a checkpoint recomputes. Does not wait. Before a CUDA graph captures it,
+        it must have run once without one.
+
+        Args:
+            counts: [local experts], whole numbers, without padding.
+        """
+        if runs_again():
+            return
+        if not counts.is_cuda:
+            self._host += counts
+            return
+        if self._device is None:
+            self._device = torch.zeros(len(self._host), dtype=torch.int64, device=counts.device)
+        self._device += counts
+
+    def take(self) -> torch.Tensor:
+        """[local experts] int64 on the host, and begin anew. Waits for the device where counts are there."""
+        counts = self._host.clone()
+        self._host.zero_()
+        if self._device is not None:
+            counts += self._device.cpu()
+            self._device.zero_()
+        return counts
+
+
+def local_expert_load() -> list[torch.Tensor]:
+    """For each MoE layer of this process: [local experts] int64, the tokens since the last reading of its own experts.
+
+    Not collective; begins anew at 0.
+    """
+    return [layer.take() for _, layer in sorted(_layers.items())]
+
+
+def expert_load() -> list[torch.Tensor]:
+    """For each MoE layer of this process: [experts of the group] int64, the tokens since the last reading.
+
+    Collective over the experts' group (one exchange for all layers): all its ranks call it at the same step. Other
+    groups, those of data parallel replicas, count their own tokens.
+
+    Raises:
+        GroupMismatchError: The ranks have different numbers of MoE layers.
+    """
+    layers = [layer for _, layer in sorted(_layers.items())]
+    loads: list[torch.Tensor] = [torch.empty(0)] * len(layers)
+    for group in dict.fromkeys(layer.group for layer in layers):
+        members = [i for i, layer in enumerate(layers) if layer.group is group]
+        by_rank: list[Any] = [None] * group.size()
+        dist.all_gather_object(by_rank, [layers[i].take().tolist() for i in members], group=group)
+        if len({len(counts) for counts in by_rank}) > 1:
+            raise GroupMismatchError(
+                f"rank {group.rank()}: the ranks count the load of different numbers of MoE layers",
+                found=f"by rank: {[len(counts) for counts in by_rank]}",
+                needed="the same layers on every rank of the group",
+                fix="call expert_load() on all ranks while they hold the same model",
+            )
+        for n, i in enumerate(members):
+            loads[i] = torch.tensor([count for counts in by_rank for count in counts[n]])
+    return loads
+
+
+def log_expert_load(iteration: int) -> dict[str, float]:
+    """`expert_load()` as scalars, also written to Megatron's TensorBoard and Weights & Biases on the ranks where
+    Megatron's training loop opened them. Collective, as `expert_load()` is; call it where the loop logs.
+
+    Args:
+        iteration: The step that the loggers file it under.
+
+    Returns:
+        "moe/busiest_expert" and "moe/layer_N/busiest_expert": the busiest expert over the mean, 1 where all are even,
+        and over all layers their mean; "moe/idle_experts": experts without a token, added up over the layers. Empty if
+        nothing was dispatched since the last reading.
+    """
+    loads = [(number, load.double()) for number, load in enumerate(expert_load()) if load.sum()]
+    busiest = {number: (load.max() / load.mean()).item() for number, load in loads}
+    if not busiest:
+        return {}
+    scalars = {"moe/busiest_expert": sum(busiest.values()) / len(busiest)}
+    scalars["moe/idle_experts"] = float(sum(int((load == 0).sum()) for _, load in loads))
+    scalars |= {f"moe/layer_{number}/busiest_expert": value for number, value in busiest.items()}
+    megatron = sys.modules.get("megatron.training.global_vars")
+    tensorboard = getattr(megatron, "_GLOBAL_TENSORBOARD_WRITER", None)
+    wandb = getattr(megatron, "_GLOBAL_WANDB_WRITER", None)
+    if tensorboard is not None:
+        for name, value in scalars.items():
+            tensorboard.add_scalar(name, value, iteration)
+    if wandb is not None:
+        wandb.log(scalars, iteration)
+    return scalars

@@ -1,0 +1,127 @@
+"""Activation recompute without a second layout: the replayed dispatch takes the handle of the first one.
+
+A checkpoint runs a function twice: first without keeping what is inside, and once more in the backward, to have it. The
+second run dispatches the same tokens to the same experts, so the first run's handle fits: no counts are exchanged, and
+the host waits for nothing. The handle rides with the checkpoint itself. `Replayed` takes the place of the function that
+the checkpoint keeps for its second run; it notes the handles made inside in the first run and hands them out, in order,
+in the second. So micro-batches in flight cannot be mixed up, and handles are freed with the checkpoint: at once where
+nothing will be recomputed (no_grad), and with the autograd graph where a step is given up.
+
+`install()` binds `wrapped` around the two checkpoints that Megatron uses: its own CheckpointFunction, and
+TransformerEngine's. For torch's, pass `Replayed(function)` yourself.
+
+Whether the second run chose the same experts is compared on the device. Before the optimizer's step, every rank of the
+group raises if it did not (see `deferred`); on a CPU at once.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_ep_v2.deferred import DeviceCheck
+from megatron_ep_v2.errors import RoutingChangedError
+
+
+class _Runs(threading.local):
+    """The checkpointed functions that run on this thread now, the innermost last: (function, whether it runs again).
+    Autograd recomputes on a thread of its own."""
+
+    def __init__(self) -> None:
+        self.stack: list[tuple[Replayed, bool]] = []
+
+
+_runs = _Runs()
+_checks: weakref.WeakKeyDictionary[Any, DeviceCheck] = weakref.WeakKeyDictionary()  # by buffer
+
+
+class Replayed:
+    """A function for one checkpoint: what it dispatches in its first run is replayed in its second. Make a new one for
+    each checkpointed call.
+
+    Attributes:
+        handles: Noted in the first run and not yet taken, in order.
+    """
+
+    def __init__(self, function: Callable[..., Any]):
+        self.function = function
+        self.handles: collections.deque[Any] = collections.deque()
+        self._has_run = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        again, self._has_run = self._has_run, True
+        _runs.stack.append((self, again))
+        try:
+            return self.function(*args, **kwargs)
+        finally:
+            _runs.stack.pop()
+
+
+def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A checkpoint's forward, which runs a function and keeps it: `forward(ctx, run_function, ...)`, on `Replayed`."""
+
+    @functools.wraps(forward)
+    def forward_replayed(ctx: Any, run_function: Callable[..., Any], *args: Any) -> Any:
+        return forward(ctx, Replayed(run_function), *args)
+
+    return forward_replayed
+
+
+def runs_again() -> bool:
+    """Whether a checkpoint recomputes now, on this thread."""
+    return any(again for _, again in _runs.stack)
+
+
+def take() -> Any:
+    """The handle of the dispatch that is being replayed; None where nothing is recomputed, or nothing was noted.
+
+    Of checkpoints inside each other, the innermost that runs again has it. One inside that which runs for the first
+    time (as it does again whenever the outer one recomputes) notes it for its own second run: see `note`.
+    """
+    for run, again in reversed(_runs.stack):
+        if again:
+            return run.handles.popleft() if run.handles else None
+    return None
+
+
+def note(handle: Any) -> None:
+    """Keep a handle for the second run of each checkpoint that is in its first run now."""
+    for run, again in reversed(_runs.stack):
+        if again:
+            return
+        run.handles.append(handle)
+
+
+def check_routing(buffer: Any, handle: Any, topk_idx: torch.Tensor) -> None:
+    """Count the picks that differ from the handle's, with no host wait on a GPU.
+
+    Args:
+        buffer: The group's buffer; it has one check for all layers.
+        handle: Of the first run.
+        topk_idx: [T, K] int64, of the second run.
+
+    Raises:
+        RoutingChangedError: On a CPU here and on every rank; on a GPU before the optimizer's step.
+    """
+    check = _checks.get(buffer)
+    if check is None:
+        check = _checks[buffer] = DeviceCheck(_routing_changed, topk_idx.device, buffer.group)
+    check.add(topk_idx != handle.topk_idx)
+    if topk_idx.is_cpu:
+        check.read()
+
+
+def _routing_changed(picks: dict[int, int]) -> RoutingChangedError:
+    return RoutingChangedError(
+        f"the recomputed forward chose other experts than the first on rank(s) {sorted(picks)} of the group",
+        found=f"picks that differ, by rank: {picks}",
+        needed="the same picks, because a recomputed dispatch repeats the routing of the first",
+        fix="find what makes the router's input differ between the two forwards (randomness outside Megatron's "
+        "generators, state that changes); or set MCORE_DEEPEP_V2_REUSE_RECOMPUTE_HANDLE=off",
+    )

@@ -1,0 +1,206 @@
+"""Prepare and finalize: what goes before and behind the experts in a serving engine, for prefill and for decode."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from megatron_ep_v2.buffers import pool
+from megatron_ep_v2.buffers.elastic import HIDDEN_MULTIPLE
+from megatron_ep_v2.errors import InputError, TokenCapacityError
+
+MAX_DECODE_TOKENS = 512  # the largest bucket unless asked otherwise
+
+
+def bucket_of(num_tokens: int) -> int:
+    """The smallest power of two that holds so many tokens; 1 for none. num_tokens: the most of any rank."""
+    return 1 << max(0, num_tokens - 1).bit_length()
+
+
+def buckets_up_to(max_tokens: int) -> list[int]:
+    """1, 2, 4, ... up to the bucket of `max_tokens`."""
+    return [1 << i for i in range(bucket_of(max_tokens).bit_length())]
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Rows for the experts, sorted by local expert.
+
+    Attributes:
+        rows: [P, H]; padding between experts is zero.
+        weights: [P] fp32.
+        tokens_per_expert: L host integers, padding counted.
+    """
+
+    rows: torch.Tensor
+    weights: torch.Tensor
+    tokens_per_expert: list[int]
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Rows for the experts, one for each token and source rank, as many as the bucket can make.
+
+    Attributes:
+        rows: [W, H], garbage from `num_recv` on. A view of wider rows where the transport had to widen them.
+        topk_idx: [W, K] int64, the experts of this rank, -1 for all other picks and for all of a garbage row. Local
+            ids, or global ones with `global_ids`.
+        topk_weights: [W, K] fp32, only meaningful where topk_idx >= 0.
+        num_recv: [1] int32 on the device.
+    """
+
+    rows: torch.Tensor
+    topk_idx: torch.Tensor
+    topk_weights: torch.Tensor
+    num_recv: torch.Tensor
+
+
+class PrepareFinalize:
+    """Dispatch and combine of one process group for inference. Making one is collective, and so is each call.
+
+    Args:
+        group: Process group of the experts; `megatron_ep_v2.destroy_buffers()` before it is destroyed.
+        hidden: H; the transport's rows are widened to a multiple of 256 elements with zeros where need be.
+        num_experts: Experts in the whole group.
+        num_topk: K.
+        max_prefill_tokens: Most tokens a rank may bring to `prepare_prefill`.
+        max_decode_tokens: Most tokens a rank may bring to `prepare_decode`.
+        slots: Micro-batches that may be between their prepare and their finalize at once.
+        global_ids: Decode's ids count the experts of the whole group instead of this rank's.
+        expert_alignment: Pad each expert's rows to a multiple of this (prefill).
+        dtype: Of the rows.
+
+    Raises:
+        TokenCapacityError: The settings, or a buffer that exists already, hold fewer tokens.
+        EPError: See `buffers.pool.get`.
+    """
+
+    def __init__(
+        self,
+        group: Any,
+        *,
+        hidden: int,
+        num_experts: int,
+        num_topk: int,
+        max_prefill_tokens: int,
+        max_decode_tokens: int = MAX_DECODE_TOKENS,
+        slots: int = 1,
+        global_ids: bool = False,
+        expert_alignment: int = 1,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
+        self.group, self.hidden, self.num_experts, self.dtype = group, hidden, num_experts, dtype
+        self.num_topk, self.expert_alignment = num_topk, expert_alignment
+        self.buckets = buckets_up_to(max_decode_tokens)
+        self.first_id = group.rank() * (num_experts // group.size()) if global_ids else 0
+        self._widening = -hidden % HIDDEN_MULTIPLE
+        self._handles: list[Any] = [None] * slots
+        most = max(max_prefill_tokens, self.buckets[-1])
+        self.buffer = pool.get(
+            group,
+            hidden=hidden + self._widening,
+            num_topk=num_topk,
+            num_experts=num_experts,
+            num_tokens=most,
+            payload=str(dtype),
+        )
+        if self.buffer.num_max_tokens_per_rank < most:
+            raise TokenCapacityError(
+                f"rank {group.rank()}: the group's buffer holds {self.buffer.num_max_tokens_per_rank} tokens a rank",
+                needed=f"{most}, for prefill batches of {max_prefill_tokens} and decode buckets to {self.buckets[-1]}",
+                fix=f"set MCORE_DEEPEP_V2_MAX_TOKENS_PER_RANK={most} or more, or make this object first",
+            )
+
+    @torch.no_grad()
+    def prepare_prefill(
+        self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, *, slot: int = 0
+    ) -> Prefill:
+        """Send tokens to their experts' ranks; waits on the host for the counts.
+
+        Args:
+            x: [T, H].
+            topk_idx: [T, K] int64 global ids, -1 = no pick.
+            topk_weights: [T, K] fp32.
+            slot: Of this micro-batch.
+        """
+        rows, _, weights, handle, _ = self.buffer.dispatch(
+            self._widen(x),
+            topk_idx=topk_idx,
+            topk_weights=topk_weights,
+            num_experts=self.num_experts,
+            expert_alignment=self.expert_alignment,
+            do_expand=True,
+            do_zero_padding=self.expert_alignment > 1,
+        )
+        assert isinstance(rows, torch.Tensor) and weights is not None  # as they were sent
+        self._keep(handle, slot)
+        return Prefill(rows[:, : self.hidden], weights, list(handle.num_recv_tokens_per_expert_list))
+
+    @torch.no_grad()
+    def prepare_decode(
+        self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, *, bucket: int, slot: int = 0
+    ) -> Decode:
+        """Send tokens to their experts' ranks; no wait on the host, and shapes that depend on the bucket alone.
+
+        Args:
+            x: [T, H], T <= bucket.
+            topk_idx, topk_weights, slot: As for `prepare_prefill`.
+            bucket: `bucket_of` the most tokens of any rank; the same on every rank.
+        """
+        if bucket not in self.buckets or len(x) > bucket:
+            raise InputError(
+                f"rank {self.group.rank()}: {len(x)} tokens cannot be decoded in a bucket of {bucket}",
+                needed=f"a power of two up to {self.buckets[-1]} that holds the tokens of every rank",
+                fix=f"bucket=bucket_of(most tokens of any rank); here at least {bucket_of(len(x))}",
+            )
+        rows, ids, weights, handle, _ = self.buffer.dispatch(
+            self._widen(x),
+            topk_idx=topk_idx,
+            topk_weights=topk_weights,
+            num_experts=self.num_experts,
+            num_max_tokens_per_rank=bucket,
+            do_cpu_sync=False,
+        )
+        assert isinstance(rows, torch.Tensor) and ids is not None and weights is not None  # compact, as they were sent
+        self._keep(handle, slot)
+        num_recv = handle.psum_num_recv_tokens_per_scaleup_rank[-1:]
+        real = torch.arange(len(ids), device=ids.device)[:, None] < num_recv
+        if self.first_id:
+            ids = torch.where(real & (ids >= 0), ids + self.first_id, -1)
+        else:
+            ids = torch.where(real, ids, -1)
+        return Decode(rows[:, : self.hidden], ids, weights, num_recv)
+
+    @torch.no_grad()
+    def finalize(self, rows: torch.Tensor, *, slot: int = 0) -> torch.Tensor:
+        """Send the experts' rows back and add them up, unweighted.
+
+        Args:
+            rows: Prefill: [P, H], weighted. Decode: [W, H], each the weighted sum over this rank's experts; garbage
+                rows are not read.
+            slot: Of this micro-batch.
+
+        Returns:
+            [T, H].
+        """
+        handle, self._handles[slot] = self._handles[slot], None
+        if handle is None:
+            raise InputError(
+                f"rank {self.group.rank()}: nothing was prepared in slot {slot}",
+                fix="one finalize for each prepare, with the same slot",
+            )
+        return self.buffer.combine(self._widen(rows), handle)[0][:, : self.hidden]
+
+    def _keep(self, handle: Any, slot: int) -> None:
+        if self._handles[slot] is not None:
+            raise InputError(
+                f"rank {self.group.rank()}: slot {slot} still holds a micro-batch that was not finalized",
+                fix=f"finalize it first, or give each micro-batch a slot of its own (slots={len(self._handles) + 1})",
+            )
+        self._handles[slot] = handle
+
+    def _widen(self, rows: torch.Tensor) -> torch.Tensor:
+        return F.pad(rows, (0, self._widening)) if self._widening else rows.contiguous()

@@ -1,0 +1,164 @@
+"""A MoE layer's dispatch and combine without a wait on the host: nothing in it depends on a number that the device has.
+
+    compact dispatch, W rows     the most that could arrive; ids from R on are ignored (R stays on the device)
+    place_contiguous             a place among M rows, sorted by local expert, for each received pick
+    gather_rows, gather_weights  [M, H] and [M]: what the experts get, with their counts on the device
+    reduce_rows, combine         back to [T, H]
+
+M is fixed beforehand: `sync_free_rows_percent` of an even share, which is the picks of one full rank. In a step whose
+routing is less even, some picks find no place. They are left out, counted on the device, and reported before the
+optimizer's step, on every rank of the group alike:
+
+    try:
+        optimizer.step()
+    except LayoutOverflowError:
+        sync_free.grow()  # then zero the gradients and run the same batch again; graphs have to be captured again
+
+Everything here can be captured in a CUDA graph, forward and backward. docs/sync_free.md says what it costs and needs.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_ep_v2 import settings
+from megatron_ep_v2.buffers import pool
+from megatron_ep_v2.buffers.contract import Buffer
+from megatron_ep_v2.deferred import DeviceCheck
+from megatron_ep_v2.errors import LayoutOverflowError
+from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
+from megatron_ep_v2.layouts import Places, gather_rows, gather_weights, place_contiguous, reduce_rows, rows_that_fit
+
+logger = logging.getLogger("megatron_ep_v2")
+
+
+@dataclass(frozen=True)
+class SyncFreeHandle:
+    """What a dispatch leaves for its combine: the buffer's own handle, and where each pick lies among the M rows."""
+
+    handle: Any
+    places: Places
+
+
+def sync_free_dispatch(
+    x: torch.Tensor,
+    token_indices: torch.Tensor,
+    token_probs: torch.Tensor,
+    num_experts: int,
+    group: Any,
+    *,
+    expert_alignment: int = 1,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SyncFreeHandle]:
+    """Send tokens to the ranks of their experts. Arguments as for `fused_dispatch`.
+
+    Returns:
+        `(rows, row_probs, tokens_per_expert, handle)`: [M, H] sorted by local expert; [M] fp32; both zero on padding;
+        [L] int32 ON THE DEVICE, padded counts. The rows behind the last expert's are padding too: a grouped GEMM may
+        leave them unwritten, and `sync_free_combine` never reads them.
+
+    Raises:
+        EPError: See `fused_dispatch`. For picks without a place LayoutOverflowError, before the optimizer's step.
+    """
+    recv_x, recv_idx, recv_probs, _, handle = fused_dispatch(
+        x, token_indices, token_probs, num_experts, group, do_cpu_sync=False
+    )
+    assert recv_idx is not None  # compact
+    buffer = pool.find(group)
+    assert buffer is not None  # the dispatch has made it
+    room = _room(buffer, token_indices.shape[1], num_experts, x.device)
+    num_local = num_experts // group.size()
+    num_recv = handle.psum_num_recv_tokens_per_scaleup_rank[-1:]
+    num_rows = rows_that_fit(room.num_picks, num_local, expert_alignment)
+    places = place_contiguous(recv_idx, num_recv, num_local, num_rows, expert_alignment)
+    room.watch(places)
+    rows, row_probs = gather_rows(recv_x, places), gather_weights(recv_probs, places)
+    counts = places.counts if expert_alignment == 1 else places.padded_counts
+    return rows, row_probs, counts, SyncFreeHandle(handle, places)
+
+
+def sync_free_combine(rows: torch.Tensor, group: Any, handle: SyncFreeHandle) -> torch.Tensor:
+    """Send rows back to their tokens' ranks and add them up, unweighted.
+
+    Args:
+        rows: [M, H], as `sync_free_dispatch` delivered them.
+        group, handle: The dispatch's.
+
+    Returns:
+        [T, H].
+    """
+    return fused_combine(reduce_rows(rows, handle.places), group, handle.handle)[0]
+
+
+def grow() -> list[int]:
+    """After a LayoutOverflowError: make room for what the step needed and an eighth more. Every rank does the same,
+    since the error told each the same number. CUDA graphs that were captured before keep their old room.
+
+    Returns:
+        The room of each buffer that overflowed, in percent of an even share.
+    """
+    grown = []
+    for room in list(_rooms.values()):
+        if room.needed > room.num_picks:
+            room.num_picks = min(room.most, room.needed + room.needed // 8)
+            grown.append(room.percent(room.num_picks))
+            logger.info("sync-free: room for %d expert rows now, %d %% of an even share", room.num_picks, grown[-1])
+    return grown
+
+
+class _Room:
+    """How many picks find a place on a rank, and whether that was enough. One for each buffer, equal on every rank.
+
+    Attributes:
+        num_picks: Places, padding between experts not counted.
+        even_share: Picks of one full rank, which is what a rank gets where the routing is even.
+        most: Picks that could arrive at all.
+        needed: What the steps before the last LayoutOverflowError needed; 0 = enough so far.
+    """
+
+    def __init__(self, buffer: Buffer, num_topk: int, num_experts: int, device: torch.device):
+        ranks, capacity = buffer.group.size(), buffer.num_max_tokens_per_rank
+        self.even_share = capacity * num_topk
+        self.most = ranks * capacity * min(num_topk, num_experts // ranks)
+        percent = settings.active().sync_free_rows_percent
+        self.num_picks = min(self.most, -(-self.even_share * percent // 100)) if percent else self.most
+        self.needed = 0
+        own = weakref.ref(self)  # or the check, which each step asks, would outlive the buffer
+        self.check = DeviceCheck(lambda excess: _to_error(own(), excess), device, buffer.group)
+
+    def percent(self, num_picks: int) -> int:
+        return -(-100 * num_picks // self.even_share)
+
+    def watch(self, places: Places) -> None:
+        """Note on the device by how many rows a dispatch exceeded its room; the largest excess of the step counts."""
+        torch.maximum(self.check.count, places.needed - places.num_rows, out=self.check.count)
+        self.check.touch()
+
+
+_rooms: weakref.WeakKeyDictionary[Buffer, _Room] = weakref.WeakKeyDictionary()
+
+
+def _room(buffer: Buffer, num_topk: int, num_experts: int, device: torch.device) -> _Room:
+    if buffer not in _rooms:
+        _rooms[buffer] = _Room(buffer, num_topk, num_experts, device)
+    return _rooms[buffer]
+
+
+def _to_error(room: _Room | None, excess: dict[int, int]) -> LayoutOverflowError:
+    """excess: rank -> rows beyond its room; every rank of the group gets the same."""
+    assert room is not None  # it owns the check
+    worst = max(excess, key=lambda rank: excess[rank])
+    room.needed = room.num_picks + excess[worst]
+    percent = room.percent(room.needed)
+    return LayoutOverflowError(
+        f"rank {worst} was sent more rows in this step than its experts have room for; the step must not be applied",
+        found=f"{room.needed} rows for {room.num_picks} places ({room.percent(room.num_picks)} % of an even share); "
+        f"too many on ranks {sorted(excess)}",
+        needed=f"sync_free_rows_percent={percent} or more for this routing",
+        fix="call megatron_ep_v2.sync_free.grow(), zero the gradients and run the step again, "
+        f"or set {settings.variable('sync_free_rows_percent')}={percent} (the same on every rank)",
+    )

@@ -1,0 +1,53 @@
+"""Deterministic mode on deep_ep's ElasticBuffer: the same bits in repeats, after restarts and in both layouts.
+
+What the mode changes is the order of received rows, and so everything that is added up over them: weight gradients.
+A token's own sums run in the order of its picks in any case, so its output and gradients repeat without the mode, too;
+that they are the same in both layouts is what this package adds, by sorting the picks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from deterministic_rounds import ON_GPU, repeat
+from harness import run_ranks
+
+RANKS = torch.cuda.device_count()
+REPEATS, RESTARTS = 10, 2
+CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # torch's deterministic mode asks for it
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def run(deterministic: bool, repeats: int, torchs_mode: bool = False, fresh: bool = False) -> list[Any]:
+    arguments = (ON_GPU, deterministic, repeats, torchs_mode)
+    return run_ranks(RANKS, repeat, *arguments, backend="nccl", timeout=120, env=CUBLAS, fresh=fresh)
+
+
+def test_the_same_bits_every_time() -> None:
+    first = run(True, REPEATS)
+    for restart in range(RESTARTS):
+        for rank, found in enumerate(run(True, 1, fresh=True)):
+            for expand, by_name in found.items():
+                for name, (fingerprint,) in by_name.items():
+                    where = f"rank {rank}, expanded={expand}, {name}"
+                    assert set(first[rank][expand][name]) == {first[rank][False][name][0]}, f"{where}: repeats"
+                    assert fingerprint == first[rank][False][name][0], f"{where}: restart {restart}"
+
+
+def test_torchs_own_mode_changes_nothing() -> None:
+    """With its fill of uninitialised memory on, as it is by default: deep_ep would assert."""
+    for with_it, without in zip(run(True, 1, torchs_mode=True), run(True, 1), strict=True):
+        for expand in (False, True):
+            for name in ("rows", "output", "grad_x", "grad_probs"):
+                assert with_it[expand][name] == without[expand][name]
+
+
+def test_without_it_rows_come_in_another_order() -> None:
+    """The negative control. Warps of many SMs race for the places of thousands of rows: no ten orders are equal."""
+    for rank, found in enumerate(run(False, REPEATS)):
+        different = {name: len(set(found[True][name])) for name in found[True]}
+        print(f"rank {rank}: different results in {REPEATS} repeats, expanded: {different}")
+        assert different["rows"] > 1 and different["weight grad"] > 1

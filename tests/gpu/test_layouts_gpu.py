@@ -1,0 +1,190 @@
+"""Layouts and experts on GPUs: the Triton kernels against their references, all of it inside CUDA graphs and without a
+host wait, every backend of the experts against fp64, DeepGEMM on 8-bit payloads as we deliver them."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+import torch
+from experts_layer import WAYS, errors, run_layer
+from experts_oracle import NAN, batch, check, expected, layer, layer_expected, run, with_tail
+from harness import run_ranks
+from layout_kernels import column_cases, differences, move_cases, place_cases, swiglu_cases
+from layout_oracle import routing
+
+from megatron_ep_v2 import settings
+from megatron_ep_v2.buffers import pool
+from megatron_ep_v2.experts.groups import Groups
+from megatron_ep_v2.experts.mlp import swiglu_experts
+from megatron_ep_v2.kernels import quantize
+from megatron_ep_v2.layouts import (
+    Places,
+    gather_payload,
+    gather_rows,
+    gather_weights,
+    place_contiguous,
+    place_masked,
+    reduce_rows,
+)
+
+RANKS = torch.cuda.device_count()
+needs_deep_gemm = pytest.mark.skipif(importlib.util.find_spec("deep_gemm") is None, reason="needs deep_gemm")
+BACKENDS = ["grouped", "sequential", pytest.param("deepgemm", marks=needs_deep_gemm)]
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def test_the_kernels_equal_the_references() -> None:
+    """Bit by bit; SwiGLU and dot products as close as another order of sums is."""
+    from megatron_ep_v2.kernels import move_triton, places_triton, swiglu_triton
+
+    wrong = differences(place_cases(places_triton, "cuda"))
+    wrong += differences(
+        move_cases(move_triton, "cuda", [(24, 3), (2048, 8), (7168, 8)], [torch.bfloat16], [torch.float8_e4m3fn])
+    )
+    wrong += differences(move_cases(move_triton, "cuda", [(96, 4)], [torch.float32], []))
+    wrong += differences(column_cases(move_triton, "cuda"))
+    wrong += differences(swiglu_cases(swiglu_triton, "cuda", [torch.bfloat16, torch.float32], [33, 768]))
+    assert wrong == []
+
+
+def laid_out(way: str, picks: torch.Tensor, num_recv: torch.Tensor) -> Places:
+    if way == "masked":
+        return place_masked(picks, num_recv, 6, 24)
+    return place_contiguous(picks, num_recv, 6, 1024 if way == "aligned" else 256, 128 if way == "aligned" else 32)
+
+
+@pytest.mark.parametrize("way", ["aligned", "overflow", "masked"])
+def test_a_graph_replays_what_runs_eagerly(way: str) -> None:
+    """Places, rows there, experts, rows back, and all gradients: captured once, replayed on other routings. No call
+    may wait for the device, and NaN in rows that have not come reaches nothing."""
+    rows, topk, hidden, ffn = 37, 5, 256, 128
+    weights = batch([0] * 6, hidden, ffn, torch.bfloat16, "cuda")
+    w1, w2 = weights.w1.requires_grad_(), weights.w2.requires_grad_()
+    static: dict[str, Any] = {
+        "picks": torch.empty(rows, topk, dtype=torch.int64, device="cuda"),
+        "num_recv": torch.empty((), dtype=torch.int32, device="cuda"),
+        "x": torch.empty(rows, hidden, dtype=torch.bfloat16, device="cuda").requires_grad_(),
+        "probs": torch.empty(rows, topk, device="cuda").requires_grad_(),
+        "grad": torch.empty(rows, hidden, dtype=torch.bfloat16, device="cuda"),
+    }
+
+    def fill(kind: str, seed: int) -> None:
+        r = routing(kind, rows=rows, topk=topk, num_experts=6, seed=seed)
+        generator = torch.Generator("cuda").manual_seed(seed)
+        with torch.no_grad():
+            static["picks"].copy_(r.picks)
+            static["num_recv"].fill_(r.num_recv)
+            for name in ("x", "probs", "grad"):
+                static[name].normal_(generator=generator)
+                static[name][r.num_recv :] = NAN
+
+    def layer_step() -> list[torch.Tensor]:
+        places = laid_out(way, static["picks"], static["num_recv"])
+        y = swiglu_experts(
+            gather_rows(static["x"], places),
+            gather_weights(static["probs"], places),
+            *(w1, w2, Groups.from_places(places), "grouped"),
+        )
+        back = reduce_rows(y, places)
+        weighted = reduce_rows(y.detach(), places, static["probs"])
+        gradients = torch.autograd.grad(
+            [back, weighted], [static["x"], static["probs"], w1, w2], [static["grad"], static["grad"]]
+        )
+        return [back.detach(), weighted.detach(), *gradients, places.overflow, places.counts]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        fill("random", 0)
+        layer_step()
+        layer_step()
+    torch.cuda.synchronize()
+    fill("random", 0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        layer_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = layer_step()
+    for seed, kind in enumerate(("random", "one", "sparse", "all", "nothing", "random")):
+        fill(kind, seed + 1)
+        graph.replay()
+        replayed = [tensor.clone() for tensor in captured]
+        for ours, eager in zip(replayed, layer_step(), strict=True):
+            assert torch.equal(ours, eager), f"{kind}: replay and eager run differ"
+            assert torch.isfinite(ours.float()).all(), f"{kind}: NaN of rows that have not come"
+        assert kind == "nothing" or replayed[0].any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("tail", [False, True], ids=["exact", "rows of nobody"])
+def test_experts_against_fp64(backend: str, tail: bool) -> None:
+    b = batch([300, 0, 1, 77, 512, 0, 128, 5], hidden=512, ffn=256, dtype=torch.bfloat16, device="cuda")
+    wanted = expected(b)
+    if not tail:
+        groups = Groups.from_counts(torch.tensor(b.sizes), b.x)
+        check(run(swiglu_experts, b, groups, backend), wanted, 1e-2)
+        on_device = Groups.from_counts(torch.tensor(b.sizes, device="cuda"), b.x)
+        check(run(swiglu_experts, b, on_device, backend), wanted, 1e-2)
+        return
+    moved, groups, slots = with_tail(b, 2048, 128)
+    ours = run(swiglu_experts, moved, groups, backend)
+    for name in ("output", "x", "probs"):
+        ours[name] = ours[name][slots]
+    check(ours, wanted, 1e-2)
+
+
+def elastic(group: Any, *args: Any) -> dict[str, dict[str, torch.Tensor]]:
+    settings.activate(settings.resolve(buffer="elastic"))
+    answer = run_layer(group, *args, "cuda")
+    pool.destroy_buffers()
+    return answer
+
+
+def test_whole_layers_on_elastic_buffer_against_fp64() -> None:
+    sizes = {"tokens": 256, "experts": 4 * RANKS, "topk": 4, "hidden": 512, "ffn": 256, "dtype": torch.bfloat16}
+    backends = ["grouped", *(["deepgemm"] if importlib.util.find_spec("deep_gemm") else [])]
+    answers = run_ranks(RANKS, elastic, WAYS, backends, sizes, backend="nccl", timeout=280)
+    found = errors(answers, layer_expected(layer(ranks=RANKS, device="cuda", **sizes)))
+    assert len(found) == RANKS * len(WAYS) * len(backends) * 5
+    worst = max(found, key=found.__getitem__)
+    assert found[worst] < 1.2e-2, f"{worst}: relative L2 {found[worst]:.1e}"  # bf16 rounds h, a, y and partial sums
+
+
+@needs_deep_gemm
+@pytest.mark.skipif(torch.cuda.device_count() > 0 and torch.cuda.get_device_capability()[0] != 9, reason="needs SM90")
+@pytest.mark.parametrize("way", ["contiguous", "masked"])
+def test_deepgemm_takes_the_payloads_as_they_are_delivered(way: str) -> None:
+    """e4m3 rows with fp32 scales, mn-major; against fp64 on the numbers that the payload stands for."""
+    import deep_gemm
+
+    experts, hidden, columns = 6, 512, 256
+    r = routing("random", rows=150, topk=5, num_experts=experts)
+    picks, num_recv = r.picks.cuda(), torch.tensor(r.num_recv, dtype=torch.int32, device="cuda")
+    x = torch.randn(150, hidden, device="cuda").bfloat16()
+    payload = quantize.quantize(x, 128)
+    weights = torch.randn(experts, columns, hidden, device="cuda")
+    blocks = weights.view(experts, columns // 128, 128, hidden // 128, 128)
+    scales = torch.exp2((blocks.abs().amax(dim=(2, 4)) / 448).log2().ceil())
+    codes = (blocks / scales[:, :, None, :, None]).view_as(weights).to(torch.float8_e4m3fn)
+    exact = (codes.double().view_as(blocks) * scales.double()[:, :, None, :, None]).view_as(weights)
+    rows = quantize.dequantize(*payload, torch.float64)
+
+    places = place_contiguous(picks, num_recv, experts, 1024) if way == "contiguous" else place_masked(
+        picks, num_recv, experts, 128
+    )  # fmt: skip
+    values, row_scales = gather_payload(payload, places, "mn_major")
+    out = torch.full((*values.shape[:-1], columns), NAN, dtype=torch.bfloat16, device="cuda")
+    if way == "contiguous":
+        deep_gemm.m_grouped_fp8_gemm_nt_contiguous((values, row_scales), (codes, scales), out, places.m_indices)
+    else:
+        deep_gemm.m_grouped_fp8_gemm_nt_masked((values, row_scales), (codes, scales), out, places.counts, 32)
+    out = out.view(-1, columns)
+    used = places.m_indices >= 0
+    wanted = torch.einsum("mk,mnk->mn", rows[places.rows[used].long()], exact[places.m_indices[used].long()])
+    error = (out[used].double() - wanted).norm() / wanted.norm()
+    assert used.any() and error < 5e-3

@@ -1,0 +1,190 @@
+"""Sync-free mode on GPUs: no host wait in a trace, CUDA graphs, overflow, poisoned tails."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from harness import run_ranks
+from moe import own_package
+from moe_layer import GPU, hidden_states, make_layer, megatron, step
+from sync_free_layers import Layer, Sizes, errors, poison
+from torch.profiler import ProfilerActivity, profile
+
+from megatron_ep_v2 import settings, sync_free
+from megatron_ep_v2.deferred import read_all
+from megatron_ep_v2.errors import LayoutOverflowError
+
+RANKS = torch.cuda.device_count()
+SIZES = Sizes()
+WAITS = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy"}
+# bf16 rounds rows, activations, partial sums and sums, each by at most 2**-9; the same numbers in another order.
+TOLERANCE = 1.5e-2
+
+pytest.importorskip("transformer_engine.pytorch", reason="Megatron's layer spec on GPUs is TransformerEngine's")
+pytestmark = pytest.mark.timeout(500)
+
+
+def start(**more: Any) -> None:
+    """With the watchdog, which must not get in a graph's way."""
+    chosen = {"buffer": "elastic", "num_max_tokens_per_rank": SIZES.tokens, "watchdog_secs": 30}
+    settings.activate(settings.resolve(**chosen, **more))
+
+
+def trace(step: Any) -> dict[str, Any]:
+    """Waits and deep_ep's dispatch kernels, as (host wait, cached), of one step."""
+    step()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    events = profiler.events()
+    waits = Counter(e.name for e in events if e.name in WAITS)
+    waits["cudaDeviceSynchronize"] -= 1  # ours, above
+    names = [e.name for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+    forms = [
+        tuple("true" in word or word.endswith("1") for word in found.group(1).split(",")[1:3])
+        for found in (re.search(r"::dispatch_impl<([^>]*)>", name) for name in names)
+        if found
+    ]
+    return {"waits": dict(+waits), "dispatches": forms, "kernels": len(names)}
+
+
+@own_package
+def layers(group: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    start(sync_free_rows_percent=180)
+    layer = Layer(SIZES, group, torch.device("cuda"))
+    found["expanded trace"] = trace(lambda: layer.step(layer.expanded))
+    found["trace"] = trace(lambda: layer.step(layer.sync_free))
+    torch.cuda.set_sync_debug_mode("error")  # torch's own waits raise
+    try:
+        ours = layer.step(layer.sync_free)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    theirs = layer.step(layer.expanded)
+    found["eager"] = errors(ours, theirs)
+    read_all()
+
+    graph, results = layer.capture()
+    for seed in (1, 2):
+        layer.fill(seed, skew=0.01 * seed)
+        for tensor in results.values():
+            tensor.fill_(float("nan"))
+        graph.replay()
+        replayed = {name: tensor.clone() for name, tensor in results.items()}
+        found[f"graph, batch {seed}"] = errors(replayed, layer.step(layer.expanded))
+        found[f"graph beside eager, batch {seed}"] = errors(replayed, layer.step(layer.sync_free))
+    read_all()
+
+    layer.fill(3, skew=10.0)  # everything to the last rank
+    graph.replay()
+    found["overflow in a graph"] = overflow()
+    layer.step(layer.sync_free)
+    found["overflow"] = overflow()
+    found["grown"] = sync_free.grow()
+    del graph, results
+    replayed = layer.step(layer.sync_free)
+    read_all()
+    found["replayed"] = errors(replayed, layer.step(layer.expanded))
+
+    layer.fill(4)
+    clean = layer.step(layer.expanded)
+    poison(group)
+    found["poisoned"] = errors(layer.step(layer.sync_free), clean)
+    return found
+
+
+def whole_layer(group: Any) -> dict[str, Any]:
+    """Megatron's MoE layer (router, dispatcher, our grouped experts), eagerly and in a graph."""
+    found: dict[str, Any] = {}
+    with megatron(GPU):
+        hidden, results = hidden_states(GPU, GPU.tokens), {}
+        for layout in ("expanded", "sync-free"):
+            layer = make_layer(GPU, "flex", layout, "grouped")
+            found[f"{layout} trace"] = trace(functools.partial(step, layer, hidden))
+            results[layout] = step(layer, hidden)
+        found["eager"] = errors(results["sync-free"], results["expanded"])
+
+        x, parameters = hidden.clone().requires_grad_(), dict(layer.named_parameters())
+
+        def run() -> dict[str, torch.Tensor]:
+            y = layer(x)[0]
+            gradients = torch.autograd.grad(y, [x, *parameters.values()], torch.ones_like(y))
+            return {"output": y.detach(), **dict(zip(["x", *parameters], gradients, strict=True))}
+
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(beside)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            captured = run()
+        with torch.no_grad():
+            x.copy_(hidden.flip(0) * 0.5)  # other tokens in other places
+        graph.replay()
+        replayed = {name: tensor.clone() for name, tensor in captured.items()}
+        found["graph"] = errors(replayed, run())
+        read_all()
+    return found
+
+
+def overflow() -> str:
+    with pytest.raises(LayoutOverflowError) as caught:
+        read_all()
+    return str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def found() -> list[dict[str, Any]]:
+    answers: list[dict[str, Any]] = run_ranks(RANKS, layers, backend="nccl", timeout=300)
+    for name, value in answers[0].items():
+        print(f"{name}: {value}")
+    return answers
+
+
+def test_the_host_waits_for_nothing(found: list[dict[str, Any]]) -> None:
+    for answer in found:
+        assert answer["trace"]["waits"] == {}
+        # deep_ep's own wait spins on host memory and is in no trace. Its kernels are compiled for one way or the other.
+        assert sorted(answer["expanded trace"]["dispatches"]) == [(False, True), (True, False)], "(host wait, cached)"
+        assert sorted(answer["trace"]["dispatches"]) == [(False, False), (False, True)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "eager",
+        *(f"graph{beside}, batch {n}" for beside in ("", " beside eager") for n in (1, 2)),
+        "replayed",
+        "poisoned",
+    ],
+)
+def test_outputs_and_gradients_are_those_of_the_expanded_layout(found: list[dict[str, Any]], name: str) -> None:
+    for rank, answer in enumerate(found):
+        for tensor, error in answer[name].items():
+            assert error < TOLERANCE, f"rank {rank}, {name}, {tensor}: relative L2 {error:.1e}"
+
+
+def test_megatrons_whole_layer_waits_for_nothing_and_can_be_captured() -> None:
+    answers = run_ranks(RANKS, whole_layer, backend="nccl", timeout=120)
+    print(answers[0])
+    for rank, answer in enumerate(answers):
+        assert answer["sync-free trace"]["waits"] == {}
+        assert sorted(answer["sync-free trace"]["dispatches"]) == [(False, False), (False, True)]
+        for name in ("eager", "graph"):
+            for tensor, error in answer[name].items():
+                assert error < TOLERANCE, f"rank {rank}, {name}, {tensor}: relative L2 {error:.1e}"
+
+
+@pytest.mark.parametrize("name", ["overflow", "overflow in a graph"])
+def test_overflow_is_told_alike_on_every_rank(found: list[dict[str, Any]], name: str) -> None:
+    assert len({answer[name] for answer in found}) == 1
+    assert f"rank {RANKS - 1} was sent more rows" in found[0][name]
+    assert len({tuple(answer["grown"]) for answer in found}) == 1 and found[0]["grown"][0] > 180

@@ -1,0 +1,212 @@
+"""Dispatch and combine without a host wait: against the dense fp64 oracle, with poisoned tails, with little room."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import mcore
+import moe
+import pytest
+import torch
+from cases import Case, edge_cases, make_batch
+from harness import run_ranks
+from moe import Step, all_experts, assert_step, grad_output, own_experts, own_package, weights_dtype
+from oracle import Experts
+from torch.utils.checkpoint import checkpoint
+
+from megatron_ep_v2 import recompute, settings, sync_free
+from megatron_ep_v2.deferred import read_all
+from megatron_ep_v2.errors import LayoutOverflowError
+from megatron_ep_v2.recompute import Replayed
+from megatron_ep_v2.sync_free import sync_free_combine, sync_free_dispatch
+
+
+def run_experts(rows: torch.Tensor, probs: torch.Tensor, counts: torch.Tensor, experts: Experts) -> torch.Tensor:
+    """As a grouped GEMM does it: padding between experts runs along, rows behind the last expert stay unwritten."""
+    assert not rows.isnan().any() and not probs.isnan().any(), "a row that nobody sent has reached the experts"
+    end = int(counts.sum())
+    weighted = [experts.run(expert, mine) for expert, mine in enumerate(rows[:end].split(counts.tolist()))]
+    done = torch.cat(weighted) * probs[:end, None]
+    return torch.cat([done, torch.full_like(rows[end:], float("nan"))]).to(rows.dtype)
+
+
+def layer(
+    x: torch.Tensor,
+    picks: torch.Tensor,
+    probs: torch.Tensor,
+    experts: Experts,
+    num_experts: int,
+    group: Any,
+    align: int,
+) -> torch.Tensor:
+    rows, row_probs, counts, handle = sync_free_dispatch(x, picks, probs, num_experts, group, expert_alignment=align)
+    return sync_free_combine(run_experts(rows, row_probs, counts, experts), group, handle)
+
+
+def train_step(case: Case, group: Any, align: int, checkpointed: bool = False) -> Step:
+    rank = group.rank()
+    batch = make_batch(case, rank, weights_dtype=weights_dtype(case.dtype))
+    x, probs = batch.x.requires_grad_(), batch.topk_weights.requires_grad_()
+    experts = own_experts(case, rank, all_experts(case))
+    experts = Experts(*(tensor.clone().requires_grad_() for tensor in experts.tensors()))
+    arguments = (x, batch.topk_idx, probs, experts, case.experts, group, align)
+    output = checkpoint(Replayed(layer), *arguments, use_reentrant=False) if checkpointed else layer(*arguments)
+    output.backward(grad_output(case, rank))
+    grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in experts.tensors()]
+    return Step(output.detach(), x.grad, probs.grad, Experts(*grads))
+
+
+@own_package
+def train_steps(group: Any, case: Case) -> dict[int, Step]:
+    settings.activate(settings.resolve(sync_free_rows_percent=0))  # room for whatever arrives
+    steps = {align: train_step(case, group, align) for align in (1, 16)}
+    read_all()
+    return steps
+
+
+@functools.cache
+def steps(case: Case) -> list[dict[int, Step]]:
+    return run_ranks(case.size, train_steps, case)
+
+
+@pytest.mark.parametrize("align", [1, 16])
+@pytest.mark.parametrize("case", [*edge_cases(2), *edge_cases(4)], ids=str)
+def test_outputs_and_gradients_in_fp64(case: Case, align: int) -> None:
+    exact = replace(case, dtype=torch.float64)
+    for rank, by_align in enumerate(steps(exact)):
+        assert_step(exact, rank, by_align[align])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    case = replace(edge_cases(4)[1], dtype=dtype)
+    for rank, by_align in enumerate(steps(case)):
+        assert_step(case, rank, by_align[16])
+
+
+SKEWED = Case("skewed", (6, 4, 7, 5), "all to one rank", experts=16, topk=3)  # the last rank gets all of it
+
+
+@own_package
+def overflow_and_replay(group: Any) -> tuple[str, list[int], bool, Step]:
+    """(the error, the room after growing, whether the weight is untouched, the replayed step)."""
+    settings.activate(settings.resolve(sync_free_rows_percent=50, num_max_tokens_per_rank=8))
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    optimizer.step()  # nothing was dispatched yet, so nothing holds it
+    changed = weight.detach().clone()
+
+    train_step(SKEWED, group, 1)
+    with pytest.raises(LayoutOverflowError) as caught:
+        optimizer.step()
+    untouched = torch.equal(weight, changed)
+    assert caught.value.fix
+    grown = sync_free.grow()
+    replayed = train_step(SKEWED, group, 1)
+    optimizer.step()
+    assert not torch.equal(weight, changed)
+    assert sync_free.grow() == []
+    return str(caught.value), grown, untouched, replayed
+
+
+def test_too_little_room_is_noticed_on_every_rank_and_the_step_replayed() -> None:
+    answers = run_ranks(4, overflow_and_replay)
+    errors = {error for error, _, _, _ in answers}
+    assert len(errors) == 1, "all ranks must say the same"
+    (error,) = errors
+    assert "rank 3 was sent more rows" in error and "too many on ranks [3]" in error
+    assert "12 places (50 % of an even share)" in error  # 50 % of 8 tokens x top-3
+    for rank, (_, grown, untouched, replayed) in enumerate(answers):
+        assert untouched, "the optimizer stepped although picks were left out"
+        assert grown == answers[0][1] and grown[0] > 50
+        assert_step(SKEWED, rank, replayed)
+
+
+@own_package
+def dropped(group: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """With too little room: output and gradient of x, which miss what was left out but nothing else."""
+    settings.activate(settings.resolve(sync_free_rows_percent=50, num_max_tokens_per_rank=8))
+    step = train_step(SKEWED, group, 1)
+    with pytest.raises(LayoutOverflowError):
+        read_all()
+    return step.output, step.grad_x
+
+
+def test_picks_without_a_place_leave_no_garbage() -> None:
+    for output, grad in run_ranks(4, dropped):
+        assert output.isfinite().all() and grad.isfinite().all()
+
+
+@own_package
+def rooms(group: Any) -> list[int]:
+    """Places at 0, 100 and 100,000 percent."""
+    found = []
+    for percent in (0, 100, 100_000):
+        settings.activate(settings.resolve(sync_free_rows_percent=percent, num_max_tokens_per_rank=10))
+        batch = make_batch(SKEWED, group.rank())
+        rows, *_ = sync_free_dispatch(batch.x, batch.topk_idx, batch.topk_weights, SKEWED.experts, group)
+        found.append(len(rows))
+        sync_free.pool.destroy_buffers()
+    return found
+
+
+def test_room_is_a_share_of_what_could_arrive() -> None:
+    assert run_ranks(4, rooms) == [[4 * 10 * 3, 10 * 3, 4 * 10 * 3]] * 4
+
+
+WIDE = Case("wide", (6, 4, 7, 5), "drop some picks", experts=16, topk=3, hidden=256)
+
+
+@own_package
+def in_8_bits(group: Any) -> tuple[Step, Step]:
+    """The same 8-bit rows, sync-free and expanded."""
+    settings.activate(settings.resolve(dispatch_dtype="fp8", grad_dispatch_dtype="fp8", sync_free_rows_percent=0))
+    return train_step(WIDE, group, 1), moe.train_step(WIDE, moe.EXPANDED, group)
+
+
+def test_rows_and_gradients_in_8_bits() -> None:
+    for rank, (ours, theirs) in enumerate(run_ranks(4, in_8_bits)):
+        for name in ("output", "grad_x", "grad_probs"):
+            error = (getattr(ours, name) - getattr(theirs, name)).norm() / getattr(theirs, name).norm()
+            assert error < 1e-6, f"rank {rank}, {name}: relative L2 {error:.1e}"
+        with pytest.raises(AssertionError, match="relative L2 error"):  # it was in 8 bits
+            assert_step(WIDE, rank, ours)
+
+
+@own_package
+def recomputed(group: Any) -> tuple[Step, list[bool]]:
+    """A checkpointed layer, and for each dispatch whether it replayed a handle."""
+    settings.activate(settings.resolve(sync_free_rows_percent=0))
+    replayed: list[bool] = []
+    original = recompute.take
+
+    def take() -> Any:
+        handle = original()
+        replayed.append(handle is not None)
+        return handle
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recompute, "take", take)
+        step = train_step(SKEWED, group, 16, checkpointed=True)
+    read_all()
+    return step, replayed
+
+
+def test_a_recomputed_layer_replays_its_handle() -> None:
+    for rank, (step, replayed) in enumerate(run_ranks(4, recomputed)):
+        assert_step(SKEWED, rank, step)
+        assert replayed == [False, True]
+
+
+def flex_bodies(group: Any, split: mcore.Split) -> None:
+    from test_flex_dispatcher import run_bodies
+
+    run_bodies(group, split, "sync-free")
+
+
+@pytest.mark.parametrize("split", [mcore.Split(1, 2), mcore.Split(1, 4), mcore.Split(2, 2)], ids=str)
+def test_under_megatrons_flex_dispatcher(split: mcore.Split) -> None:
+    run_ranks(split.size, flex_bodies, split)

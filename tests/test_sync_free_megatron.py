@@ -1,0 +1,77 @@
+"""Megatron's MoE layer in sync-free mode on the CPU, with grouped experts: beside the expanded layout, which other
+tests compare with alltoall; and what it says where it cannot run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from harness import run_ranks
+from moe_layer import CPU, FEATURES, hidden_states, make_layer, megatron, step
+from reports import Report, assert_report, attempt
+
+import megatron_ep_v2
+from megatron_ep_v2 import load
+from megatron_ep_v2.deferred import read_all
+from megatron_ep_v2.errors import SettingsError
+
+
+def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    difference, size = float((ours.double() - theirs.double()).norm()), float(theirs.double().norm())
+    return difference / size if size else difference
+
+
+def compare(group: Any) -> dict[str, dict[str, float]]:
+    """Feature -> tensor -> relative L2 distance."""
+    found = {}
+    with megatron(CPU):
+        for name, feature in FEATURES.items():
+            more = dict(feature)
+            micro_batches, uneven = more.pop("micro_batches", 1), more.pop("uneven", False)
+            few = CPU.tokens // 8
+            hidden = hidden_states(CPU, few if not uneven else 0 if group.rank() == 1 else few - group.rank() % 3)
+            by_layout, loads = {}, {}
+            for layout in ("expanded", "sync-free"):
+                layer = make_layer(CPU, "flex", layout, "grouped", **more)
+                load.local_expert_load()
+                by_layout[layout] = step(layer, hidden, micro_batches)
+                loads[layout] = [counts.tolist() for counts in load.local_expert_load()][-1:]
+                with torch.no_grad():
+                    by_layout[layout]["eval"] = layer.eval()(hidden)[0]
+                read_all()
+                megatron_ep_v2.destroy_buffers()
+            theirs, ours = by_layout["expanded"], by_layout["sync-free"]
+            assert ours.keys() == theirs.keys() and loads["sync-free"] == loads["expanded"] != [[0] * 2]
+            found[name] = {key: distance(ours[key], theirs[key]) for key in theirs}
+    return found
+
+
+def test_outputs_gradients_and_loads_are_those_of_the_expanded_layout() -> None:
+    for rank, by_feature in enumerate(run_ranks(4, compare, timeout=120)):
+        for name, errors in by_feature.items():
+            for tensor, error in errors.items():
+                assert error < 2e-6, f"rank {rank}, {name}, {tensor}: relative L2 {error:.1e}"
+
+
+def own_experts(group: Any) -> Report | None:
+    with megatron(CPU):
+        layer = make_layer(CPU, "flex", "sync-free")
+        return attempt(lambda: layer(hidden_states(CPU, 4)))
+
+
+def test_experts_that_would_wait_are_refused() -> None:
+    for report in run_ranks(2, own_experts):
+        assert_report(report, SettingsError, "tokens_per_expert on the host", "use_experts", "SYNC_FREE off")
+
+
+@pytest.mark.parametrize("wanted", [{"layout": "compact"}, {"buffer": "legacy"}], ids=str)
+def test_what_cannot_be_sync_free_is_refused_at_once(wanted: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from megatron_ep_v2 import installer
+    from megatron_ep_v2.probe import Choice
+
+    kind = wanted.get("buffer", "reference")
+    monkeypatch.setattr(installer, "choose", lambda *_: Choice(kind, "asked for"))
+    report = attempt(lambda: megatron_ep_v2.install(sync_free=True, **wanted))
+    assert_report(report, SettingsError, "sync-free mode needs", f"the {kind} buffer", "MCORE_DEEPEP_V2_SYNC_FREE")
+    assert not megatron_ep_v2.status()["installed"]
