@@ -26,9 +26,10 @@ SHAPES = [(1, 3), (24, 8), (2051, 2)]
 
 
 def place_cases(kernels: Any, device: str, seed: int = 0) -> Iterator[Case]:
-    """Every kind of routing, and one of several blocks of picks."""
+    """Every kind of routing, one of several blocks of picks, and one for a single expert."""
     routings = [(kind, routing(kind, seed=seed)) for kind in KINDS]
     routings += [("many", routing("random", rows=400, topk=7, num_experts=33, seed=seed))]
+    routings += [("single", routing("random", topk=1, num_experts=1, seed=seed))]
     for kind, r in routings:
         picks = r.picks.to(device)
         for num_recv in (torch.tensor(r.num_recv, dtype=torch.int32, device=device), None):

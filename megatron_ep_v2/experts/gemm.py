@@ -82,12 +82,12 @@ class Grouped:
             InputError: A dtype or size that it does not take.
         """
         _grouped_mm()
-        # Elsewhere it is a loop that waits for the sizes (torch 2.11, aten/src/ATen/native/cuda/GroupedBlas.cpp).
-        if x.is_cuda and torch.cuda.get_device_capability(x.device) < (9, 0):
+        # Elsewhere it is a loop that waits for the sizes (pytorch, aten/src/ATen/native/cuda/GroupedBlas.cpp).
+        if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] not in (9, 10):
             raise UnavailableError(
                 "torch has no grouped GEMM for this GPU",
                 found=f"compute capability {torch.cuda.get_device_capability(x.device)}",
-                needed="9.0 or more",
+                needed="9 or 10, as H100, H200, B200 have",
                 fix="choose the sequential experts",
             )
         good = (torch.bfloat16,) if x.is_cuda else (torch.bfloat16, torch.float16, torch.float32)
@@ -109,6 +109,7 @@ class Grouped:
     def wgrad(self, grad: torch.Tensor, x: torch.Tensor, groups: Groups) -> torch.Tensor:
         if not len(x):
             return x.new_zeros(len(groups.ends), grad.shape[1], x.shape[1])
+        # The one pair of layouts in which a group may be empty, and of any size (GroupMMCommon.cuh).
         return _grouped_mm()(grad.t(), x, offs=groups.ends)  # type: ignore[no-any-return]
 
     def _multiply(self, x: torch.Tensor, w: torch.Tensor, groups: Groups) -> torch.Tensor:
@@ -147,20 +148,13 @@ class DeepGemm(Grouped):
 
     def forward(self, x: torch.Tensor, w: torch.Tensor, groups: Groups) -> torch.Tensor:
         out = x.new_empty(len(x), w.shape[1])
-        deep_gemm().m_grouped_bf16_gemm_nt_contiguous(x, w, out, m_indices(groups, len(x)))
+        deep_gemm().m_grouped_bf16_gemm_nt_contiguous(x, w, out, groups.m_indices)
         return out
 
     def dgrad(self, grad: torch.Tensor, w: torch.Tensor, groups: Groups) -> torch.Tensor:
         out = grad.new_empty(len(grad), w.shape[2])
-        deep_gemm().m_grouped_bf16_gemm_nn_contiguous(grad, w, out, m_indices(groups, len(grad)))
+        deep_gemm().m_grouped_bf16_gemm_nn_contiguous(grad, w, out, groups.m_indices)
         return out
-
-
-def m_indices(groups: Groups, num_rows: int) -> torch.Tensor:
-    """[P] int32, the expert of each row; -1 = nobody's. Padding inside an expert's rows counts as its own."""
-    place = torch.arange(num_rows, dtype=torch.int32, device=groups.ends.device)
-    expert = torch.searchsorted(groups.ends, place, right=True, out_int32=True)
-    return expert if groups.used is None else torch.where(expert < len(groups.ends), expert, -1)
 
 
 GEMMS: dict[str, Gemm] = {"deepgemm": DeepGemm(), "grouped": Grouped(), "sequential": Sequential()}

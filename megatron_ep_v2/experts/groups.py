@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -19,18 +20,20 @@ class Groups:
         sizes: Rows of each expert, where the host knows them; None = only the device does.
         alignment: Each size is a multiple of this.
         used: One int32 on the device: rows from here on belong to nobody, and may hold anything. None = there are none.
+        num_rows: P.
     """
 
     ends: torch.Tensor
     sizes: tuple[int, ...] | None
     alignment: int
     used: torch.Tensor | None
+    num_rows: int
 
     @classmethod
     def from_places(cls, places: Places) -> Groups:
         """Of rows that `layouts.gather_rows` laid out, contiguous or masked. No host wait."""
         used = places.ends[-1] if places.expected_m is None else None
-        return cls(ends=places.ends, sizes=None, alignment=places.alignment, used=used)
+        return cls(ends=places.ends, sizes=None, alignment=places.alignment, used=used, num_rows=places.num_rows)
 
     @classmethod
     def from_counts(cls, tokens_per_expert: torch.Tensor, rows: torch.Tensor) -> Groups:
@@ -45,7 +48,7 @@ class Groups:
         """
         if tokens_per_expert.device == rows.device and rows.is_cuda:
             ends = tokens_per_expert.cumsum(0).to(torch.int32)
-            return cls(ends=ends, sizes=None, alignment=1, used=ends[-1])
+            return cls(ends=ends, sizes=None, alignment=1, used=ends[-1], num_rows=len(rows))
         sizes = tuple(tokens_per_expert.long().tolist())  # of sync-free mode, int32, they refuse to be asked directly
         used = sum(sizes)
         if used > len(rows) or (used < len(rows) and rows.is_cuda):
@@ -61,7 +64,16 @@ class Groups:
         alignment = 1
         while alignment < 128 and all(size % (2 * alignment) == 0 for size in sizes):
             alignment *= 2
-        return cls(ends=ends, sizes=sizes, alignment=alignment, used=ends[-1] if used < len(rows) else None)
+        behind = ends[-1] if used < len(rows) else None
+        return cls(ends=ends, sizes=sizes, alignment=alignment, used=behind, num_rows=len(rows))
+
+    @functools.cached_property
+    def m_indices(self) -> torch.Tensor:
+        """[P] int32, the expert of each row; -1 = nobody's. Unlike those of `Places`, padding inside an expert's rows
+        counts as its own: zeros go in, so zeros come out, where DeepGEMM would write nothing."""
+        place = torch.arange(self.num_rows, dtype=torch.int32, device=self.ends.device)
+        expert = torch.searchsorted(self.ends, place, right=True, out_int32=True)
+        return expert if self.used is None else torch.where(expert < len(self.ends), expert, -1)
 
     def host_sizes(self) -> tuple[int, ...]:
         """Rows of each expert. Waits for the device where the host does not know them."""

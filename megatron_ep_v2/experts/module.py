@@ -115,7 +115,7 @@ class DeepGemmExperts(Experts):
 
 
 class GroupedExperts(Experts):
-    """On torch's grouped GEMM (bf16, SM90 and newer; other dtypes on the CPU)."""
+    """On torch's grouped GEMM (bf16, SM90 and SM100; fp32, too, on the CPU)."""
 
     backend = "grouped"
 

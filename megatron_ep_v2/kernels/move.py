@@ -75,10 +75,9 @@ def spread(
         row, zero without a place.
     """
     kind = accumulator(y)
-    held = (rows >= 0)[:, None]
     spread_grad = gather(grad, rows).to(kind)
     grad_y = spread_grad * take(weights, sources)[:, None].to(kind)
-    dots = torch.where(held, spread_grad * y.to(kind), 0).sum(dim=1)
+    dots = (spread_grad * y.to(kind)).sum(dim=1)
     # One weight more, where the padding's dots go.
     grad_weights = dots.new_zeros(weights.numel() + 1)
     grad_weights.scatter_(0, torch.where(sources >= 0, sources, weights.numel()).long(), dots)

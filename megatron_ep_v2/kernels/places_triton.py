@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 BLOCK = 128  # picks of a program of the first and the last kernel
-CHUNK = 1024  # blocks that the second one adds up at a time
+CHUNK = 256  # blocks that the second one adds up at a time
 ROWS = 128  # places of a program of the third
 
 Found = tuple[torch.Tensor, ...]
@@ -48,7 +48,7 @@ def _place(
     overflow, needed = _aligned(2, 1, picks.device)
     has_num_recv = num_recv is not None
     received = num_recv if has_num_recv else picks  # some pointer; not read
-    width = triton.next_power_of_2(num_local_experts)
+    width = max(16, triton.next_power_of_2(num_local_experts))
 
     _count[(blocks,)](
         *(picks, received, before, num_picks, topk, num_local_experts, blocks),
@@ -56,7 +56,7 @@ def _place(
         EXPERTS=width,
         BLOCK=BLOCK,
     )
-    _add_up[(num_local_experts,)](before, totals, blocks, CHUNK=min(CHUNK, triton.next_power_of_2(blocks)))
+    _add_up[(num_local_experts,)](before, totals, blocks, CHUNK=CHUNK)
     _lay_out[(max(1, triton.cdiv(num_rows, ROWS)),)](
         *(totals, rows, sources, m_indices, counts, ends, overflow, needed),
         *(num_local_experts, num_rows, step),
