@@ -2,7 +2,7 @@
 layer's forward + backward takes with quantisation included, and how close the kernels come to a device copy.
 
 Expanded layout; times as in gpu_layer_cost.py (variants alternate; CUDA events, medians of the slowest rank; "alone"
-from an idle GPU, "in a row" the mean of eight).
+from an idle GPU, "in a row" the mean of eight, layers all forward and then all backward).
 
     torchrun --nproc-per-node 8 benchmarks/gpu_fp8.py [--out benchmarks/results/h200x8/fp8.jsonl]
 
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from common import environment, write_rows
-from gpu_layer_cost import SHAPES, fused_layer, time_variants
+from gpu_layer_cost import SHAPES, Layer, fused_layer, time_variants
 
 import megatron_ep_v2
 from megatron_ep_v2 import links, settings
@@ -126,15 +126,15 @@ def layer(
     picks: torch.Tensor,
     probs: torch.Tensor,
     experts: int,
-) -> Run:
+) -> Layer:
     """Forward and backward of dispatch and combine, quantisation included; experts pass rows through."""
-    run_layer, own_settings = fused_layer(x, grad, picks, probs, experts, True), chosen(wire)
+    plain, own_settings = fused_layer(x, grad, picks, probs, experts, True), chosen(wire)
 
-    def run() -> Any:
+    def forward() -> Any:
         settings.activate(own_settings)
-        return run_layer()
+        return plain.forward()
 
-    return run
+    return Layer(forward, plain.backward)
 
 
 def compare(layers: dict[str, Run]) -> dict[str, float]:

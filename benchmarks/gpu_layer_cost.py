@@ -3,7 +3,7 @@ deep_ep's ElasticBuffer on the same buffer, in one run.
 
 The four raw calls of a layer are dispatch, combine, cached dispatch (combine's backward), combine with weights
 (dispatch's backward). Experts pass rows through; variants alternate; times are CUDA events, medians over repeats of the
-slowest rank.
+slowest rank: of eight layers in a row (all forward, then all backward), and of one layer on an idle GPU.
 
     torchrun --nproc-per-node 8 benchmarks/gpu_layer_cost.py [--out benchmarks/results/h200x8/layer_cost.jsonl]
 """
@@ -14,6 +14,7 @@ import argparse
 import os
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,18 @@ def _measure(shape: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+@dataclass(frozen=True)
+class Layer:
+    """A layer in two halves. `forward()` returns what its backward needs; `backward(states)` runs the backwards of
+    several forwards, the last one first, and returns output and gradients of the first. Called, it is both, once."""
+
+    forward: Callable[[], Any]
+    backward: Callable[[list[Any]], tuple[torch.Tensor, ...]]
+
+    def __call__(self) -> tuple[torch.Tensor, ...]:
+        return self.backward([self.forward()])
+
+
 def _raw(
     raw: Any,
     x: torch.Tensor,
@@ -117,7 +130,7 @@ def _raw(
     experts: int,
     num_sms: int,
     expand: bool,
-) -> Callable[[bool], Callable[[], tuple[torch.Tensor, ...]]]:
+) -> Callable[[bool], Layer]:
     def ordered(asynchronous: bool) -> dict[str, Any]:
         """Asynchronous: an event before, memory on the communication stream, and a wait right behind."""
         if not asynchronous:
@@ -132,8 +145,8 @@ def _raw(
         if asynchronous:
             event.current_stream_wait()
 
-    def variant(asynchronous: bool) -> Callable[[], tuple[torch.Tensor, ...]]:
-        def run() -> tuple[torch.Tensor, ...]:
+    def variant(asynchronous: bool) -> Layer:
+        def forward() -> Any:
             rows, _, row_probs, handle, event = raw.dispatch(
                 x,
                 topk_idx=picks,
@@ -146,42 +159,55 @@ def _raw(
             wait(event, asynchronous)
             y, _, event = raw.combine(rows, handle, **ordered(asynchronous))
             wait(event, asynchronous)
-            grad_rows, _, _, _, event = raw.dispatch(
-                grad, handle=handle, num_sms=handle.num_sms, do_expand=expand, **ordered(asynchronous)
-            )
-            wait(event, asynchronous)
-            grad_x, grad_probs, event = raw.combine(grad_rows, handle, topk_weights=row_probs, **ordered(asynchronous))
-            wait(event, asynchronous)
+            return y, row_probs, handle
+
+        def backward(states: list[Any]) -> tuple[torch.Tensor, ...]:
+            while states:
+                y, row_probs, handle = states.pop()
+                grad_rows, _, _, _, event = raw.dispatch(
+                    grad, handle=handle, num_sms=handle.num_sms, do_expand=expand, **ordered(asynchronous)
+                )
+                wait(event, asynchronous)
+                grad_x, grad_probs, event = raw.combine(
+                    grad_rows, handle, topk_weights=row_probs, **ordered(asynchronous)
+                )
+                wait(event, asynchronous)
             return y, grad_x, grad_probs
 
-        return run
+        return Layer(forward, backward)
 
     return variant
 
 
 def fused_layer(
     x: torch.Tensor, grad: torch.Tensor, picks: torch.Tensor, probs: torch.Tensor, experts: int, expand: bool
-) -> Callable[[], tuple[torch.Tensor, ...]]:
-    x, probs = x.clone().requires_grad_(), probs.clone().requires_grad_()
+) -> Layer:
+    """fused_dispatch and fused_combine around experts that pass rows through; the probabilities get gradients too."""
 
-    def run() -> tuple[torch.Tensor, ...]:
-        x.grad = probs.grad = None
+    def forward() -> Any:
+        leaves = x.detach().requires_grad_(), probs.detach().requires_grad_()  # gradients of layers are not added up
         rows, _, row_probs, _, handle = fused_dispatch(
-            x, picks, probs, experts, dist.group.WORLD, True, True, do_expand=expand
+            leaves[0], picks, leaves[1], experts, dist.group.WORLD, True, True, do_expand=expand
         )
         y, _ = fused_combine(rows, dist.group.WORLD, handle, True, True)
-        torch.autograd.backward([y, row_probs], [grad, row_probs.detach()])
-        return y.detach(), x.grad, probs.grad
+        return leaves, y, row_probs
 
-    return run
+    def backward(states: list[Any]) -> tuple[torch.Tensor, ...]:
+        ends = [end for _, y, row_probs in states for end in (y, row_probs)]
+        torch.autograd.backward(ends, [g for *_, row_probs in states for g in (grad, row_probs.detach())])
+        (own_x, own_probs), y, _ = states[0]
+        return y.detach(), own_x.grad, own_probs.grad
+
+    return Layer(forward, backward)
 
 
 IN_A_ROW = 8
 
 
 def time_variants(variants: dict[str, Callable[[], Any]], repeats: int) -> dict[str, dict[str, list[float]]]:
-    """Microseconds of one layer, of the slowest rank, for each repeat: "alone", from an idle GPU, where host work
-    before the first kernel shows; and "in_a_row", the mean of several without a pause, as in training."""
+    """Microseconds of one call, of the slowest rank, for each repeat: "alone", from an idle GPU, where host work before
+    the first kernel shows; and "in_a_row", the mean of several without a pause. Of a `Layer`, all are run forward and
+    then backward, as in training: autograd hands a backward over to a thread of its own once, not in each layer."""
     for run in variants.values():
         for _ in range(5):
             run()
@@ -194,8 +220,11 @@ def time_variants(variants: dict[str, Callable[[], Any]], repeats: int) -> dict[
                 dist.barrier(device_ids=[torch.cuda.current_device()])
                 torch.cuda.synchronize()
                 start.record()
-                for _ in range(count):
-                    run()
+                if isinstance(run, Layer):
+                    run.backward([run.forward() for _ in range(count)])
+                else:
+                    for _ in range(count):
+                        run()
                 end.record()
                 end.synchronize()
                 times[name][kind].append(start.elapsed_time(end) * 1e3 / count)

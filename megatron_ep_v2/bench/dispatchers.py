@@ -113,25 +113,34 @@ class DispatcherLayer(DispatcherSet):
     def __init__(self, variant: Variant, batch: Batch, shape: Shape, sms: int | None, load: float, groups: Groups):
         super().__init__(variant, shape, batch.hidden.dtype, sms, load, groups)
         self.batch, self.dispatcher = batch, self.dispatchers[0]
-        self.hidden = batch.hidden.clone().requires_grad_()
-        self.probs = batch.probs.clone().requires_grad_()
-        self.output: torch.Tensor | None = None
+        self.outputs: tuple[torch.Tensor | None, ...] = (None, None, None)
 
-    def run(self, *, backward: bool) -> None:
-        self.hidden.grad = self.probs.grad = self.output = None
+    def run(self, *, backward: bool, count: int = 1) -> None:
+        self.outputs = (None, None, None)
+        if not backward:
+            for _ in range(count):
+                self._forward()
+            return
+        layers = [self._forward() for _ in range(count)]
+        ends = [end for *_, y, row_probs in layers for end in (y, row_probs)]
+        gradients = [g for *_, row_probs in layers for g in (self.batch.grad_output, row_probs.detach())]
+        torch.autograd.backward(ends, gradients)
+        hidden, probs, y, _ = layers[-1]
+        self.outputs = (y.detach(), hidden.grad, probs.grad)
+
+    def _forward(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Leaves of its own, since gradients of several layers would be added up; output; the rows' probabilities."""
+        hidden, probs = (x.detach().requires_grad_() for x in (self.batch.hidden, self.batch.probs))
         dispatcher = self.dispatcher
-        rows, probs = dispatcher.dispatch_preprocess(self.hidden, self.batch.routing_map, self.probs)
-        rows, row_probs = dispatcher.token_dispatch(rows, probs)
+        rows, sent_probs = dispatcher.dispatch_preprocess(hidden, self.batch.routing_map, probs)
+        rows, row_probs = dispatcher.token_dispatch(rows, sent_probs)
         rows, _, row_probs = dispatcher.dispatch_postprocess(rows, row_probs)
         y = dispatcher.combine_postprocess(dispatcher.token_combine(dispatcher.combine_preprocess(rows)))
-        if backward:
-            torch.autograd.backward([y, row_probs], [self.batch.grad_output, row_probs.detach()])
-            self.output = y.detach()
+        return hidden, probs, y, row_probs
 
     def results(self) -> dict[str, torch.Tensor]:
-        output, self.output = self.output, None
-        gradients, self.hidden.grad, self.probs.grad = (self.hidden.grad, self.probs.grad), None, None
-        return named_results(output, *gradients, self.batch)
+        (output, grad_hidden, grad_probs), self.outputs = self.outputs, (None, None, None)
+        return named_results(output, grad_hidden, grad_probs, self.batch)
 
     def expected(self) -> dict[str, torch.Tensor]:
         return self.batch.expected()

@@ -33,11 +33,12 @@ class Layer(Protocol):
     def leave(self) -> None:
         """Keep what this variant may need again."""
 
-    def run(self, *, backward: bool) -> None:
-        """One layer, forward, or forward and backward."""
+    def run(self, *, backward: bool, count: int = 1) -> None:
+        """`count` layers forward without a pause; with `backward`, then all of them backward, as in training."""
 
     def results(self) -> dict[str, torch.Tensor]:
-        """Output and gradients of a run with backward, by the names of `Batch.expected`; afterwards they are gone."""
+        """Output and gradients of a layer of the last run with backward, by the names of `Batch.expected`; afterwards
+        they are gone."""
 
     def expected(self) -> dict[str, torch.Tensor]:
         """What `results` must be, in fp64."""

@@ -41,32 +41,43 @@ class RawLayer:
     def leave(self) -> None:
         pass
 
-    def run(self, *, backward: bool) -> None:
+    def run(self, *, backward: bool, count: int = 1) -> None:
         self.outputs = ()
-        batch = self.batch
         buffer = self.ours.live
         if buffer is None:
+            batch = self.batch
             get_buffer(self.ours.group, batch.hidden, batch.picks, self.num_experts, batch.weights)
             self.ours.enter()
             buffer = self.ours.live
             assert buffer is not None
         raw: Any = getattr(buffer, "_buffer", buffer)  # deep_ep's own object; the reference is its own
+        if not backward:
+            for _ in range(count):
+                self._forward(raw, buffer.num_sms)
+            return
+        layers = [self._forward(raw, buffer.num_sms) for _ in range(count)]
+        while layers:
+            self.outputs = self._backward(raw, *layers.pop())
+
+    def _forward(self, raw: Any, num_sms: int) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        batch = self.batch
         rows, _, row_weights, handle, _ = raw.dispatch(
             batch.hidden,
             topk_idx=batch.picks,
             topk_weights=batch.weights,
             num_experts=self.num_experts,
-            num_sms=buffer.num_sms,
+            num_sms=num_sms,
             do_expand=self.do_expand,
         )
         y, _, _ = raw.combine(rows, handle)
-        if not backward:
-            return
+        return y, row_weights, handle
+
+    def _backward(self, raw: Any, y: torch.Tensor, row_weights: torch.Tensor, handle: Any) -> tuple[torch.Tensor, ...]:
         grad_rows, _, _, _, _ = raw.dispatch(
-            batch.grad_output, handle=handle, num_sms=handle.num_sms, do_expand=self.do_expand
+            self.batch.grad_output, handle=handle, num_sms=handle.num_sms, do_expand=self.do_expand
         )
         grad_hidden, grad_weights, _ = raw.combine(grad_rows, handle, topk_weights=row_weights)
-        self.outputs = (y, grad_hidden, grad_weights)
+        return y, grad_hidden, grad_weights
 
     def results(self) -> dict[str, torch.Tensor]:
         output, grad_hidden, grad_weights = self.outputs

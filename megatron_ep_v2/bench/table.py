@@ -162,7 +162,7 @@ def _take_times(
 
     def take(entry: Entry[Layer], layer: Layer) -> None:
         for kind, (count, backward) in kinds.items():
-            spent, host = timing.measure(lambda: layer.run(backward=backward), device, count)  # noqa: B023
+            spent, host = timing.measure(lambda: layer.run(backward=backward, count=count), device, count)  # noqa: B023
             times[id(entry)][kind].append(spent)
             if kind == "alone" or (not on_gpu and backward):
                 times[id(entry)]["host"].append(host)

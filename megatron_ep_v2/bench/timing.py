@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-IN_A_ROW = 8  # layers without a pause on a GPU: the host runs ahead, as in training
+IN_A_ROW = 8  # layers without a pause on a GPU, as in training
 NOISY_HALVES = 0.10  # medians of the repeats' halves that differ by more than this
 NOISY_SPREAD = 1.30  # 80th over 20th percentile above this
 _CLEAR_PEAK = Path("/proc/self/clear_refs")
@@ -52,7 +52,7 @@ def summarise(values: Sequence[float]) -> Summary:
 
 
 def measure(run: Callable[[], None], device: torch.device, count: int = 1) -> tuple[float, float]:
-    """Microseconds of one of `count` calls without a pause, on the device; and of the host until it could go on."""
+    """Microseconds of a run divided by `count`, the layers in it: on the device; and of the host until it goes on."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         dist.barrier(device_ids=[device.index])
@@ -60,16 +60,14 @@ def measure(run: Callable[[], None], device: torch.device, count: int = 1) -> tu
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         begin = time.perf_counter()
-        for _ in range(count):
-            run()
+        run()
         host = time.perf_counter() - begin
         end.record()
         end.synchronize()
         return start.elapsed_time(end) * 1e3 / count, host * 1e6 / count
     dist.barrier()
     begin = time.perf_counter()
-    for _ in range(count):
-        run()
+    run()
     host = time.perf_counter() - begin
     return host * 1e6 / count, host * 1e6 / count
 
@@ -107,10 +105,12 @@ def measure_link(device: torch.device, repeats: int = 5) -> float:
     outgoing = torch.zeros(ranks * block, dtype=torch.uint8, device=device)
     incoming = torch.empty_like(outgoing)
 
-    def run() -> None:
-        dist.all_to_all_single(incoming, outgoing)
-
     count = IN_A_ROW if device.type == "cuda" else 1
+
+    def run() -> None:
+        for _ in range(count):
+            dist.all_to_all_single(incoming, outgoing)
+
     run()
     times = [measure(run, device, count)[0] for _ in range(repeats)]
     return (ranks - 1) * block / statistics.median(slowest_rank(times, device)) / 1e3
