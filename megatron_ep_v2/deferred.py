@@ -36,8 +36,8 @@ class DeviceCheck:
         device: Where the violations are.
         group: Read together: every rank of it gets the counts of all and raises the same error, by one small
             all-gather at the read. Every rank of the group must make its checks in the same order and add to the same
-            ones between two reads, as calls that are collective do. None, or a group that was destroyed meanwhile: each
-            rank for itself; its rank is then 0.
+            ones between two reads, as calls that are collective do, and come to the same reads: where one of them steps
+            an optimizer, all do. None, or a group that was destroyed meanwhile: each rank for itself, as rank 0.
 
     Attributes:
         count: [1] int32 on the device. Code that writes it by itself (a kernel) calls `touch()`, too.

@@ -109,6 +109,7 @@ def test_all_ranks_of_a_group_raise_together() -> None:
     """After one good step, with one collective for all checks of a step."""
     assert run_ranks(3, violate_on_rank_one) == [("full: {1: 3}", [0.0] * 3, 2)] * 3
 
+
 def outlive_its_group(group: Any) -> tuple[float, str]:
     """Runs in every rank: only rank 0 steps after the group of its checks was destroyed, once well and once not."""
     once = torch.distributed.new_group([0, 1])
