@@ -166,7 +166,7 @@ def test_each_rank_starts_with_experts_of_its_own_and_other_kinds_are_refused() 
 
 
 def counted_in_the_norm(group: Any) -> bool:
-    """Whether Megatron counts the experts of another rank than the tensor-parallel group's first, none of them copies."""
+    """Whether Megatron counts the experts of the tensor-parallel group's second rank, which are no copies."""
     second = SimpleNamespace(rank=lambda: 1)
     with megatron(CPU):
         experts = replaced(make_layer(CPU, "flex"), "grouped")
