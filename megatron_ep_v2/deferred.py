@@ -45,7 +45,8 @@ class DeviceCheck:
 
     def __init__(self, to_error: Callable[[dict[int, int]], EPError], device: torch.device, group: Any = None):
         self.to_error, self.group = to_error, group
-        self.count = torch.zeros(1, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):  # one made there could not be written to in training
+            self.count = torch.zeros(1, dtype=torch.int32, device=device)
         self._touched = self._captured = False
         _live[next(_numbers)] = self
         _hook_into_optimizers()
