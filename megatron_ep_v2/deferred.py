@@ -36,7 +36,8 @@ class DeviceCheck:
         device: Where the violations are.
         group: Read together: every rank of it gets the counts of all and raises the same error, by one small
             all-gather at the read. Every rank of the group must make its checks in the same order and add to the same
-            ones between two reads, as calls that are collective do. None: each rank for itself; its rank is then 0.
+            ones between two reads, as calls that are collective do, and come to the same reads: where one of them steps
+            an optimizer, all do. None, or a group that was destroyed meanwhile: each rank for itself, as rank 0.
 
     Attributes:
         count: [1] int32 on the device. Code that writes it by itself (a kernel) calls `touch()`, too.
@@ -44,7 +45,8 @@ class DeviceCheck:
 
     def __init__(self, to_error: Callable[[dict[int, int]], EPError], device: torch.device, group: Any = None):
         self.to_error, self.group = to_error, group
-        self.count = torch.zeros(1, dtype=torch.int32, device=device)
+        with torch.inference_mode(False):  # one made there could not be written to in training
+            self.count = torch.zeros(1, dtype=torch.int32, device=device)
         self._touched = self._captured = False
         _live[next(_numbers)] = self
         _hook_into_optimizers()
@@ -90,7 +92,7 @@ def _read(checks: list[DeviceCheck]) -> None:
     alike: dict[tuple[Any, torch.device], list[DeviceCheck]] = {}
     for check in checks:
         if check.waiting:
-            alike.setdefault((check.group, check.count.device), []).append(check)
+            alike.setdefault((None if _closed(check.group) else check.group, check.count.device), []).append(check)
     errors = []
     for (group, _), members in alike.items():
         counts = torch.cat([check.count for check in members])
@@ -108,6 +110,14 @@ def _read(checks: list[DeviceCheck]) -> None:
         for other in errors[1:]:
             errors[0].add_note(str(other))
         raise errors[0]
+
+
+def _closed(group: Any) -> bool:
+    """Whether the group was destroyed: an output that the user keeps can keep a check beyond that."""
+    try:
+        return group is not None and not dist.get_process_group_ranks(group)
+    except (KeyError, ValueError, RuntimeError):
+        return True
 
 
 @functools.cache

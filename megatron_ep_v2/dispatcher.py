@@ -65,15 +65,14 @@ def follow_deterministic_mode(config: Any, group: Any) -> None:
     """
     if not config.deterministic_mode or settings.active().deterministic:
         return
-    settings.offer("deterministic", True, "Megatron's --deterministic-mode")
-    if settings.active().deterministic and pool.find(group):
-        settings.offer("deterministic", False, "Megatron's --deterministic-mode")
+    if settings.active().source("deterministic") == "default" and pool.find(group):
         raise SettingsError(
             "Megatron's deterministic mode comes too late: a buffer was built without it",
             found=f"deterministic={settings.active().describe()['deterministic']}, and the group's buffer in use",
             needed="one value for all models of a group",
             fix="build the deterministic model first, or set MCORE_DEEPEP_V2_DETERMINISTIC=1 for the whole job",
         )
+    settings.offer("deterministic", True, "Megatron's --deterministic-mode")
 
 
 class CompactManager(token_dispatcher._DeepepManager):  # type: ignore[misc]

@@ -50,7 +50,8 @@ class ExpertLoad:
             self._host += counts
             return
         if self._device is None:
-            self._device = torch.zeros(len(self._host), dtype=torch.int64, device=counts.device)
+            with torch.inference_mode(False):  # one made there could not be written to in training
+                self._device = torch.zeros(len(self._host), dtype=torch.int64, device=counts.device)
         self._device += counts
 
     def take(self) -> torch.Tensor:

@@ -16,7 +16,6 @@ group raises if it did not (see `deferred`); on a CPU at once.
 
 from __future__ import annotations
 
-import collections
 import functools
 import threading
 import weakref
@@ -45,22 +44,39 @@ class Replayed:
     """A function for one checkpoint: what it dispatches in its first run is replayed in its second. Make a new one for
     each checkpointed call.
 
-    Attributes:
-        handles: Noted in the first run and not yet taken, in order.
+    Torch's checkpoint without reentry may run it again for each backward that comes by, and each run begins with the
+    first handle: the graph of the first run is the one that is used. A handle that was taken is kept for that only as
+    long as somebody else keeps it, which is until its own backward.
     """
 
     def __init__(self, function: Callable[..., Any]):
         self.function = function
-        self.handles: collections.deque[Any] = collections.deque()
+        self._handles: list[Callable[[], Any]] = []  # of the first run, in order; each returns None once it is gone
+        self._taken = 0  # by the run that goes on
         self._has_run = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         again, self._has_run = self._has_run, True
+        self._taken = 0
         _runs.stack.append((self, again))
         try:
             return self.function(*args, **kwargs)
         finally:
             _runs.stack.pop()
+
+    def note(self, handle: Any) -> None:
+        """Keep a handle of the first run."""
+        self._handles.append(lambda: handle)
+
+    def take(self) -> Any:
+        """The next handle; None if there is none, or no more."""
+        if self._taken == len(self._handles):
+            return None
+        handle = self._handles[self._taken]()
+        if handle is not None:
+            self._handles[self._taken] = weakref.ref(handle)
+        self._taken += 1
+        return handle
 
 
 def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -86,7 +102,7 @@ def take() -> Any:
     """
     for run, again in reversed(_runs.stack):
         if again:
-            return run.handles.popleft() if run.handles else None
+            return run.take()
     return None
 
 
@@ -95,7 +111,7 @@ def note(handle: Any) -> None:
     for run, again in reversed(_runs.stack):
         if again:
             return
-        run.handles.append(handle)
+        run.note(handle)
 
 
 def check_routing(buffer: Any, handle: Any, topk_idx: torch.Tensor) -> None:

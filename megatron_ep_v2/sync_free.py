@@ -14,6 +14,8 @@ optimizer's step, on every rank of the group alike:
     except LayoutOverflowError:
         sync_free.grow()  # then zero the gradients and run the same batch again; graphs have to be captured again
 
+Where a model has several such groups, all of them have to repeat the step: docs/sync_free.md has the loop.
+
 Everything here can be captured in a CUDA graph, forward and backward. docs/sync_free.md says what it costs and needs.
 """
 

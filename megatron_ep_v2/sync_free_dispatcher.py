@@ -17,7 +17,13 @@ from megatron_ep_v2.sync_free import SyncFreeHandle, sync_free_combine, sync_fre
 
 
 class CountsOnDevice(torch.Tensor):
-    """Counts that do not come to the host. What is computed from them are ordinary tensors."""
+    """Counts that do not come to the host. What is computed from them are ordinary tensors.
+
+    Attributes:
+        alignment: Each is a multiple of this, so that experts which want padded rows can tell that they have them.
+    """
+
+    alignment: int
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -53,7 +59,9 @@ class SyncFreeManager(ExpandedManager):
             self.group,
             expert_alignment=self._expert_alignment(),
         )
-        self.tokens_per_expert = counts.as_subclass(CountsOnDevice)
+        on_device = counts.as_subclass(CountsOnDevice)
+        on_device.alignment = self.handle.places.alignment
+        self.tokens_per_expert = on_device
         self.load.add(self.handle.places.counts)
         return hidden_states
 

@@ -174,3 +174,26 @@ def two_layers(group: Any, wrap: str, layout: Layout, interleaved: bool) -> tupl
         left = alive(handles)  # while the user keeps the outputs
         assert not [check for check in deferred._live.values() if check.count.item()]
         return gradients, calls, left
+
+
+@own_package
+def two_backwards(group: Any, layout: Layout) -> tuple[list[torch.Tensor], list[str], int]:
+    """One checkpoint of torch's with two outputs, each with a backward of its own, for which it runs again: gradients,
+    dispatches, handles left behind."""
+    case, rank = SMALL, group.rank()
+    experts = own_experts(case, rank, all_experts(case))
+    batch = make_batch(case, rank, weights_dtype=torch.float64)
+    x, probs = batch.x.requires_grad_(), batch.topk_weights.requires_grad_()
+
+    def layer_and_loss(x: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = moe_layer(x, batch.topk_idx, probs, experts, case.experts, group, layout)
+        return y, probs.square().sum()
+
+    with recorded() as (calls, handles):
+        y, loss = checkpoint(Replayed(layer_and_loss), x, probs, use_reentrant=False)
+        loss.backward()
+        y.backward(grad_output(case, rank))
+        said, left = list(calls), alive(handles)
+        again, loss = layer_and_loss(x, probs)
+        wanted = torch.autograd.grad([again, loss], [x, probs], [grad_output(case, rank), torch.ones_like(loss)])
+        return [x.grad - wanted[0], probs.grad - wanted[1]], said, left

@@ -108,3 +108,34 @@ def violate_on_rank_one(group: Any) -> tuple[str, list[float], int]:
 def test_all_ranks_of_a_group_raise_together() -> None:
     """After one good step, with one collective for all checks of a step."""
     assert run_ranks(3, violate_on_rank_one) == [("full: {1: 3}", [0.0] * 3, 2)] * 3
+
+
+def outlive_its_group(group: Any) -> tuple[float, str]:
+    """Runs in every rank: only rank 0 steps after the group of its checks was destroyed, once well and once not."""
+    once = torch.distributed.new_group([0, 1])
+    quiet, full = make_check("quiet", once), make_check("full", once)
+    optimizer, weight = make_optimizer()
+    quiet.add(torch.tensor([False]))
+    torch.distributed.destroy_process_group(once)
+    if group.rank() == 0:
+        optimizer.step()
+        full.add(torch.tensor([True]))
+        with pytest.raises(EPError, match="full") as caught:
+            optimizer.step()
+        return weight.sum().item(), str(caught.value)
+    return weight.sum().item(), ""
+
+
+def test_a_check_that_outlives_its_group_waits_for_nobody() -> None:
+    """As one does whose buffer is kept by an output of the user's."""
+    assert run_ranks(2, outlive_its_group, timeout=20) == [(0.0, "full: {0: 1}"), (3.0, "")]
+
+
+def test_a_check_made_in_inference_mode_serves_training() -> None:
+    """A rollout may be the first to dispatch."""
+    with torch.inference_mode():
+        check = make_check()
+        check.add(torch.tensor([True]))
+    check.add(torch.tensor([True]))
+    with pytest.raises(EPError, match=r"full: \{0: 2\}"):
+        deferred.read_all()

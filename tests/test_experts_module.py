@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import mcore
@@ -10,6 +11,7 @@ import torch
 from harness import run_ranks
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import mapping
+from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
 from moe_layer import CPU, hidden_states, make_layer, megatron, step
 
 import megatron_ep_v2
@@ -161,3 +163,15 @@ def test_each_rank_starts_with_experts_of_its_own_and_other_kinds_are_refused() 
     assert 0.015 < whole.std() < 0.025
     flat = whole.flatten(1)
     assert (torch.cdist(flat, flat) + torch.eye(8) > 0).all(), "no two experts are alike"
+
+
+def counted_in_the_norm(group: Any) -> bool:
+    """Whether Megatron counts the experts of the tensor-parallel group's second rank, which are no copies."""
+    second = SimpleNamespace(rank=lambda: 1)
+    with megatron(CPU):
+        experts = replaced(make_layer(CPU, "flex"), "grouped")
+        return all(param_is_not_tensor_parallel_duplicate(weight, second) for weight in experts.parameters())
+
+
+def test_the_gradient_norm_counts_every_ranks_experts() -> None:
+    assert run_ranks(2, counted_in_the_norm) == [True, True]

@@ -131,3 +131,18 @@ def exact_counts(group: Any) -> tuple[list[int], list[int]]:
 def test_padding_is_not_counted() -> None:
     for counted, sent in run_ranks(2, exact_counts):
         assert counted == sent
+
+
+class OnDevice(torch.Tensor):
+    """Counts that say they are on a GPU."""
+
+    is_cuda = True
+
+
+def test_counts_begun_in_inference_mode_go_on_in_training() -> None:
+    """A rollout may be the first to dispatch."""
+    layer = load.ExpertLoad(None, 2)
+    with torch.inference_mode():
+        layer.add(torch.tensor([1, 2]).as_subclass(OnDevice))
+    layer.add(torch.tensor([3, 4]).as_subclass(OnDevice))
+    assert layer.take().tolist() == [4, 6]

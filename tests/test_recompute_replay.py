@@ -7,7 +7,17 @@ import torch
 from harness import run_ranks
 from moe import COMPACT, EXPANDED, PADDED, Layout
 from moe_layer import CPU
-from recompute_rounds import WRAPS, abandon_a_step, change_the_routing, compare_layers, two_layers, without_reuse
+from recompute_rounds import (
+    WRAPS,
+    abandon_a_step,
+    change_the_routing,
+    compare_layers,
+    two_backwards,
+    two_layers,
+    without_reuse,
+)
+
+from megatron_ep_v2 import recompute
 
 
 @pytest.mark.parametrize("layout", ["compact", "expanded"])
@@ -54,3 +64,38 @@ def test_handles_find_their_layer_and_micro_batch(wrap: str, layout: Layout) -> 
             assert calls.count("first") == 4 and calls.count("gradient") == 4
             assert calls.count("cached") == (8 if "inside" in wrap else 4)
             assert left == 0
+
+
+@pytest.mark.parametrize("layout", [COMPACT, EXPANDED], ids=str)
+def test_each_run_again_replays_the_first(layout: Layout) -> None:
+    """Gradients go through the first run's graph, so rows of a layout of its own would be in another order."""
+    for differences, calls, left in run_ranks(2, two_backwards, layout):
+        assert calls == ["first", "cached", "gradient", "cached"]
+        assert max(float(difference.abs().max()) for difference in differences) < 1e-12
+        assert left == 0
+
+
+class Handle:
+    """Of no buffer."""
+
+
+def test_a_run_that_was_broken_off_leaves_the_next_one_all_handles() -> None:
+    handles = [Handle(), Handle()]
+    seen: list[list[object]] = []
+
+    def two_dispatches(fails: bool) -> None:
+        seen.append([])
+        for handle in handles:
+            taken = recompute.take()
+            seen[-1].append(taken)
+            if taken is None:
+                run.note(handle)
+            if fails:
+                raise KeyboardInterrupt
+
+    run = recompute.Replayed(two_dispatches)
+    run(False)
+    with pytest.raises(KeyboardInterrupt):
+        run(True)
+    run(False)
+    assert seen == [[None, None], handles[:1], handles]

@@ -96,15 +96,18 @@ def refusals(group: Any) -> dict[str, Any]:
     many = (wide, torch.full((9, 3), -1), torch.zeros(9, 3))
 
     def twice(pair: PrepareFinalize) -> None:
-        pair.prepare_decode(x, ids, weights, bucket=4)
+        work = pair.prepare_decode(x, ids, weights, bucket=4)
         try:
-            pair.prepare_decode(x, ids, weights, bucket=4)
+            if rank:  # alone: the others' next call is the finalize
+                pair.prepare_decode(x, ids, weights, bucket=4)
         finally:
-            pair._handles[0] = None
+            pair.finalize(run_decode(work, 2 * rank))
 
     pair = make_pair(group)
+    graphs = DecodeGraphs(pair, lambda work: run_decode(work, 2 * rank), "cpu")
     found = {
         "full": attempt(lambda: pair.prepare_decode(*many, bucket=8)),
+        "graph": attempt(lambda: graphs(*many, bucket=8)),
         "no power": attempt(lambda: pair.prepare_decode(x, ids, weights, bucket=6)),
         "nothing": attempt(lambda: pair.finalize(x)),
         "busy": attempt(lambda: twice(pair)),
@@ -123,11 +126,13 @@ def refuse(group: Any) -> dict[str, Any]:
 
 
 def test_refusals_name_the_remedy() -> None:
-    for found in run_ranks(RANKS, refuse):
-        assert_report(found["full"], InputError, "9 tokens", "bucket of 8", "at least 16")
+    for rank, found in enumerate(run_ranks(RANKS, refuse)):
+        for name in ("full", "graph"):
+            assert_report(found[name], InputError, "9 tokens", "bucket of 8", "at least 16")
+        if rank:
+            assert_report(found["busy"], InputError, "slot 0 still holds", "slots=2")
         assert_report(found["no power"], InputError, "bucket of 6")
         assert_report(found["nothing"], InputError, "nothing was prepared in slot 0")
-        assert_report(found["busy"], InputError, "slot 0 still holds", "slots=2")
         assert_report(found["mixed"], GroupMismatchError, "num_max_tokens_per_rank")
         assert_report(found["small"], TokenCapacityError, "holds 4 tokens", "9, for prefill")
 

@@ -157,6 +157,38 @@ def test_room_is_a_share_of_what_could_arrive() -> None:
     assert run_ranks(4, rooms) == [[4 * 10 * 3, 10 * 3, 4 * 10 * 3]] * 4
 
 
+TWO_SKEWED = Case("two skewed", (6, 4), "all to one rank", experts=16, topk=3)
+TWO_SMALL = Case("two small", (2, 2), experts=16, topk=3)  # 12 picks fit wherever they go
+
+
+@own_package
+def two_groups(world: Any) -> tuple[int, Case, int, Step]:
+    """The loop of docs/sync_free.md for several groups: the steps it took, and the last one."""
+    settings.activate(settings.resolve(sync_free_rows_percent=50, num_max_tokens_per_rank=8))
+    group = [torch.distributed.new_group(ranks) for ranks in ([0, 1], [2, 3])][world.rank() // 2]
+    case = (TWO_SKEWED, TWO_SMALL)[world.rank() // 2]
+    steps_taken, again = 0, True
+    while again and steps_taken < 3:
+        steps_taken += 1
+        step = train_step(case, group, 1)
+        short = torch.zeros(1)
+        try:
+            read_all()
+        except LayoutOverflowError:
+            sync_free.grow()
+            short += 1
+        torch.distributed.all_reduce(short)
+        again = bool(short.item())
+    torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]).step()  # has nothing left to read
+    return steps_taken, case, group.rank(), step
+
+
+def test_several_groups_repeat_a_step_together() -> None:
+    for attempts, case, rank, step in run_ranks(4, two_groups):
+        assert attempts == 2
+        assert_step(case, rank, step)
+
+
 WIDE = Case("wide", (6, 4, 7, 5), "drop some picks", experts=16, topk=3, hidden=256)
 
 

@@ -15,6 +15,7 @@ import megatron_ep_v2
 from megatron_ep_v2 import load
 from megatron_ep_v2.deferred import read_all
 from megatron_ep_v2.errors import SettingsError
+from megatron_ep_v2.experts.groups import Groups
 
 
 def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -52,6 +53,31 @@ def test_outputs_gradients_and_loads_are_those_of_the_expanded_layout() -> None:
         for name, errors in by_feature.items():
             for tensor, error in errors.items():
                 assert error < 2e-6, f"rank {rank}, {name}, {tensor}: relative L2 {error:.1e}"
+
+
+class OnDevice(torch.Tensor):
+    """Rows that say they are on a GPU."""
+
+    is_cuda = True
+
+
+def padding_known(group: Any) -> tuple[list[int], int]:
+    """What the experts are told, and the padding that they take from it where rows are on a GPU."""
+    with megatron(CPU):
+        layer = make_layer(CPU, "flex", "sync-free", "grouped")
+        told: list[Any] = []
+        layer.experts.register_forward_pre_hook(lambda _, args: told.extend(args[:2]))
+        layer(hidden_states(CPU, CPU.tokens))
+        rows, counts = told
+        return counts.long().tolist(), Groups.from_counts(counts, rows.detach().as_subclass(OnDevice)).alignment
+
+
+def test_experts_know_that_their_rows_are_padded() -> None:
+    """So that DeepGEMM's do not move them apart a second time."""
+    for counts, alignment in run_ranks(2, padding_known, env={"MCORE_DEEPEP_V2_EXPERT_ALIGNMENT": "128"}):
+        assert alignment == 128 and any(counts) and all(count % 128 == 0 for count in counts)
+    for counts, alignment in run_ranks(2, padding_known):
+        assert alignment == 1 and any(count % 128 for count in counts)
 
 
 def own_experts(group: Any) -> Report | None:

@@ -40,7 +40,8 @@ class Groups:
         """From what Megatron hands to its experts. No host wait.
 
         Args:
-            tokens_per_expert: [L] integers. On the CPU with rows on a GPU, they add up to P; else to P at most.
+            tokens_per_expert: [L] integers. On the CPU with rows on a GPU, they add up to P; else to P at most. On the
+                device, an attribute `alignment` of theirs says that each is a multiple of it.
             rows: [P, H].
 
         Raises:
@@ -48,7 +49,8 @@ class Groups:
         """
         if tokens_per_expert.device == rows.device and rows.is_cuda:
             ends = tokens_per_expert.cumsum(0).to(torch.int32)
-            return cls(ends=ends, sizes=None, alignment=1, used=ends[-1], num_rows=len(rows))
+            alignment = getattr(tokens_per_expert, "alignment", 1)
+            return cls(ends=ends, sizes=None, alignment=alignment, used=ends[-1], num_rows=len(rows))
         sizes = tuple(tokens_per_expert.long().tolist())  # of sync-free mode, int32, they refuse to be asked directly
         used = sum(sizes)
         if used > len(rows) or (used < len(rows) and rows.is_cuda):

@@ -140,7 +140,12 @@ def use_experts(layer_spec: Any, backend: str) -> None:
 
 
 class _StackedLinear(torch.nn.Module):
-    """weight [L, out, in], no bias. Megatron's mark `allreduce=False`: its gradient is not that of all ranks' data."""
+    """weight [L, out, in], no bias.
+
+    Megatron's marks: `allreduce=False`, because its gradient is not that of all ranks' data; `tensor_model_parallel`,
+    because each rank of the tensor-parallel group has experts of its own, which all count in the gradient's norm
+    (megatron-core 0.16 leaves out what it takes for copies, on all ranks but the first; 0.19 does not).
+    """
 
     def __init__(self, config: Any, num_local_experts: int, out_features: int, in_features: int):
         super().__init__()
@@ -150,6 +155,7 @@ class _StackedLinear(torch.nn.Module):
         shape = (num_local_experts, out_features, in_features)
         self.weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
         self.weight.allreduce = False  # type: ignore[attr-defined]
+        self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def initialize(self, method: Callable[[torch.Tensor], Any], first: int, number: int) -> None:

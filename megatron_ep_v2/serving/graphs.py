@@ -43,7 +43,12 @@ class DecodeGraphs:
         self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, *, bucket: int
     ) -> torch.Tensor:
         """Arguments as for `prepare_decode`; a bucket that was not captured is, now. Returns [T, H], which the next
-        call with this bucket overwrites."""
+        call with this bucket overwrites.
+
+        Raises:
+            InputError: No such bucket, or more tokens than it holds.
+        """
+        self.pair.check_bucket(len(x), bucket)
         self.capture([bucket])
         captured, tokens = self._by_bucket[bucket], len(x)
         captured.x[:tokens].copy_(x)

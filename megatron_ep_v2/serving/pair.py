@@ -126,6 +126,7 @@ class PrepareFinalize:
             topk_weights: [T, K] fp32.
             slot: Of this micro-batch.
         """
+        self._check_free(slot)
         rows, _, weights, handle, _ = self.buffer.dispatch(
             self._widen(x),
             topk_idx=topk_idx,
@@ -136,7 +137,7 @@ class PrepareFinalize:
             do_zero_padding=self.expert_alignment > 1,
         )
         assert isinstance(rows, torch.Tensor) and weights is not None  # as they were sent
-        self._keep(handle, slot)
+        self._handles[slot] = handle
         return Prefill(rows[:, : self.hidden], weights, list(handle.num_recv_tokens_per_expert_list))
 
     @torch.no_grad()
@@ -150,12 +151,8 @@ class PrepareFinalize:
             topk_idx, topk_weights, slot: As for `prepare_prefill`.
             bucket: `bucket_of` the most tokens of any rank; the same on every rank.
         """
-        if bucket not in self.buckets or len(x) > bucket:
-            raise InputError(
-                f"rank {self.group.rank()}: {len(x)} tokens cannot be decoded in a bucket of {bucket}",
-                needed=f"a power of two up to {self.buckets[-1]} that holds the tokens of every rank",
-                fix=f"bucket=bucket_of(most tokens of any rank); here at least {bucket_of(len(x))}",
-            )
+        self.check_bucket(len(x), bucket)
+        self._check_free(slot)
         rows, ids, weights, handle, _ = self.buffer.dispatch(
             self._widen(x),
             topk_idx=topk_idx,
@@ -165,7 +162,7 @@ class PrepareFinalize:
             do_cpu_sync=False,
         )
         assert isinstance(rows, torch.Tensor) and ids is not None and weights is not None  # compact, as they were sent
-        self._keep(handle, slot)
+        self._handles[slot] = handle
         num_recv = handle.psum_num_recv_tokens_per_scaleup_rank[-1:]
         real = torch.arange(len(ids), device=ids.device)[:, None] < num_recv
         if self.first_id:
@@ -194,13 +191,22 @@ class PrepareFinalize:
             )
         return self.buffer.combine(self._widen(rows), handle)[0][:, : self.hidden]
 
-    def _keep(self, handle: Any, slot: int) -> None:
+    def check_bucket(self, num_tokens: int, bucket: int) -> None:
+        """Raise InputError unless this is one of the buckets and holds so many tokens."""
+        if bucket not in self.buckets or num_tokens > bucket:
+            raise InputError(
+                f"rank {self.group.rank()}: {num_tokens} tokens cannot be decoded in a bucket of {bucket}",
+                needed=f"a power of two up to {self.buckets[-1]} that holds the tokens of every rank",
+                fix=f"bucket=bucket_of(most tokens of any rank); here at least {bucket_of(num_tokens)}",
+            )
+
+    def _check_free(self, slot: int) -> None:
+        """Before a dispatch: one that is refused behind it would leave the other ranks with half a layer."""
         if self._handles[slot] is not None:
             raise InputError(
                 f"rank {self.group.rank()}: slot {slot} still holds a micro-batch that was not finalized",
                 fix=f"finalize it first, or give each micro-batch a slot of its own (slots={len(self._handles) + 1})",
             )
-        self._handles[slot] = handle
 
     def _widen(self, rows: torch.Tensor) -> torch.Tensor:
         return F.pad(rows, (0, self._widening)) if self._widening else rows.contiguous()
