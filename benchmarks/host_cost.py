@@ -73,7 +73,23 @@ def make_stub(given: Tensors) -> Any:
         def get_theoretical_num_sms(self, num_experts: int, num_topk: int) -> int:
             return 14
 
-        def dispatch(self, x: Any, *, handle: Any = None, do_zero_padding: bool = False, **_: Any) -> Any:
+        def dispatch(  # with deep_ep's parameters, since taking them costs something too
+            self,
+            x: Any,
+            topk_idx: Any = None,
+            topk_weights: Any = None,
+            num_experts: Any = None,
+            num_max_tokens_per_rank: Any = None,
+            expert_alignment: Any = None,
+            num_sms: int = 0,
+            previous_event: Any = None,
+            async_with_compute_stream: bool = False,
+            allocate_on_comm_stream: bool = False,
+            handle: Any = None,
+            do_cpu_sync: Any = None,
+            do_expand: bool = False,
+            do_zero_padding: bool = False,
+        ) -> Any:
             if handle is not None:
                 return given.rows.detach(), None, None, handle, None
             handle = Handle(
@@ -87,7 +103,16 @@ def make_stub(given: Tensors) -> Any:
             )
             return given.rows.detach(), None, given.row_probs.detach(), handle, None
 
-        def combine(self, x: Any, handle: Any, topk_weights: Any = None, **_: Any) -> Any:
+        def combine(
+            self,
+            x: Any,
+            handle: Any,
+            topk_weights: Any = None,
+            num_sms: int = 0,
+            previous_event: Any = None,
+            async_with_compute_stream: bool = False,
+            allocate_on_comm_stream: bool = False,
+        ) -> Any:
             return given.x.detach(), None if topk_weights is None else given.probs.detach(), None
 
         def destroy(self) -> None:
