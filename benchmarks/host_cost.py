@@ -1,8 +1,8 @@
 """What this package costs the host in one MoE layer, forward and backward: on any machine, with nothing behind it.
 
-The four calls of a layer (dispatch, combine, cached dispatch, combine with weights) are made on a stand-in for deep_ep's
-buffer that answers at once, with tensors of the `meta` device, which have shapes and no data. What is left is the time
-of Python and of autograd, which is what a GPU waits for where a layer starts on an idle one.
+The four calls of a layer (dispatch, combine, cached dispatch, combine with weights) are made on a stand-in for the
+buffer of deep_ep that answers at once, with tensors of the `meta` device, which have shapes and no data. What is left
+is the time of Python and of autograd, which is what a GPU waits for where a layer starts on an idle one.
 
     stub                the four calls on the stand-in itself
     elastic, watched    on our ElasticBuffer around it; and with the watchdog's record
@@ -40,7 +40,7 @@ from megatron_ep_v2.watchdog.watch import watch
 
 TOKENS, HIDDEN, TOPK, EXPERTS, LOCAL_EXPERTS, ROWS = 4096, 2048, 8, 128, 16, 32768  # of one rank of eight
 SPEC = BufferSpec(num_max_tokens_per_rank=TOKENS, hidden=HIDDEN, num_topk=TOPK, num_experts=EXPERTS)
-LAYERS = 100  # timed together, with autograd's own clean-up
+LAYERS = 20  # timed together: short, so that on a busy machine most rounds are not interrupted
 
 
 class Tensors:
@@ -162,7 +162,9 @@ def fused_layer(group: Any, given: Tensors) -> Callable[[], None]:
     def layer() -> None:
         x, probs = given.leaves
         x.grad = probs.grad = None
-        rows, _, row_probs, _, handle = fused_dispatch(x, given.picks, probs, EXPERTS, group, True, True, do_expand=True)
+        rows, _, row_probs, _, handle = fused_dispatch(
+            x, given.picks, probs, EXPERTS, group, True, True, do_expand=True
+        )
         y, _ = fused_combine(rows, group, handle, True, True)
         torch.autograd.backward([y, row_probs], given.gradients)
 
@@ -200,7 +202,7 @@ def minimal_layer(given: Tensors) -> Callable[[], None]:
 def time_layers(variants: dict[str, Callable[[], None]], device: str, rounds: int) -> dict[str, list[float]]:
     """Microseconds of the host per layer, of each round. The variants take turns."""
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(-2, rounds):
+    for number in range(-10, rounds):
         for name, layer in variants.items():
             start = time.perf_counter()
             for _ in range(LAYERS):
@@ -215,7 +217,7 @@ def time_layers(variants: dict[str, Callable[[], None]], device: str, rounds: in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("meta", "cuda"), default="meta")
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--out", type=Path, help="write rows, below an environment header, to this JSONL file")
     options = parser.parse_args()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -12,8 +12,8 @@ from megatron_ep_v2.errors import EPError
 def whole_gradient(
     grad: torch.Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """An output's gradient, contiguous; zeros where autograd has none: the backward is a collective, so a rank that used
-    nothing of the output takes part.
+    """An output's gradient, contiguous; zeros where autograd has none: the backward is a collective, in which a rank
+    that used nothing of the output takes part.
 
     Args:
         grad: In the output's dtype, to which autograd brings it; None = the output was not used.

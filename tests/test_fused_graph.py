@@ -166,6 +166,38 @@ def test_a_gradient_through_one_output_only(which: str, layout: Layout) -> None:
         assert not grad_probs.any()
 
 
+class Forget(torch.autograd.Function):
+    """Identity without a gradient, though autograd expects one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> None:
+        return None
+
+
+@own_package
+def use_no_output(group: Any, layout: Layout) -> list[torch.Tensor]:
+    """On rank 1; on rank 0 all of both."""
+    x, probs, recv_x, recv_idx, recv_probs, _, _ = dispatch_small(group, layout)
+    real = recv_probs if layout.do_expand else recv_probs[recv_idx >= 0]
+    total = recv_x.sum() + real.sum()
+    (Forget.apply(total) if group.rank() else total).backward()
+    return [x.grad, probs.grad]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_a_rank_whose_outputs_have_no_gradient_takes_part(layout: Layout) -> None:
+    for rank, (grad_x, grad_probs) in enumerate(run_ranks(2, use_no_output, layout)):
+        picks = make_batch(SMALL, rank).topk_idx
+        on_rank_0 = (picks >= 0) & (picks < SMALL.local_experts)
+        copies = on_rank_0.sum(dim=1) if layout.do_expand else on_rank_0.any(dim=1)
+        assert torch.equal(grad_x, copies[:, None].double().expand_as(grad_x))
+        assert torch.equal(grad_probs, on_rank_0.double())
+
+
 @own_package
 def freeze_one_input(group: Any, layout: Layout, frozen: int) -> list[torch.Tensor | None]:
     layer, *inputs = layer_of(group, SMALL, layout)
