@@ -56,8 +56,8 @@ class Stragglers:
 
 
 def stragglers(group: Any = None) -> Stragglers:
-    """Who came last to the forward dispatches since the buffer was built: to the last 256 that were timed (on a CPU all,
-    on a GPU one of seven). Collective.
+    """Who came last to the forward dispatches since the buffer was built, of which a GPU times one in seven. The last 256
+    timed ones count. Collective.
 
     Args:
         group: Process group of the experts; None = that of the oldest buffer.
