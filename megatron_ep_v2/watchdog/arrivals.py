@@ -56,8 +56,9 @@ class Stragglers:
 
 
 def stragglers(group: Any = None) -> Stragglers:
-    """Who came last to the forward dispatches since the buffer was built, of which a GPU times one in seven. The last 256
-    timed ones count. Collective.
+    """Who came last to the forward dispatches since the buffer was built; a GPU times one in seven of them. Collective.
+
+    At most the last 256 timed ones count.
 
     Args:
         group: Process group of the experts; None = that of the oldest buffer.
