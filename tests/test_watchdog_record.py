@@ -58,8 +58,6 @@ class QueuingBuffer:
 class SlowGpu(HostClock):
     """In a GPU's place: it does what is queued only as far as `work` says."""
 
-    every = 7
-
     def __init__(self, record: Record):
         super().__init__()
         self.record = record
@@ -226,36 +224,6 @@ def dispatch_sync_free(group: Any) -> tuple[int, int, int]:
 def test_the_gpu_tells_when_a_sync_free_dispatch_is_done() -> None:
     for kind, marked, entered in run_ranks(2, dispatch_sync_free):
         assert kind == SYNC_FREE_DISPATCH and marked == entered
-
-
-@own_package
-def time_some(group: Any) -> list[tuple[int, int]]:
-    """(step, MoE call) of the dispatches that were timed, in eight steps of fourteen layers, then in one of no end."""
-    start(LIMIT)
-    layer(group, rows())
-    watched: Any = pool.find(group)
-    watched.buffer = QueuingBuffer(watched.buffer)
-    watch = watched.watch
-    gpu = watch.clock = SlowGpu(watch.record)
-    watch.step, watch.moe_calls = 1, 0
-    picks, timed = torch.zeros(stalls.TOKENS, 1, dtype=torch.int64), []
-    for step in range(1, 10):
-        for call in range(1, (14 if step < 9 else 14 * 7) + 1):
-            watched.dispatch(rows(), topk_idx=picks)
-            if watch.number in gpu.waits():
-                timed.append((step, call))
-        torch.optim.SGD([torch.zeros(1)], lr=0.1).step()
-    gpu.work(watch.number)
-    return timed
-
-
-def test_one_dispatch_of_seven_is_timed_and_each_layer_has_its_turn() -> None:
-    first, second = run_ranks(2, time_some)
-    assert first == second, "the same on every rank"
-    for step in range(1, 9):
-        assert len([call for at, call in first if at == step]) == 2, "of fourteen"
-    assert sorted(call for step, call in first if step < 8) == list(range(1, 15)), "each once in seven steps"
-    assert len([call for step, call in first if step == 9]) == 14, "also where no optimizer steps"
 
 
 def answer(entered: int, *, kinds: str = "dcdcDCDC", end: str = "") -> dict[str, Any]:
