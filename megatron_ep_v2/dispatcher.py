@@ -21,6 +21,7 @@ from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.errors import SettingsError
 from megatron_ep_v2.fused_a2a import fused_dispatch
 from megatron_ep_v2.load import ExpertLoad
+from megatron_ep_v2.recipe import dtype_of_recipe, settle_dispatch_dtypes
 
 logger = logging.getLogger(__name__)
 
@@ -29,28 +30,6 @@ logger = logging.getLogger(__name__)
 def _warn_of_half_precision(dtype: torch.dtype) -> None:
     """Once, not in every layer of every step."""
     logger.warning("router probabilities are %s; set --moe-router-dtype fp32", dtype)
-
-
-def dtype_of_recipe(config: Any) -> tuple[settings.DispatchDtype, str]:
-    """What dispatch_dtype=auto stands for, and why.
-
-    8 bits travel only where the experts' GEMMs would round the same rows in the same groups anyway.
-
-    Args:
-        config: Megatron's TransformerConfig; only `fp8`, `fp8_recipe` and `fp4` are read.
-    """
-    if getattr(config, "fp4", None):
-        return "bf16", "the model trains in FP4, which the transport does not carry"
-    if not config.fp8:
-        return "bf16", "the model trains without FP8"
-    recipe = str(getattr(config.fp8_recipe, "value", config.fp8_recipe))  # an enum or its name
-    if recipe == "blockwise":
-        return "fp8", "the model's fp8_recipe is blockwise, with the same groups"
-    if recipe == "mxfp8":
-        if torch.cuda.is_available() and torch.cuda.get_device_capability() >= (10, 0):
-            return "mxfp8", "the model's fp8_recipe is mxfp8, with the same groups"
-        return "bf16", "the model's fp8_recipe is mxfp8, but this is no GPU of compute capability 10.0 or more"
-    return "bf16", f"the model's fp8_recipe is {recipe}, which does not scale groups of a row's columns"
 
 
 def follow_deterministic_mode(config: Any, group: Any) -> None:
@@ -105,7 +84,7 @@ class ExpandedManager(CompactManager):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        settings.settle_dispatch_dtypes(*dtype_of_recipe(self.config))
+        settle_dispatch_dtypes(*dtype_of_recipe(self.config))
 
     def setup_metadata(self, routing_map: torch.Tensor, probs: torch.Tensor) -> None:
         """The picks of each token, in any order: dispatch sorts rows by expert, so sorting here would be lost work.

@@ -28,9 +28,8 @@ import torch
 
 from megatron_ep_v2 import recompute, settings
 from megatron_ep_v2.buffers import pool
-from megatron_ep_v2.buffers.checks import check_dispatch
-from megatron_ep_v2.buffers.contract import Buffer
-from megatron_ep_v2.gradients import Like, take_handle
+from megatron_ep_v2.buffers.pool import get_buffer
+from megatron_ep_v2.gradients import take_handle, whole_gradient
 from megatron_ep_v2.kernels.wire import from_wire, to_wire
 from megatron_ep_v2.probe import probe
 
@@ -50,34 +49,6 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def get_buffer(
-    group: Any,
-    x: torch.Tensor,
-    token_indices: torch.Tensor,
-    num_experts: int,
-    token_probs: torch.Tensor | None = None,
-) -> Buffer:
-    """The group's buffer for this payload. Collective the first time; see `pool.get` for what it raises.
-
-    Args:
-        group: Process group of the experts (in Megatron: tensor x expert parallel).
-        x: [T, H].
-        token_indices: [T, K].
-        num_experts: Experts in the whole group.
-        token_probs: [T, K], checked with the rest before a buffer is built.
-    """
-    num_tokens = x.shape[0] if x.dim() else 0
-    return pool.get(
-        group,
-        hidden=x.shape[-1] if x.dim() else 0,
-        num_topk=token_indices.shape[-1] if token_indices.dim() else 0,
-        num_experts=num_experts,
-        num_tokens=num_tokens,
-        payload=str(x.dtype),
-        check=lambda: check_dispatch(x, token_indices, token_probs, num_experts, num_tokens, None, False, group),
-    )
-
-
 class FusedDispatch(torch.autograd.Function):
     """Dispatch; the gradient flows back through a combine that carries the probabilities' gradient along."""
 
@@ -94,44 +65,47 @@ class FusedDispatch(torch.autograd.Function):
         do_expand: bool = False,
         expert_alignment: int = 1,
         do_cpu_sync: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None, Any]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, Any]:
+        """`(recv_x, recv_indices, recv_probs, handle)`; see `fused_dispatch`."""
         buffer = pool.find(group) or get_buffer(group, x, token_indices, num_experts, token_probs)
-        first = recompute.take()
-        routing = (
-            {"handle": first, "num_sms": first.num_sms}
-            if first is not None
-            else {"topk_idx": token_indices, "num_experts": num_experts, "expert_alignment": expert_alignment}
-        )
-        received, recv_idx, recv_probs, handle, _ = buffer.dispatch(
-            to_wire(x, settings.active().dispatch_dtype),
-            topk_weights=token_probs,
-            do_cpu_sync=do_cpu_sync,
-            do_expand=do_expand,
-            do_zero_padding=do_expand and expert_alignment > 1,
-            **routing,
-        )
-        if first is not None:
-            recompute.check_routing(buffer, first, token_indices)
-        if buffer.supports_cached_weights and settings.active().reuse_recompute_handle:
-            recompute.note(handle)
+        active, first = settings.active(), recompute.take()
+        payload = to_wire(x, active.dispatch_dtype)
+        zero = do_expand and expert_alignment > 1
+        if first is None:
+            received, recv_idx, recv_probs, handle, _ = buffer.dispatch(
+                payload,
+                topk_idx=token_indices,
+                topk_weights=token_probs,
+                num_experts=num_experts,
+                expert_alignment=expert_alignment,
+                do_cpu_sync=do_cpu_sync,
+                do_expand=do_expand,
+                do_zero_padding=zero,
+            )
+        else:
+            received, recv_idx, recv_probs, handle, _ = recompute.replay(
+                buffer, first, payload, token_indices, token_probs, do_expand, zero
+            )
+        if active.reuse_recompute_handle:
+            recompute.note(buffer, handle)
         recv_x = from_wire(received, x.dtype)
         assert recv_probs is not None  # as token_probs were
         ctx.buffer, ctx.handle = buffer, handle
-        ctx.rows, ctx.probs = Like(recv_x), Like(recv_probs)
+        ctx.rows = recv_x.shape, recv_x.dtype, recv_x.device
+        ctx.probs = recv_probs.shape, recv_probs.dtype, recv_x.device
         ctx.set_materialize_grads(False)  # else zeros are written for the outputs that have no gradient
-        if not do_cpu_sync:
-            return recv_x, recv_idx, recv_probs, None, handle
-        # Not torch.tensor(list), which takes three times as long: the experts' first kernel waits for this line.
-        tokens_per_expert = torch.frombuffer(array("q", handle.num_recv_tokens_per_expert_list), dtype=torch.int64)
-        return recv_x, recv_idx, recv_probs, tokens_per_expert, handle
+        return recv_x, recv_idx, recv_probs, handle
 
     @staticmethod
     def backward(
-        ctx: Any, grad_rows: torch.Tensor | None, _idx: Any, grad_probs: torch.Tensor | None, _counts: Any, _handle: Any
+        ctx: Any, grad_rows: torch.Tensor | None, _idx: Any, grad_probs: torch.Tensor | None, _handle: Any
     ) -> Any:
         handle = take_handle(ctx)
         grad_x, grad_token_probs, _ = ctx.buffer.combine(
-            ctx.rows.gradient(grad_rows), handle, ctx.probs.gradient(grad_probs), num_sms=handle.num_sms
+            whole_gradient(grad_rows, *ctx.rows),
+            handle,
+            whole_gradient(grad_probs, *ctx.probs),
+            num_sms=handle.num_sms,
         )
         return (
             grad_x,  # x
@@ -212,7 +186,7 @@ def fused_dispatch(
         # deep_ep adds up a token's picks in the order of its columns, Megatron's unpermute in the order of the experts.
         token_indices, order = token_indices.sort(dim=1, stable=True)
         token_probs = token_probs.gather(1, order)
-    return FusedDispatch.apply(
+    recv_x, recv_idx, recv_probs, handle = FusedDispatch.apply(
         x.contiguous(),
         token_indices.contiguous(),
         token_probs.contiguous(),
@@ -224,6 +198,11 @@ def fused_dispatch(
         expert_alignment,
         do_cpu_sync,
     )
+    if not do_cpu_sync:
+        return recv_x, recv_idx, recv_probs, None, handle
+    # Not torch.tensor(list), which takes three times as long: the experts' first kernel waits for this line.
+    tokens_per_expert = torch.frombuffer(array("q", handle.num_recv_tokens_per_expert_list), dtype=torch.int64)
+    return recv_x, recv_idx, recv_probs, tokens_per_expert, handle
 
 
 def fused_combine(
@@ -240,7 +219,7 @@ def fused_combine(
     Returns:
         `([T, H], None)`.
     """
-    return FusedCombine.apply(x.contiguous(), group, handle, async_finish, allocate_on_comm_stream)
+    return FusedCombine.apply(x.contiguous(), group, handle)
 
 
 def set_deepep_num_sms(num_sms: int) -> None:

@@ -9,18 +9,19 @@ import torch
 from megatron_ep_v2.errors import EPError
 
 
-class Like:
-    """Shape, dtype and device of an output, to make its gradient where autograd has none: the backward is a collective,
-    so a rank that used nothing of the output takes part with zeros."""
+def whole_gradient(
+    grad: torch.Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """An output's gradient, contiguous; zeros where autograd has none: the backward is a collective, in which a rank
+    that used nothing of the output takes part.
 
-    def __init__(self, output: torch.Tensor):
-        self.shape, self.dtype, self.device = output.shape, output.dtype, output.device
-
-    def gradient(self, grad: torch.Tensor | None) -> torch.Tensor:
-        """In the output's dtype, contiguous. grad: of the output; None = zeros."""
-        if grad is None:
-            return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        return grad.to(self.dtype).contiguous()
+    Args:
+        grad: In the output's dtype, to which autograd brings it; None = the output was not used.
+        shape, dtype, device: The output's.
+    """
+    if grad is None:
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return grad.contiguous()
 
 
 def take_handle(ctx: Any) -> Any:

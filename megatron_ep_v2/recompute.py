@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from megatron_ep_v2.buffers.contract import Payload
 from megatron_ep_v2.deferred import DeviceCheck
 from megatron_ep_v2.errors import RoutingChangedError
 
@@ -100,37 +101,59 @@ def take() -> Any:
     Of checkpoints inside each other, the innermost that runs again has it. One inside that which runs for the first
     time (as it does again whenever the outer one recomputes) notes it for its own second run: see `note`.
     """
+    if not _runs.stack:
+        return None
     for run, again in reversed(_runs.stack):
         if again:
             return run.take()
     return None
 
 
-def note(handle: Any) -> None:
-    """Keep a handle for the second run of each checkpoint that is in its first run now."""
+def note(buffer: Any, handle: Any) -> None:
+    """Keep a handle for the second run of each checkpoint that is in its first run now.
+
+    Args:
+        buffer: Of the handle; one that cannot repeat a dispatch with weights keeps none.
+    """
+    if not _runs.stack or not buffer.supports_cached_weights:
+        return
     for run, again in reversed(_runs.stack):
         if again:
             return
         run.note(handle)
 
 
-def check_routing(buffer: Any, handle: Any, topk_idx: torch.Tensor) -> None:
-    """Count the picks that differ from the handle's, with no host wait on a GPU.
-
-    Args:
-        buffer: The group's buffer; it has one check for all layers.
-        handle: Of the first run.
-        topk_idx: [T, K] int64, of the second run.
+def replay(
+    buffer: Any,
+    handle: Any,
+    x: Payload,
+    topk_idx: torch.Tensor,
+    topk_weights: torch.Tensor,
+    do_expand: bool,
+    do_zero_padding: bool,
+) -> Any:
+    """The second run's dispatch, by the handle of the first: arguments and answer as of `contract.Buffer.dispatch`. The
+    picks that differ from the handle's are counted, with no host wait on a GPU.
 
     Raises:
+        EPError: See the buffer's own `dispatch`.
         RoutingChangedError: On a CPU here and on every rank; on a GPU before the optimizer's step.
     """
+    answer = buffer.dispatch(
+        x,
+        topk_weights=topk_weights,
+        handle=handle,
+        num_sms=handle.num_sms,
+        do_expand=do_expand,
+        do_zero_padding=do_zero_padding,
+    )
     check = _checks.get(buffer)
     if check is None:
         check = _checks[buffer] = DeviceCheck(_routing_changed, topk_idx.device, buffer.group)
     check.add(topk_idx != handle.topk_idx)
     if topk_idx.is_cpu:
         check.read()
+    return answer
 
 
 def _routing_changed(picks: dict[int, int]) -> RoutingChangedError:

@@ -174,31 +174,6 @@ def offer(name: str, value: Any, source: str) -> None:
         _active = replace(current, **{name: value}, sources={**current.sources, name: source})
 
 
-def settle_dispatch_dtypes(dtype: DispatchDtype, reason: str) -> None:
-    """Give both dispatch dtypes that are still "auto" a value, once: a settled one does not change any more.
-
-    Args:
-        dtype: What the recipe of a model says, for both directions.
-        reason: Why; becomes the source, as "auto: reason".
-
-    Raises:
-        SettingsError: "auto" was settled before, as something else.
-    """
-    global _active
-    for name in ("dispatch_dtype", "grad_dispatch_dtype"):
-        current = active()
-        if getattr(current, name) == "auto":
-            value: dict[str, Any] = {name: dtype}
-            _active = replace(current, **value, sources={**current.sources, name: f"auto: {reason}"})
-        elif current.source(name).startswith("auto: ") and getattr(current, name) != dtype:
-            raise SettingsError(
-                f"{name}=auto cannot follow two models of one process that differ",
-                found=f"{current.describe()[name]}, and now {dtype} (auto: {reason})",
-                needed="one value for the whole process",
-                fix=f"set {variable(name)} to one of " + ", ".join(DISPATCH_DTYPES[1:]),
-            )
-
-
 @contextlib.contextmanager
 def environment(**values: str) -> Iterator[None]:
     """Set variables that a library reads while it builds something, and put back what was there."""

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import pytest
+import torch
 from harness import run_ranks
 from moe import own_package
 from stalls import CULPRIT, RANKS, layer, rows, start
@@ -14,6 +15,7 @@ import megatron_ep_v2
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.errors import UnavailableError
 from megatron_ep_v2.watchdog.arrivals import Arrival, summarize
+from megatron_ep_v2.watchdog.clocks import GpuClock, HostClock
 
 
 def test_the_summary_of_arrivals() -> None:
@@ -52,3 +54,35 @@ def test_stragglers_are_named_on_demand() -> None:
     assert arrivals[0].rank == CULPRIT and arrivals[0].times_last >= 6 and arrivals[0].median_ms > 30
     assert sum(one.times_last for one in arrivals) == 8
     assert "MCORE_DEEPEP_V2_WATCHDOG_SECS" in error
+
+
+class ClockOfAGpu(HostClock):
+    """It times as many dispatches."""
+
+    every = GpuClock.every
+
+
+@own_package
+def time_some(group: Any) -> list[tuple[int, int]]:
+    """(step, MoE call) of the dispatches that were timed, in seven steps of fourteen layers and in a longer one."""
+    start(10)
+    layer(group, rows())
+    watch: Any = pool.find(group).watch  # type: ignore[union-attr]
+    clock = watch.clock = ClockOfAGpu()
+    watch.moe_calls, timed = 0, []
+    for step in range(1, 9):
+        for call in range(1, (15 if step < 8 else 50)):
+            before = len(clock.waits())
+            layer(group, rows())
+            if len(clock.waits()) > before:
+                timed.append((step, call))
+        torch.optim.SGD([torch.zeros(1)], lr=0.1).step()
+    return timed
+
+
+def test_on_a_gpu_one_dispatch_of_seven_is_timed_and_each_layer_has_its_turn() -> None:
+    first, second = run_ranks(2, time_some)
+    assert first == second, "the same on every rank"
+    assert all(len([call for at, call in first if at == step]) == 2 for step in range(1, 8)), "of fourteen"
+    assert sorted(call for step, call in first if step < 8) == list(range(1, 15)), "each once in seven steps"
+    assert len([call for step, call in first if step == 8]) == 7, "also where no optimizer steps"

@@ -17,9 +17,9 @@ import megatron_ep_v2
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.reference import ReferenceBuffer
-from megatron_ep_v2.dispatcher import dtype_of_recipe
 from megatron_ep_v2.errors import SettingsError
-from megatron_ep_v2.settings import resolve, settle_dispatch_dtypes
+from megatron_ep_v2.recipe import dtype_of_recipe, settle_dispatch_dtypes
+from megatron_ep_v2.settings import resolve
 
 EP2 = Split(1, 2)
 SHAPE = Shape("bf16", 3, hidden=256)

@@ -145,19 +145,36 @@ def test_one_handle_serves_two_combines(layout: Layout) -> None:
 def use_one_output(group: Any, layout: Layout, which: str) -> list[torch.Tensor]:
     case = replace(SMALL, routing="drop some picks")
     x, probs, recv_x, recv_idx, recv_probs, _, _ = dispatch_small(group, layout, case)
+    if which == "none":
+        Forget.apply(recv_x + recv_probs.sum()).sum().backward()
+        return [x.grad, probs.grad]
     real = recv_probs if layout.do_expand else recv_probs[recv_idx >= 0]
     (recv_x.sum() if which == "x" else real.sum()).backward()
     return [x.grad, probs.grad]
 
 
+class Forget(torch.autograd.Function):
+    """Identity without a gradient, though autograd expects one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> None:
+        return None
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("which", ["x", "probs"])
+@pytest.mark.parametrize("which", ["x", "probs", "none"])
 def test_a_gradient_through_one_output_only(which: str, layout: Layout) -> None:
     case = replace(SMALL, routing="drop some picks")
     for rank, (grad_x, grad_probs) in enumerate(run_ranks(2, use_one_output, layout, which)):
         picks = make_batch(case, rank).topk_idx
-        if which == "probs":
-            assert torch.equal(grad_probs, (picks >= 0).double())
+        if which != "x":
+            assert torch.equal(
+                grad_probs, (picks >= 0).double() if which == "probs" else torch.zeros(picks.shape).double()
+            )
             assert not grad_x.any()
             continue
         ranks = [len(oracle.destinations(ids, case.local_experts)) for ids in picks.tolist()]

@@ -22,7 +22,7 @@ ROOT = Path(megatron_ep_v2.__file__).parent
 LEVELS = [
     {"errors"},
     {"settings", "seam", "buffers.contract", "links", "deferred"},
-    {"probe", "recompute", "gradients"},
+    {"probe", "recompute", "gradients", "recipe"},
     {"load"},
     {"watchdog", "watchdog.*"},
     {"buffers", "buffers.*", "kernels", "kernels.*"},

@@ -19,6 +19,7 @@ from stalls import CULPRIT, HEAD, RANKS, layer, rows, standard_error_in, start
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.errors import EPError
 from megatron_ep_v2.fused_a2a import fused_dispatch
+from megatron_ep_v2.watchdog.clocks import HostClock
 from megatron_ep_v2.watchdog.record import (
     DONE,
     ENTERED,
@@ -54,23 +55,18 @@ class QueuingBuffer:
         self.buffer.destroy()
 
 
-class SlowGpu:
+class SlowGpu(HostClock):
     """In a GPU's place: it does what is queued only as far as `work` says."""
 
     def __init__(self, record: Record):
+        super().__init__()
         self.record = record
-
-    def now(self) -> float:
-        return 0.0
 
     def mark(self, number: int) -> None:
         self.record.cells[MARKED] = number
 
     def work(self, number: int) -> None:
         self.record.cells[DONE] = number % RING
-
-    def close(self) -> None:
-        pass
 
 
 @own_package

@@ -1,7 +1,7 @@
 """Checks that every buffer shares: what a call may be given, and what must be equal over a group.
 
 None of them waits for a device: the range of the picks is checked on CPU tensors only. They run in every layer, so a
-good call builds no text.
+good call builds no text, and asks each tensor for its shape once: `tensor.shape` takes a third of the time of `len`.
 """
 
 from __future__ import annotations
@@ -48,14 +48,15 @@ def check_dispatch(
         InputError, TokenCapacityError: With the rank, what was found and how to fix it.
     """
     rows, scales = x if isinstance(x, tuple) else (x, None)
-    if rows.dim() != 2:
+    shape = rows.shape
+    if len(shape) != 2:
         raise InputError(
             f"rank {group.rank()}: the hidden states of a dispatch must be a matrix",
-            found=f"shape {tuple(rows.shape)}",
+            found=f"shape {tuple(shape)}",
             needed="[tokens, hidden]",
             fix="flatten sequence and batch first: x.view(-1, hidden)",
         )
-    num_tokens = rows.shape[0]
+    num_tokens = shape[0]
     if scales is not None and (scales.dim() != 2 or len(scales) != num_tokens or scales.element_size() != 4):
         raise InputError(
             f"rank {group.rank()}: the scales of an fp8 payload do not fit it",
@@ -73,7 +74,7 @@ def check_dispatch(
             needed="the compact layout: in the expanded one the most rows that could arrive are top-k times as many",
             fix="pass do_expand=False and place the rows by expert behind it, as megatron_ep_v2.sync_free does",
         )
-    _check_picks(group, rows, topk_idx, topk_weights, num_experts)
+    _check_picks(group, num_tokens, rows.dtype, topk_idx, topk_weights, num_experts)
     if num_tokens > capacity:
         raise TokenCapacityError(
             f"rank {group.rank()} has {num_tokens} tokens to dispatch; "
@@ -84,38 +85,39 @@ def check_dispatch(
 
 def _check_picks(
     group: Any,
-    rows: torch.Tensor,
+    num_tokens: int,
+    dtype: torch.dtype,
     topk_idx: torch.Tensor | None,
     topk_weights: torch.Tensor | None,
     num_experts: int | None,
 ) -> None:
-    num_ranks = group.size()
-    if num_experts is None or num_experts <= 0 or num_experts % num_ranks:
+    if not num_experts or num_experts < 0 or num_experts % group.size():
         raise InputError(
-            f"rank {group.rank()}: num_experts={num_experts} cannot be spread over a group of {num_ranks}",
-            needed=f"a positive multiple of {num_ranks}",
+            f"rank {group.rank()}: num_experts={num_experts} cannot be spread over a group of {group.size()}",
+            needed=f"a positive multiple of {group.size()}",
             fix="choose --num-experts and --expert-model-parallel-size so that one divides the other",
         )
-    if topk_idx is None or topk_idx.dtype != torch.int64 or topk_idx.dim() != 2 or len(topk_idx) != len(rows):
+    shape: tuple[int, ...] = () if topk_idx is None else topk_idx.shape
+    if topk_idx is None or topk_idx.dtype != torch.int64 or len(shape) != 2 or shape[0] != num_tokens:
         raise InputError(
             f"rank {group.rank()}: topk_idx does not fit the hidden states",
-            found="None" if topk_idx is None else f"{topk_idx.dtype} {tuple(topk_idx.shape)}",
-            needed=f"torch.int64 [{len(rows)}, top-k]",
+            found="None" if topk_idx is None else f"{topk_idx.dtype} {tuple(shape)}",
+            needed=f"torch.int64 [{num_tokens}, top-k]",
             fix="pass the indices of torch.topk over the routing probabilities (int64, one row per token)",
         )
-    if not 1 <= topk_idx.shape[1] <= MAX_TOPK:
+    if not 1 <= shape[1] <= MAX_TOPK:
         raise InputError(
-            f"rank {group.rank()}: top-k of {topk_idx.shape[1]} cannot be dispatched",
+            f"rank {group.rank()}: top-k of {shape[1]} cannot be dispatched",
             needed=f"1 to {MAX_TOPK} picks per token (a limit of deep_ep's kernels)",
             fix="lower --moe-router-topk (times the expert tensor parallel size)",
         )
     if topk_weights is not None:
-        wanted = (torch.float32, torch.float64) if rows.dtype == torch.float64 else (torch.float32,)
-        if topk_weights.shape != topk_idx.shape or topk_weights.dtype not in wanted:
+        wanted = (torch.float32, torch.float64) if dtype == torch.float64 else (torch.float32,)
+        if topk_weights.shape != shape or topk_weights.dtype not in wanted:
             raise InputError(
                 f"rank {group.rank()}: topk_weights does not fit topk_idx",
                 found=f"{topk_weights.dtype} {tuple(topk_weights.shape)}",
-                needed=f"{wanted[-1]} {tuple(topk_idx.shape)}",
+                needed=f"{wanted[-1]} {tuple(shape)}",
                 fix="set --moe-router-dtype fp32, or cast the probabilities with .float()",
             )
     if topk_idx.is_cpu and topk_idx.numel() and not -1 <= int(topk_idx.min()) <= int(topk_idx.max()) < num_experts:
@@ -147,36 +149,41 @@ def _check_cached(
             found=f"handle.do_expand={handle.do_expand}, do_expand={do_expand}",
             fix="pass do_expand=handle.do_expand",
         )
-    if num_tokens != len(handle.topk_idx) or (topk_weights is not None and topk_weights.shape != handle.topk_idx.shape):
+    picks = handle.topk_idx.shape
+    if num_tokens != picks[0] or (topk_weights is not None and topk_weights.shape != picks):
         weights = "" if topk_weights is None else f" and weights {tuple(topk_weights.shape)}"
         raise InputError(
             f"rank {group.rank()}: a cached dispatch must bring as many tokens as the first one",
             found=f"{num_tokens} tokens{weights}",
-            needed=f"{len(handle.topk_idx)} tokens, weights {tuple(handle.topk_idx.shape)}",
+            needed=f"{picks[0]} tokens, weights {tuple(picks)}",
             fix="use the handle only for gradients or replays of the batch that it was made for",
         )
 
 
 def check_combine(x: torch.Tensor, handle: Any, topk_weights: torch.Tensor | None, group: Any) -> None:
     """Check the arguments of a combine, as `contract.Buffer.combine` names them. Raises InputError."""
-    num_rows = handle.num_expanded_tokens if handle.do_expand else handle.num_recv_tokens
-    layout = "expanded" if handle.do_expand else "compact"
-    if x.dim() != 2 or len(x) != num_rows or x.dtype == torch.float8_e4m3fn:
+    do_expand, shape = handle.do_expand, x.shape
+    num_rows = handle.num_expanded_tokens if do_expand else handle.num_recv_tokens
+    if len(shape) != 2 or shape[0] != num_rows or x.dtype == torch.float8_e4m3fn:
         raise InputError(
             f"rank {group.rank()}: the rows to combine are not those of the dispatch",
-            found=f"{x.dtype} {tuple(x.shape)}",
-            needed=f"[{num_rows}, hidden] ({layout} layout), not fp8",
+            found=f"{x.dtype} {tuple(shape)}",
+            needed=f"[{num_rows}, hidden] ({_layout(do_expand)} layout), not fp8",
             fix="return one row for each row that the dispatch delivered, in its order",
         )
     if topk_weights is not None:
-        shape = (num_rows,) if handle.do_expand else (num_rows, handle.topk_idx.shape[1])
-        if tuple(topk_weights.shape) != shape or topk_weights.dtype not in (torch.float32, torch.float64):
+        wanted = (num_rows,) if do_expand else (num_rows, handle.topk_idx.shape[1])
+        if topk_weights.shape != wanted or topk_weights.dtype not in (torch.float32, torch.float64):
             raise InputError(
                 f"rank {group.rank()}: the weights to combine are not those of the dispatch",
                 found=f"{topk_weights.dtype} {tuple(topk_weights.shape)}",
-                needed=f"torch.float32 {shape} ({layout} layout)",
+                needed=f"torch.float32 {wanted} ({_layout(do_expand)} layout)",
                 fix="pass the gradient of the weights that the dispatch delivered",
             )
+
+
+def _layout(do_expand: bool) -> str:
+    return "expanded" if do_expand else "compact"
 
 
 def raise_refusals(group: Any, refused: Sequence[Any]) -> None:

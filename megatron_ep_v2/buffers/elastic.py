@@ -92,7 +92,6 @@ class ElasticBuffer:
     def get_theoretical_num_sms(self, num_experts: int, num_topk: int) -> int:
         return int(self._buffer.get_theoretical_num_sms(num_experts, num_topk))
 
-    @memory_left_as_it_is
     def dispatch(
         self,
         x: Payload,
@@ -117,9 +116,10 @@ class ElasticBuffer:
             check_group_open(self.group)
         capacity = num_max_tokens_per_rank or self.num_max_tokens_per_rank
         check_dispatch(x, topk_idx, topk_weights, num_experts, capacity, handle, do_expand, self.group, do_cpu_sync)
-        self._check_rows(
-            x[0] if isinstance(x, tuple) else x, torch.float8_e4m3fn if isinstance(x, tuple) else torch.bfloat16
-        )
+        if isinstance(x, tuple):
+            self._check_rows(x[0], torch.float8_e4m3fn)
+        else:
+            self._check_rows(x, torch.bfloat16)
         if topk_idx is not None and topk_idx.shape[1] != self.spec.num_topk:
             raise InputError(
                 f"rank {self.group.rank()}: the group's ElasticBuffer was built for another top-k",
@@ -128,7 +128,7 @@ class ElasticBuffer:
                 fix="use one top-k for all layers of a group, or megatron_ep_v2.destroy_buffers() on all ranks between",
             )
         num_sms = num_sms or (self.num_sms if handle is None else handle.num_sms)
-        return self._buffer.dispatch(
+        return memory_left_as_it_is(self._buffer.dispatch)(
             x,
             topk_idx=topk_idx,
             topk_weights=topk_weights,
@@ -145,7 +145,6 @@ class ElasticBuffer:
             do_zero_padding=do_zero_padding,
         )
 
-    @memory_left_as_it_is
     def combine(
         self,
         x: torch.Tensor,
@@ -161,7 +160,7 @@ class ElasticBuffer:
         self._check_ready()
         check_combine(x, handle, topk_weights, self.group)
         self._check_rows(x, torch.bfloat16)
-        return self._buffer.combine(
+        return memory_left_as_it_is(self._buffer.combine)(
             x,
             handle,
             topk_weights=topk_weights,

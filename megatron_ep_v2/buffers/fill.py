@@ -11,32 +11,32 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 logger = logging.getLogger("megatron_ep_v2")
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
+_mode: Any = torch.utils.deterministic
 
-def memory_left_as_it_is(call: Callable[P, T]) -> Callable[P, T]:
-    """Decorates a call of deep_ep: torch's fill is off inside, whenever and wherever its mode was turned on."""
 
-    @functools.wraps(call)
-    def unfilled(*args: P.args, **kwargs: P.kwargs) -> T:
-        mode = torch.utils.deterministic
-        if not (torch.are_deterministic_algorithms_enabled() and mode.fill_uninitialized_memory):  # type: ignore[attr-defined]
-            return call(*args, **kwargs)
-        _say_so()
-        mode.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property of the module
-        try:
-            return call(*args, **kwargs)
-        finally:
-            mode.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+def memory_left_as_it_is(call: Callable[..., T]) -> Callable[..., T]:
+    """A call of deep_ep, during which torch's fill is off; the call itself where it is off anyway. Ask for each call:
+    the mode may be turned on at any time."""
+    if not (torch.are_deterministic_algorithms_enabled() and _mode.fill_uninitialized_memory):
+        return call
+    return functools.partial(_call_unfilled, call)
 
-    return unfilled
+
+def _call_unfilled(call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    _say_so()
+    _mode.fill_uninitialized_memory = False  # a property of the module
+    try:
+        return call(*args, **kwargs)
+    finally:
+        _mode.fill_uninitialized_memory = True
 
 
 @functools.cache

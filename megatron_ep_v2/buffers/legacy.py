@@ -118,7 +118,6 @@ class LegacyBuffer:
     def get_theoretical_num_sms(self, num_experts: int, num_topk: int) -> int:
         return self.num_sms
 
-    @memory_left_as_it_is
     def dispatch(
         self,
         x: Payload,
@@ -163,17 +162,16 @@ class LegacyBuffer:
             "allocate_on_comm_stream": allocate_on_comm_stream,
         }
         if handle is not None:
-            recv_x, _, _, _, _, event = self._buffer.dispatch(x, handle=handle.raw, **ordering)
+            recv_x, _, _, _, _, event = memory_left_as_it_is(self._buffer.dispatch)(x, handle=handle.raw, **ordering)
             return recv_x, handle.recv_topk_idx.clone(), None, handle, event
 
         assert topk_idx is not None and num_experts is not None
-        per_rank, per_rdma_rank, per_expert, is_in_rank, layout_event = self._buffer.get_dispatch_layout(
-            topk_idx, num_experts, **ordering
-        )
+        get_layout = memory_left_as_it_is(self._buffer.get_dispatch_layout)
+        per_rank, per_rdma_rank, per_expert, is_in_rank, layout_event = get_layout(topk_idx, num_experts, **ordering)
         if async_with_compute_stream:
             ordering["previous_event"] = layout_event
         alignment = expert_alignment or 1
-        recv_x, recv_idx, recv_weights, counts, raw, event = self._buffer.dispatch(
+        recv_x, recv_idx, recv_weights, counts, raw, event = memory_left_as_it_is(self._buffer.dispatch)(
             x,
             topk_idx=topk_idx,
             topk_weights=topk_weights,
@@ -199,7 +197,6 @@ class LegacyBuffer:
         )
         return recv_x, recv_idx, recv_weights, fresh, event
 
-    @memory_left_as_it_is
     def combine(
         self,
         x: torch.Tensor,
@@ -216,7 +213,7 @@ class LegacyBuffer:
         check_combine(x, handle, topk_weights, self.group)
         if topk_weights is not None:  # V1 adds up what all ranks send for a pick, so only its own rank may send
             topk_weights = topk_weights.masked_fill(handle.recv_topk_idx < 0, 0.0)
-        return self._buffer.combine(
+        return memory_left_as_it_is(self._buffer.combine)(
             x,
             handle.raw,
             topk_weights=topk_weights,

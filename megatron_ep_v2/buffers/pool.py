@@ -12,16 +12,18 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_ep_v2 import settings as settings_module
-from megatron_ep_v2.buffers.checks import check_group_open, compare_over_group, raise_refusals
+from megatron_ep_v2.buffers.checks import check_dispatch, check_group_open, compare_over_group, raise_refusals
 from megatron_ep_v2.buffers.contract import Buffer, BufferSpec
 from megatron_ep_v2.buffers.elastic import ElasticBuffer
 from megatron_ep_v2.buffers.legacy import LegacyBuffer
 from megatron_ep_v2.buffers.reference import ReferenceBuffer
 from megatron_ep_v2.errors import EPError
 from megatron_ep_v2.probe import choose, loaded_nccl_version, probe
+from megatron_ep_v2.recipe import settle_dispatch_dtypes
 from megatron_ep_v2.settings import Settings
 from megatron_ep_v2.watchdog.meeting import Meeting
 from megatron_ep_v2.watchdog.watch import watch
@@ -79,7 +81,7 @@ def get(
         check_group_open(group)
         settings = settings_module.active()
         if "auto" in (settings.dispatch_dtype, settings.grad_dispatch_dtype):
-            settings_module.settle_dispatch_dtypes("bf16", "no model told its recipe; in the expanded layout they do")
+            settle_dispatch_dtypes("bf16", "no model told its recipe; in the expanded layout they do")
             settings = settings_module.active()
         found = probe()
         kind, refusal = "", None
@@ -124,6 +126,34 @@ def get(
         )
         logger.info("%s", ", ".join(f"{name} {value}" for name, value in describe(buffer, settings).items()))
     return buffer
+
+
+def get_buffer(
+    group: Any,
+    x: torch.Tensor,
+    token_indices: torch.Tensor,
+    num_experts: int,
+    token_probs: torch.Tensor | None = None,
+) -> Buffer:
+    """The group's buffer for this payload. Collective the first time; see `get` for what it raises.
+
+    Args:
+        group: Process group of the experts (in Megatron: tensor x expert parallel).
+        x: [T, H].
+        token_indices: [T, K].
+        num_experts: Experts in the whole group.
+        token_probs: [T, K], checked with the rest before a buffer is built.
+    """
+    num_tokens = x.shape[0] if x.dim() else 0
+    return get(
+        group,
+        hidden=x.shape[-1] if x.dim() else 0,
+        num_topk=token_indices.shape[-1] if token_indices.dim() else 0,
+        num_experts=num_experts,
+        num_tokens=num_tokens,
+        payload=str(x.dtype),
+        check=lambda: check_dispatch(x, token_indices, token_probs, num_experts, num_tokens, None, False, group),
+    )
 
 
 def describe(buffer: Buffer, settings: Settings) -> dict[str, str]:

@@ -163,7 +163,11 @@ GEMMS: dict[str, Gemm] = {"deepgemm": DeepGemm(), "grouped": Grouped(), "sequent
 def gemm(backend: str) -> Gemm:
     """The backend of this name."""
     if backend not in GEMMS:
-        raise SettingsError(f"there are no {backend!r} experts", needed="one of " + ", ".join(GEMMS))
+        raise SettingsError(
+            f"there are no {backend!r} experts",
+            needed="one of " + ", ".join(GEMMS),
+            fix="pass one of these names; sequential runs anywhere",
+        )
     return GEMMS[backend]
 
 

@@ -47,6 +47,7 @@ def swiglu_experts(
             found=f"rows {tuple(x.shape)}, probs {tuple(probs.shape)}, weights {tuple(w1.shape)} and "
             f"{tuple(w2.shape)}, {len(groups.ends)} groups",
             needed="[P, H], [P], [L, 2 * F, H], [L, H, F], L",
+            fix="pass the rows and probabilities of one dispatch, its groups, and this rank's own experts",
         )
     chosen = gemm(backend)
     chosen.check(x, w1)

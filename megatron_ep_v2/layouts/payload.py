@@ -45,6 +45,7 @@ def gather_payload(
             "scales cannot be delivered in this layout",
             found=f"{scales.dtype} scales, layout={layout!r}",
             needed=f"fp32 or int32 scales, and one of {', '.join(get_args(ScaleLayout))}",
+            fix="pass the payload (values, scales) of an 8-bit dispatch, and one of these layouts by name",
         )
     if layout == "ue8m0" and scales.dtype != torch.float32:
         raise InputError(
@@ -58,6 +59,7 @@ def gather_payload(
             "the rows and scales do not fit their places",
             found=f"{tuple(values.shape)} and {tuple(scales.shape)}",
             needed=f"({len(places.slots)}, hidden) and ({len(places.slots)}, scales)",
+            fix="pass the payload and the places of one dispatch",
         )
     mover = kernels_of(values)[1]
     rows = mover.gather(values.contiguous(), places.rows)

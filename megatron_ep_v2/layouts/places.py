@@ -110,7 +110,11 @@ def place_masked(
     """
     _check(recv_topk_idx, num_recv, num_local_experts)
     if expected_m < 1:
-        raise InputError(f"a masked layout cannot give {expected_m} rows to an expert", needed="1 or more")
+        raise InputError(
+            f"a masked layout cannot give {expected_m} rows to an expert",
+            needed="1 or more",
+            fix="pass the most rows that an expert may get; the number of received rows is always enough",
+        )
     finder, _ = kernels_of(recv_topk_idx)
     found = finder.place_masked(recv_topk_idx.contiguous(), num_recv, num_local_experts, expected_m)
     return _places(found, expected_m, expected_m)
@@ -150,6 +154,7 @@ def _check(recv_topk_idx: torch.Tensor, num_recv: torch.Tensor | None, num_local
             "a layout cannot be made of these picks",
             found=f"{recv_topk_idx.dtype} {tuple(recv_topk_idx.shape)}",
             needed="recv_topk_idx [R, K] int64 of a compact dispatch",
+            fix="dispatch with do_expand=False and pass its recv_topk_idx; an expanded dispatch has placed its rows",
         )
     if num_recv is not None and (
         num_recv.dtype != torch.int32 or num_recv.numel() != 1 or num_recv.device != recv_topk_idx.device
@@ -161,7 +166,11 @@ def _check(recv_topk_idx: torch.Tensor, num_recv: torch.Tensor | None, num_local
             fix="pass handle.psum_num_recv_tokens_per_scaleup_rank[-1]",
         )
     if num_local_experts < 1:
-        raise InputError(f"a layout cannot be made for {num_local_experts} experts", needed="1 or more")
+        raise InputError(
+            f"a layout cannot be made for {num_local_experts} experts",
+            needed="1 or more",
+            fix="pass num_experts // group.size(), the experts of this rank",
+        )
 
 
 def _places(found: tuple[torch.Tensor, ...], alignment: int, expected_m: int | None) -> Places:

@@ -121,7 +121,10 @@ class _WeightedReduce(torch.autograd.Function):
 def _check_rows(name: str, rows: torch.Tensor, number: int) -> None:
     if rows.dim() != 2 or len(rows) != number:
         raise InputError(
-            f"the {name} do not fit their places", found=str(tuple(rows.shape)), needed=f"({number}, hidden)"
+            f"the {name} do not fit their places",
+            found=str(tuple(rows.shape)),
+            needed=f"({number}, hidden)",
+            fix="pass all rows of the dispatch, or of the experts, that these places were made for, in their order",
         )
 
 
@@ -131,4 +134,5 @@ def _check_weights(weights: torch.Tensor, places: Places) -> None:
             "the weights do not fit their places",
             found=str(tuple(weights.shape)),
             needed=f"{tuple(places.slots.shape)}, one for each pick",
+            fix="pass the recv_topk_weights of the compact dispatch that these places were made for",
         )

@@ -3,7 +3,9 @@
 A forward dispatch ends on all ranks at about the same time, when the last one has come. So the rank that comes last
 waits least, and how much less it waits than the others is how late it came. No clocks are compared, so the ranks may be
 on different hosts. On a GPU the wait is measured in the order of the stream: then the GPU is what comes late. Packing
-and unpacking its own rows counts as a rank's waiting too, so trust milliseconds, not microseconds.
+and unpacking its own rows counts as a rank's waiting too, so trust milliseconds, not microseconds. There, one of seven
+dispatches is timed, the same ones on every rank and others in each step, so that over seven steps each layer has its
+turn. With MoE call m of step s (both from 1), it is timed where s + m - 1 is a multiple of seven.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ class Arrival:
 
     Attributes:
         rank: Of the world.
-        times_last: Dispatches to which it came last.
+        times_last: Timed dispatches to which it came last.
         median_ms: How much later than the median rank it usually comes. Negative: earlier.
         worst_ms: The same for the dispatch to which it came latest.
     """
@@ -46,7 +48,7 @@ class Stragglers:
     arrivals: tuple[Arrival, ...]
 
     def __str__(self) -> str:
-        title = f"arrival at the last {self.dispatches} forward dispatches, in ms behind the median rank"
+        title = f"arrival at the last {self.dispatches} forward dispatches timed, in ms behind the median rank"
         rows = [
             f"{one.rank:>6}{one.times_last:>12}{one.median_ms:>+12.2f}{one.worst_ms:>+12.2f}" for one in self.arrivals
         ]
@@ -54,7 +56,9 @@ class Stragglers:
 
 
 def stragglers(group: Any = None) -> Stragglers:
-    """Who came last to the forward dispatches since the buffer was built, at most the last 256 of them. Collective.
+    """Who came last to the forward dispatches since the buffer was built; a GPU times one in seven of them. Collective.
+
+    At most the last 256 timed ones count.
 
     Args:
         group: Process group of the experts; None = that of the oldest buffer.
@@ -70,10 +74,8 @@ def stragglers(group: Any = None) -> Stragglers:
             needed="a dispatch in a group of two or more ranks, with the watchdog on",
             fix="call it between the first dispatch and destroy_buffers(), with MCORE_DEEPEP_V2_WATCHDOG_SECS above 0",
         )
-    watch = chosen.watch
-    mine = {number: watch.clock.seconds(start, end) for number, start, end in watch.waits}
     waits: list[Any] = [None] * chosen.group.size()
-    dist.all_gather_object(waits, mine, group=chosen.group)
+    dist.all_gather_object(waits, chosen.watch.clock.waits(), group=chosen.group)
     return summarize(dict(zip(dist.get_process_group_ranks(chosen.group), waits, strict=True)))
 
 

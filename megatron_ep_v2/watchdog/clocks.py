@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import time
 from typing import Any
 
@@ -10,15 +11,32 @@ import torch
 from megatron_ep_v2.errors import UnavailableError
 from megatron_ep_v2.watchdog.record import DONE, MARKED, RING, Record
 
+WAITS_KEPT = 256  # timed forward dispatches, for the summary of arrivals
+
 
 class HostClock:
-    """For buffers whose calls return when they are done."""
+    """For buffers whose calls return when they are done.
 
-    def now(self) -> float:
+    Attributes:
+        every: One of so many forward dispatches is timed.
+    """
+
+    every = 1
+
+    def __init__(self) -> None:
+        self._waits: collections.deque[tuple[int, float]] = collections.deque(maxlen=WAITS_KEPT)
+
+    def start(self) -> float:
+        """Before a dispatch that is timed."""
         return time.monotonic()
 
-    def seconds(self, start: float, end: float) -> float:
-        return end - start
+    def stop(self, number: int, start: float) -> None:
+        """After it. start: what `start` answered."""
+        self._waits.append((number, time.monotonic() - start))
+
+    def waits(self) -> dict[int, float]:
+        """Number of the call -> its seconds, for the last dispatches that were timed."""
+        return dict(self._waits)
 
     def mark(self, number: int) -> None:
         """Leaving the call was its end."""
@@ -30,9 +48,15 @@ class HostClock:
 class GpuClock:
     """For calls that only queue their kernels. Behind them a copy of 8 bytes is queued, by which the GPU itself writes
     into the shared record which call it has finished. So nobody polls, and no thread of ours calls CUDA, which could
-    break the capture of a CUDA graph."""
+    break the capture of a CUDA graph.
+
+    A dispatch is timed by two events, which cost as much as a copy: one of seven is timed, and events are used again.
+    """
+
+    every = 7
 
     def __init__(self, record: Record):
+        self._waits: collections.deque[tuple[int, tuple[Any, Any]]] = collections.deque()
         self._record, self._cells = record, torch.frombuffer(record.page, dtype=torch.int64)
         code = int(torch.cuda.cudart().cudaHostRegister(self._cells.data_ptr(), self._cells.nbytes, 0))
         if code:
@@ -44,14 +68,22 @@ class GpuClock:
         self._done = self._cells[DONE : DONE + 1]
         self._numbers = torch.arange(RING, device="cuda").split(1)
 
-    def now(self) -> Any:
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+    def start(self) -> tuple[Any, Any]:
+        if len(self._waits) < WAITS_KEPT:
+            events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        else:
+            _, events = self._waits.popleft()
+        events[0].record()
+        return events
 
-    def seconds(self, start: Any, end: Any) -> float:
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3
+    def stop(self, number: int, start: tuple[Any, Any]) -> None:
+        start[1].record()
+        self._waits.append((number, start))
+
+    def waits(self) -> dict[int, float]:
+        for _, (_, end) in self._waits:
+            end.synchronize()
+        return {number: begin.elapsed_time(end) / 1e3 for number, (begin, end) in self._waits}
 
     def mark(self, number: int) -> None:
         """Queue the word that call `number` is done."""

@@ -1,0 +1,113 @@
+"""A rank's line to its watcher, the process that reads the record of the rank's calls."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import faulthandler
+import functools
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_ep_v2.watchdog.meeting import Meeting
+from megatron_ep_v2.watchdog.process import Task
+
+FAILED_SECONDS = 6.0  # for the report of a call that failed
+END_SECONDS = 3.0  # for a watcher to take its leave of the others
+STACK_SIGNAL = int(getattr(signal, "SIGRTMIN", signal.SIGUSR2))  # schedulers and launchers use SIGUSR1 and SIGUSR2
+
+_PROGRAM = "import sys; sys.path.insert(0, {!r}); from megatron_ep_v2.watchdog.process import main; main({})"
+
+
+class Line:
+    """Starts the watcher.
+
+    Args:
+        meeting: Of this rank, with an address.
+        addresses, hosts: Of the group's ranks, in order.
+        record: File descriptor of the record.
+
+    Raises:
+        OSError: No process can be started.
+
+    Attributes:
+        process: The watcher; None when it was ended.
+    """
+
+    def __init__(self, meeting: Meeting, addresses: Sequence[Any], hosts: Sequence[str], record: int):
+        assert meeting.address is not None
+        ranks, rank = dist.get_process_group_ranks(meeting.group), dist.get_rank()
+        with meeting.listener as listener:
+            task = Task(
+                rank=rank,
+                host=hosts[ranks.index(rank)],
+                seconds=meeting.seconds,
+                token=meeting.address[2],
+                peers={peer: address for peer, address in zip(ranks, addresses, strict=True) if peer != rank},
+                main_thread=threading.main_thread().ident or 0,
+                stack_signal=STACK_SIGNAL,
+                record=record,
+                stacks=_stack_file().fileno(),
+                listener=listener.fileno(),
+            )
+            self.process = _start(task)
+
+    def report_failure(self, error: RuntimeError) -> None:
+        """Hold an error back until the watcher has asked the others and printed its report."""
+        with contextlib.suppress(OSError):  # without a watcher, the error has to do
+            self.process.stdin.write(f"failed with {type(error).__name__}: {error}".partition("\n")[0][:200].encode())
+            if select.select([self.process.stdout], [], [], FAILED_SECONDS)[0]:
+                self.process.stdout.read(64)
+
+    def close(self) -> None:
+        """End the watcher."""
+        process, self.process = self.process, None
+        with contextlib.suppress(OSError):
+            process.stdin.write(b"bye\n")
+        process.stdin.close()
+        process.stdout.close()
+        try:
+            process.wait(END_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _start(task: Task) -> Any:
+    """Isolated and without site-packages, so that it starts quickly and nothing of the job's environment matters."""
+    words = json.dumps(dataclasses.asdict(task)).encode()
+    process: Any = subprocess.Popen(
+        [sys.executable, "-I", "-S", "-c", _PROGRAM.format(str(Path(__file__).parents[2]), len(words))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        bufsize=0,
+        pass_fds=(task.record, task.stacks, task.listener),
+    )
+    process.stdin.write(words)
+    return process
+
+
+def shared_file() -> Any:
+    """A file without a name; in memory where the system can."""
+    if hasattr(os, "memfd_create"):
+        return open(os.memfd_create("megatron_ep_v2"), "r+b", buffering=0)
+    return tempfile.TemporaryFile(buffering=0)
+
+
+@functools.cache
+def _stack_file() -> Any:
+    """Where this process writes the stacks of its threads when it gets STACK_SIGNAL."""
+    file = shared_file()
+    faulthandler.register(STACK_SIGNAL, file=file, all_threads=True, chain=False)
+    return file
