@@ -1,16 +1,18 @@
 """Real ranks for tests: `run_ranks(n, fn, *args)` runs `fn(group, *args)` in n processes and returns their n results.
 
-Starting a process costs seconds (it imports torch), a process group costs milliseconds. So the processes are kept warm
-and reused, and every run gets a process group of its own, over a new file store. A run that fails takes its processes
-with it: the next run never meets what a failed one left behind.
+Importing torch costs seconds, a process group on gloo costs milliseconds. So processes are forked from a server that
+has imported torch and done nothing with it (no thread, no CUDA), are kept warm and reused, and every run gets a process
+group of its own, over a new file store. A run that fails takes its processes with it: the next run never meets what a
+failed one left behind.
 
-A run ends in one of four ways: every rank returns; a rank raises (the others get `GRACE` seconds to finish, then they
-are killed); a rank dies; the time limit passes. All but the first raise one `RanksError` with the traceback of every
-rank that raised and the stack of every rank that was stuck.
+A run ends in one of five ways: every rank returns; a rank raises (the others get `GRACE` seconds to finish, then they
+are killed); a rank dies; the time limit passes; the caller has seen `enough`. All but the first raise one `RanksError`
+with the traceback of every rank that raised and the stack of every rank that was stuck.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import faulthandler
 import io
@@ -21,13 +23,15 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
+from multiprocessing.forkserver import ensure_running, set_forkserver_preload
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from progress import say
 
 GRACE = 10.0  # seconds for the other ranks once one has failed
 START_LIMIT = 120.0  # seconds for new processes to import torch
@@ -51,6 +55,7 @@ def run_ranks(
     timeout: float = 60.0,
     env: dict[str, str] | None = None,
     fresh: bool = False,
+    enough: Callable[[], bool] | None = None,
 ) -> list[Any]:
     """Run `fn(group, *args)` on `size` ranks; return what each returned, in rank order.
 
@@ -62,16 +67,24 @@ def run_ranks(
         timeout: Seconds for the whole run, not counting the start of new processes.
         env: Environment variables for this run only.
         fresh: Use new processes and end them afterwards: for functions that change what an import leaves behind.
+        enough: Asked ten times a second: True ends the ranks that are still running. For ranks that would not come
+            back: a call that waits in C with Python's lock cannot end its own process.
 
     Raises:
-        RanksError: A rank raised, died or did not finish in time.
+        RanksError: A rank raised, died, did not finish in time or was ended.
     """
     pool = _Pool() if fresh else _shared_pool
+    name = f"{size} ranks{', new processes' if fresh else ''}: {getattr(fn, '__name__', fn)}"
+    slow, began = backend == "nccl", time.monotonic()
+    if slow:
+        say(f"{name} (at most {timeout:.0f} s)")
     try:
-        return pool.run(size, fn, args, backend, timeout, env or {})
+        return pool.run(size, fn, args, backend, timeout, env or {}, enough)
     finally:
         if fresh:
             pool.close()
+        if slow:
+            say(f"{name}: {time.monotonic() - began:.1f} s")
 
 
 def close_shared_pool() -> None:
@@ -83,10 +96,13 @@ class _Process:
     """One warm process, seen from the test process."""
 
     def __init__(self, folder: Path, number: int):
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        set_forkserver_preload(["torch", "torch.distributed"])
+        with _one_thread():
+            ensure_running()  # once; it keeps the environment that it meets, so each process is given today's
         self.stacks = folder / f"stacks-{number}"
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, str(self.stacks)), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, str(self.stacks), dict(os.environ)), daemon=True)
         self.process.start()
         theirs.close()
         self.ready = False
@@ -105,12 +121,18 @@ class _Process:
         time.sleep(0.3)
         return self.stacks.read_text()
 
-    def close(self) -> None:
-        self.connection.close()  # a waiting process ends by itself
-        self.process.join(0.2)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """What is started now starts no threads when it imports numpy or torch: a process with threads must not fork."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
 
 
 class _Pool:
@@ -122,7 +144,14 @@ class _Pool:
         self.started = self.runs = 0
 
     def run(
-        self, size: int, fn: Callable[..., Any], args: tuple, backend: str, timeout: float, env: dict[str, str]
+        self,
+        size: int,
+        fn: Callable[..., Any],
+        args: tuple,
+        backend: str,
+        timeout: float,
+        env: dict[str, str],
+        enough: Callable[[], bool] | None,
     ) -> list[Any]:
         folder = self._grow(size)
         self.runs += 1
@@ -131,7 +160,7 @@ class _Pool:
         try:
             for process, job in zip(self.processes, jobs):
                 process.connection.send_bytes(job)
-            results, reports = self._collect(self.processes[:size], time.monotonic() + timeout, timeout)
+            results, reports = self._collect(self.processes[:size], time.monotonic() + timeout, timeout, enough)
         except BaseException:  # Ctrl-C in the middle of a run: its late answers must not meet the next run
             self._end(size)
             raise
@@ -153,18 +182,36 @@ class _Pool:
         return folder
 
     def _end(self, size: int) -> None:
-        for process in self.processes[:size]:
-            process.close()
+        ending = self.processes[:size]
         del self.processes[:size]
+        for process in ending:
+            process.connection.close()  # a waiting process ends by itself
+        limit = time.monotonic() + 0.2
+        for process in ending:
+            process.process.join(max(0.0, limit - time.monotonic()))
+        for process in ending:
+            process.process.kill()  # does nothing to one that has ended
+        for process in ending:
+            process.process.join()
 
     @staticmethod
-    def _collect(processes: list[_Process], deadline: float, timeout: float) -> tuple[dict[int, Any], dict[int, str]]:
+    def _collect(
+        processes: list[_Process], deadline: float, timeout: float, enough: Callable[[], bool] | None
+    ) -> tuple[dict[int, Any], dict[int, str]]:
         results: dict[int, Any] = {}
         reports: dict[int, str] = {}
         waiting: dict[Connection, int] = {process.connection: rank for rank, process in enumerate(processes)}
         limit = f"{timeout:.0f} s passed"
         while waiting:
-            answered = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            left = max(0.0, deadline - time.monotonic())
+            answered = wait(list(waiting), left if enough is None else min(left, 0.1))
+            if not answered and time.monotonic() < deadline:
+                if enough is not None and enough():
+                    reports.update({rank: "ended by the test, which has seen enough" for rank in waiting.values()})
+                    for rank in waiting.values():
+                        processes[rank].process.kill()
+                    break
+                continue
             if not answered:
                 stuck = {rank: processes[rank].where() for rank in waiting.values()}
                 reports.update({rank: f"{limit}; this rank was here:\n{stack}" for rank, stack in stuck.items()})
@@ -195,8 +242,10 @@ class _Pool:
 _shared_pool = _Pool()
 
 
-def _serve(connection: Connection, stacks: str) -> None:
+def _serve(connection: Connection, stacks: str, environment: dict[str, str]) -> None:
     """Main function of a rank process: answer jobs until the test process goes away."""
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(1)
     with open(stacks, "w") as stacks_file:
         faulthandler.register(signal.SIGUSR1, stacks_file, all_threads=True)
