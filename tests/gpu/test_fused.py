@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from harness import run_ranks
+from progress import say
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 
 RANKS = torch.cuda.device_count()
-HIDDEN, TOPK, TOKENS = 512, 4, 100
+HIDDEN, TOPK, TOKENS = 512, 4, 128
 RUNS = [("elastic", False), ("elastic", True), ("legacy", False), ("reference", False), ("reference", True)]
 
 pytestmark = pytest.mark.timeout(300)
@@ -58,11 +59,12 @@ def layer(group: Any, kind: str, expand: bool, alignment: int) -> dict[str, torc
 
 
 def all_layers(group: Any) -> dict[tuple[str, bool, int], dict[str, torch.Tensor]]:
-    return {
-        (kind, expand, al): layer(group, kind, expand, al)
-        for kind, expand in RUNS
-        for al in ((1, 128) if expand else (1,))
-    }
+    found = {}
+    for kind, expand in RUNS:
+        for alignment in (1, 128) if expand else (1,):
+            say(f"{kind}, {'expanded' if expand else 'compact'}, alignment {alignment}", group)
+            found[kind, expand, alignment] = layer(group, kind, expand, alignment)
+    return found
 
 
 def expected(rank: int, num_experts: int) -> dict[str, torch.Tensor]:
@@ -124,4 +126,4 @@ def handles_alive(group: Any) -> list[str]:
 
 
 def test_no_handle_outlives_its_step() -> None:
-    assert run_ranks(2, handles_alive, backend="nccl") == [[], []]
+    assert run_ranks(RANKS, handles_alive, backend="nccl") == [[]] * RANKS

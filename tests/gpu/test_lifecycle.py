@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from harness import run_ranks
+from progress import say
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.timeout(300)
 def job(*arguments: str) -> tuple[int, str, float]:
     """torchrun on all GPUs: exit code, output, seconds."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+    say(f"torchrun {' '.join(arguments)}")
     start = time.monotonic()
     done = subprocess.run([*command, str(JOBS / arguments[0]), *arguments[1:]], capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr, time.monotonic() - start
