@@ -80,24 +80,29 @@ def layer(group: Any, x: torch.Tensor, late: str = "") -> torch.Tensor:
     return Late.apply(y) if late == "backward of the combine" else y
 
 
-def train_step(group: Any, weight: torch.nn.Parameter, optimizer: torch.optim.Optimizer, late: str = "") -> None:
+def train_step(group: Any, weight: torch.nn.Parameter, optimizer: Any = None, late: str = "") -> None:
     """Two layers; the culprit is late in the second. The host waits for the GPU only at the end, as in training."""
     y = layer(group, torch.randn(TOKENS, HIDDEN, device="cuda", dtype=torch.bfloat16) * weight)
     y = layer(group, y, late)
     y.float().square().mean().backward()
     torch.cuda.synchronize()
-    optimizer.step()
+    if optimizer is not None:
+        optimizer.step()
+
+
+def make_weight() -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16))
 
 
 def make_model() -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
-    weight = torch.nn.Parameter(torch.ones(HIDDEN, device="cuda", dtype=torch.bfloat16))
+    weight = make_weight()
     return weight, torch.optim.SGD([weight], lr=1e-3)
 
 
 def compile_kernels(group: Any) -> None:
     """Unwatched: the first calls take longer than this test's limit."""
     start(0)
-    train_step(group, *make_model())
+    train_step(group, make_weight())
     pool.destroy_buffers()
 
 
@@ -196,13 +201,12 @@ def test_stragglers_by_the_clock_of_the_gpu() -> None:
 
 @own_package
 def fresh_round(group: Any, how: str, first: bool, folder: str) -> None:
-    """first: kernels may have to be compiled."""
+    """first: kernels may have to be compiled. Without an optimizer: making one imports seconds of torch."""
     with standard_error_in(Path(folder, str(group.rank()))):
         if first:
             compile_kernels(group)
         start(LIMIT)
-        train_step(group, *make_model())
-        torch.cuda.synchronize()
+        train_step(group, make_weight())
         culprit = group.rank() == CULPRIT
         if culprit:
             Path(folder, "stalled").write_text(str(time.time()))
