@@ -22,6 +22,7 @@ them comes last.
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,8 @@ def _gpus_and_deep_ep() -> None:
         pytest.skip(f"needs at least 2 CUDA devices, found {torch.cuda.device_count()}")
     if not probe().have_elastic:
         pytest.skip(f"needs deep_ep with ElasticBuffer; {probe().describe()}")
+    # torch's deterministic mode wants it, and looks once in a process: at the first matrix product of any test.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @pytest.fixture(scope="session")
