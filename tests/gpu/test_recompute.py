@@ -91,7 +91,7 @@ def change(group: Any) -> tuple[str, bool]:
 
 
 def test_a_changed_routing_stops_every_rank_before_the_optimizer() -> None:
-    for said, unchanged in run_ranks(RANKS, change, backend="nccl", timeout=120):
+    for said, unchanged in run_ranks(RANKS, change, backend="nccl", timeout=200):
         assert "on rank(s) [1] of the group" in said and unchanged
 
 
@@ -110,4 +110,4 @@ def checkpoint_of_te(group: Any) -> list[str]:
 
 
 def test_transformer_engines_checkpoint_replays_too() -> None:
-    assert run_ranks(RANKS, checkpoint_of_te, backend="nccl", timeout=120) == [["first", "cached", "gradient"]] * RANKS
+    assert run_ranks(RANKS, checkpoint_of_te, backend="nccl", timeout=200) == [["first", "cached", "gradient"]] * RANKS
