@@ -46,6 +46,7 @@ class BufferConformance:
         repeatable: Two equal dispatches deliver in the same order.
         accepts_strided: Non-contiguous inputs are accepted.
         cached_weights: A cached dispatch carries weights too.
+        share_buffers: As in `exercise_all`.
         timeout: Seconds for one process group.
     """
 
@@ -59,6 +60,7 @@ class BufferConformance:
     repeatable: ClassVar[bool] = True
     accepts_strided: ClassVar[bool] = False
     cached_weights: ClassVar[bool] = True
+    share_buffers: ClassVar[bool] = False
     timeout: ClassVar[float] = 60.0
     _traces: ClassVar[dict[Any, list[dict[Case, dict[Layout, Trace]]] | RanksError]] = {}
 
@@ -70,7 +72,7 @@ class BufferConformance:
             for other, wanted in self.runs():
                 if self.bundle(other) == self.bundle(case):
                     layouts.setdefault(other, []).append(wanted)
-            args = (self.factory, self.device, layouts, self.cached_weights)
+            args = (self.factory, self.device, layouts, self.cached_weights, self.share_buffers)
             try:
                 self._traces[key] = run_ranks(
                     case.size, exercise_all, *args, backend=self.backend, timeout=self.timeout

@@ -15,21 +15,21 @@ from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 
 @dataclass(frozen=True)
 class Size:
-    """Of one layer; `local_experts` on each rank."""
+    """Of one layer; `experts` in the whole group."""
 
     device: str
     buffer: str
     dtype: torch.dtype
     tokens: int
     hidden: int
-    local_experts: int
+    experts: int
     topk: int
 
 
 # fp32, because torch rounds what it adds up in bf16 on a CPU (embedding_bag) in another way than elsewhere.
-ON_CPU = Size("cpu", "reference", torch.float32, 64, 256, 4, 4)
+ON_CPU = Size("cpu", "reference", torch.float32, 64, 256, 8, 4)
 # A batch of many rows for each expert: their order without the mode then differs between any two dispatches.
-ON_GPU = Size("cuda", "elastic", torch.bfloat16, 4096, 2048, 8, 8)
+ON_GPU = Size("cuda", "elastic", torch.bfloat16, 4096, 2048, 128, 8)
 
 
 class _WeightedRows(torch.autograd.Function):
@@ -75,17 +75,17 @@ def _add_up(by_pick: torch.Tensor, x: torch.Tensor, idx: Any, row: torch.Tensor,
 def bits_of_a_layer(group: Any, size: Size, expand: bool) -> dict[str, str]:
     """Fingerprints of the rows sorted by expert, a weight gradient, the output and both gradients."""
     generator = torch.Generator().manual_seed(group.rank())
-    experts = size.local_experts * group.size()
+    experts, local = size.experts, size.experts // group.size()
     x, grad = (torch.randn(size.tokens, size.hidden, generator=generator).to(size.dtype) for _ in range(2))
     top = torch.rand(size.tokens, experts, generator=generator).topk(size.topk, dim=1)
-    factor = 0.5 + torch.rand(size.local_experts, generator=generator)
+    factor = 0.5 + torch.rand(local, generator=generator)
     x, grad, factor, picks, probs = (t.to(size.device) for t in (x, grad, factor, top.indices, top.values))
     x, probs = x.requires_grad_(), probs.contiguous().requires_grad_()
 
     recv_x, idx, recv_probs, counts, handle = fused_dispatch(x, picks, probs, experts, group, do_expand=expand)
     counts = counts.to(size.device)
     if expand:
-        expert = torch.arange(size.local_experts, device=size.device).repeat_interleave(counts)
+        expert = torch.arange(local, device=size.device).repeat_interleave(counts)
         row = torch.arange(len(expert), device=size.device)
     else:
         row, column = (idx >= 0).nonzero(as_tuple=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from cases import Batch, Case, make_batch, make_batches, strided_copy
 from compare import same_bits
+from progress import say
 
 from megatron_ep_v2.buffers.contract import BufferSpec
 
@@ -128,11 +129,33 @@ def exercise_all(
     device_kind: str,
     layouts: dict[Case, list[Layout]],
     cached_weights: bool,
+    share_buffers: bool,
 ) -> dict[Case, dict[Layout, Trace]]:
-    """Runs in every rank: several batches of one group size."""
-    return {
-        case: exercise(group, factory, device_kind, case, wanted, cached_weights) for case, wanted in layouts.items()
-    }
+    """Runs in every rank: several batches of one group size, in several layouts.
+
+    Args:
+        cached_weights: The buffer's cached dispatch carries weights too.
+        share_buffers: All batches of a shape go through one buffer (building one takes a second or two on GPUs); else
+            each layout of each batch has a buffer of its own, destroyed before its results are looked at.
+    """
+    shared: dict[BufferSpec, Any] = {}
+
+    def share(group: Any, spec: BufferSpec) -> Any:
+        if spec not in shared:
+            shared[spec] = factory(group, spec)
+        return shared[spec]
+
+    traces = {}
+    for case, wanted in layouts.items():
+        if share_buffers:
+            say(f"{case}: {', '.join(map(str, wanted))}", group)
+            traces[case] = exercise(group, share, device_kind, case, wanted, cached_weights, destroy=False)
+        else:
+            traces[case] = exercise(group, factory, device_kind, case, wanted, cached_weights)
+    for buffer in shared.values():
+        buffer.destroy()
+        buffer.destroy()
+    return traces
 
 
 def exercise(
@@ -142,25 +165,23 @@ def exercise(
     case: Case,
     layouts: list[Layout],
     cached_weights: bool = True,
+    destroy: bool = True,
 ) -> dict[Layout, Trace]:
-    """Runs in every rank: one batch in several layouts, each through a buffer of its own.
-
-    `cached_weights`: the buffer's cached dispatch carries weights too.
-    """
+    """Runs in every rank: one batch in several layouts, each through what `factory` gives."""
     device = torch.device(device_kind, group.rank()) if device_kind == "cuda" else torch.device(device_kind)
     spec = BufferSpec(
         num_max_tokens_per_rank=case.capacity, hidden=case.hidden, num_topk=case.topk, num_experts=case.experts
     )
     return {
-        layout: exercise_layout(factory(group, spec), group.rank(), device, case, layout, cached_weights)
+        layout: exercise_layout(factory(group, spec), group.rank(), device, case, layout, cached_weights, destroy)
         for layout in layouts
     }
 
 
 def exercise_layout(
-    buffer: Any, rank: int, device: torch.device, case: Case, layout: Layout, cached_weights: bool
+    buffer: Any, rank: int, device: torch.device, case: Case, layout: Layout, cached_weights: bool, destroy: bool
 ) -> Trace:
-    """Every call of the contract on one batch."""
+    """Every call of the contract on one batch. destroy: the buffer, before the results are looked at."""
 
     def moved(value: Any) -> Any:
         return tuple(map(moved, value)) if isinstance(value, tuple) else value.to(device)
@@ -191,8 +212,9 @@ def exercise_layout(
     changed = [name for name in given if not same_bits(given[name], untouched[name])]
     given["topk_idx"].fill_(0)  # the handle must not notice
     fields = {name: on_host(getattr(handle, name)) for name in HANDLE_FIELDS}
-    buffer.destroy()
-    buffer.destroy()
+    if destroy:
+        buffer.destroy()
+        buffer.destroy()
     return Trace(
         handle=fields,
         first=first,

@@ -1,35 +1,33 @@
 """Real ranks for tests: `run_ranks(n, fn, *args)` runs `fn(group, *args)` in n processes and returns their n results.
 
-Starting a process costs seconds (it imports torch), a process group costs milliseconds. So the processes are kept warm
-and reused, and every run gets a process group of its own, over a new file store. A run that fails takes its processes
-with it: the next run never meets what a failed one left behind.
+Importing torch costs seconds, a process group on gloo costs milliseconds. So processes are forked from a server that
+has imported torch and done nothing with it (no thread, no CUDA), are kept warm and reused, and every run gets a process
+group of its own, over a new file store. A run that fails takes its processes with it: the next run never meets what a
+failed one left behind.
 
-A run ends in one of four ways: every rank returns; a rank raises (the others get `GRACE` seconds to finish, then they
-are killed); a rank dies; the time limit passes. All but the first raise one `RanksError` with the traceback of every
-rank that raised and the stack of every rank that was stuck.
+A run ends in one of five ways: every rank returns; a rank raises (the others get `GRACE` seconds to finish, then they
+are killed); a rank dies; the time limit passes; the caller has seen `enough`. All but the first raise one `RanksError`
+with the traceback of every rank that raised and the stack of every rank that was stuck.
 """
 
 from __future__ import annotations
 
-import datetime
-import faulthandler
-import io
+import contextlib
 import multiprocessing
 import os
 import pickle
 import signal
 import tempfile
 import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
+from multiprocessing.forkserver import ensure_running, set_forkserver_preload
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
+from progress import say
+from rank_process import GRACE, serve
 
-GRACE = 10.0  # seconds for the other ranks once one has failed
 START_LIMIT = 120.0  # seconds for new processes to import torch
 
 
@@ -51,6 +49,7 @@ def run_ranks(
     timeout: float = 60.0,
     env: dict[str, str] | None = None,
     fresh: bool = False,
+    enough: Callable[[], bool] | None = None,
 ) -> list[Any]:
     """Run `fn(group, *args)` on `size` ranks; return what each returned, in rank order.
 
@@ -62,16 +61,24 @@ def run_ranks(
         timeout: Seconds for the whole run, not counting the start of new processes.
         env: Environment variables for this run only.
         fresh: Use new processes and end them afterwards: for functions that change what an import leaves behind.
+        enough: Asked ten times a second: True ends the ranks that are still running. For ranks that would not come
+            back: a call that waits in C with Python's lock cannot end its own process.
 
     Raises:
-        RanksError: A rank raised, died or did not finish in time.
+        RanksError: A rank raised, died, did not finish in time or was ended.
     """
     pool = _Pool() if fresh else _shared_pool
+    name = f"{size} ranks{', new processes' if fresh else ''}: {getattr(fn, '__name__', fn)}"
+    slow, began = backend == "nccl", time.monotonic()
+    if slow:
+        say(f"{name} (at most {timeout:.0f} s)")
     try:
-        return pool.run(size, fn, args, backend, timeout, env or {})
+        return pool.run(size, fn, args, backend, timeout, env or {}, enough)
     finally:
         if fresh:
             pool.close()
+        if slow:
+            say(f"{name}: {time.monotonic() - began:.1f} s")
 
 
 def close_shared_pool() -> None:
@@ -83,10 +90,13 @@ class _Process:
     """One warm process, seen from the test process."""
 
     def __init__(self, folder: Path, number: int):
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        set_forkserver_preload(["torch", "torch.distributed"])
+        with _one_thread():
+            ensure_running()  # once; it keeps the environment that it meets, so each process is given today's
         self.stacks = folder / f"stacks-{number}"
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, str(self.stacks)), daemon=True)
+        self.process = context.Process(target=serve, args=(theirs, str(self.stacks), dict(os.environ)), daemon=True)
         self.process.start()
         theirs.close()
         self.ready = False
@@ -105,12 +115,18 @@ class _Process:
         time.sleep(0.3)
         return self.stacks.read_text()
 
-    def close(self) -> None:
-        self.connection.close()  # a waiting process ends by itself
-        self.process.join(0.2)
-        if self.process.is_alive():
-            self.process.kill()
-            self.process.join()
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """What is started now starts no threads when it imports numpy or torch: a process with threads must not fork."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
 
 
 class _Pool:
@@ -122,7 +138,14 @@ class _Pool:
         self.started = self.runs = 0
 
     def run(
-        self, size: int, fn: Callable[..., Any], args: tuple, backend: str, timeout: float, env: dict[str, str]
+        self,
+        size: int,
+        fn: Callable[..., Any],
+        args: tuple,
+        backend: str,
+        timeout: float,
+        env: dict[str, str],
+        enough: Callable[[], bool] | None,
     ) -> list[Any]:
         folder = self._grow(size)
         self.runs += 1
@@ -131,7 +154,7 @@ class _Pool:
         try:
             for process, job in zip(self.processes, jobs):
                 process.connection.send_bytes(job)
-            results, reports = self._collect(self.processes[:size], time.monotonic() + timeout, timeout)
+            results, reports = self._collect(self.processes[:size], time.monotonic() + timeout, timeout, enough)
         except BaseException:  # Ctrl-C in the middle of a run: its late answers must not meet the next run
             self._end(size)
             raise
@@ -153,18 +176,36 @@ class _Pool:
         return folder
 
     def _end(self, size: int) -> None:
-        for process in self.processes[:size]:
-            process.close()
+        ending = self.processes[:size]
         del self.processes[:size]
+        for process in ending:
+            process.connection.close()  # a waiting process ends by itself
+        limit = time.monotonic() + 0.2
+        for process in ending:
+            process.process.join(max(0.0, limit - time.monotonic()))
+        for process in ending:
+            process.process.kill()  # does nothing to one that has ended
+        for process in ending:
+            process.process.join()
 
     @staticmethod
-    def _collect(processes: list[_Process], deadline: float, timeout: float) -> tuple[dict[int, Any], dict[int, str]]:
+    def _collect(
+        processes: list[_Process], deadline: float, timeout: float, enough: Callable[[], bool] | None
+    ) -> tuple[dict[int, Any], dict[int, str]]:
         results: dict[int, Any] = {}
         reports: dict[int, str] = {}
         waiting: dict[Connection, int] = {process.connection: rank for rank, process in enumerate(processes)}
         limit = f"{timeout:.0f} s passed"
         while waiting:
-            answered = wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            left = max(0.0, deadline - time.monotonic())
+            answered = wait(list(waiting), left if enough is None else min(left, 0.1))
+            if not answered and time.monotonic() < deadline:
+                if enough is not None and enough():
+                    reports.update({rank: "ended by the test, which has seen enough" for rank in waiting.values()})
+                    for rank in waiting.values():
+                        processes[rank].process.kill()
+                    break
+                continue
             if not answered:
                 stuck = {rank: processes[rank].where() for rank in waiting.values()}
                 reports.update({rank: f"{limit}; this rank was here:\n{stack}" for rank, stack in stuck.items()})
@@ -193,72 +234,3 @@ class _Pool:
 
 
 _shared_pool = _Pool()
-
-
-def _serve(connection: Connection, stacks: str) -> None:
-    """Main function of a rank process: answer jobs until the test process goes away."""
-    torch.set_num_threads(1)
-    with open(stacks, "w") as stacks_file:
-        faulthandler.register(signal.SIGUSR1, stacks_file, all_threads=True)
-        connection.send_bytes(b"ready")
-        while True:
-            try:
-                job = connection.recv_bytes()
-            except (EOFError, ConnectionResetError):
-                return
-            connection.send_bytes(_answer(job))
-
-
-def _answer(job: bytes) -> bytes:
-    """Run one job; the pickled pair (True, result) or (False, traceback)."""
-    try:
-        answer = io.BytesIO()
-        _Pickler(answer).dump((True, _run_one(*pickle.loads(job))))
-        return answer.getvalue()
-    except BaseException:  # noqa: BLE001 - SystemExit and KeyboardInterrupt too: the test process must hear of them
-        return pickle.dumps((False, traceback.format_exc()))
-
-
-class _Pickler(pickle.Pickler):
-    """Pickles tensors as their values, on the host: quick, and for every dtype (plain pickle refuses float8)."""
-
-    def reducer_override(self, value: Any) -> Any:
-        if type(value) is not torch.Tensor:
-            return NotImplemented
-        host = value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        return _tensor, (host.view(-1).view(torch.uint8).numpy().tobytes(), host.dtype, host.shape)
-
-
-def _tensor(content: bytes, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
-    if not content:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(bytearray(content), dtype=dtype).view(shape)
-
-
-def _run_one(
-    fn: Callable[..., Any],
-    args: tuple,
-    rank: int,
-    size: int,
-    store: str,
-    backend: str,
-    timeout: float,
-    env: dict[str, str],
-) -> Any:
-    environment = dict(os.environ)
-    os.environ.update(env)
-    if backend == "nccl":
-        torch.cuda.set_device(rank)
-    limit = datetime.timedelta(seconds=timeout + GRACE)  # the test process is the judge of time
-    meeting = dist.FileStore(store, size)
-    dist.init_process_group(backend, store=meeting, rank=rank, world_size=size, timeout=limit)
-    # A rank with nothing to do must not close its connections while another one is still being connected.
-    meeting.set(f"connected/{rank}", "")
-    meeting.wait([f"connected/{other}" for other in range(size)], limit)
-    try:
-        return fn(dist.group.WORLD, *args)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        os.environ.clear()
-        os.environ.update(environment)

@@ -18,9 +18,11 @@ from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from progress import say
 from qwen3_moe import cpu
 
 import megatron_ep_v2
+from megatron_ep_v2.buffers.pool import buffers
 from megatron_ep_v2.experts.module import EXPERTS
 
 
@@ -82,11 +84,28 @@ def megatron(machine: Machine) -> Iterator[None]:
             parallel_state.destroy_model_parallel()
 
 
+def use(machine: Machine, dispatcher: str, layout: str = "expanded") -> None:
+    """From now on layers are built with this dispatcher; "flex" is on this package's buffer in this layout ("sync-free"
+    is one). Destroys the buffer that was in use."""
+    megatron_ep_v2.uninstall()
+    if dispatcher == "flex":  # one capacity, so one set of kernels
+        mode: dict[str, Any] = {"sync_free": True} if layout == "sync-free" else {"layout": layout}
+        megatron_ep_v2.install(buffer=machine.buffer, num_max_tokens_per_rank=machine.tokens, **mode)
+    elif not machine.on_gpu:
+        cpu.substitute_alltoall_dispatcher()
+
+
 def make_layer(
     machine: Machine, dispatcher: str, layout: str = "expanded", experts: str | None = None, **more: Any
 ) -> Any:
-    """A MoELayer with the same weights every time; with "flex", on this package's buffer in this layout ("sync-free"
-    is one). experts: one of `experts.module.EXPERTS`; None = Megatron's own."""
+    """`use` and `build_layer` in one: on a new buffer."""
+    use(machine, dispatcher, layout)
+    return build_layer(machine, dispatcher, experts, **more)
+
+
+def build_layer(machine: Machine, dispatcher: str, experts: str | None = None, **more: Any) -> Any:
+    """A MoELayer with the same weights every time, on the buffer that is there. experts: one of
+    `experts.module.EXPERTS`; None = Megatron's own."""
     values: dict[str, Any] = {
         "num_layers": 1,
         "hidden_size": machine.hidden,
@@ -110,12 +129,6 @@ def make_layer(
         "moe_flex_dispatcher_backend": "deepep",
         "expert_model_parallel_size": dist.get_world_size(),
     }
-    megatron_ep_v2.uninstall()
-    if dispatcher == "flex":  # one capacity, so one set of kernels
-        mode: dict[str, Any] = {"sync_free": True} if layout == "sync-free" else {"layout": layout}
-        megatron_ep_v2.install(buffer=machine.buffer, num_max_tokens_per_rank=machine.tokens, **mode)
-    elif not machine.on_gpu:
-        cpu.substitute_alltoall_dispatcher()
     config = TransformerConfig(**values | more)
     spec = get_moe_module_spec(
         use_te=machine.on_gpu, num_experts=machine.experts, moe_grouped_gemm=config.moe_grouped_gemm
@@ -157,27 +170,42 @@ def step(layer: Any, hidden: torch.Tensor, micro_batches: int = 1) -> dict[str, 
 def compare_with_alltoall(
     group: Any, machine: Machine, features: dict[str, dict[str, Any]], layouts: tuple[str, ...]
 ) -> dict[str, dict[str, float]]:
-    """ "feature, layout" -> tensor -> relative L2 distance between the flex dispatcher and Megatron's alltoall."""
+    """ "feature, layout" -> tensor -> relative L2 distance between the flex dispatcher and Megatron's alltoall. All
+    features of a layout share one buffer, as the layers of a model do."""
     errors = {}
     with megatron(machine):
+        use(machine, "alltoall")
+        theirs = {}
         for name, feature in features.items():
-            more = dict(feature)
-            micro_batches, uneven = more.pop("micro_batches", 1), more.pop("uneven", False)
-            few = machine.tokens // 8
-            tokens = few if not uneven else 0 if group.rank() == 1 else few - group.rank() % 3
-            hidden = hidden_states(machine, tokens)
-            theirs = step(make_layer(machine, "alltoall", **more), hidden, micro_batches)
-            for layout in layouts:
-                layer = make_layer(machine, "flex", layout, **more)
-                ours = step(layer, hidden, micro_batches)
-                assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
-                layer.eval()
-                with torch.no_grad():
-                    ours["eval"], theirs["eval"] = layer(hidden)[0], theirs["output 0"]
-                errors[f"{name}, {layout}"] = {key: _distance(ours[key], theirs[key]) for key in ours}
-                del theirs["eval"]
-                megatron_ep_v2.destroy_buffers()
+            say(f"alltoall: {name}", group)
+            theirs[name] = _run_feature(group, machine, "alltoall", feature)
+        for layout in layouts:
+            use(machine, "flex", layout)
+            for name, feature in features.items():
+                say(f"{layout}: {name}", group)
+                ours = _run_feature(group, machine, "flex", feature)
+                assert ours.keys() == theirs[name].keys(), ours.keys() ^ theirs[name].keys()
+                errors[f"{name}, {layout}"] = {key: _distance(ours[key], theirs[name][key]) for key in ours}
+            assert len(buffers()) == 1
+            say(f"{layout}: destroy the buffer", group)
+            megatron_ep_v2.destroy_buffers()
     return errors
+
+
+def _run_feature(group: Any, machine: Machine, dispatcher: str, feature: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """A training step, and "eval": the output without gradients (alltoall's is the one that it trained with)."""
+    more = dict(feature)
+    micro_batches, uneven = more.pop("micro_batches", 1), more.pop("uneven", False)
+    few = machine.tokens // 8
+    tokens = few if not uneven else 0 if group.rank() == 1 else few - group.rank() % 3
+    hidden = hidden_states(machine, tokens)
+    layer = build_layer(machine, dispatcher, **more)
+    results = step(layer, hidden, micro_batches)
+    if dispatcher == "alltoall":
+        return results | {"eval": results["output 0"]}
+    layer.eval()
+    with torch.no_grad():
+        return results | {"eval": layer(hidden)[0]}
 
 
 def _distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 import time
+from pathlib import Path
+from typing import Any
 
 import harness
 import pytest
@@ -47,6 +51,19 @@ def set_environment(group: dist.ProcessGroup, name: str) -> None:
     os.environ[name] = "left behind"
 
 
+def hold_the_lock(group: dist.ProcessGroup, folder: str) -> None:
+    Path(folder, str(group.rank())).touch()
+    ctypes.PyDLL(None).usleep(60_000_000)
+
+
+def state_of_the_server(group: dist.ProcessGroup) -> dict[str, Any]:
+    """Of the process that this rank was forked from, and what this rank has of it."""
+    status = Path(f"/proc/{os.getppid()}/status").read_text()
+    maps = Path(f"/proc/{os.getppid()}/maps").read_text()
+    threads = int(re.search(r"Threads:\s*(\d+)", status).group(1))  # type: ignore[union-attr]
+    return {"threads": threads, "torch": "libtorch" in maps, "cuda": torch.cuda.is_initialized()}
+
+
 def process_id(group: dist.ProcessGroup) -> int:
     return os.getpid()
 
@@ -87,6 +104,26 @@ def test_a_rank_that_hangs_shows_its_stack() -> None:
         run_ranks(2, sleep_for_ever, timeout=2.0)
     assert list(caught.value.reports) == [0]
     assert "a_function_that_does_not_return" in caught.value.reports[0]
+
+
+def test_enough_ends_ranks_that_would_not_come_back(tmp_path: Path) -> None:
+    """Even one that waits in C and holds Python's lock."""
+    began = time.monotonic()
+    with pytest.raises(RanksError, match="seen enough") as caught:
+        run_ranks(2, hold_the_lock, str(tmp_path), enough=lambda: len(list(tmp_path.iterdir())) == 2)
+    assert list(caught.value.reports) == [0, 1] and time.monotonic() - began < 30
+    assert run_ranks(2, summed_rank, 0) == [(0, 2, 1.0), (1, 2, 1.0)], "the next run must not notice"
+
+
+def test_new_processes_have_the_environment_of_today_and_no_threads_of_the_server(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RUN_RANKS_TEST", "today")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert run_ranks(1, read_environment, "RUN_RANKS_TEST", fresh=True) == ["today"]
+    assert run_ranks(1, read_environment, "OMP_NUM_THREADS", fresh=True) == ["3"]
+    (state,) = run_ranks(1, state_of_the_server)
+    assert state == {"threads": 1, "torch": True, "cuda": False}
 
 
 def test_environment_is_set_for_one_run() -> None:

@@ -1,7 +1,28 @@
-"""GPU tests: marked `gpu`, skipped with the reason where they cannot run. `pytest -m gpu tests/gpu` runs them."""
+"""GPU tests: marked `gpu`, skipped with the reason where they cannot run. `pytest -m gpu -s tests/gpu` runs them.
+
+deep_ep compiles a kernel for each new shape in 2.5 s, on all ranks at once, so the tests share their shapes. R ranks:
+
+| shape | hidden | top-k | experts | capacity | kernels | tests |
+|---|---|---|---|---|---|---|
+| small | 512 | 4 | 4 R | 128 | 17 | buffers, fused, fp8, layouts, lifecycle, stalls (R = 4) |
+| small, 8 bits | 512 | 4 | 4 R | 128 | 10 | fp8, buffers: 4 words of scales, whether fp32 or mxfp8 |
+| small, another R | 512 | 4 | 4 R | 128 | 15 each | buffers on 4 and 2 of 8 GPUs, on 2 of 4 |
+| other scales | 1024 | 4 | 4 R | 128 | 14 | buffers: UE8M0 for 128 columns |
+| large batch | 512 | 8 | 8 R | 128 | 14 | buffers |
+| real | 2048 | 8 | 128 | 4096 | 11 | moe_layer, recompute, sync_free, deterministic |
+| decode | 2048 | 8 | 128 | the bucket | 4 each | decode |
+
+A kernel is compiled for one layout, alignment, dtype, for a first or a cached dispatch, with or without a host wait:
+hence the numbers (read in deep_ep 2.1.0's csrc/kernels/elastic). On 4 GPUs 97, so four minutes; EP_JIT_CACHE_DIR keeps
+them.
+The rank processes stay warm over all files (importing Megatron and TransformerEngine takes 15 to 20 s); what has to end
+them comes last.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -9,16 +30,29 @@ import torch
 
 from megatron_ep_v2.probe import probe
 
+HERE = Path(__file__).parent
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    found = probe()
-    reason = None
-    if torch.cuda.device_count() < 2:
-        reason = f"needs at least 2 CUDA devices, found {torch.cuda.device_count()}"
-    elif not found.have_elastic:
-        reason = f"needs deep_ep with ElasticBuffer; {found.describe()}"
     for item in items:
-        if Path(__file__).parent in item.path.parents:
+        if HERE in item.path.parents:
             item.add_marker("gpu")
-            if reason:
-                item.add_marker(pytest.mark.skip(reason=reason))
+    items.sort(key=lambda item: item.path == HERE / "test_stalls.py")  # its ranks do not survive
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _gpus_and_deep_ep() -> None:
+    """Looked for when the first test runs, and not when tests are collected: a run on the CPU pays nothing for it."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs at least 2 CUDA devices, found {torch.cuda.device_count()}")
+    if not probe().have_elastic:
+        pytest.skip(f"needs deep_ep with ElasticBuffer; {probe().describe()}")
+    # torch's deterministic mode wants it, and looks once in a process: at the first matrix product of any test.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+@pytest.fixture(scope="session")
+def transformer_engine() -> None:
+    """Megatron's layers on GPUs are built of it. Not imported here: that takes its time in each rank already."""
+    if importlib.util.find_spec("transformer_engine") is None:
+        pytest.skip("needs TransformerEngine: Megatron's layers on GPUs are built of it")

@@ -13,17 +13,18 @@ import pytest
 import torch
 from deterministic_rounds import ON_GPU, repeat
 from harness import run_ranks
+from progress import say
 
 RANKS = torch.cuda.device_count()
 REPEATS, RESTARTS = 10, 2
-CUBLAS = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # torch's deterministic mode asks for it
 
 pytestmark = pytest.mark.timeout(300)
 
 
 def run(deterministic: bool, repeats: int, torchs_mode: bool = False, fresh: bool = False) -> list[Any]:
+    say(f"deterministic {deterministic}, {repeats} repeats, torch's mode {torchs_mode}")
     arguments = (ON_GPU, deterministic, repeats, torchs_mode)
-    return run_ranks(RANKS, repeat, *arguments, backend="nccl", timeout=120, env=CUBLAS, fresh=fresh)
+    return run_ranks(RANKS, repeat, *arguments, backend="nccl", timeout=120, fresh=fresh)
 
 
 def test_the_same_bits_every_time() -> None:

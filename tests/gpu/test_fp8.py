@@ -7,6 +7,7 @@ import pytest
 import torch
 from fp8_oracle import GROUPS, arrived
 from harness import run_ranks
+from progress import say
 from test_fused import RANKS, all_layers, batch
 from test_quantize import HIDDEN, rows
 
@@ -64,6 +65,7 @@ def test_layers_against_fp64(wire: tuple[str, str]) -> None:
     """Every buffer and layout of test_fused, also with padding, rows and gradients in different dtypes."""
     names = ("MCORE_DEEPEP_V2_DISPATCH_DTYPE", "MCORE_DEEPEP_V2_GRAD_DISPATCH_DTYPE")
     env = dict(zip(names, wire, strict=True))
+    say(f"rows as {wire[0]}, gradients as {wire[1]}")
     for rank, by_run in enumerate(run_ranks(RANKS, all_layers, backend="nccl", timeout=380, env=env)):
         wanted = expected(rank, 4 * RANKS, wire)
         for run, result in by_run.items():

@@ -9,14 +9,16 @@ from typing import Any
 import pytest
 import torch
 from harness import run_ranks
+from progress import say
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 
 RANKS = torch.cuda.device_count()
-HIDDEN, TOPK, TOKENS = 512, 4, 100
-RUNS = [("elastic", False), ("elastic", True), ("legacy", False), ("reference", False), ("reference", True)]
+HIDDEN, TOPK, TOKENS = 512, 4, 128
+COMPACT, EXPANDED, PADDED = (False, 1), (True, 1), (True, 128)  # do_expand, alignment
+RUNS = {"elastic": [COMPACT, EXPANDED, PADDED], "legacy": [COMPACT], "reference": [COMPACT, EXPANDED, PADDED]}
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -35,14 +37,13 @@ def batch(rank: int, num_experts: int) -> dict[str, torch.Tensor]:
     }
 
 
-def layer(group: Any, kind: str, expand: bool, alignment: int) -> dict[str, torch.Tensor]:
+def layer(group: Any, expand: bool, alignment: int) -> dict[str, torch.Tensor]:
     """Expert e multiplies by scale[e]; rows are weighted by their probabilities. Output and both gradients."""
     num_local = 4
     num_experts = num_local * group.size()
     values = {name: tensor.cuda() for name, tensor in batch(group.rank(), num_experts).items()}
     x, probs = values["x"].requires_grad_(), values["probs"].requires_grad_()
     scale = values["scale"][group.rank() * num_local :][:num_local]
-    settings.activate(settings.resolve(buffer=kind))
     rows, idx, row_probs, counts, handle = fused_dispatch(
         x, values["picks"], probs, num_experts, group, True, True, do_expand=expand, expert_alignment=alignment
     )
@@ -53,16 +54,19 @@ def layer(group: Any, kind: str, expand: bool, alignment: int) -> dict[str, torc
     y, _ = fused_combine((rows.float() * factor[:, None]).bfloat16(), group, handle, True, True)
     y.backward(values["grad"])
     result = {"output": y, "grad_x": x.grad, "grad_probs": probs.grad}
-    pool.destroy_buffers()
     return {name: tensor.detach().cpu() for name, tensor in result.items()}
 
 
 def all_layers(group: Any) -> dict[tuple[str, bool, int], dict[str, torch.Tensor]]:
-    return {
-        (kind, expand, al): layer(group, kind, expand, al)
-        for kind, expand in RUNS
-        for al in ((1, 128) if expand else (1,))
-    }
+    """One buffer of each kind for all its layouts."""
+    found = {}
+    for kind, runs in RUNS.items():
+        settings.activate(settings.resolve(buffer=kind))
+        for expand, alignment in runs:
+            say(f"{kind}, {'expanded' if expand else 'compact'}, alignment {alignment}", group)
+            found[kind, expand, alignment] = layer(group, expand, alignment)
+        pool.destroy_buffers()
+    return found
 
 
 def expected(rank: int, num_experts: int) -> dict[str, torch.Tensor]:
@@ -124,4 +128,4 @@ def handles_alive(group: Any) -> list[str]:
 
 
 def test_no_handle_outlives_its_step() -> None:
-    assert run_ranks(2, handles_alive, backend="nccl") == [[], []]
+    assert run_ranks(RANKS, handles_alive, backend="nccl") == [[]] * RANKS

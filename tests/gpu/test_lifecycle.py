@@ -5,13 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from harness import run_ranks
+from progress import say
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
@@ -21,23 +23,40 @@ from megatron_ep_v2.fused_a2a import fused_dispatch
 JOBS = Path(__file__).parent / "jobs"
 RANKS = torch.cuda.device_count()
 LIMIT = 30.0  # seconds from the mistake to the end; DeepEP's own timeouts are 100 and 300
-START = 40.0  # seconds for torchrun, imports, NCCL and the kernels of the first round
+START = 60.0  # seconds for torchrun, imports, NCCL and the kernels of the first round, of four jobs at once
 
 pytestmark = pytest.mark.timeout(300)
+
+
+ROUNDS = {"never": 20, "step": 20, "rank": 2, "capacity": 2}  # what goes wrong -> rounds; see jobs/rounds.py
 
 
 def job(*arguments: str) -> tuple[int, str, float]:
     """torchrun on all GPUs: exit code, output, seconds."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+    command += [str(JOBS / arguments[0]), *arguments[1:]]
+    say(f"torchrun {' '.join(arguments)}")
     start = time.monotonic()
-    done = subprocess.run([*command, str(JOBS / arguments[0]), *arguments[1:]], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, str(JOBS / arguments[0]), *arguments[1:]], capture_output=True, text=True, timeout=240
+    )
+    say(f"torchrun {' '.join(arguments)}: {time.monotonic() - start:.1f} s")
     return done.returncode, done.stdout + done.stderr, time.monotonic() - start
 
 
+Jobs = dict[str, "Future[tuple[int, str, float]]"]
+
+
+@pytest.fixture(scope="module")
+def jobs() -> Iterator[Jobs]:
+    """All at the same time: most of each is starting up."""
+    with ThreadPoolExecutor(len(ROUNDS)) as pool:
+        yield {fail: pool.submit(job, "rounds.py", str(rounds), fail) for fail, rounds in ROUNDS.items()}
+
+
 @pytest.mark.parametrize("fail", ["never", "step"])
-def test_twenty_rounds(fail: str) -> None:
-    code, output, seconds = job("rounds.py", "20", fail)
-    print(f"20 rounds, {fail}: {seconds:.1f} s")
+def test_twenty_rounds(fail: str, jobs: Jobs) -> None:
+    code, output, _ = jobs[fail].result()
     assert code == 0, output
     assert "20 rounds done" in output and "destroy()` is not called" not in output and "was given up" not in output
 
@@ -49,9 +68,8 @@ def test_twenty_rounds(fail: str) -> None:
         ("capacity", ["TokenCapacityError: rank 1 has 256 tokens", "MCORE_DEEPEP_V2_MAX_TOKENS_PER_RANK=256"]),
     ],
 )
-def test_one_rank_that_fails_ends_the_job(fail: str, words: list[str]) -> None:
-    code, output, seconds = job("rounds.py", "2", fail)
-    print(f"{fail}: {seconds:.1f} s from start to end")
+def test_one_rank_that_fails_ends_the_job(fail: str, words: list[str], jobs: Jobs) -> None:
+    code, output, seconds = jobs[fail].result()
     assert code != 0
     assert all(word in output for word in words), output
     assert seconds < START + LIMIT

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import functools
 from typing import Any
 
 import pytest
 import torch
 from harness import run_ranks
-from moe_layer import GPU, hidden_states, make_layer, megatron, step
+from moe_layer import GPU, build_layer, hidden_states, make_layer, megatron, step, use
+from progress import say
 from recompute_rounds import WHOLE_LAYER, alive, recorded
-from torch.profiler import ProfilerActivity, profile
+from waits import traced
 
 import megatron_ep_v2
 from megatron_ep_v2.buffers.elastic import ElasticBuffer
 from megatron_ep_v2.errors import RoutingChangedError
 
-pytest.importorskip("transformer_engine.pytorch", reason="needs TransformerEngine's grouped GEMM")
-
 RANKS = torch.cuda.device_count()
-WAITS = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy"}
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("transformer_engine")]
 
 
 def replay(group: Any) -> dict[str, dict[str, Any]]:
@@ -30,25 +28,21 @@ def replay(group: Any) -> dict[str, dict[str, Any]]:
     with megatron(GPU):
         hidden = hidden_states(GPU, GPU.tokens)
         for layout in ("compact", "expanded"):
-            plain = step(make_layer(GPU, "flex", layout), hidden)
-            layer = make_layer(GPU, "flex", layout, **WHOLE_LAYER)
+            say(f"{layout}: replay", group)
+            use(GPU, "flex", layout)
+            plain = step(build_layer(GPU, "flex"), hidden)
+            layer = build_layer(GPU, "flex", **WHOLE_LAYER)
             again = step(layer, hidden)
             distance = {name: _distance(again[name], plain[name]) for name in plain}
             with recorded(ElasticBuffer) as (calls, handles):
                 y = layer(hidden.requires_grad_())[0]
-                grad = torch.ones_like(y)
-                torch.cuda.synchronize()
                 forward = len(calls)
-                with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-                    y.backward(grad)
-                    torch.cuda.synchronize()
-                waits = Counter(event.name for event in profiler.events() if event.name in WAITS)
-                waits["cudaDeviceSynchronize"] -= 1  # ours, above
+                trace = traced(functools.partial(y.backward, torch.ones_like(y)))
                 del y
                 found[layout] = {
                     "calls": list(calls),
                     "forward": forward,
-                    "waits": dict(+waits),
+                    "waits": trace.waits,
                     "alive": alive(handles),
                     "distance": distance,
                 }
@@ -97,7 +91,7 @@ def change(group: Any) -> tuple[str, bool]:
 
 
 def test_a_changed_routing_stops_every_rank_before_the_optimizer() -> None:
-    for said, unchanged in run_ranks(RANKS, change, backend="nccl", timeout=120):
+    for said, unchanged in run_ranks(RANKS, change, backend="nccl", timeout=200):
         assert "on rank(s) [1] of the group" in said and unchanged
 
 
@@ -116,4 +110,4 @@ def checkpoint_of_te(group: Any) -> list[str]:
 
 
 def test_transformer_engines_checkpoint_replays_too() -> None:
-    assert run_ranks(RANKS, checkpoint_of_te, backend="nccl", timeout=120) == [["first", "cached", "gradient"]] * RANKS
+    assert run_ranks(RANKS, checkpoint_of_te, backend="nccl", timeout=200) == [["first", "cached", "gradient"]] * RANKS

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,8 +12,9 @@ import torch
 from harness import run_ranks
 from moe import own_package
 from moe_layer import GPU, hidden_states, make_layer, megatron, step
+from progress import say
 from sync_free_layers import Layer, Sizes, errors, poison
-from torch.profiler import ProfilerActivity, profile
+from waits import traced
 
 from megatron_ep_v2 import settings, sync_free
 from megatron_ep_v2.deferred import read_all
@@ -21,12 +22,10 @@ from megatron_ep_v2.errors import LayoutOverflowError
 
 RANKS = torch.cuda.device_count()
 SIZES = Sizes()
-WAITS = {"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy"}
 # bf16 rounds rows, activations, partial sums and sums, each by at most 2**-9; the same numbers in another order.
 TOLERANCE = 1.5e-2
 
-pytest.importorskip("transformer_engine.pytorch", reason="Megatron's layer spec on GPUs is TransformerEngine's")
-pytestmark = pytest.mark.timeout(500)
+pytestmark = [pytest.mark.timeout(500), pytest.mark.usefixtures("transformer_engine")]
 
 
 def start(**more: Any) -> None:
@@ -35,23 +34,16 @@ def start(**more: Any) -> None:
     settings.activate(settings.resolve(**chosen, **more))
 
 
-def trace(step: Any) -> dict[str, Any]:
+def trace(step: Callable[[], object]) -> dict[str, Any]:
     """Waits and deep_ep's dispatch kernels, as (host wait, cached), of one step."""
     step()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
-        step()
-        torch.cuda.synchronize()
-    events = profiler.events()
-    waits = Counter(e.name for e in events if e.name in WAITS)
-    waits["cudaDeviceSynchronize"] -= 1  # ours, above
-    names = [e.name for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+    found = traced(step)
     forms = [
-        tuple("true" in word or word.endswith("1") for word in found.group(1).split(",")[1:3])
-        for found in (re.search(r"::dispatch_impl<([^>]*)>", name) for name in names)
-        if found
+        tuple("true" in word or word.endswith("1") for word in match.group(1).split(",")[1:3])
+        for match in (re.search(r"::dispatch_impl<([^>]*)>", name) for name in found.kernels.elements())
+        if match
     ]
-    return {"waits": dict(+waits), "dispatches": forms, "kernels": len(names)}
+    return {"waits": found.waits, "dispatches": forms, "kernels": found.kernels.total()}
 
 
 @own_package
@@ -59,6 +51,7 @@ def layers(group: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     start(sync_free_rows_percent=180)
     layer = Layer(SIZES, group, torch.device("cuda"))
+    say("traces", group)
     found["expanded trace"] = trace(lambda: layer.step(layer.expanded))
     found["trace"] = trace(lambda: layer.step(layer.sync_free))
     torch.cuda.set_sync_debug_mode("error")  # torch's own waits raise
@@ -70,6 +63,7 @@ def layers(group: Any) -> dict[str, Any]:
     found["eager"] = errors(ours, theirs)
     read_all()
 
+    say("graph", group)
     graph, results = layer.capture()
     for seed in (1, 2):
         layer.fill(seed, skew=0.01 * seed)
@@ -81,6 +75,7 @@ def layers(group: Any) -> dict[str, Any]:
         found[f"graph beside eager, batch {seed}"] = errors(replayed, layer.step(layer.sync_free))
     read_all()
 
+    say("overflow", group)
     layer.fill(3, skew=10.0)  # everything to the last rank
     graph.replay()
     found["overflow in a graph"] = overflow()
@@ -92,6 +87,7 @@ def layers(group: Any) -> dict[str, Any]:
     read_all()
     found["replayed"] = errors(replayed, layer.step(layer.expanded))
 
+    say("poison", group)
     layer.fill(4)
     clean = layer.step(layer.expanded)
     poison(group)
@@ -105,11 +101,13 @@ def whole_layer(group: Any) -> dict[str, Any]:
     with megatron(GPU):
         hidden, results = hidden_states(GPU, GPU.tokens), {}
         for layout in ("expanded", "sync-free"):
+            say(f"Megatron's layer, {layout}", group)
             layer = make_layer(GPU, "flex", layout, "grouped")
             found[f"{layout} trace"] = trace(functools.partial(step, layer, hidden))
             results[layout] = step(layer, hidden)
         found["eager"] = errors(results["sync-free"], results["expanded"])
 
+        say("Megatron's layer in a graph", group)
         x, parameters = hidden.clone().requires_grad_(), dict(layer.named_parameters())
 
         def run() -> dict[str, torch.Tensor]:
@@ -173,7 +171,7 @@ def test_outputs_and_gradients_are_those_of_the_expanded_layout(found: list[dict
 
 
 def test_megatrons_whole_layer_waits_for_nothing_and_can_be_captured() -> None:
-    answers = run_ranks(RANKS, whole_layer, backend="nccl", timeout=120)
+    answers = run_ranks(RANKS, whole_layer, backend="nccl", timeout=200)
     print(answers[0])
     for rank, answer in enumerate(answers):
         assert answer["sync-free trace"]["waits"] == {}

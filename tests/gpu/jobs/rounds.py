@@ -18,8 +18,8 @@ import megatron_ep_v2
 from megatron_ep_v2 import settings
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 
-# One shape with the shared suite on 8 ranks, so that its kernels are compiled already.
-HIDDEN, EXPERTS, TOPK, TOKENS = 512, 32, 3, 128
+# The small shape of conftest.py, so that its kernels are compiled already.
+HIDDEN, LOCAL_EXPERTS, TOPK, TOKENS = 512, 4, 4, 128
 
 
 class BrokenOffError(Exception):
@@ -28,11 +28,12 @@ class BrokenOffError(Exception):
 
 def train_step(fail: str, round_number: int) -> None:
     num_tokens = 2 * TOKENS if fail == "capacity" and round_number == 1 and dist.get_rank() == 1 else TOKENS
+    experts = LOCAL_EXPERTS * dist.get_world_size()
     x = torch.randn(num_tokens, HIDDEN, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    top = torch.rand(num_tokens, EXPERTS, device="cuda").topk(TOPK, dim=1)
+    top = torch.rand(num_tokens, experts, device="cuda").topk(TOPK, dim=1)
     probs = top.values.contiguous().requires_grad_()
     rows, _, row_probs, _, handle = fused_dispatch(
-        x, top.indices, probs, EXPERTS, dist.group.WORLD, True, True, do_expand=True
+        x, top.indices, probs, experts, dist.group.WORLD, True, True, do_expand=True
     )
     if fail == "step" or (fail == "rank" and round_number == 1 and dist.get_rank() == 1):
         raise BrokenOffError(f"round {round_number}")
