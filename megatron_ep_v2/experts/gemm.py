@@ -54,7 +54,7 @@ class Sequential:
         return self._by_expert(grad, w, groups)
 
     def wgrad(self, grad: torch.Tensor, x: torch.Tensor, groups: Groups) -> torch.Tensor:
-        sizes = groups.host_sizes()
+        sizes = groups.host_sizes
         out = x.new_empty(len(sizes), grad.shape[1], x.shape[1])
         used = sum(sizes)
         for mine, a, b in zip(out, grad[:used].split(sizes), x[:used].split(sizes), strict=True):
@@ -62,7 +62,7 @@ class Sequential:
         return out
 
     def _by_expert(self, x: torch.Tensor, w: torch.Tensor, groups: Groups) -> torch.Tensor:
-        sizes = groups.host_sizes()
+        sizes = groups.host_sizes
         out = x.new_empty(len(x), w.shape[2])
         used = sum(sizes)
         for mine, rows, weight in zip(out[:used].split(sizes), x[:used].split(sizes), w, strict=True):

@@ -77,6 +77,7 @@ class Groups:
         expert = torch.searchsorted(self.ends, place, right=True, out_int32=True)
         return expert if self.used is None else torch.where(expert < len(self.ends), expert, -1)
 
+    @functools.cached_property
     def host_sizes(self) -> tuple[int, ...]:
-        """Rows of each expert. Waits for the device where the host does not know them."""
+        """Rows of each expert. Waits for the device, once, where the host does not know them."""
         return self.sizes if self.sizes is not None else tuple(self.ends.diff(prepend=self.ends.new_zeros(1)).tolist())
