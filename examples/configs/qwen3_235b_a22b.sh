@@ -2,6 +2,7 @@
 # One replica is 128 GPUs (TP4 x PP16 x CP2; EP8 inside the TP x CP x DP ranks of a stage). 94 layers on 16 stages: the
 # embedding and the loss count as one layer each. Data and checkpoints are not in here: give them as further flags of
 # the launcher, which also override these.
+# Megatron's fused weight gradients need APEX; where it is not installed, add --no-gradient-accumulation-fusion.
 # shellcheck shell=bash disable=SC2034
 
 FLAGS=(

@@ -1,6 +1,7 @@
 # Qwen3-30B-A3B for Megatron-LM's pretrain_gpt.py (megatron-core 0.16.1 to 0.19.2): flags in the array FLAGS.
 # One replica is 8 GPUs (TP4 x PP2; EP4 inside the TP x DP ranks of a stage). Data and checkpoints are not in here: give
 # them as further flags of the launcher, which also override these.
+# Megatron's fused weight gradients need APEX; where it is not installed, add --no-gradient-accumulation-fusion.
 # shellcheck shell=bash disable=SC2034
 
 FLAGS=(
