@@ -50,7 +50,7 @@ class GpuClock:
     into the shared record which call it has finished. So nobody polls, and no thread of ours calls CUDA, which could
     break the capture of a CUDA graph.
 
-    A dispatch is timed by two events, which cost as much as a copy: one of seven is timed, and events are used again.
+    A dispatch is timed by two events, used again and again; one of seven is enough for the summary of arrivals.
     """
 
     every = 7
