@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import collections
+import ctypes
 import time
 from typing import Any
 
 import torch
 
 from megatron_ep_v2.errors import UnavailableError
-from megatron_ep_v2.watchdog.record import DONE, MARKED, RING, Record
+from megatron_ep_v2.watchdog.record import DONE, MARKED, Record
 
 WAITS_KEPT = 256  # timed forward dispatches, for the summary of arrivals
 
@@ -46,9 +47,10 @@ class HostClock:
 
 
 class GpuClock:
-    """For calls that only queue their kernels. Behind them a copy of 8 bytes is queued, by which the GPU itself writes
-    into the shared record which call it has finished. So nobody polls, and no thread of ours calls CUDA, which could
-    break the capture of a CUDA graph.
+    """For calls that only queue their kernels. Behind them a write of 8 bytes is queued, by which the GPU itself tells
+    the shared record which call it has finished. So nobody polls, and no thread of ours calls CUDA, which could break
+    the capture of a CUDA graph. It is CUDA's stream memory operation: neither a kernel nor a copy, which cost the host
+    more and make the stream wait for another engine.
 
     A dispatch is timed by two events, used again and again; one of seven is enough for the summary of arrivals.
     """
@@ -60,13 +62,10 @@ class GpuClock:
         self._record, self._cells = record, torch.frombuffer(record.page, dtype=torch.int64)
         code = int(torch.cuda.cudart().cudaHostRegister(self._cells.data_ptr(), self._cells.nbytes, 0))
         if code:
-            raise UnavailableError(
-                f"the GPU cannot write to the watchdog's record: cudaHostRegister answers {code}",
-                needed="shared memory that CUDA can register",
-                fix="set MCORE_DEEPEP_V2_WATCHDOG_SECS=0 to train without the watchdog",
-            )
-        self._done = self._cells[DONE : DONE + 1]
-        self._numbers = torch.arange(RING, device="cuda").split(1)
+            raise _cannot_write(f"cudaHostRegister answers {code}")
+        self._done = self._cells.data_ptr() + 8 * DONE
+        self._write = _stream_write()
+        self.mark(0)  # raises here if it ever does
 
     def start(self) -> tuple[Any, Any]:
         if len(self._waits) < WAITS_KEPT:
@@ -88,7 +87,9 @@ class GpuClock:
     def mark(self, number: int) -> None:
         """Queue the word that call `number` is done."""
         self._record.cells[MARKED] = number
-        self._done.copy_(self._numbers[number % RING], non_blocking=True)
+        code = self._write(torch.cuda.current_stream().cuda_stream, self._done, number, 0)
+        if code:
+            raise _cannot_write(f"cuStreamWriteValue64 answers {code}")
 
     def close(self) -> None:
         """Take the record away from CUDA; where the GPU still has to write to it, both stay until the process ends."""
@@ -99,3 +100,18 @@ class GpuClock:
 
 
 _unfinished: list[GpuClock] = []
+
+
+def _stream_write() -> Any:
+    """CUDA's `cuStreamWriteValue64(stream, address, value, flags) -> error code`. torch has no name for it."""
+    write = ctypes.CDLL("libcuda.so.1").cuStreamWriteValue64_v2
+    write.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint]
+    return write
+
+
+def _cannot_write(why: str) -> UnavailableError:
+    return UnavailableError(
+        f"the GPU cannot write to the watchdog's record: {why}",
+        needed="shared memory that CUDA can register, and stream memory operations",
+        fix="set MCORE_DEEPEP_V2_WATCHDOG_SECS=0 to train without the watchdog",
+    )
