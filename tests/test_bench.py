@@ -168,8 +168,9 @@ def test_the_closed_form_against_a_loop_with_autograd() -> None:
         torch.testing.assert_close(expected["gradient of probabilities"], probs.grad)
 
 
-def _sms_of_a_dispatch(group: Any) -> tuple[str, list[int]]:
-    """The class that the bench finds in the pool, and what the calls of two variants in turn go by."""
+def _sms_of_a_dispatch(group: Any) -> tuple[str, list[int], list[int | None]]:
+    """The class that the bench finds in the pool, what the calls of two variants in turn go by, and what their rows
+    say afterwards."""
     picks = torch.tensor([[0, 1]])
     settings.activate(settings.resolve(buffer="reference"))
     get_buffer(group, torch.ones(1, 8), picks, 4)
@@ -178,15 +179,16 @@ def _sms_of_a_dispatch(group: Any) -> tuple[str, list[int]]:
     for variant in (*ours, *ours):
         variant.enter()
         seen.append(getattr(pool.find(group), "buffer", pool.find(group)).num_sms)
+        variant.leave()
     name = type(ours[0].live).__name__
     pool.destroy_buffers()
     settings.activate(None)
-    return name, seen
+    return name, seen, [variant.num_sms for variant in ours]
 
 
 def test_an_sm_count_reaches_the_buffer_below_its_watchdog() -> None:
     answers = run_ranks(2, _sms_of_a_dispatch, env={"MCORE_DEEPEP_V2_WATCHDOG_SECS": "30"})
-    assert answers == [("ReferenceBuffer", [24, 32, 24, 32])] * 2
+    assert answers == [("ReferenceBuffer", [24, 32, 24, 32], [24, 32])] * 2
 
 
 def test_batches_differ_between_ranks_and_repeat() -> None:

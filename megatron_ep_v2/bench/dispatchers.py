@@ -67,8 +67,7 @@ class DispatcherSet:
 
     @property
     def num_sms(self) -> int | None:
-        buffer = self.ours.live if self.ours else None
-        return buffer.num_sms if buffer else self.sms
+        return self.ours.num_sms if self.ours else self.sms
 
     @property
     def buffer_bytes(self) -> int | None:
@@ -92,7 +91,9 @@ class DispatcherSet:
 
         for owner, name, theirs, _ in reversed(self._bindings):
             setattr(owner, name, theirs)
-        if self.backend == "hybridep":
+        if self.ours:
+            self.ours.leave()
+        elif self.backend == "hybridep":
             self._hybrid_buffers[self.sms], fused_a2a._hybrid_ep_buffer = fused_a2a._hybrid_ep_buffer, None
 
     def close(self) -> None:

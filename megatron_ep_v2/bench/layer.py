@@ -64,10 +64,15 @@ class Groups:
 
 
 class OurBuffer:
-    """What variants on this package's buffers share: which buffer, and on how many SMs."""
+    """What variants on this package's buffers share: which buffer, and on how many SMs.
+
+    Attributes:
+        num_sms: SMs of this variant's calls; before the first one, what it asks for. The buffer itself knows only those
+            of the variant that ran last.
+    """
 
     def __init__(self, kind: str, layout: str | None, sms: int | None, group: Any):
-        self.group, self.kind, self.sms = group, kind, sms
+        self.group, self.kind, self.num_sms = group, kind, sms
         self.settings: Settings = settings_module.resolve(buffer=kind, layout=layout, num_sms=sms)
 
     @property
@@ -89,6 +94,12 @@ class OurBuffer:
             )
         elif self.kind == "legacy":
             type(buffer._buffer).set_num_sms(buffer.num_sms)
+        self.num_sms = buffer.num_sms
+
+    def leave(self) -> None:
+        """After a run: the first one has built the buffer."""
+        if self.live is not None:
+            self.num_sms = self.live.num_sms
 
 
 def named_results(

@@ -29,7 +29,7 @@ class RawLayer:
 
     @property
     def num_sms(self) -> int | None:
-        return self.ours.live.num_sms if self.ours.live else self.ours.sms
+        return self.ours.num_sms
 
     @property
     def buffer_bytes(self) -> int | None:
@@ -39,7 +39,7 @@ class RawLayer:
         self.ours.enter()
 
     def leave(self) -> None:
-        pass
+        self.ours.leave()
 
     def run(self, *, backward: bool, count: int = 1) -> None:
         self.outputs = ()
