@@ -81,10 +81,15 @@ def _run_one(
     # A rank with nothing to do must not close its connections while another one is still being connected.
     meeting.set(f"connected/{rank}", "")
     meeting.wait([f"connected/{other}" for other in range(size)], limit)
+    failed = True
     try:
-        return fn(dist.group.WORLD, *args)
+        answer = fn(dist.group.WORLD, *args)
+        failed = False
+        return answer
     finally:
-        if dist.is_initialized():
+        # NCCL's destruction waits for kernels that wait for the others, so nobody would hear of a rank that failed. Its
+        # process is about to be ended anyway.
+        if dist.is_initialized() and not (failed and backend == "nccl"):
             dist.destroy_process_group()
         os.environ.clear()
         os.environ.update(environment)
