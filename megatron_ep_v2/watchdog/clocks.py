@@ -63,7 +63,7 @@ class GpuClock:
         code = int(torch.cuda.cudart().cudaHostRegister(self._cells.data_ptr(), self._cells.nbytes, 0))
         if code:
             raise _cannot_write(f"cudaHostRegister answers {code}")
-        self._done = self._cells.data_ptr() + 8 * DONE
+        self._done, self._device = self._cells.data_ptr() + 8 * DONE, torch.cuda.current_device()
         self._write = _stream_write()
         self.mark(0)  # raises here if it ever does
 
@@ -87,7 +87,8 @@ class GpuClock:
     def mark(self, number: int) -> None:
         """Queue the word that call `number` is done."""
         self._record.cells[MARKED] = number
-        code = self._write(torch.cuda.current_stream().cuda_stream, self._done, number, 0)
+        # torch.cuda.current_stream() would make an object each time.
+        code = self._write(torch._C._cuda_getCurrentRawStream(self._device), self._done, number, 0)
         if code:
             raise _cannot_write(f"cuStreamWriteValue64 answers {code}")
 
