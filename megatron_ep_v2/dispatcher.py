@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,7 +96,8 @@ class ExpandedManager(CompactManager):
 
         Sets `token_probs` [T, K] and `token_indices` [T, K] int64, -1 where the capacity factor dropped a pick.
         """
-        probs = probs.reshape(len(probs), self.num_experts)
+        if probs.dim() != 2:
+            probs = probs.reshape(len(probs), self.num_experts)
         self.token_probs, self.token_indices = torch.topk(probs, self.router_topk, dim=-1, sorted=False)
         if self.capacity_factor is not None:
             self.token_indices = self.token_indices.masked_fill(self.token_probs == 0, -1)
@@ -146,3 +148,54 @@ class ExpandedManager(CompactManager):
         wants_padding = config.fp8 or getattr(config, "fp4", None) or config.moe_router_padding_for_quantization
         of_recipe = int(token_dispatcher.get_align_size_for_quantization(config)) if wants_padding else 1
         return math.lcm(of_recipe, settings.active().expert_alignment or 1)
+
+
+def preprocess(theirs: Callable[..., Any]) -> Callable[..., Any]:
+    """`MoEFlexTokenDispatcher.dispatch_preprocess`, with less to do where the managers are ours.
+
+    Megatron has it compiled, anew for each layer's dispatcher until torch gives that up: seconds at the first step and
+    guards at every later one, for reshapes and a top-k that no compiler makes faster. And without tensor parallelism
+    the reshapes end where they began.
+    """
+
+    @functools.wraps(theirs)
+    def dispatch_preprocess(
+        self: Any, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        manager = self._comm_manager
+        if not isinstance(manager, CompactManager):
+            return theirs(self, hidden_states, routing_map, probs)  # type: ignore[no-any-return]
+        self.hidden_shape = hidden_states.shape
+        if self.tp_size > 1:
+            routing_map, probs = self._initialize_metadata(routing_map, probs)
+        manager.setup_metadata(routing_map, probs)
+        return hidden_states.view(-1, self.hidden_shape[-1]), manager.token_probs
+
+    return dispatch_preprocess
+
+
+class _AsHybridEP:
+    """A TransformerConfig that names HybridEP as its backend."""
+
+    moe_flex_dispatcher_backend = "hybridep"
+
+    def __init__(self, config: Any):
+        self._config = config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._config, name)
+
+
+def keep_rows(theirs: Callable[..., bool]) -> Callable[..., bool]:
+    """`should_free_input` of Megatron's 1F1B schedule, for rows that go to the experts as they arrive.
+
+    With backend "deepep" Megatron frees them once the experts have run, for its own experts work on a permuted copy.
+    Ours have saved them for their backward. Megatron's rule for such a backend is HybridEP's, which is taken.
+    """
+
+    @functools.wraps(theirs)
+    def should_free_input(name: str, is_moe: bool, config: Any, *more: Any, **named: Any) -> bool:
+        ours = config.moe_token_dispatcher_type == "flex" and config.moe_flex_dispatcher_backend == "deepep"
+        return theirs(name, is_moe, _AsHybridEP(config) if ours else config, *more, **named)
+
+    return should_free_input

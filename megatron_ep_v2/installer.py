@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_ep_v2 import fused_a2a, recompute
@@ -21,7 +20,7 @@ from megatron_ep_v2 import settings as settings_module
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.errors import SettingsError
 from megatron_ep_v2.probe import Choice, choose, probe
-from megatron_ep_v2.seam import FUSED_A2A, TOKEN_DISPATCHER, checkpoints, find_seam
+from megatron_ep_v2.seam import FUSED_A2A, SCHEDULE, TOKEN_DISPATCHER, checkpoints, find_seam
 
 logger = logging.getLogger("megatron_ep_v2")
 
@@ -184,15 +183,15 @@ def _bindings(modules: dict[str, ModuleType], layout: str) -> list[tuple[Any, st
         for name in ("fused_dispatch", "fused_combine", "set_deepep_num_sms"):
             ours.append((module, name, getattr(fused_a2a, name)))
     # They import Megatron, whose seam is checked by now.
-    from megatron_ep_v2.dispatcher import CompactManager, ExpandedManager
+    from megatron_ep_v2.dispatcher import CompactManager, ExpandedManager, keep_rows, preprocess
     from megatron_ep_v2.sync_free_dispatcher import SyncFreeManager
 
     managers = {"compact": CompactManager, "expanded": ExpandedManager, "sync-free": SyncFreeManager}
     ours.append((modules[TOKEN_DISPATCHER], "_DeepepManager", managers[layout]))
-    # Megatron has this method compiled, anew for each layer's dispatcher until torch gives that up: seconds at the
-    # first step and guards at every later one, for a few reshapes and a top-k that no compiler makes faster.
     flex = modules[TOKEN_DISPATCHER].MoEFlexTokenDispatcher
-    ours.append((flex, "dispatch_preprocess", torch.compiler.disable(flex.dispatch_preprocess)))
+    ours.append((flex, "dispatch_preprocess", preprocess(flex.dispatch_preprocess)))
+    if layout != "compact":
+        ours.append((modules[SCHEDULE], "should_free_input", keep_rows(modules[SCHEDULE].should_free_input)))
     for function in checkpoints(modules):
         ours.append((function, "forward", recompute.wrapped(function.forward)))
     for module in (dist, dist.distributed_c10d):

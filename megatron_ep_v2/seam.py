@@ -16,6 +16,8 @@ FUSED_A2A = "megatron.core.transformer.moe.fused_a2a"
 TOKEN_DISPATCHER = "megatron.core.transformer.moe.token_dispatcher"
 CHECKPOINT = "megatron.core.tensor_parallel.random"
 TE_CHECKPOINT = "transformer_engine.pytorch.distributed"
+SCHEDULE = "the 1F1B schedule's module"  # of SCHEDULES the one that decides what to free
+SCHEDULES = ("megatron.core.models.common.utils", "megatron.core.models.gpt.fine_grained_callables")  # 0.19; before
 _CALL = ("hidden_states", "async_finish", "allocate_on_comm_stream")
 
 # What must be there, by module: name -> parameters in order (without self), or None where only the name counts.
@@ -64,6 +66,8 @@ def find_seam() -> tuple[str, dict[str, ModuleType]]:
         # Imported inside a git checkout, Megatron appends that checkout's commit: 0.19.2+1a2b3c4.
         version = str(getattr(core, "__version__", version)).partition("+")[0]
         modules = {name: importlib.import_module(where := name) for name in _SEAM}
+        where = SCHEDULES[-1]
+        schedule = _import_schedule()
     # It imports deep_ep and minds an ImportError only: what else that import raises (see probe.py) comes through.
     except (ImportError, AssertionError, OSError) as error:
         raise SeamError(
@@ -74,7 +78,17 @@ def find_seam() -> tuple[str, dict[str, ModuleType]]:
     for module_name, names in _SEAM.items():
         for dotted, parameters in names.items():
             _check_symbol(modules[module_name], dotted, parameters, version)
-    return version, modules
+    # 0.17 has added a parameter, which is handed on.
+    _check_symbol(schedule, "should_free_input", ("name", "is_moe", "config"), version, more=True)
+    return version, modules | {SCHEDULE: schedule}
+
+
+def _import_schedule() -> ModuleType:
+    with contextlib.suppress(ModuleNotFoundError):
+        module = importlib.import_module(SCHEDULES[0])
+        if hasattr(module, "should_free_input"):
+            return module
+    return importlib.import_module(SCHEDULES[-1])
 
 
 def checkpoints(modules: dict[str, ModuleType]) -> list[Any]:
@@ -85,7 +99,10 @@ def checkpoints(modules: dict[str, ModuleType]) -> list[Any]:
     return [modules[CHECKPOINT].CheckpointFunction, *([theirs] if known else [])]
 
 
-def _check_symbol(module: ModuleType, dotted: str, parameters: tuple[str, ...] | None, version: str) -> None:
+def _check_symbol(
+    module: ModuleType, dotted: str, parameters: tuple[str, ...] | None, version: str, more: bool = False
+) -> None:
+    """more: further parameters may follow."""
     symbol: Any = module
     for part in dotted.split("."):
         if not hasattr(symbol, part):
@@ -100,7 +117,7 @@ def _check_symbol(module: ModuleType, dotted: str, parameters: tuple[str, ...] |
         except (TypeError, ValueError):
             found = f"it is {symbol!r}, not a function"
         else:
-            if have == parameters:
+            if (have[: len(parameters)] if more else have) == parameters:
                 return
             found = f"its parameters are ({', '.join(have)})"
     raise SeamError(

@@ -122,6 +122,8 @@ class CheckpointFunction:
     def forward(ctx, run_function, distribute_saved_activations, *args): ...
 """
 
+SCHEDULE = "def should_free_input(name, is_moe, config, num_local_experts): ...\n"
+
 V1 = "__version__ = '1.2.1'\nclass Buffer: ...\n"
 HYBRID_EP = "class Buffer: ...\nclass HybridEPBuffer: ...\n__version__ = '1.2.1+hybrid'\n"
 V2_0 = (
@@ -169,6 +171,7 @@ class Machine:
             "megatron/core/transformer/moe/token_dispatcher.py": TOKEN_DISPATCHER,
             "megatron/core/tensor_parallel/__init__.py": "",
             "megatron/core/tensor_parallel/random.py": CHECKPOINT,
+            "megatron/core/models/common/utils.py": SCHEDULE,
         }
     )
     nvcc: str | None = "13.0"

@@ -16,8 +16,10 @@ from megatron.core.transformer.moe import fused_a2a, token_dispatcher
 
 from megatron_ep_v2 import installer, settings
 from megatron_ep_v2.probe import probe
+from megatron_ep_v2.seam import SCHEDULE, find_seam
 
-MODULES = (fused_a2a, token_dispatcher, dist, dist.distributed_c10d)
+SCHEDULE_MODULE = find_seam()[1][SCHEDULE]
+MODULES = (fused_a2a, token_dispatcher, dist, dist.distributed_c10d, SCHEDULE_MODULE)
 MANAGER = token_dispatcher._DeepepManager  # Megatron's own, taken before any test runs
 FLEX = token_dispatcher.MoEFlexTokenDispatcher
 CLASSES = (MANAGER, FLEX, CheckpointFunction)

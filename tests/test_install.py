@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core import __version__ as megatron_version
 from megatron.core.tensor_parallel.random import CheckpointFunction
 from megatron.core.transformer.moe import fused_a2a, moe_utils, token_dispatcher
-from seam import FLEX, MANAGER, clean, names, rebound, set_cuda, set_deep_ep
+from seam import FLEX, MANAGER, SCHEDULE_MODULE, clean, names, rebound, set_cuda, set_deep_ep
 
 import megatron_ep_v2
 from megatron_ep_v2 import fused_a2a as ours
@@ -35,6 +35,7 @@ BOUND = {
     ("CheckpointFunction", "forward"),
     ("token_dispatcher", "_DeepepManager"),
 }
+BOUND_EXPANDED = BOUND | {(SCHEDULE_MODULE.__name__.rpartition(".")[2], "should_free_input")}
 
 pytestmark = pytest.mark.usefixtures("clean")
 
@@ -55,7 +56,7 @@ def test_the_compact_layout_leaves_the_work_to_megatrons_manager() -> None:
 def test_the_expanded_layout_has_a_manager_of_its_own(layout: dict[str, str]) -> None:
     before = names()
     status = megatron_ep_v2.install(**layout)
-    assert rebound(before) == BOUND
+    assert rebound(before) == BOUND_EXPANDED
     manager = token_dispatcher._DeepepManager
     assert manager.__name__ == "ExpandedManager" and issubclass(manager, MANAGER)
     assert status["layout"] == "expanded" and status["layout_reason"]
@@ -73,15 +74,44 @@ def test_nothing_of_the_dispatcher_is_compiled() -> None:
     """Megatron's own is, once for each layer: that is what the first half sees."""
     flex = FLEX.__new__(FLEX)
     flex.tp_size, flex.ep_size, flex.num_local_experts = 1, 2, 2
-    flex._comm_manager = manager = MANAGER.__new__(MANAGER)
-    manager.num_experts, manager.router_topk, manager.capacity_factor = 4, 2, None
     arguments = torch.zeros(3, 1, 8), torch.ones(3, 4, dtype=torch.bool), torch.rand(3, 4)
     with torch.compiler.set_stance("fail_on_recompile"):
-        with pytest.raises(RuntimeError, match="recompile"):
-            flex.dispatch_preprocess(*arguments)
-        megatron_ep_v2.install()
-        hidden, probs = flex.dispatch_preprocess(*arguments)
-    assert hidden.shape == (3, 8) and probs.equal(arguments[2].topk(2).values)
+        for layout in (None, "compact", "expanded"):
+            if layout:
+                megatron_ep_v2.install(layout=layout)
+            kind = token_dispatcher._DeepepManager
+            flex._comm_manager = manager = kind.__new__(kind)
+            manager.num_experts, manager.router_topk, manager.capacity_factor = 4, 2, None
+            if not layout:
+                with pytest.raises(RuntimeError, match="recompile"):
+                    flex.dispatch_preprocess(*arguments)
+                continue
+            hidden, probs = flex.dispatch_preprocess(*arguments)
+            assert hidden.shape == (3, 8) and flex.hidden_shape == (3, 1, 8)
+            assert probs.sort(descending=True).values.equal(arguments[2].topk(2).values)
+            assert arguments[2].gather(1, manager.token_indices).equal(probs)
+
+
+def test_rows_that_experts_have_saved_are_not_freed_by_the_1f1b_schedule() -> None:
+    """Megatron frees the experts' input after their forward, since its own path has permuted it into a copy by then."""
+    flex = SimpleNamespace(moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend="deepep", fp8=None, fp4=None)
+    flex.cuda_graph_modules = flex.cuda_graph_scope = []
+    alltoall = SimpleNamespace(**vars(flex) | {"moe_token_dispatcher_type": "alltoall"})
+
+    def freed(config: Any) -> dict[str, bool]:
+        ask = SCHEDULE_MODULE.should_free_input
+        more = [4][: len(inspect.signature(ask).parameters) - 3]  # local experts, from 0.17 on
+        return {name: ask(name, True, config, *more) for name in ("moe_dispatch", "mlp", "moe_combine")}
+
+    megatrons = freed(flex), freed(alltoall)
+    assert megatrons[0] == {"moe_dispatch": False, "mlp": True, "moe_combine": True}
+    megatron_ep_v2.install(layout="compact")
+    assert (freed(flex), freed(alltoall)) == megatrons
+    megatron_ep_v2.install(layout="expanded")
+    assert freed(flex) == {"moe_dispatch": False, "mlp": False, "moe_combine": True}
+    assert freed(alltoall) == megatrons[1]
+    megatron_ep_v2.uninstall()
+    assert freed(flex) == megatrons[0]
 
 
 def test_what_is_bound_can_be_called_as_megatron_calls_it() -> None:
@@ -293,7 +323,7 @@ def test_the_seam_that_moved_back_is_accepted(clean: pytest.MonkeyPatch) -> None
             megatron_ep_v2.install()
     before = names()
     megatron_ep_v2.install()
-    assert rebound(before) == BOUND
+    assert rebound(before) == BOUND_EXPANDED
 
 
 # ------------------------------------------------------------------------------- a second install() that cannot be done
