@@ -127,6 +127,19 @@ class ExpandedManager(CompactManager):
         self.load.add(self.handle.num_unaligned_recv_tokens_per_expert if padded else self.tokens_per_expert)
         return hidden_states
 
+    def combine(
+        self, hidden_states: torch.Tensor, async_finish: bool = False, allocate_on_comm_stream: bool = False
+    ) -> torch.Tensor:
+        """Send [P, H] back; receive [T, H]."""
+        combined: torch.Tensor = super().combine(hidden_states, async_finish, allocate_on_comm_stream)
+        self._forget()
+        return combined
+
+    def _forget(self) -> None:
+        """Drop what would keep this step's graph alive until the next one, on the stream that it was made on: a CUDA
+        graph could not be captured after an eager step."""
+        self.handle = self.token_probs = self.token_indices = self.dispatched_probs = None  # type: ignore[assignment]
+
     def get_permuted_hidden_states_by_experts(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The rows as they are, and their probabilities in the router's dtype."""
         probs = self.dispatched_probs

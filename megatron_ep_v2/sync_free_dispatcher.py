@@ -71,5 +71,5 @@ class SyncFreeManager(ExpandedManager):
         """Send [M, H] back; receive [T, H]."""
         assert self.handle is not None  # of the dispatch
         combined = sync_free_combine(hidden_states, self.group, self.handle)
-        self.handle = self.dispatched_probs = None  # type: ignore[assignment]  # as Megatron's own does
+        self._forget()
         return combined
