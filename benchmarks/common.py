@@ -1,4 +1,4 @@
-"""What the scripts here share: the bench's environment header and results file, and one flex dispatcher on its own."""
+"""What the scripts here share: the bench's environment header and results file, times, and one flex dispatcher."""
 
 from __future__ import annotations
 
@@ -32,6 +32,30 @@ def write_rows(path: Path | None, header: dict[str, Any], rows: Sequence[dict[st
     if path:
         report.write_rows(path, header, rows)
     print(json.dumps({"environment": header, "rows": list(rows)}))
+
+
+class Results:
+    """A torchrun job's rows, printed and kept on rank 0. The file is rewritten with each group of them, so that a run
+    that is cut off leaves what it has."""
+
+    def __init__(self, path: Path | None, script: str):
+        self.path, self.rows = path, list[dict[str, Any]]()
+        self.header = environment(torchrun(script)) if dist.get_rank() == 0 else None
+
+    def add(self, rows: Sequence[dict[str, Any]], line: Callable[[dict[str, Any]], str] | None = None) -> None:
+        """line: a row as it is printed; None = its names and values."""
+        self.rows += rows
+        if self.header is None:
+            return
+        for row in rows:
+            print(line(row) if line else "  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+        if self.path:
+            report.write_rows(self.path, self.header, self.rows)
+
+    def finish(self) -> None:
+        """See `write_rows`."""
+        if self.header is not None:
+            write_rows(self.path, self.header, self.rows)
 
 
 def start(on_cpu: bool) -> torch.device:

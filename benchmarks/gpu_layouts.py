@@ -15,14 +15,14 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import environment, write_rows
+from common import Results
 from gpu_layer_cost import time_variants
 from layout_layers import Batch, Model, check, expected_rows, variants
 
@@ -50,7 +50,7 @@ COPIED = 1 << 29  # bytes
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[*DECODE, PREFILL], help="a rank, of the layers")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[PREFILL, *DECODE], help="a rank, of the layers")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -61,23 +61,16 @@ def main() -> None:
     else:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()), timeout=limit)
-    rows: list[dict[str, Any]] = []
+    results = Results(options.out, "gpu_layouts.py")
     with torch.no_grad():
         for shape, sizes in ({"tiny": (256, 8, 3)} if options.dry_run else SHAPES).items():
-            rows += show(measure_kernels(shape, *sizes, 32 if options.dry_run else PREFILL, device, options.repeats))
-        rows += measure_layers(options, device)
-    if dist.get_rank() == 0:
-        command = f"torchrun --nproc-per-node {dist.get_world_size()} benchmarks/gpu_layouts.py"
-        write_rows(options.out, environment(command), rows)
+            tokens = 32 if options.dry_run else PREFILL
+            results.add(measure_kernels(shape, *sizes, tokens, device, options.repeats))
+        for rows in measure_layers(options, device):
+            results.add(rows)
+    results.finish()
     megatron_ep_v2.destroy_buffers()
     dist.destroy_process_group()
-
-
-def show(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    if dist.get_rank() == 0:
-        for row in rows:
-            print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-    return rows
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
@@ -171,14 +164,14 @@ def medians(runs: dict[str, Callable[[], Any]], device: str, repeats: int) -> di
 # --------------------------------------------------------------------------------------------------------------- layers
 
 
-def measure_layers(options: argparse.Namespace, device: str) -> list[dict[str, Any]]:
+def measure_layers(options: argparse.Namespace, device: str) -> Iterator[list[dict[str, Any]]]:
+    """Rows of one number of tokens after the other."""
     sizes = {"hidden": 256, "ffn": 64, "experts": 8, "topk": 3} if options.dry_run else LAYER
     capacity = 64 if options.dry_run else max(PREFILL, *options.tokens)
     buffer_kind = "reference" if options.dry_run else "elastic"
     settings.activate(settings.resolve(buffer=buffer_kind, num_max_tokens_per_rank=capacity, watchdog_secs=0))
     model = Model.make(**sizes, device=device)
-    rows = []
-    for tokens in (1, 16, capacity) if options.dry_run else options.tokens:
+    for tokens in (capacity, 1, 16) if options.dry_run else options.tokens:
         batch = Batch.make(model, tokens, device)
         # One buffer and one set of kernels for all sizes.
         buffer = get_buffer(dist.group.WORLD, batch.x, batch.picks, model.experts, batch.probs)
@@ -193,17 +186,14 @@ def measure_layers(options: argparse.Namespace, device: str) -> list[dict[str, A
         else:
             by_kind = {name: {"alone_us": round(took, 1)} for name, took in medians(runs, device, 2).items()}
         first = next(iter(by_kind.values()))
-        rows += show(
-            [
-                {"kind": "layer", "tokens_per_rank": tokens, "ranks": dist.get_world_size(), "variant": name}
-                | ({"expected_m": expected_rows(batch, model)} if "masked" in name else {})
-                | took
-                | {f"{kind.removesuffix('_us')}_ratio": round(took[kind] / first[kind], 3) for kind in took}
-                | {"relative_l2": float(f"{errors[name]:.1e}"), "num_sms": buffer.num_sms}
-                for name, took in by_kind.items()
-            ]
-        )
-    return rows
+        yield [
+            {"kind": "layer", "tokens_per_rank": tokens, "ranks": dist.get_world_size(), "variant": name}
+            | ({"expected_m": expected_rows(batch, model)} if "masked" in name else {})
+            | took
+            | {f"{kind.removesuffix('_us')}_ratio": round(took[kind] / first[kind], 3) for kind in took}
+            | {"relative_l2": float(f"{errors[name]:.1e}"), "num_sms": buffer.num_sms}
+            for name, took in by_kind.items()
+        ]
 
 
 if __name__ == "__main__":
