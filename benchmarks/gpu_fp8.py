@@ -10,6 +10,10 @@ Kinds of rows: `call` (one raw call of the buffer), `wire` (bytes of a dispatch 
 NVLink's counters), `layer`, `kernel`, and `projection`: the same layer where a rank's only way to the others is one
 link of 50 or 100 GB/s. A projection is the sum over the layer's four calls of the longer of what the call took here and
 bytes / speed, and what the kernels took.
+
+Of a `kernel`, `us` is what it takes on the device, from a CUDA graph of many calls (`common.graph_times`); `gb_s`, the
+copy beside it, `ratio` and the projection are of it. `eager_us` is a call launched from Python, the mean of eight in a
+row: of small tensors, mostly what the host takes to launch it.
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import Results
+from common import Results, graph_times
 from gpu_layer_cost import SHAPES, Layer, fused_layer, time_variants
 
 import megatron_ep_v2
@@ -96,7 +100,6 @@ def measure(shape: str, options: argparse.Namespace) -> Iterator[list[dict[str, 
     yield kernel_rows
     yield project(shape, medians, wire_rows, kernel_rows)
     megatron_ep_v2.destroy_buffers()
-    return rows
 
 
 def chosen(wire: tuple[str, str]) -> settings.Settings:
@@ -192,11 +195,12 @@ def measure_kernels(shape: str, inputs: dict[str, torch.Tensor], repeats: int) -
                 "dequantize": lambda payload=payload: from_wire(payload, torch.bfloat16),
                 "copy": lambda source=source, target=target: target.copy_(source),
             }
-            times = median_times(runs, repeats)
-            speed = {name: moved / times[name]["in_a_row_us"] / 1e3 for name in runs}  # GB/s
+            eager, times = median_times(runs, repeats), graph_times(runs, repeats)
+            speed = {name: moved / times[name] / 1e3 for name in runs}  # GB/s
             for name in ("quantize", "dequantize"):
                 row = {"kind": "kernel", "shape": shape, "rows": len(x), "place": place, "dtype": dtype, "kernel": name}
-                row |= {"us": times[name]["in_a_row_us"], "gb_s": round(speed[name])}
+                row |= {"us": round(times[name], 1), "eager_us": eager[name]["in_a_row_us"]}
+                row["gb_s"] = round(speed[name])
                 rows.append(row | {"copy_gb_s": round(speed["copy"]), "ratio": round(speed[name] / speed["copy"], 3)})
     return rows
 

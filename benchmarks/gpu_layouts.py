@@ -3,10 +3,17 @@
     torchrun --nproc-per-node 4 benchmarks/gpu_layouts.py [--out benchmarks/results/h200x4/layouts.jsonl]
     torchrun --nproc-per-node 2 benchmarks/gpu_layouts.py --dry-run       # tiny sizes, on the CPU: no figures
 
-Kinds of rows: `kernel` (forward and backward kernels on what one rank of the group receives; `of_copy` is bytes / time
-over that of a device copy, measured beside it; bytes are those of rows read, each time that they are, and written) and
-`layer` (one layer forward on ElasticBuffer, after its output was compared with fp64; medians of the slowest rank,
-"alone" from an idle GPU, "in a row" the mean of eight). Variants alternate.
+Kinds of rows:
+
+    kernel   a call's kernels, forward and backward, on what one rank of the group receives: `us` is what they take on
+             the device, from a CUDA graph of many calls (`common.graph_times`), and `gb_s` and `of_copy` are of it;
+             `eager_us` is a call launched from Python, the mean of ten in a row, where a small one is bound by the
+             host. `of_copy` is bytes / time over that of a device copy, measured beside it likewise; bytes are those of
+             rows read, each time that they are (the cache may have them by then), and written. No graphs in a dry run
+    layer    one layer forward on ElasticBuffer, after its output was compared with fp64; medians of the slowest rank,
+             "alone" from an idle GPU, "in a row" the mean of eight
+
+Variants alternate.
 """
 
 from __future__ import annotations
@@ -22,7 +29,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import Results
+from common import Results, graph_times
 from gpu_layer_cost import time_variants
 from layout_layers import Batch, Model, check, expected_rows, variants
 
@@ -40,11 +47,13 @@ from megatron_ep_v2.layouts import (
     reduce_rows,
     rows_that_fit,
 )
+from megatron_ep_v2.layouts.choose import kernels_of
 
 SHAPES = {"qwen3-30b-a3b": (2048, 128, 8), "deepseek-v3": (7168, 256, 8)}  # hidden, experts, top-k
 LAYER = {"hidden": 2048, "ffn": 768, "experts": 128, "topk": 8}  # Qwen3-30B-A3B
 DECODE, PREFILL = (1, 16, 64, 128, 512), 4096  # tokens a rank
 COPIED = 1 << 29  # bytes
+BACKWARD = "backward of reduce, weighted"
 
 
 def main() -> None:
@@ -112,16 +121,22 @@ def measure_kernels(
         "gather fp8, mn-major scales": (lambda: gather_payload(payload, aligned, "mn_major"), moved(aligned) * scale),
         "reduce": (lambda: reduce_rows(y, aligned), (num_picks + len(x)) * row),
         "reduce, weighted": (lambda: reduce_rows(y, aligned, weights), (num_picks + len(x)) * row),
-        "backward of reduce, weighted": (backward_of_reduce(y, x, aligned, weights), (2 * num_picks + len(y)) * row),
+        BACKWARD: (backward_of_reduce(y, x, aligned, weights), (2 * num_picks + len(y)) * row),
         "places, contiguous": (lambda: place_contiguous(picks, None, local, aligned.num_rows), 0),
         "places, masked": (lambda: place_masked(picks, None, local, masked.expected_m or 1), 0),
         "gather weights": (lambda: gather_weights(weights, aligned), 0),
     }
-    times = medians({name: case[0] for name, case in cases.items()}, device, repeats)
+    runs = {name: case[0] for name, case in cases.items()}
+    eager = medians(runs, device, repeats)
+    times = eager
+    if device == "cuda":  # of the backward, what autograd calls: its own thread and streams are not captured
+        _, mover = kernels_of(y)
+        runs[BACKWARD] = lambda: mover.spread(x, y, aligned.rows, aligned.sources, weights)
+        times = graph_times(runs, repeats)
     speed = {name: cases[name][1] / times[name] / 1e3 for name in cases}  # bytes / us = MB / s
     sizes = {"kind": "kernel", "shape": shape, "ranks": dist.get_world_size(), "received_rows": len(x)}
     return [
-        {**sizes, "picks": num_picks, "kernel": name, "us": round(times[name], 1)}
+        {**sizes, "picks": num_picks, "kernel": name, "us": round(times[name], 1), "eager_us": round(eager[name], 1)}
         | ({"gb_s": round(speed[name], 1), "of_copy": round(speed[name] / speed["copy"], 3)} if cases[name][1] else {})
         for name in cases
     ]
