@@ -10,6 +10,10 @@ Kinds of rows: `call` (one raw call of the buffer), `wire` (bytes of a dispatch 
 NVLink's counters), `layer`, `kernel`, and `projection`: the same layer where a rank's only way to the others is one
 link of 50 or 100 GB/s. A projection is the sum over the layer's four calls of the longer of what the call took here and
 bytes / speed, and what the kernels took.
+
+Of a `kernel`, `us` is what it takes on the device, from a CUDA graph of many calls (`common.graph_times`); `gb_s`, the
+copy beside it, `ratio` and the projection are of it. `eager_us` is a call launched from Python, the mean of eight in a
+row: of small tensors, mostly what the host takes to launch it.
 """
 
 from __future__ import annotations
@@ -17,13 +21,13 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import environment, write_rows
+from common import Results, graph_times
 from gpu_layer_cost import SHAPES, Layer, fused_layer, time_variants
 
 import megatron_ep_v2
@@ -50,20 +54,19 @@ def main() -> None:
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
 
-    rows = [row for shape in options.shapes for row in measure(shape, options)]
-    rows += measure_kernels("large", {"large": torch.randn(LARGE, device="cuda").bfloat16()}, options.repeats)
-    if dist.get_rank() == 0:
-        for row in rows:
-            print("  ".join(f"{name} {value}" for name, value in row.items()))
-        write_rows(
-            options.out, environment(f"torchrun --nproc-per-node {dist.get_world_size()} benchmarks/gpu_fp8.py"), rows
-        )
+    results = Results(options.out, "gpu_fp8.py")
+    for shape in options.shapes:
+        for rows in measure(shape, options):
+            results.add(rows)
+    large = {"large": torch.randn(LARGE, device="cuda").bfloat16()}
+    results.add(measure_kernels("large", large, options.repeats))
+    results.finish()
     megatron_ep_v2.destroy_buffers()
     dist.destroy_process_group()
 
 
-def measure(shape: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All rows of one shape."""
+def measure(shape: str, options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """All rows of one shape, one kind after the other."""
     hidden, experts, topk = SHAPES[shape]
     generator = torch.Generator("cuda").manual_seed(dist.get_rank())
     x = torch.randn(options.tokens, hidden, generator=generator, device="cuda").bfloat16()
@@ -75,27 +78,28 @@ def measure(shape: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
     calls = raw_calls(buffer, x, picks, probs, experts)
     medians = median_times(calls, options.repeats)
-    rows: list[dict[str, Any]] = [{"kind": "call", "shape": shape, "call": name} | medians[name] for name in calls]
+    yield [{"kind": "call", "shape": shape, "call": name} | medians[name] for name in calls]
     wire_rows = measure_wire(shape, calls, x, picks, experts)
-    rows += wire_rows
+    yield wire_rows
 
     layers = {f"{wire[0]} / {wire[1]}": layer(wire, x, grad, picks, probs, experts) for wire in WIRES}
     errors = compare(layers)
     layer_times = median_times(layers, options.repeats)
     base = layer_times["bf16 / bf16"]
+    rows: list[dict[str, Any]] = []
     for name, times in layer_times.items():
         ratios = {
             f"{kind}_speedup": round(base[f"{kind}_us"] / times[f"{kind}_us"], 3) for kind in ("alone", "in_a_row")
         }
         row = {"kind": "layer", "shape": shape, "rows / gradients": name, "ranks": dist.get_world_size()}
         rows.append(row | {"num_sms": buffer.num_sms} | times | ratios | {"relative_l2": errors[name]})
+    yield rows
 
     delivered = buffer.dispatch(x, topk_idx=picks, topk_weights=probs, num_experts=experts, do_expand=True)[0]
     kernel_rows = measure_kernels(shape, {"sent": x, "delivered": delivered}, options.repeats)
-    rows += kernel_rows
-    rows += project(shape, medians, wire_rows, kernel_rows)
+    yield kernel_rows
+    yield project(shape, medians, wire_rows, kernel_rows)
     megatron_ep_v2.destroy_buffers()
-    return rows
 
 
 def chosen(wire: tuple[str, str]) -> settings.Settings:
@@ -191,11 +195,12 @@ def measure_kernels(shape: str, inputs: dict[str, torch.Tensor], repeats: int) -
                 "dequantize": lambda payload=payload: from_wire(payload, torch.bfloat16),
                 "copy": lambda source=source, target=target: target.copy_(source),
             }
-            times = median_times(runs, repeats)
-            speed = {name: moved / times[name]["in_a_row_us"] / 1e3 for name in runs}  # GB/s
+            eager, times = median_times(runs, repeats), graph_times(runs, repeats)
+            speed = {name: moved / times[name] / 1e3 for name in runs}  # GB/s
             for name in ("quantize", "dequantize"):
                 row = {"kind": "kernel", "shape": shape, "rows": len(x), "place": place, "dtype": dtype, "kernel": name}
-                row |= {"us": times[name]["in_a_row_us"], "gb_s": round(speed[name])}
+                row |= {"us": round(times[name], 1), "eager_us": eager[name]["in_a_row_us"]}
+                row["gb_s"] = round(speed[name])
                 rows.append(row | {"copy_gb_s": round(speed["copy"]), "ratio": round(speed[name] / speed["copy"], 3)})
     return rows
 

@@ -3,10 +3,17 @@
     torchrun --nproc-per-node 4 benchmarks/gpu_layouts.py [--out benchmarks/results/h200x4/layouts.jsonl]
     torchrun --nproc-per-node 2 benchmarks/gpu_layouts.py --dry-run       # tiny sizes, on the CPU: no figures
 
-Kinds of rows: `kernel` (forward and backward kernels on what one rank of the group receives; `of_copy` is bytes / time
-over that of a device copy, measured beside it; bytes are those of rows read, each time that they are, and written) and
-`layer` (one layer forward on ElasticBuffer, after its output was compared with fp64; medians of the slowest rank,
-"alone" from an idle GPU, "in a row" the mean of eight). Variants alternate.
+Kinds of rows:
+
+    kernel   a call's kernels, forward and backward, on what one rank of the group receives: `us` is what they take on
+             the device, from a CUDA graph of many calls (`common.graph_times`), and `gb_s` and `of_copy` are of it;
+             `eager_us` is a call launched from Python, the mean of ten in a row, where a small one is bound by the
+             host. `of_copy` is bytes / time over that of a device copy, measured beside it likewise; bytes are those of
+             rows read, each time that they are (the cache may have them by then), and written. No graphs in a dry run
+    layer    one layer forward on ElasticBuffer, after its output was compared with fp64; medians of the slowest rank,
+             "alone" from an idle GPU, "in a row" the mean of eight
+
+Variants alternate.
 """
 
 from __future__ import annotations
@@ -15,14 +22,14 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import environment, write_rows
+from common import Results, graph_times
 from gpu_layer_cost import time_variants
 from layout_layers import Batch, Model, check, expected_rows, variants
 
@@ -40,17 +47,19 @@ from megatron_ep_v2.layouts import (
     reduce_rows,
     rows_that_fit,
 )
+from megatron_ep_v2.layouts.choose import kernels_of
 
 SHAPES = {"qwen3-30b-a3b": (2048, 128, 8), "deepseek-v3": (7168, 256, 8)}  # hidden, experts, top-k
 LAYER = {"hidden": 2048, "ffn": 768, "experts": 128, "topk": 8}  # Qwen3-30B-A3B
 DECODE, PREFILL = (1, 16, 64, 128, 512), 4096  # tokens a rank
 COPIED = 1 << 29  # bytes
+BACKWARD = "backward of reduce, weighted"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[*DECODE, PREFILL], help="a rank, of the layers")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[PREFILL, *DECODE], help="a rank, of the layers")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -61,23 +70,16 @@ def main() -> None:
     else:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()), timeout=limit)
-    rows: list[dict[str, Any]] = []
+    results = Results(options.out, "gpu_layouts.py")
     with torch.no_grad():
         for shape, sizes in ({"tiny": (256, 8, 3)} if options.dry_run else SHAPES).items():
-            rows += show(measure_kernels(shape, *sizes, 32 if options.dry_run else PREFILL, device, options.repeats))
-        rows += measure_layers(options, device)
-    if dist.get_rank() == 0:
-        command = f"torchrun --nproc-per-node {dist.get_world_size()} benchmarks/gpu_layouts.py"
-        write_rows(options.out, environment(command), rows)
+            tokens = 32 if options.dry_run else PREFILL
+            results.add(measure_kernels(shape, *sizes, tokens, device, options.repeats))
+        for rows in measure_layers(options, device):
+            results.add(rows)
+    results.finish()
     megatron_ep_v2.destroy_buffers()
     dist.destroy_process_group()
-
-
-def show(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    if dist.get_rank() == 0:
-        for row in rows:
-            print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-    return rows
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
@@ -119,16 +121,22 @@ def measure_kernels(
         "gather fp8, mn-major scales": (lambda: gather_payload(payload, aligned, "mn_major"), moved(aligned) * scale),
         "reduce": (lambda: reduce_rows(y, aligned), (num_picks + len(x)) * row),
         "reduce, weighted": (lambda: reduce_rows(y, aligned, weights), (num_picks + len(x)) * row),
-        "backward of reduce, weighted": (backward_of_reduce(y, x, aligned, weights), (2 * num_picks + len(y)) * row),
+        BACKWARD: (backward_of_reduce(y, x, aligned, weights), (2 * num_picks + len(y)) * row),
         "places, contiguous": (lambda: place_contiguous(picks, None, local, aligned.num_rows), 0),
         "places, masked": (lambda: place_masked(picks, None, local, masked.expected_m or 1), 0),
         "gather weights": (lambda: gather_weights(weights, aligned), 0),
     }
-    times = medians({name: case[0] for name, case in cases.items()}, device, repeats)
+    runs = {name: case[0] for name, case in cases.items()}
+    eager = medians(runs, device, repeats)
+    times = eager
+    if device == "cuda":  # of the backward, what autograd calls: its own thread and streams are not captured
+        _, mover = kernels_of(y)
+        runs[BACKWARD] = lambda: mover.spread(x, y, aligned.rows, aligned.sources, weights)
+        times = graph_times(runs, repeats)
     speed = {name: cases[name][1] / times[name] / 1e3 for name in cases}  # bytes / us = MB / s
     sizes = {"kind": "kernel", "shape": shape, "ranks": dist.get_world_size(), "received_rows": len(x)}
     return [
-        {**sizes, "picks": num_picks, "kernel": name, "us": round(times[name], 1)}
+        {**sizes, "picks": num_picks, "kernel": name, "us": round(times[name], 1), "eager_us": round(eager[name], 1)}
         | ({"gb_s": round(speed[name], 1), "of_copy": round(speed[name] / speed["copy"], 3)} if cases[name][1] else {})
         for name in cases
     ]
@@ -171,14 +179,14 @@ def medians(runs: dict[str, Callable[[], Any]], device: str, repeats: int) -> di
 # --------------------------------------------------------------------------------------------------------------- layers
 
 
-def measure_layers(options: argparse.Namespace, device: str) -> list[dict[str, Any]]:
+def measure_layers(options: argparse.Namespace, device: str) -> Iterator[list[dict[str, Any]]]:
+    """Rows of one number of tokens after the other."""
     sizes = {"hidden": 256, "ffn": 64, "experts": 8, "topk": 3} if options.dry_run else LAYER
     capacity = 64 if options.dry_run else max(PREFILL, *options.tokens)
     buffer_kind = "reference" if options.dry_run else "elastic"
     settings.activate(settings.resolve(buffer=buffer_kind, num_max_tokens_per_rank=capacity, watchdog_secs=0))
     model = Model.make(**sizes, device=device)
-    rows = []
-    for tokens in (1, 16, capacity) if options.dry_run else options.tokens:
+    for tokens in (capacity, 1, 16) if options.dry_run else options.tokens:
         batch = Batch.make(model, tokens, device)
         # One buffer and one set of kernels for all sizes.
         buffer = get_buffer(dist.group.WORLD, batch.x, batch.picks, model.experts, batch.probs)
@@ -193,17 +201,14 @@ def measure_layers(options: argparse.Namespace, device: str) -> list[dict[str, A
         else:
             by_kind = {name: {"alone_us": round(took, 1)} for name, took in medians(runs, device, 2).items()}
         first = next(iter(by_kind.values()))
-        rows += show(
-            [
-                {"kind": "layer", "tokens_per_rank": tokens, "ranks": dist.get_world_size(), "variant": name}
-                | ({"expected_m": expected_rows(batch, model)} if "masked" in name else {})
-                | took
-                | {f"{kind.removesuffix('_us')}_ratio": round(took[kind] / first[kind], 3) for kind in took}
-                | {"relative_l2": float(f"{errors[name]:.1e}"), "num_sms": buffer.num_sms}
-                for name, took in by_kind.items()
-            ]
-        )
-    return rows
+        yield [
+            {"kind": "layer", "tokens_per_rank": tokens, "ranks": dist.get_world_size(), "variant": name}
+            | ({"expected_m": expected_rows(batch, model)} if "masked" in name else {})
+            | took
+            | {f"{kind.removesuffix('_us')}_ratio": round(took[kind] / first[kind], 3) for kind in took}
+            | {"relative_l2": float(f"{errors[name]:.1e}"), "num_sms": buffer.num_sms}
+            for name, took in by_kind.items()
+        ]
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import environment, start, time_layers, torchrun, write_rows
+from common import Results, start, time_layers
 from exposed import profiled
 
 import megatron_ep_v2
@@ -48,17 +48,20 @@ def main() -> None:
     options = parser.parse_args()
     device = start(on_cpu=False)
     _initialise_megatron(options)
-    rows = [row for case in options.cases for row in _measure(case, options, device)]
-    if dist.get_rank() == 0:
-        for row in rows:
-            print(
-                f"{row['case']:<7} overlap {row['overlap']:<4} {row['microseconds']:>8.0f} us {row['ratio']:.3f}"
-                f"  deep_ep {row['communication_us']:>7.0f} us, exposed {row['exposed_us']:>7.0f} us:"
-                f" {row['exposed_share']:.1%} of the step, {row['covered']:.1%} covered"
-            )
-        write_rows(options.out, environment(torchrun("gpu_overlap.py")), rows)
+    results = Results(options.out, "gpu_overlap.py")
+    for case in options.cases:
+        results.add(_measure(case, options, device), _line)
+    results.finish()
     megatron_ep_v2.uninstall()
     dist.destroy_process_group()
+
+
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['case']:<7} overlap {row['overlap']:<4} {row['microseconds']:>8.0f} us {row['ratio']:.3f}"
+        f"  deep_ep {row['communication_us']:>7.0f} us, exposed {row['exposed_us']:>7.0f} us:"
+        f" {row['exposed_share']:.1%} of the step, {row['covered']:.1%} covered"
+    )
 
 
 def _initialise_megatron(options: argparse.Namespace) -> None:

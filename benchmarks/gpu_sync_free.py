@@ -17,13 +17,13 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import environment, write_rows
+from common import Results
 
 import megatron_ep_v2
 from megatron_ep_v2 import settings
@@ -56,12 +56,11 @@ def main() -> None:
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device, timeout=limit)
     settings.activate(settings.resolve(buffer=kind, num_max_tokens_per_rank=max(sizes.tokens, *options.buckets)))
-    rows = [*measure_layer(sizes, device, options.repeats), *measure_decode(sizes, device, options)]
-    if dist.get_rank() == 0:
-        for row in rows:
-            print(" ".join(f"{key} {value}" for key, value in row.items()))
-        header = environment(f"torchrun --nproc-per-node {dist.get_world_size()} benchmarks/gpu_sync_free.py")
-        write_rows(options.out, header, rows)
+    results = Results(options.out, "gpu_sync_free.py")
+    results.add(measure_layer(sizes, device, options.repeats))
+    for rows in measure_decode(sizes, device, options):
+        results.add(rows)
+    results.finish()
     megatron_ep_v2.destroy_buffers()
     dist.destroy_process_group()
 
@@ -91,7 +90,8 @@ def measure_layer(sizes: Sizes, device: torch.device, repeats: int) -> list[dict
     return rows_of(time_variants(variants, device, repeats), "expanded", facts)
 
 
-def measure_decode(sizes: Sizes, device: torch.device, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_decode(sizes: Sizes, device: torch.device, options: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """Rows of one bucket after the other."""
     group = dist.group.WORLD
     megatron_ep_v2.destroy_buffers()
     most = max(options.buckets)
@@ -115,7 +115,6 @@ def measure_decode(sizes: Sizes, device: torch.device, options: argparse.Namespa
         return reduce_rows(rows.bfloat16(), places)
 
     graphs = DecodeGraphs(pair, experts, device)
-    rows = []
     for bucket in options.buckets:
         say(f"decode, bucket {bucket}")
         generator = torch.Generator(device).manual_seed(bucket * 64 + group.rank())
@@ -135,8 +134,7 @@ def measure_decode(sizes: Sizes, device: torch.device, options: argparse.Namespa
             error = errors({"y": run()}, expected)["y"]
             assert error < TOLERANCE, f"decode, {name}, bucket {bucket} is wrong by {error:.1e}"
         facts = {"what": "decode: prepare, places, finalize", "bucket": bucket}
-        rows += rows_of(time_variants(variants, device, options.repeats), "eager", facts)
-    return rows
+        yield rows_of(time_variants(variants, device, options.repeats), "eager", facts)
 
 
 def time_variants(variants: Variants, device: torch.device, repeats: int) -> dict[str, dict[str, list[float]]]:

@@ -1,8 +1,8 @@
 """The Triton kernels of `places`, equal to its reference number by number.
 
-Four kernels in a row, all with a grid that the shapes alone decide: count the picks of each block of 128 by expert; add
-up over the blocks; lay the experts out and mark the padding; give each pick its place. No atomics, so the order of rows
-is that of the picks.
+Three kernels in a row, all with a grid that the shapes alone decide: count the picks of each block of 128 by expert;
+add up over the blocks; lay the experts out, mark the padding and give each pick its place. No atomics, so the order of
+rows is that of the picks.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK = 128  # picks of a program of the first and the last kernel
+if not hasattr(tl, "gather"):
+    raise ImportError(f"Triton {triton.__version__}, which has no tl.gather")
+
+BLOCK = 128  # picks of a program of the first and the last kernel, and places of one of the last
 CHUNK = 256  # blocks that the second one adds up at a time
-ROWS = 128  # places of a program of the third
 
 Found = tuple[torch.Tensor, ...]
 
@@ -41,11 +43,11 @@ def _place(
     """step: the alignment, or with `masked` each expert's number of rows."""
     num_picks, topk = picks.numel(), picks.shape[1]
     blocks = max(1, triton.cdiv(num_picks, BLOCK))
-    before = torch.empty(num_local_experts, blocks, dtype=torch.int32, device=picks.device)
-    totals, counts, ends = _aligned(3, num_local_experts, picks.device)
+    # Of each expert: its picks in each block, then those in all earlier blocks, and at the end of the row all of them.
+    before = torch.empty(num_local_experts, blocks + 1, dtype=torch.int32, device=picks.device)
+    counts, ends, overflow, needed = _aligned(4, num_local_experts, picks.device)
     rows, sources, m_indices = _aligned(3, num_rows, picks.device)
     slots = torch.empty_like(picks, dtype=torch.int32)
-    overflow, needed = _aligned(2, 1, picks.device)
     has_num_recv = num_recv is not None
     received = num_recv if has_num_recv else picks  # some pointer; not read
     width = max(16, triton.next_power_of_2(num_local_experts))
@@ -56,18 +58,13 @@ def _place(
         EXPERTS=width,
         BLOCK=BLOCK,
     )
-    _add_up[(num_local_experts,)](before, totals, blocks, CHUNK=CHUNK)
-    _lay_out[(max(1, triton.cdiv(num_rows, ROWS)),)](
-        *(totals, rows, sources, m_indices, counts, ends, overflow, needed),
-        *(num_local_experts, num_rows, step),
+    _add_up[(num_local_experts,)](before, blocks, CHUNK=CHUNK)
+    _lay_out[(max(blocks, triton.cdiv(num_rows, BLOCK)),)](
+        *(picks, received, before, slots, rows, sources, m_indices, counts, ends, overflow, needed),
+        *(num_picks, topk, num_local_experts, blocks, num_rows, step),
+        HAS_NUM_RECV=has_num_recv,
         MASKED=masked,
         EXPERTS=width,
-        ROWS=ROWS,
-    )
-    _assign[(blocks,)](
-        *(picks, received, before, counts, ends, slots, rows, sources),
-        *(num_picks, topk, num_local_experts, blocks),
-        HAS_NUM_RECV=has_num_recv,
         BLOCK=BLOCK,
     )
     return slots, rows, sources, m_indices, counts, ends, overflow[0], needed[0]
@@ -106,26 +103,29 @@ def _count(  # type: ignore[no-untyped-def]
     expert = _experts(picks, num_recv, index, num_picks, topk, experts, HAS_NUM_RECV)
     lane = tl.arange(0, EXPERTS)
     counts = tl.sum((expert[:, None] == lane[None, :]).to(tl.int32), axis=0)
-    tl.store(before + lane * blocks + block, counts, mask=lane < experts)
+    tl.store(before + lane * (blocks + 1) + block, counts, mask=lane < experts)
 
 
 @triton.jit(do_not_specialize=["blocks"])
-def _add_up(before, totals, blocks, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _add_up(before, blocks, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
     """One program an expert: its picks in each block become its picks in all earlier blocks."""
-    expert = tl.program_id(0)
+    own = before + tl.program_id(0) * (blocks + 1)
     total = 0
     for first in range(0, blocks, CHUNK):
         index = first + tl.arange(0, CHUNK)
         here = index < blocks
-        counts = tl.load(before + expert * blocks + index, mask=here, other=0)
-        tl.store(before + expert * blocks + index, total + tl.cumsum(counts, axis=0) - counts, mask=here)
+        counts = tl.load(own + index, mask=here, other=0)
+        tl.store(own + index, total + tl.cumsum(counts, axis=0) - counts, mask=here)
         total += tl.sum(counts, axis=0)
-    tl.store(totals + expert, total)
+    tl.store(own + blocks, total)
 
 
-@triton.jit(do_not_specialize=["experts", "num_rows", "step"])
+@triton.jit(do_not_specialize=["num_picks", "topk", "experts", "blocks", "num_rows", "step"])
 def _lay_out(  # type: ignore[no-untyped-def]
-    totals,
+    picks,
+    num_recv,
+    before,
+    slots,
     rows,
     sources,
     m_indices,
@@ -133,16 +133,21 @@ def _lay_out(  # type: ignore[no-untyped-def]
     ends,
     overflow,
     needed,
+    num_picks,
+    topk,
     experts,
+    blocks,
     num_rows,
     step,
+    HAS_NUM_RECV: tl.constexpr,
     MASKED: tl.constexpr,
     EXPERTS: tl.constexpr,
-    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """Each program finds all experts' starts, so that none waits for another."""
+    """Each program finds all experts' starts, so that none waits for another; then it does as many places as picks. A
+    place is written once: as padding here, or by its pick there."""
     lane = tl.arange(0, EXPERTS)
-    total = tl.load(totals + lane, mask=lane < experts, other=0)
+    total = tl.load(before + lane * (blocks + 1) + blocks, mask=lane < experts, other=0)
     if MASKED:
         start = lane * step
         count = tl.minimum(total, step)
@@ -156,47 +161,32 @@ def _lay_out(  # type: ignore[no-untyped-def]
         end = tl.minimum(unbounded, num_rows)
         wanted = tl.sum(padded, axis=0)
 
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    used = (place[:, None] >= start[None, :]) & (place[:, None] < (start + count)[None, :])
-    expert = tl.sum(tl.where(used, lane[None, :] + 1, 0), axis=1) - 1
-    tl.store(m_indices + place, expert, mask=place < num_rows)
-    padding = (place < num_rows) & (expert < 0)
-    tl.store(rows + place, tl.full([ROWS], -1, tl.int32), mask=padding)
-    tl.store(sources + place, tl.full([ROWS], -1, tl.int32), mask=padding)
-    if tl.program_id(0) == 0:
+    block = tl.program_id(0)
+    if block == 0:
         tl.store(counts + lane, count, mask=lane < experts)
         tl.store(ends + lane, end, mask=lane < experts)
         tl.store(overflow, tl.sum(total - count, axis=0))
         tl.store(needed, wanted)
 
+    index = block * BLOCK + tl.arange(0, BLOCK)
+    if block * BLOCK < num_rows:
+        used = (index[:, None] >= start[None, :]) & (index[:, None] < (start + count)[None, :])
+        owner = tl.sum(tl.where(used, lane[None, :] + 1, 0), axis=1) - 1
+        tl.store(m_indices + index, owner, mask=index < num_rows)
+        padding = (index < num_rows) & (owner < 0)
+        tl.store(rows + index, tl.full([BLOCK], -1, tl.int32), mask=padding)
+        tl.store(sources + index, tl.full([BLOCK], -1, tl.int32), mask=padding)
 
-@triton.jit(do_not_specialize=["num_picks", "topk", "experts", "blocks"])
-def _assign(  # type: ignore[no-untyped-def]
-    picks,
-    num_recv,
-    before,
-    counts,
-    ends,
-    slots,
-    rows,
-    sources,
-    num_picks,
-    topk,
-    experts,
-    blocks,
-    HAS_NUM_RECV: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    block = tl.program_id(0)
-    lane = tl.arange(0, BLOCK)
-    index = block * BLOCK + lane
-    expert = _experts(picks, num_recv, index, num_picks, topk, experts, HAS_NUM_RECV)
-    earlier = (expert[:, None] == expert[None, :]) & (lane[:, None] > lane[None, :])
-    local = expert >= 0
-    number = tl.load(before + expert * blocks + block, mask=local, other=0) + tl.sum(earlier.to(tl.int32), axis=1)
-    start = tl.load(ends + expert - 1, mask=expert > 0, other=0)  # where the expert before it ends
-    placed = local & (number < tl.load(counts + expert, mask=local, other=0))
-    place = start + number
-    tl.store(slots + index, tl.where(placed, place, -1), mask=index < num_picks)
-    tl.store(rows + place, index // topk, mask=placed)
-    tl.store(sources + place, index, mask=placed)
+    if block < blocks:
+        expert = _experts(picks, num_recv, index, num_picks, topk, experts, HAS_NUM_RECV)
+        local = expert >= 0
+        later = tl.arange(0, BLOCK)[:, None] > tl.arange(0, BLOCK)[None, :]
+        earlier = (expert[:, None] == expert[None, :]) & later
+        number = tl.load(before + expert * (blocks + 1) + block, mask=local, other=0)
+        number += tl.sum(earlier.to(tl.int32), axis=1)
+        own = tl.maximum(expert, 0)
+        placed = local & (number < tl.gather(count, own, axis=0))
+        place = tl.gather(start, own, axis=0) + number
+        tl.store(slots + index, tl.where(placed, place, -1), mask=index < num_picks)
+        tl.store(rows + place, index // topk, mask=placed)
+        tl.store(sources + place, index, mask=placed)

@@ -17,5 +17,7 @@ def kernels_of(tensor: torch.Tensor) -> tuple[Any, Any]:
     try:
         from megatron_ep_v2.kernels import move_triton, places_triton
     except ImportError as error:
-        raise UnavailableError("layouts on GPUs need Triton", found=str(error), fix="pip install triton") from error
+        raise UnavailableError(
+            "layouts on GPUs need Triton", found=str(error), needed="3.3 or newer", fix="pip install 'triton>=3.3'"
+        ) from error
     return places_triton, move_triton
