@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import environment, write_rows
+from common import Results
 
 import megatron_ep_v2
 from megatron_ep_v2 import settings
@@ -44,21 +44,20 @@ def main() -> None:
     dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
     settings.activate(settings.resolve(buffer="elastic"))
 
-    rows = [row for shape in options.shapes for row in _measure(shape, options)]
-    if dist.get_rank() == 0:
-        for row in rows:
-            print(
-                f"{row['shape']:<16} {row['layout']:<9} {row['variant']:<22}"
-                f"  alone {row['alone_us']:>6.0f} us {row['alone_ratio']:.3f}"
-                f"  in a row {row['in_a_row_us']:>6.0f} us {row['in_a_row_ratio']:.3f}"
-            )
-        write_rows(
-            options.out,
-            environment(f"torchrun --nproc-per-node {dist.get_world_size()} benchmarks/gpu_layer_cost.py"),
-            rows,
-        )
+    results = Results(options.out, "gpu_layer_cost.py")
+    for shape in options.shapes:
+        results.add(_measure(shape, options), _line)
+    results.finish()
     megatron_ep_v2.destroy_buffers()
     dist.destroy_process_group()
+
+
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['shape']:<16} {row['layout']:<9} {row['variant']:<22}"
+        f"  alone {row['alone_us']:>6.0f} us {row['alone_ratio']:.3f}"
+        f"  in a row {row['in_a_row_us']:>6.0f} us {row['in_a_row_ratio']:.3f}"
+    )
 
 
 def _measure(shape: str, options: argparse.Namespace) -> list[dict[str, Any]]:
