@@ -58,37 +58,39 @@ def find_seam() -> tuple[str, dict[str, ModuleType]]:
     Raises:
         SeamError: Megatron-Core cannot be imported, or a name or signature is not the expected one.
     """
-    version, where = "of unknown version", "megatron.core"
+    version = "of unknown version"
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # a source tree has no metadata
         version = importlib.metadata.version("megatron-core")
-    try:
-        core = importlib.import_module(where)
-        # Imported inside a git checkout, Megatron appends that checkout's commit: 0.19.2+1a2b3c4.
-        version = str(getattr(core, "__version__", version)).partition("+")[0]
-        modules = {name: importlib.import_module(where := name) for name in _SEAM}
-        where = SCHEDULES[-1]
-        schedule = _import_schedule()
-    # It imports deep_ep and minds an ImportError only: what else that import raises (see probe.py) comes through.
-    except (ImportError, AssertionError, OSError) as error:
-        raise SeamError(
-            f"{where} cannot be imported: {type(error).__name__}: {error}",
-            needed="megatron-core 0.16 to 0.19 (or a Megatron-LM source tree of that age on the path)",
-            fix="pip install megatron-core, or mend or uninstall the package that the message names",
-        ) from error
+    # Imported inside a git checkout, Megatron appends that checkout's commit: 0.19.2+1a2b3c4.
+    version = str(getattr(_import("megatron.core"), "__version__", version)).partition("+")[0]
+    modules = {name: _import(name) for name in _SEAM}
     for module_name, names in _SEAM.items():
         for dotted, parameters in names.items():
             _check_symbol(modules[module_name], dotted, parameters, version)
+    modules[SCHEDULE] = _import_schedule()
     # 0.17 has added a parameter, which is handed on.
-    _check_symbol(schedule, "should_free_input", ("name", "is_moe", "config"), version, more=True)
-    return version, modules | {SCHEDULE: schedule}
+    _check_symbol(modules[SCHEDULE], "should_free_input", ("name", "is_moe", "config"), version, more=True)
+    return version, modules
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    # It imports deep_ep and minds an ImportError only: what else that import raises (see probe.py) comes through.
+    except (ImportError, AssertionError, OSError) as error:
+        raise SeamError(
+            f"{name} cannot be imported: {type(error).__name__}: {error}",
+            needed="megatron-core 0.16 to 0.19 (or a Megatron-LM source tree of that age on the path)",
+            fix="pip install megatron-core, or mend or uninstall the package that the message names",
+        ) from error
 
 
 def _import_schedule() -> ModuleType:
-    with contextlib.suppress(ModuleNotFoundError):
+    with contextlib.suppress(ModuleNotFoundError):  # there is no such module before 0.19
         module = importlib.import_module(SCHEDULES[0])
         if hasattr(module, "should_free_input"):
             return module
-    return importlib.import_module(SCHEDULES[-1])
+    return _import(SCHEDULES[-1])
 
 
 def checkpoints(modules: dict[str, ModuleType]) -> list[Any]:

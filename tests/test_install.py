@@ -302,6 +302,13 @@ def test_a_helper_of_the_expanded_manager_has_moved(clean: pytest.MonkeyPatch) -
     assert not rebound(before) and settings.active().num_sms == 0
 
 
+def test_the_rule_of_the_1f1b_schedule_has_moved(clean: pytest.MonkeyPatch) -> None:
+    clean.delattr(SCHEDULE_MODULE, "should_free_input")
+    assert_refused("megatron.core.models.gpt.fine_grained_callables.should_free_input")
+    clean.setattr(SCHEDULE_MODULE, "should_free_input", lambda node, config: True, raising=False)
+    assert_refused(f"{SCHEDULE_MODULE.__name__}.should_free_input")
+
+
 def test_a_missing_megatron(clean: pytest.MonkeyPatch) -> None:
     clean.setitem(sys.modules, "megatron.core", None)
     with pytest.raises(SeamError, match=r"megatron\.core cannot be imported") as caught:
