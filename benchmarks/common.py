@@ -37,7 +37,7 @@ def write_rows(path: Path | None, header: dict[str, Any], rows: Sequence[dict[st
 
 class Results:
     """A torchrun job's rows, printed and kept on rank 0. The file is rewritten with each group of them, so that a run
-    that is cut off leaves what it has."""
+    that is cut off leaves what it has; the header says `"complete": false` until the end."""
 
     def __init__(self, path: Path | None, script: str):
         self.path, self.rows = path, list[dict[str, Any]]()
@@ -51,7 +51,7 @@ class Results:
         for row in rows:
             print(line(row) if line else "  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
         if self.path:
-            report.write_rows(self.path, self.header, self.rows)
+            report.write_rows(self.path, self.header | {"complete": False}, self.rows)
 
     def finish(self) -> None:
         """See `write_rows`."""

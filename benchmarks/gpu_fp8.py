@@ -12,8 +12,8 @@ link of 50 or 100 GB/s. A projection is the sum over the layer's four calls of t
 bytes / speed, and what the kernels took.
 
 Of a `kernel`, `us` is what it takes on the device, from a CUDA graph of many calls (`common.graph_times`); `gb_s`, the
-copy beside it, `ratio` and the projection are of it. `eager_us` is a call launched from Python, the mean of eight in a
-row: of small tensors, mostly what the host takes to launch it.
+copy beside it and `ratio` are of it. `eager_us` is a call launched from Python, the mean of eight in a row: of small
+tensors, mostly what the host takes to launch it. The projection adds that up, as the calls are timed, too.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def project(
 ) -> list[dict[str, Any]]:
     """See the module's docstring. A combine sends back as many rows in bf16 as the dispatch sent."""
     sent = {row["dtype"]: row["bytes"] for row in wire_rows}
-    kernels = {(row["dtype"], row["place"], row["kernel"]): row["us"] for row in kernel_rows}
+    kernels = {(row["dtype"], row["place"], row["kernel"]): row["eager_us"] for row in kernel_rows}
     rows = []
     for speed in LINKS_GB_S:
 

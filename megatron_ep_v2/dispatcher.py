@@ -3,7 +3,7 @@
 On the compact layout Megatron's own does the work. On the expanded layout rows arrive sorted by local expert with their
 probabilities, and combine adds them up, so Megatron's own steps between dispatch and experts (indices to multihot,
 permute, `.item()`, unpermute) have nothing left to do. Everything else is inherited, and so are the attribute names
-that other Megatron code reads (`token_probs`, `dispatched_probs`, `handle`).
+that other Megatron code reads (`token_probs`, `dispatched_probs`, `handle`); from the combine on they are None.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ class ExpandedManager(CompactManager):
         return combined
 
     def _forget(self) -> None:
-        """Drop what would keep this step's graph alive until the next one, on the stream that it was made on: a CUDA
-        graph could not be captured after an eager step."""
+        """After the combine. Else this step's graph lives until the next step's preprocessing, and its nodes belong to
+        the stream of this one: where the next one is being captured into a CUDA graph, that is an error."""
         self.handle = self.token_probs = self.token_indices = self.dispatched_probs = None  # type: ignore[assignment]
 
     def get_permuted_hidden_states_by_experts(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,7 +168,7 @@ def preprocess(theirs: Callable[..., Any]) -> Callable[..., Any]:
 
     Megatron has it compiled, anew for each layer's dispatcher until torch gives that up: seconds at the first step and
     guards at every later one, for reshapes and a top-k that no compiler makes faster. And without tensor parallelism
-    the reshapes end where they began.
+    the reshapes end where they began. Whoever compiles a whole model has this compiled with it.
     """
 
     @functools.wraps(theirs)
@@ -187,28 +187,16 @@ def preprocess(theirs: Callable[..., Any]) -> Callable[..., Any]:
     return dispatch_preprocess
 
 
-class _AsHybridEP:
-    """A TransformerConfig that names HybridEP as its backend."""
-
-    moe_flex_dispatcher_backend = "hybridep"
-
-    def __init__(self, config: Any):
-        self._config = config
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._config, name)
-
-
 def keep_rows(theirs: Callable[..., bool]) -> Callable[..., bool]:
     """`should_free_input` of Megatron's 1F1B schedule, for rows that go to the experts as they arrive.
 
     With backend "deepep" Megatron frees them once the experts have run, for its own experts work on a permuted copy.
-    Ours have saved them for their backward. Megatron's rule for such a backend is HybridEP's, which is taken.
+    Ours may have saved the rows themselves for their backward; in an FP8 model too, where some layers stay in bf16.
     """
 
     @functools.wraps(theirs)
     def should_free_input(name: str, is_moe: bool, config: Any, *more: Any, **named: Any) -> bool:
         ours = config.moe_token_dispatcher_type == "flex" and config.moe_flex_dispatcher_backend == "deepep"
-        return theirs(name, is_moe, _AsHybridEP(config) if ours else config, *more, **named)
+        return not (ours and name == "mlp") and theirs(name, is_moe, config, *more, **named)
 
     return should_free_input

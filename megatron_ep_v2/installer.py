@@ -7,6 +7,7 @@ Megatron's `token_dispatcher` imports `fused_dispatch` and its kin by name, so t
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import sys
 from dataclasses import dataclass, field
@@ -70,7 +71,9 @@ def install(**explicit: Any) -> dict[str, Any]:
     settings_module.activate(settings)
     if choice.kind != "megatron":
         for module, name, ours in _bindings(modules, layout):
-            installation.bound.append((module, name, getattr(module, name), ours))
+            theirs = inspect.getattr_static(module, name)  # as it stands there: a class may hold a staticmethod
+            kind = staticmethod if isinstance(theirs, staticmethod) else (lambda function: function)
+            installation.bound.append((module, name, theirs, kind(ours)))
         for module, name, _, ours in installation.bound:
             setattr(module, name, ours)
         pool.set_expected_tokens(_tokens_per_rank_of_megatron)
@@ -93,7 +96,7 @@ def uninstall() -> None:
     if _installation is None:
         return
     for module, name, theirs, ours in reversed(_installation.bound):
-        if getattr(module, name, None) is ours:
+        if inspect.getattr_static(module, name, None) is ours:
             setattr(module, name, theirs)
         else:
             logger.warning("%s.%s was rebound after install(); left as it is", module.__name__, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
+import importlib.util
 import inspect
 import sys
 from types import ModuleType
@@ -16,7 +17,7 @@ FUSED_A2A = "megatron.core.transformer.moe.fused_a2a"
 TOKEN_DISPATCHER = "megatron.core.transformer.moe.token_dispatcher"
 CHECKPOINT = "megatron.core.tensor_parallel.random"
 TE_CHECKPOINT = "transformer_engine.pytorch.distributed"
-SCHEDULE = "the 1F1B schedule's module"  # of SCHEDULES the one that decides what to free
+SCHEDULE = "megatron.core ... schedule"  # for the one of SCHEDULES that decides what 1F1B frees
 SCHEDULES = ("megatron.core.models.common.utils", "megatron.core.models.gpt.fine_grained_callables")  # 0.19; before
 _CALL = ("hidden_states", "async_finish", "allocate_on_comm_stream")
 
@@ -86,10 +87,12 @@ def _import(name: str) -> ModuleType:
 
 
 def _import_schedule() -> ModuleType:
-    with contextlib.suppress(ModuleNotFoundError):  # there is no such module before 0.19
-        module = importlib.import_module(SCHEDULES[0])
-        if hasattr(module, "should_free_input"):
-            return module
+    """The module that has `should_free_input`."""
+    found = None
+    with contextlib.suppress(ModuleNotFoundError):  # before 0.19 there is no package around it
+        found = importlib.util.find_spec(SCHEDULES[0])
+    if found and hasattr(module := _import(SCHEDULES[0]), "should_free_input"):
+        return module
     return _import(SCHEDULES[-1])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import logging
@@ -92,11 +93,20 @@ def test_nothing_of_the_dispatcher_is_compiled() -> None:
             assert arguments[2].gather(1, manager.token_indices).equal(probs)
 
 
+def test_the_manager_of_another_backend_is_preprocessed_as_ever(clean: pytest.MonkeyPatch) -> None:
+    clean.setattr(FLEX, "dispatch_preprocess", lambda self, hidden_states, routing_map, probs: (self, probs))
+    megatron_ep_v2.install()
+    flex = FLEX.__new__(FLEX)
+    flex._comm_manager = object()
+    assert flex.dispatch_preprocess("hidden", "map", "probs") == (flex, "probs")
+
+
 def test_rows_that_experts_have_saved_are_not_freed_by_the_1f1b_schedule() -> None:
     """Megatron frees the experts' input after their forward, since its own path has permuted it into a copy by then."""
     flex = SimpleNamespace(moe_token_dispatcher_type="flex", moe_flex_dispatcher_backend="deepep", fp8=None, fp4=None)
     flex.cuda_graph_modules = flex.cuda_graph_scope = []
     alltoall = SimpleNamespace(**vars(flex) | {"moe_token_dispatcher_type": "alltoall"})
+    fp8 = SimpleNamespace(**vars(flex) | {"fp8": "hybrid"})  # some layers may stay in bf16, and save their rows
 
     def freed(config: Any) -> dict[str, bool]:
         ask = SCHEDULE_MODULE.should_free_input
@@ -108,7 +118,7 @@ def test_rows_that_experts_have_saved_are_not_freed_by_the_1f1b_schedule() -> No
     megatron_ep_v2.install(layout="compact")
     assert (freed(flex), freed(alltoall)) == megatrons
     megatron_ep_v2.install(layout="expanded")
-    assert freed(flex) == {"moe_dispatch": False, "mlp": False, "moe_combine": True}
+    assert freed(flex) == freed(fp8) == {"moe_dispatch": False, "mlp": False, "moe_combine": True}
     assert freed(alltoall) == megatrons[1]
     megatron_ep_v2.uninstall()
     assert freed(flex) == megatrons[0]
@@ -307,6 +317,17 @@ def test_the_rule_of_the_1f1b_schedule_has_moved(clean: pytest.MonkeyPatch) -> N
     assert_refused("megatron.core.models.gpt.fine_grained_callables.should_free_input")
     clean.setattr(SCHEDULE_MODULE, "should_free_input", lambda node, config: True, raising=False)
     assert_refused(f"{SCHEDULE_MODULE.__name__}.should_free_input")
+
+
+def test_a_schedule_that_cannot_be_imported(clean: pytest.MonkeyPatch) -> None:
+    def fail(name: str, theirs: Any = importlib.import_module) -> Any:
+        if name == SCHEDULE_MODULE.__name__:
+            raise ImportError("it needs something that is not here")
+        return theirs(name)
+
+    clean.setattr(importlib, "import_module", fail)
+    with pytest.raises(SeamError, match=f"{SCHEDULE_MODULE.__name__} cannot be imported: ImportError: it needs"):
+        megatron_ep_v2.install()
 
 
 def test_a_missing_megatron(clean: pytest.MonkeyPatch) -> None:

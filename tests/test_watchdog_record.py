@@ -25,7 +25,6 @@ from megatron_ep_v2.watchdog.record import (
     ENTERED,
     LEFT,
     MARKED,
-    RECORD_BYTES,
     RING,
     SYNC_FREE_DISPATCH,
     Record,
@@ -165,42 +164,6 @@ def test_a_watcher_answers_only_watchers() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------ record, verdict
-
-
-@pytest.fixture
-def record(tmp_path: Path) -> Record:
-    path = tmp_path / "record"
-    path.write_bytes(bytes(RECORD_BYTES))
-    with path.open("r+b") as file:
-        return Record(file.fileno())
-
-
-def test_the_record_knows_the_first_call_that_has_not_finished(record: Record) -> None:
-    assert record.pending() == 0
-    for kind in range(4):  # a dispatch, which waits on the host; then three calls that the GPU queues
-        assert record.enter(kind, 1, 7, 40) == record.pending() == kind + 1
-        record.cells[LEFT] = kind + 1
-        assert record.pending() == 0
-    assert record.call(3) == [3, 2, 1, 7, 40]
-    record.cells[MARKED] = 2
-    assert record.pending() == 2, "past the dispatch, which was left"
-    record.cells[MARKED] = 4
-    record.cells[DONE] = 3
-    assert record.pending() == 4
-    record.enter(0, 1, 8, 40)
-    assert record.pending() == 4, "the GPU is behind the host"
-    record.cells[DONE] = 4
-    assert record.pending() == 5
-    record.retract()
-    assert record.pending() == 0
-
-
-def test_a_sync_free_dispatch_has_not_finished_when_it_was_left(record: Record) -> None:
-    number = record.enter(SYNC_FREE_DISPATCH, 1, 7, 40)
-    record.cells[LEFT] = record.cells[MARKED] = number
-    assert record.pending() == number
-    record.cells[DONE] = number
-    assert record.pending() == 0
 
 
 @own_package

@@ -63,9 +63,12 @@ class GpuClock:
         code = int(torch.cuda.cudart().cudaHostRegister(self._cells.data_ptr(), self._cells.nbytes, 0))
         if code:
             raise _cannot_write(f"cudaHostRegister answers {code}")
+        # Where deep_ep runs, registered memory has one address for the host and the GPU.
         self._done, self._device = self._cells.data_ptr() + 8 * DONE, torch.cuda.current_device()
         self._write = _stream_write()
-        self.mark(0)  # raises here if it ever does
+        code = self._write(self._stream(), self._done, 0, 0)
+        if code:
+            raise _cannot_write(f"cuStreamWriteValue64 answers {code}")
 
     def start(self) -> tuple[Any, Any]:
         if len(self._waits) < WAITS_KEPT:
@@ -85,12 +88,15 @@ class GpuClock:
         return {number: begin.elapsed_time(end) / 1e3 for number, (begin, end) in self._waits}
 
     def mark(self, number: int) -> None:
-        """Queue the word that call `number` is done."""
-        self._record.cells[MARKED] = number
-        # torch.cuda.current_stream() would make an object each time.
-        code = self._write(torch._C._cuda_getCurrentRawStream(self._device), self._done, number, 0)
+        """Queue the word that call `number` is done. An error here is that of some earlier kernel."""
+        code = self._write(self._stream(), self._done, number, 0)
         if code:
-            raise _cannot_write(f"cuStreamWriteValue64 answers {code}")
+            torch.cuda.check_error(code)
+        self._record.cells[MARKED] = number
+
+    def _stream(self) -> int:
+        """The current one, without the object that torch.cuda.current_stream() makes of it each time."""
+        return torch._C._cuda_getCurrentRawStream(self._device)
 
     def close(self) -> None:
         """Take the record away from CUDA; where the GPU still has to write to it, both stay until the process ends."""
@@ -105,7 +111,10 @@ _unfinished: list[GpuClock] = []
 
 def _stream_write() -> Any:
     """CUDA's `cuStreamWriteValue64(stream, address, value, flags) -> error code`. torch has no name for it."""
-    write = ctypes.CDLL("libcuda.so.1").cuStreamWriteValue64_v2
+    try:
+        write = ctypes.CDLL("libcuda.so.1").cuStreamWriteValue64_v2
+    except (OSError, AttributeError) as error:
+        raise _cannot_write(str(error)) from error
     write.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint]
     return write
 
