@@ -72,8 +72,8 @@ def install(**explicit: Any) -> dict[str, Any]:
     if choice.kind != "megatron":
         for module, name, ours in _bindings(modules, layout):
             theirs = inspect.getattr_static(module, name)  # as it stands there: a class may hold a staticmethod
-            kind = staticmethod if isinstance(theirs, staticmethod) else (lambda function: function)
-            installation.bound.append((module, name, theirs, kind(ours)))
+            bound = staticmethod(ours) if isinstance(theirs, staticmethod) else ours
+            installation.bound.append((module, name, theirs, bound))
         for module, name, _, ours in installation.bound:
             setattr(module, name, ours)
         pool.set_expected_tokens(_tokens_per_rank_of_megatron)
