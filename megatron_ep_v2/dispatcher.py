@@ -21,6 +21,7 @@ from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.errors import SettingsError
 from megatron_ep_v2.fused_a2a import fused_dispatch
+from megatron_ep_v2.kernels.topk import top_k
 from megatron_ep_v2.load import ExpertLoad
 from megatron_ep_v2.recipe import dtype_of_recipe, settle_dispatch_dtypes
 
@@ -94,11 +95,13 @@ class ExpandedManager(CompactManager):
             routing_map: [T, ...] bool over the group's experts; unused, the probabilities say the same.
             probs: [T, ...], dense over the group's experts.
 
-        Sets `token_probs` [T, K] and `token_indices` [T, K] int64, -1 where the capacity factor dropped a pick.
+        Sets `token_probs` [T, K] fp32 and `token_indices` [T, K] int64, -1 where the capacity factor dropped a pick.
         """
         if probs.dim() != 2:
             probs = probs.reshape(len(probs), self.num_experts)
-        self.token_probs, self.token_indices = torch.topk(probs, self.router_topk, dim=-1, sorted=False)
+        if probs.dtype in (torch.bfloat16, torch.float16):
+            _warn_of_half_precision(probs.dtype)
+        self.token_probs, self.token_indices = top_k(probs.float(), self.router_topk)
         if self.capacity_factor is not None:
             self.token_indices = self.token_indices.masked_fill(self.token_probs == 0, -1)
 
@@ -109,7 +112,7 @@ class ExpandedManager(CompactManager):
 
         Sets `dispatched_probs` [P] fp32, `tokens_per_expert` [L] int64 on the CPU, and `handle` for the combine.
         """
-        self.token_probs, alignment = self._probs_in_fp32(), self._expert_alignment()
+        alignment = self._expert_alignment()
         hidden_states, _, self.dispatched_probs, tokens_per_expert, self.handle = fused_dispatch(
             hidden_states,
             self.token_indices,
@@ -148,11 +151,6 @@ class ExpandedManager(CompactManager):
     def get_restored_hidden_states_by_experts(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """The rows as they are."""
         return hidden_states
-
-    def _probs_in_fp32(self) -> torch.Tensor:
-        if self.token_probs.dtype in (torch.bfloat16, torch.float16):
-            _warn_of_half_precision(self.token_probs.dtype)
-        return self.token_probs.float()
 
     def _expert_alignment(self) -> int:
         """Megatron's own rule for quantised GEMMs, where a quantised recipe or the padding option asks for it; and the

@@ -1,0 +1,90 @@
+"""The Triton kernels of `topk`. One program some rows; a row's picks are found by taking its largest entry K times."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+ELEMENTS = 2048  # of a program: four warps with 16 each a thread
+
+
+def pick(probs: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `topk.pick`."""
+    tokens, experts = probs.shape
+    values = torch.empty(tokens, topk, dtype=probs.dtype, device=probs.device)
+    indices = torch.empty(tokens, topk, dtype=torch.int64, device=probs.device)
+    if tokens:
+        width = triton.next_power_of_2(experts)
+        rows = max(1, ELEMENTS // width)
+        _pick[(triton.cdiv(tokens, rows),)](
+            *(probs, values, indices, tokens), EXPERTS=experts, WIDTH=width, TOPK=topk, ROWS=rows
+        )
+    return values, indices
+
+
+def spread(grad: torch.Tensor, indices: torch.Tensor, experts: int) -> torch.Tensor:
+    """See `topk.spread`."""
+    tokens, topk = indices.shape
+    out = torch.empty(tokens, experts, dtype=grad.dtype, device=grad.device)
+    if tokens:
+        width = triton.next_power_of_2(experts)
+        rows = max(1, ELEMENTS // width)
+        _spread[(triton.cdiv(tokens, rows),)](
+            *(grad, indices, out, tokens), EXPERTS=experts, WIDTH=width, TOPK=topk, ROWS=rows
+        )
+    return out
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _pick(  # type: ignore[no-untyped-def]
+    probs,
+    values,
+    indices,
+    tokens,
+    EXPERTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TOPK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    here = row < tokens
+    start = row.to(tl.int64) * EXPERTS
+    inside = here[:, None] & (column < EXPERTS)[None, :]
+    bits = tl.load(probs + start[:, None] + column[None, :], mask=inside, other=0).to(tl.int32, bitcast=True)
+    # In the order of the numbers, NaN above all of them as in PyTorch; of equals the one of the lowest expert first.
+    order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    order = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FFFFFFF, order)
+    keys = (order.to(tl.int64) << 32) | (WIDTH - 1 - column)[None, :].to(tl.int64)
+    lowest = -0x7FFFFFFFFFFFFFFF - 1
+    keys = tl.where((column < EXPERTS)[None, :], keys, lowest)
+    for k in tl.static_range(TOPK):
+        best = tl.max(keys, axis=1)
+        expert = WIDTH - 1 - (best & 0xFFFFFFFF)
+        tl.store(indices + row.to(tl.int64) * TOPK + k, expert, mask=here)
+        tl.store(values + row.to(tl.int64) * TOPK + k, tl.load(probs + start + expert, mask=here), mask=here)
+        keys = tl.where(keys == best[:, None], lowest, keys)
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _spread(  # type: ignore[no-untyped-def]
+    grad,
+    indices,
+    out,
+    tokens,
+    EXPERTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TOPK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    here = row < tokens
+    dense = tl.zeros([ROWS, WIDTH], grad.dtype.element_ty)
+    for k in tl.static_range(TOPK):
+        pick = row.to(tl.int64) * TOPK + k
+        expert = tl.load(indices + pick, mask=here, other=-1).to(tl.int32)
+        dense = tl.where(column[None, :] == expert[:, None], tl.load(grad + pick, mask=here, other=0)[:, None], dense)
+    inside = here[:, None] & (column < EXPERTS)[None, :]
+    tl.store(out + row.to(tl.int64)[:, None] * EXPERTS + column[None, :], dense, mask=inside)

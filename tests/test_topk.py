@@ -1,0 +1,62 @@
+"""A token's experts out of dense probabilities: the kernels in Triton's interpreter, and compiled for a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from test_quantize import child, needs_triton
+from topk_oracle import cases, picked
+
+from megatron_ep_v2.kernels.topk import top_k
+
+
+def test_on_a_cpu_it_is_pytorchs() -> None:
+    for name, probs, topk in cases():
+        leaf = probs.clone().requires_grad_()
+        values, indices = top_k(leaf, topk)
+        expected = probs.gather(1, picked(probs, topk))
+        assert values.detach().sort(1).values.allclose(expected.sort(1).values, rtol=0, atol=0, equal_nan=True), name
+        values.nansum().backward()
+        assert leaf.grad is not None
+        if not probs.isnan().any():
+            assert leaf.grad.equal(torch.zeros_like(probs).scatter(1, indices, 1.0)), name
+
+
+INTERPRET = """
+import json
+from megatron_ep_v2.kernels import topk_triton
+from topk_oracle import wrong
+
+print(json.dumps(wrong(topk_triton, "cpu")))
+"""
+
+
+@needs_triton
+def test_the_kernels_equal_a_stable_sort_in_tritons_interpreter() -> None:
+    assert child(INTERPRET, TRITON_INTERPRET="1") == []
+
+
+COMPILE = """
+import json, re
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from megatron_ep_v2.kernels import topk_triton
+
+found = {}
+for kernel, pointers in ((topk_triton._pick, "*fp32 *fp32 *i64"), (topk_triton._spread, "*fp32 *i64 *fp32")):
+    constants = {"EXPERTS": 128, "WIDTH": 128, "TOPK": 8, "ROWS": 16}
+    kinds = [*pointers.split(), "i32", *["constexpr"] * 4]
+    source = ASTSource(kernel, dict(zip(kernel.arg_names, kinds, strict=True)), constants,
+                       {(i,): [["tt.divisibility", 16]] for i in range(3)})
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+    found[kernel.__name__] = sorted(set(re.findall(r"(?:ld|st)\\.global\\S*", ptx)))
+print(json.dumps(found))
+"""
+
+
+@needs_triton
+def test_the_kernels_compile_for_gpus_and_move_16_bytes_at_a_time(tmp_path: Path) -> None:
+    found = child(COMPILE, TRITON_CACHE_DIR=str(tmp_path))
+    assert "ld.global.v4.b32" in found["_pick"] and "st.global.v4.b32" in found["_spread"]
