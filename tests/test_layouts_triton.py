@@ -59,10 +59,13 @@ from triton.compiler import ASTSource
 import triton.language as tl
 from megatron_ep_v2.kernels import move_triton, places_triton, swiglu_triton
 
-ROW = {"COLUMNS": 2048, **move_triton.tile(2048, 2)}
-GLU = {"COLUMNS": 768, "BOUNDED": True, "KIND": tl.float32, **move_triton.tile(768, 2)}
+def tile(columns, element_size):
+    return dict(zip(("BLOCK", "num_warps"), move_triton.tile(columns, element_size), strict=True))
+
+ROW = {"COLUMNS": 2048, **tile(2048, 2)}
+GLU = {"COLUMNS": 768, "BOUNDED": True, "KIND": tl.float32, **tile(768, 2)}
 KERNELS = {  # pointers, numbers, constants
-    ("gather", move_triton._gather): ("*i32 *i32 *i32", 0, {"COLUMNS": 1024, **move_triton.tile(1024, 4)}),
+    ("gather", move_triton._gather): ("*i32 *i32 *i32", 0, {"COLUMNS": 1024, **tile(1024, 4)}),
     ("reduce", move_triton._reduce): ("*bf16 *i32 *fp32 *bf16", 0,
                                       {"WEIGHTED": True, "TOPK": 8, "KIND": tl.float32, **ROW}),
     ("spread", move_triton._spread): ("*bf16 *bf16 *i32 *i32 *fp32 *bf16 *fp32", 0, {"KIND": tl.float32, **ROW}),
@@ -70,7 +73,8 @@ KERNELS = {  # pointers, numbers, constants
     ("swiglu back", swiglu_triton._backward): ("*bf16 *bf16 *fp32 *i32 *bf16 *fp32", 0, GLU),
     ("zero", swiglu_triton._zero_tail): ("*bf16 *i32", 1, {"ROWS": 8, **ROW}),
     ("take", move_triton._take): ("*fp32 *i32 *fp32", 1, {"BLOCK": 1024}),
-    ("columns", move_triton._gather_columns): ("*i32 *i32 *i32", 4, {"PACK": True, "WIDTH": 16, "PLACES": 64}),
+    ("columns", move_triton._gather_columns): ("*i32 *i32 *i32", 2, {"SCALES": 16, "COLUMNS": 4, "PACK": True, "WIDTH": 4,
+                                                               "PLACES": 64}),
     ("count", places_triton._count): ("*i64 *i32 *i32", 4, {"HAS_NUM_RECV": True, "EXPERTS": 256, "BLOCK": 128}),
     ("add up", places_triton._add_up): ("*i32", 1, {"CHUNK": 1024}),
     ("lay out", places_triton._lay_out): ("*i64 " + "*i32 " * 10, 6,
@@ -82,8 +86,8 @@ OTHERS = {  # the other sides of their switches
     ("swiglu, all", swiglu_triton._forward): ("*bf16 *fp32 *bf16 *bf16", 0, {**GLU, "BOUNDED": False}),
     ("swiglu back, all", swiglu_triton._backward): ("*bf16 *bf16 *fp32 *bf16 *bf16 *fp32", 0,
                                                     {**GLU, "BOUNDED": False}),
-    ("columns, plain", move_triton._gather_columns): ("*i32 *i32 *i32", 4,
-                                                      {"PACK": False, "WIDTH": 16, "PLACES": 64}),
+    ("columns, plain", move_triton._gather_columns): ("*i32 *i32 *i32", 2, {"SCALES": 16, "COLUMNS": 16, "PACK": False,
+                                                                       "WIDTH": 16, "PLACES": 64}),
     ("count, all", places_triton._count): ("*i64 *i64 *i32", 4,
                                            {"HAS_NUM_RECV": False, "EXPERTS": 32, "BLOCK": 128}),
     ("lay out, masked", places_triton._lay_out): ("*i64 *i64 " + "*i32 " * 9, 6,

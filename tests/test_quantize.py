@@ -220,11 +220,11 @@ found = {}
 pointers = {"_quantize": ("*bf16", "*u8", "*i32"), "_dequantize": ("*u8", "*i32", "*bf16")}
 for name, types in pointers.items():
     kernel = getattr(kernels, name)
-    kinds = [*types, "i32", "i32", "i32", "constexpr", "constexpr"]
+    kinds = [*types, "i32", *["constexpr"] * 4]
     signature = dict(zip(kernel.arg_names, kinds, strict=True))
     for group, capability in ((128, 90), (32, 90), (32, 100)):
-        aligned = {(i,): [["tt.divisibility", 16]] for i in (0, 1, 2, 5)}  # pointers and the hidden size
-        constants = {"GROUP": group, "BLOCK": kernels.BLOCK}
+        aligned = {(i,): [["tt.divisibility", 16]] for i in range(3)}
+        constants = {"PACKS": 16, "HIDDEN": 2048, "GROUP": group, "BLOCK": kernels.BLOCK}
         source = ASTSource(kernel, signature, constants, aligned)
         ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
         found[f"{name} {group} {capability}"] = sorted(set(re.findall(r"(?:ld|st)\\.global\\S*", ptx)))

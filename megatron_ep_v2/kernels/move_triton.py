@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron_ep_v2.kernels.launch import launch
 from megatron_ep_v2.kernels.move import accumulator
 
 BYTES = 4096  # of a row that a program has in flight at a time: two accesses of 16 bytes a thread of four warps
@@ -24,7 +25,8 @@ def gather(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     source, target = x.view(kind), out.view(kind)
     if out.numel():
         columns = source.shape[1]
-        _gather[(len(rows),)](source, target, rows, COLUMNS=columns, **tile(columns, source.element_size()))
+        block, warps = tile(columns, source.element_size())
+        launch(_gather, (len(rows), 1, 1), (source, target, rows), constants=(columns, block), num_warps=warps)
     return out
 
 
@@ -32,7 +34,8 @@ def take(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """See `move.take`."""
     out = torch.empty(index.shape, dtype=values.dtype, device=values.device)
     if out.numel():
-        _take[(triton.cdiv(out.numel(), TAKEN),)](values, index, out, out.numel(), BLOCK=TAKEN)
+        grid = (triton.cdiv(out.numel(), TAKEN), 1, 1)
+        launch(_take, grid, (values, index, out), (out.numel(),), (TAKEN,))
     return out
 
 
@@ -40,14 +43,14 @@ def reduce(y: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor | None) -
     """See `move.reduce`."""
     out = torch.empty(len(slots), y.shape[1], dtype=y.dtype, device=y.device)
     if out.numel():
-        _reduce[(len(slots),)](
-            *(y, slots, weights if weights is not None else slots, out),
-            WEIGHTED=weights is not None,
-            TOPK=slots.shape[1],
-            COLUMNS=y.shape[1],
-            KIND=accumulator_kind(y),
+        block, warps = tile(y.shape[1], y.element_size())
+        launch(
+            _reduce,
+            (len(slots), 1, 1),
+            (y, slots, weights if weights is not None else slots, out),
+            constants=(weights is not None, slots.shape[1], y.shape[1], accumulator_kind(y), block),
             enable_fp_fusion=False,  # a product is rounded before it is added, as in PyTorch
-            **tile(y.shape[1], y.element_size()),
+            num_warps=warps,
         )
     return out
 
@@ -58,11 +61,13 @@ def spread(
     """See `move.spread`."""
     grad_y, grad_weights = torch.empty_like(y), torch.zeros_like(weights)
     if y.numel():
-        _spread[(len(y),)](
-            *(grad, y, rows, sources, weights, grad_y, grad_weights),
-            COLUMNS=y.shape[1],
-            KIND=accumulator_kind(y),
-            **tile(y.shape[1], y.element_size()),
+        block, warps = tile(y.shape[1], y.element_size())
+        launch(
+            _spread,
+            (len(y), 1, 1),
+            (grad, y, rows, sources, weights, grad_y, grad_weights),
+            constants=(y.shape[1], accumulator_kind(y), block),
+            num_warps=warps,
         )
     return grad_y, grad_weights
 
@@ -73,11 +78,12 @@ def gather_columns(scales: torch.Tensor, rows: torch.Tensor, group: int, stride:
     groups = max(1, len(rows) // max(1, group))
     out = torch.empty(groups, columns, stride, dtype=torch.int32 if pack else scales.dtype, device=scales.device)
     if out.numel():
-        _gather_columns[(groups, triton.cdiv(stride, PLACES))](
-            *(scales.view(torch.int32), rows, out.view(torch.int32), scales.shape[1], columns, group, stride),
-            PACK=pack,
-            WIDTH=triton.next_power_of_2(columns),
-            PLACES=PLACES,
+        launch(
+            _gather_columns,
+            (groups, triton.cdiv(stride, PLACES), 1),
+            (scales.view(torch.int32), rows, out.view(torch.int32)),
+            (group, stride),
+            (scales.shape[1], columns, pack, triton.next_power_of_2(columns), PLACES),
         )
     return out
 
@@ -87,12 +93,12 @@ def accumulator_kind(y: torch.Tensor) -> tl.dtype:
     return _TRITON[accumulator(y)]
 
 
-def tile(columns: int, element_size: int) -> dict[str, int]:
-    """BLOCK: columns at a time, a power of two, one that divides the row if it can be large enough; warps for it."""
+def tile(columns: int, element_size: int) -> tuple[int, int]:
+    """Columns at a time, a power of two, one that divides the row if it can be large enough; warps for them."""
     most = min(BYTES // element_size, triton.next_power_of_2(columns))
     divisor = columns & -columns
     block = min(most, divisor) if divisor >= most // 4 else most
-    return {"BLOCK": block, "num_warps": min(4, max(1, block * element_size // 512))}
+    return block, min(4, max(1, block * element_size // 512))
 
 
 @triton.jit
@@ -174,10 +180,10 @@ def _gather_columns(  # type: ignore[no-untyped-def]
     scales,
     rows,
     out,
-    num_scales,
-    columns,
     group,
     stride,
+    SCALES: tl.constexpr,
+    COLUMNS: tl.constexpr,
     PACK: tl.constexpr,
     WIDTH: tl.constexpr,
     PLACES: tl.constexpr,
@@ -190,12 +196,12 @@ def _gather_columns(  # type: ignore[no-untyped-def]
         words = tl.zeros([PLACES, WIDTH], tl.int32)
         for i in tl.static_range(4):
             scale = column * 4 + i
-            here = (row >= 0)[:, None] & (scale < num_scales)[None, :]
-            bits = tl.load(scales + row[:, None] * num_scales + scale[None, :], mask=here, other=0)
+            here = (row >= 0)[:, None] & (scale < SCALES)[None, :]
+            bits = tl.load(scales + row[:, None] * SCALES + scale[None, :], mask=here, other=0)
             words |= ((bits >> 23) & 0xFF) << (8 * i)
     else:
-        here = (row >= 0)[:, None] & (column < columns)[None, :]
-        words = tl.load(scales + row[:, None] * num_scales + column[None, :], mask=here, other=0)
-    inside = (place < stride)[:, None] & (column < columns)[None, :]
-    target = (matrix.to(tl.int64) * columns + column[None, :]) * stride + place[:, None]
+        here = (row >= 0)[:, None] & (column < COLUMNS)[None, :]
+        words = tl.load(scales + row[:, None] * SCALES + column[None, :], mask=here, other=0)
+    inside = (place < stride)[:, None] & (column < COLUMNS)[None, :]
+    target = (matrix.to(tl.int64) * COLUMNS + column[None, :]) * stride + place[:, None]
     tl.store(out + target, words, mask=inside)

@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron_ep_v2.kernels.launch import launch
+
 if not hasattr(tl, "gather"):
     raise ImportError(f"Triton {triton.__version__}, which has no tl.gather")
 
@@ -52,20 +54,15 @@ def _place(
     received = num_recv if has_num_recv else picks  # some pointer; not read
     width = max(16, triton.next_power_of_2(num_local_experts))
 
-    _count[(blocks,)](
-        *(picks, received, before, num_picks, topk, num_local_experts, blocks),
-        HAS_NUM_RECV=has_num_recv,
-        EXPERTS=width,
-        BLOCK=BLOCK,
-    )
-    _add_up[(num_local_experts,)](before, blocks, CHUNK=CHUNK)
-    _lay_out[(max(blocks, triton.cdiv(num_rows, BLOCK)),)](
-        *(picks, received, before, slots, rows, sources, m_indices, counts, ends, overflow, needed),
-        *(num_picks, topk, num_local_experts, blocks, num_rows, step),
-        HAS_NUM_RECV=has_num_recv,
-        MASKED=masked,
-        EXPERTS=width,
-        BLOCK=BLOCK,
+    sizes = (num_picks, topk, num_local_experts, blocks)
+    launch(_count, (blocks, 1, 1), (picks, received, before), sizes, (has_num_recv, width, BLOCK))
+    launch(_add_up, (num_local_experts, 1, 1), (before,), (blocks,), (CHUNK,))
+    launch(
+        _lay_out,
+        (max(blocks, triton.cdiv(num_rows, BLOCK)), 1, 1),
+        (picks, received, before, slots, rows, sources, m_indices, counts, ends, overflow, needed),
+        (*sizes, num_rows, step),
+        (has_num_recv, masked, width, BLOCK),
     )
     return slots, rows, sources, m_indices, counts, ends, overflow[0], needed[0]
 

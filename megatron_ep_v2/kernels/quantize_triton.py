@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron_ep_v2.kernels.launch import launch
 from megatron_ep_v2.kernels.quantize import MIN_EXPONENT, NAN_EXPONENT, PACK, ROUND_UP, SCALE_DTYPE
 
 BLOCK = 32
@@ -23,8 +24,8 @@ def quantize(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     packs = triton.cdiv(hidden, PACK)
     values = torch.empty_like(x, dtype=torch.uint8)
     scales = torch.empty(rows, packs, dtype=torch.int32, device=x.device)
-    grid = (triton.cdiv(rows * packs, BLOCK),)
-    _quantize[grid](x, values, scales, rows * packs, packs, hidden, GROUP=group, BLOCK=BLOCK)
+    grid = (triton.cdiv(rows * packs, BLOCK), 1, 1)
+    launch(_quantize, grid, (x, values, scales), (rows * packs,), (packs, hidden, group, BLOCK))
     return values.view(torch.float8_e4m3fn), scales.view(SCALE_DTYPE[group])
 
 
@@ -35,36 +36,38 @@ def dequantize(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -
     group = next(group for group, kind in SCALE_DTYPE.items() if kind == scales.dtype)
     out = torch.empty_like(values, dtype=dtype)
     bits, words = values.view(torch.uint8), scales.view(torch.int32)
-    grid = (triton.cdiv(rows * packs, BLOCK),)
-    _dequantize[grid](bits, words, out, rows * packs, packs, hidden, GROUP=group, BLOCK=BLOCK)
+    grid = (triton.cdiv(rows * packs, BLOCK), 1, 1)
+    launch(_dequantize, grid, (bits, words, out), (rows * packs,), (packs, hidden, group, BLOCK))
     return out
 
 
 @triton.jit
-def _places(num_packs, packs, hidden, GROUP: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _places(  # type: ignore[no-untyped-def]
+    num_packs, PACKS: tl.constexpr, HIDDEN: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr
+):
     """Offsets of this program's tile and which of them exist."""
     groups: tl.constexpr = _PACK // GROUP
     index = tl.program_id(0) * (BLOCK * groups) + tl.arange(0, BLOCK * groups)
     pack = index // groups
-    row, first = pack // packs, pack % packs * _PACK + index % groups * GROUP
+    row, first = pack // PACKS, pack % PACKS * _PACK + index % groups * GROUP
     column = first[:, None] + tl.arange(0, GROUP)[None, :]
-    here = (pack < num_packs)[:, None] & (column < hidden)
-    return row.to(tl.int64)[:, None] * hidden + column, here
+    here = (pack < num_packs)[:, None] & (column < HIDDEN)
+    return row.to(tl.int64)[:, None] * HIDDEN + column, here
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_packs"])
 def _quantize(  # type: ignore[no-untyped-def]
     x,
     values,
     scales,
     num_packs,
-    packs,
-    hidden,
+    PACKS: tl.constexpr,
+    HIDDEN: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     groups: tl.constexpr = _PACK // GROUP
-    offsets, here = _places(num_packs, packs, hidden, GROUP, BLOCK)
+    offsets, here = _places(num_packs, PACKS, HIDDEN, GROUP, BLOCK)
     tile = tl.load(x + offsets, mask=here, other=0.0).to(tl.float32)
     amax = tl.max(tile.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
     exponent = tl.maximum(((amax + _ROUND_UP) >> 23) - 8, _MIN_EXPONENT)
@@ -84,19 +87,19 @@ def _quantize(  # type: ignore[no-untyped-def]
     tl.store(scales + pack, packed, mask=pack < num_packs)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_packs"])
 def _dequantize(  # type: ignore[no-untyped-def]
     values,
     scales,
     out,
     num_packs,
-    packs,
-    hidden,
+    PACKS: tl.constexpr,
+    HIDDEN: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     groups: tl.constexpr = _PACK // GROUP
-    offsets, here = _places(num_packs, packs, hidden, GROUP, BLOCK)
+    offsets, here = _places(num_packs, PACKS, HIDDEN, GROUP, BLOCK)
     tile = tl.load(values + offsets, mask=here, other=0).to(tl.float8e4nv, bitcast=True).to(tl.float32)
 
     index = tl.program_id(0) * (BLOCK * groups) + tl.arange(0, BLOCK * groups)

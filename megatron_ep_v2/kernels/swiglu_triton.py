@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron_ep_v2.kernels.launch import launch
 from megatron_ep_v2.kernels.move_triton import accumulator_kind, tile
 
 TAIL_ROWS = 8  # of a program of `zero_tail_`
@@ -16,12 +17,13 @@ def forward(h: torch.Tensor, probs: torch.Tensor, used: torch.Tensor | None) -> 
     rows, columns = len(h), h.shape[1] // 2
     out = torch.empty(rows, columns, dtype=h.dtype, device=h.device)
     if out.numel():
-        _forward[(rows,)](
-            *(h, probs, used if used is not None else h, out),
-            BOUNDED=used is not None,
-            COLUMNS=columns,
-            KIND=accumulator_kind(h),
-            **tile(columns, h.element_size()),
+        block, warps = tile(columns, h.element_size())
+        launch(
+            _forward,
+            (rows, 1, 1),
+            (h, probs, used if used is not None else h, out),
+            constants=(used is not None, columns, accumulator_kind(h), block),
+            num_warps=warps,
         )
     return out
 
@@ -33,12 +35,13 @@ def backward(
     rows, columns = grad.shape
     grad_h, grad_probs = torch.empty_like(h), torch.empty_like(probs)
     if grad_h.numel():
-        _backward[(rows,)](
-            *(grad, h, probs, used if used is not None else h, grad_h, grad_probs),
-            BOUNDED=used is not None,
-            COLUMNS=columns,
-            KIND=accumulator_kind(h),
-            **tile(columns, h.element_size()),
+        block, warps = tile(columns, h.element_size())
+        launch(
+            _backward,
+            (rows, 1, 1),
+            (grad, h, probs, used if used is not None else h, grad_h, grad_probs),
+            constants=(used is not None, columns, accumulator_kind(h), block),
+            num_warps=warps,
         )
     return grad_h, grad_probs
 
@@ -47,8 +50,9 @@ def zero_tail_(rows: torch.Tensor, used: torch.Tensor | None) -> torch.Tensor:
     """See `swiglu.zero_tail_`; rows [P, H]. Programs whose rows are in use end at once."""
     if used is not None and rows.numel():
         columns = rows.shape[1]
-        grid = (triton.cdiv(len(rows), TAIL_ROWS),)
-        _zero_tail[grid](rows, used, len(rows), COLUMNS=columns, ROWS=TAIL_ROWS, **tile(columns, rows.element_size()))
+        block, warps = tile(columns, rows.element_size())
+        grid = (triton.cdiv(len(rows), TAIL_ROWS), 1, 1)
+        launch(_zero_tail, grid, (rows, used), (len(rows),), (columns, TAIL_ROWS, block), num_warps=warps)
     return rows
 
 

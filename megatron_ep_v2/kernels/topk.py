@@ -14,6 +14,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 
+ENTRIES = 1 << 20  # of the probabilities, from which on the kernels are worth the time that the host takes to launch them
+
 
 def top_k(probs: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The largest entries of each row, in any order, differentiable.
@@ -25,7 +27,7 @@ def top_k(probs: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         Values [T, K] fp32, and their columns [T, K] int64, all different. NaN counts as the largest.
     """
-    if probs.is_cuda and _kernels() is not None:
+    if probs.is_cuda and probs.numel() >= ENTRIES and _kernels() is not None:
         return _TopK.apply(probs, topk)  # type: ignore[no-any-return]
     return torch.topk(probs, topk, dim=-1, sorted=False)
 

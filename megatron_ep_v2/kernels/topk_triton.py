@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from megatron_ep_v2.kernels.launch import launch
+
 ELEMENTS = 2048  # of a program: four warps with 16 each a thread
 
 
@@ -17,9 +19,8 @@ def pick(probs: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
     if tokens:
         width = triton.next_power_of_2(experts)
         rows = max(1, ELEMENTS // width)
-        _pick[(triton.cdiv(tokens, rows),)](
-            *(probs, values, indices, tokens), EXPERTS=experts, WIDTH=width, TOPK=topk, ROWS=rows
-        )
+        grid = (triton.cdiv(tokens, rows), 1, 1)
+        launch(_pick, grid, (probs, values, indices), (tokens,), (experts, width, topk, rows))
     return values, indices
 
 
@@ -30,9 +31,8 @@ def spread(grad: torch.Tensor, indices: torch.Tensor, experts: int) -> torch.Ten
     if tokens:
         width = triton.next_power_of_2(experts)
         rows = max(1, ELEMENTS // width)
-        _spread[(triton.cdiv(tokens, rows),)](
-            *(grad, indices, out, tokens), EXPERTS=experts, WIDTH=width, TOPK=topk, ROWS=rows
-        )
+        grid = (triton.cdiv(tokens, rows), 1, 1)
+        launch(_spread, grid, (grad, indices, out), (tokens,), (experts, width, topk, rows))
     return out
 
 

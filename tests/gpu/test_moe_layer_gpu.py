@@ -39,16 +39,17 @@ def run(group: Any) -> dict[str, dict[str, Any]]:
         for layout in ("compact", "expanded"):
             say(f"{layout}: memory and trace", group)
             layer = make_layer(GPU, "flex", layout)
+            before = torch.cuda.memory_allocated()  # not of a later time, when a manager may hold its last graph
             for _ in range(3):
                 step(layer, hidden)
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
             step(layer, hidden)
             torch.cuda.synchronize()
             peak = torch.cuda.max_memory_allocated() - before
             trace = traced(functools.partial(step, layer, hidden))
             found[layout] = {"kernels": dict(trace.kernels), "waits": trace.waits, "peak_mib": peak / 2**20}
+            del layer
             megatron_ep_v2.destroy_buffers()
     return found
 

@@ -1,0 +1,45 @@
+"""Launches of Triton kernels with less work on the host.
+
+`kernel[grid](...)` finds the compiled kernel anew each time: it looks at every argument, at every constant and at the
+environment, which takes longer than most of these kernels run. Here the caller says what decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+_compiled: dict[Any, Any] = {}
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    tensors: Sequence[torch.Tensor],
+    numbers: tuple[int, ...] = (),
+    constants: tuple[Any, ...] = (),
+    **options: Any,
+) -> None:
+    """Launch a kernel on the current stream.
+
+    Args:
+        kernel: A function under `triton.jit`, with its parameters in this order.
+        grid: Programs.
+        tensors: Pointers; compiled for their dtypes, and whether they begin at a multiple of 16 bytes.
+        numbers: Below 2**31; the kernel names all of them in `do_not_specialize`.
+        constants: `tl.constexpr`; compiled for their values.
+        options: Triton's, such as num_warps.
+    """
+    key = (
+        *(kernel, tensors[0].get_device(), constants, *options.values()),
+        *[(tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors],
+    )
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[grid](*tensors, *numbers, *constants)
+        return
+    compiled = kernel[grid](*tensors, *numbers, *constants, **options)
+    if compiled is not None:  # Triton's interpreter compiles nothing
+        _compiled[key] = compiled
