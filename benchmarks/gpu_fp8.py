@@ -12,8 +12,9 @@ link of 50 or 100 GB/s. A projection is the sum over the layer's four calls of t
 bytes / speed, and what the kernels took.
 
 Of a `kernel`, `us` is what it takes on the device, from a CUDA graph of many calls (`common.graph_times`); `gb_s` and
-`ratio` are of it, the copy is the faster of one in a graph and one launched eagerly. `eager_us` is a call launched from Python, the mean of eight in a row: of small
-tensors, mostly what the host takes to launch it. The projection adds that up, as the calls are timed, too.
+`ratio` are of it, the copy is the faster of one in a graph and one launched eagerly. `eager_us` is a call launched from
+Python, the mean of eight in a row: of small tensors, mostly what the host takes to launch it. The projection adds that
+up, as the calls are timed, too.
 """
 
 from __future__ import annotations

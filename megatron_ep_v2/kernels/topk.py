@@ -1,7 +1,7 @@
 """A token's experts out of the dense probabilities that Megatron's router gives, and their gradient back into them.
 
-PyTorch's top-k is made for rows of any length. Of many tokens and experts, on CUDA tensors, `topk_triton` is faster, each
-way in one small kernel.
+PyTorch's top-k is made for rows of any length. Of many tokens and experts, on CUDA tensors, `topk_triton` is faster,
+each way in one small kernel.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-# Of the probabilities, from which on the kernels are worth what the host takes to launch them. On 4 H100s layers in a row
-# took longer with them at 4096 x 128, where they waited for the host, and less time at 4096 x 256
+# Of the probabilities, from which on the kernels are worth what the host takes to launch them. On 4 H100s layers in a
+# row took longer with them at 4096 x 128 where they waited for the host, and less time at 4096 x 256
 # (benchmarks/results/h100x4/bench_topk_before.jsonl, bench_topk_after.jsonl).
 ENTRIES = 1 << 20
 
