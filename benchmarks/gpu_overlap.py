@@ -6,7 +6,12 @@
 
 Exposed: some kernel of deep_ep runs and no other kernel does, in a profiler's trace of one step; a kernel that waits
 for a late rank counts as running. Times are CUDA events, medians over repeats of the slowest rank; shares are the worst
-rank's. Results of both ways agree before anything is timed. The number of hardware queues is the environment's:
+rank's. Results of both ways agree before anything is timed.
+
+Overlap can save time where the GPU bounds the step: it takes many tokens, or experts that give the host less to launch
+(`--experts grouped`: torch's grouped GEMM; TransformerEngine's launch one GEMM an expert).
+
+The number of hardware queues is the environment's:
 
     CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun --nproc-per-node 8 benchmarks/gpu_overlap.py [--out ...overlap_1.jsonl]
     CUDA_DEVICE_MAX_CONNECTIONS=32 torchrun --nproc-per-node 8 benchmarks/gpu_overlap.py [--out ...overlap_32.jsonl]
@@ -19,6 +24,7 @@ import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,6 +34,7 @@ from common import Results, start, time_layers
 from exposed import profiled
 
 import megatron_ep_v2
+from megatron_ep_v2.experts.module import use_experts
 
 HIDDEN, FFN, EXPERTS, TOPK = 2048, 768, 128, 8  # Qwen3-30B-A3B
 SHARED_FFN = 4096  # Qwen3 has no shared expert: as much work for a token as its 8 chosen ones have, rounded down
@@ -40,6 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--layout", choices=("compact", "expanded"), default="expanded")
+    parser.add_argument("--experts", choices=("te", "grouped"), default="te", help="TEGroupedMLP, or torch's GEMM")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a micro-batch")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--micro-batches", type=int, default=3)
@@ -116,6 +124,8 @@ def _shared(options: argparse.Namespace, device: torch.device) -> dict[str, Run]
     def build(overlap: bool) -> torch.nn.ModuleList:
         config = _config(1, moe_shared_expert_intermediate_size=SHARED_FFN, moe_shared_expert_overlap=overlap)
         spec = get_moe_module_spec(use_te=True, num_experts=EXPERTS, moe_grouped_gemm=True)
+        if options.experts == "grouped":
+            use_experts(SimpleNamespace(submodules=SimpleNamespace(mlp=spec)), "grouped")
         layers = range(1, options.layers + 1)
         if isinstance(spec, ModuleSpec):
             made = [build_module(spec, config=config, layer_number=number) for number in layers]
@@ -151,9 +161,13 @@ def _one_forward_one_backward(options: argparse.Namespace, device: torch.device)
 
     set_streams()
     config = _config(options.layers)
+    block = get_gpt_decoder_block_spec(config=config, use_transformer_engine=True)
+    if options.experts == "grouped":
+        for layer in block.layer_specs:
+            use_experts(layer, "grouped")
     model = GPTModel(
         config=config,
-        transformer_layer_spec=get_gpt_decoder_block_spec(config=config, use_transformer_engine=True),
+        transformer_layer_spec=block,
         vocab_size=VOCABULARY,
         max_sequence_length=options.tokens,
         position_embedding_type="rope",
@@ -222,6 +236,7 @@ def _measure(case: str, options: argparse.Namespace, device: torch.device) -> li
                 "case": case,
                 "overlap": name,
                 "layout": options.layout,
+                "experts": options.experts,
                 "max_connections": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "unset"),
                 "ranks": dist.get_world_size(),
                 "tokens_per_rank": options.tokens,

@@ -1,7 +1,8 @@
 """Launches of Triton kernels with less work on the host.
 
 `kernel[grid](...)` finds the compiled kernel anew each time: it looks at every argument, at every constant and at the
-environment, which takes longer than most of these kernels run. Here the caller says what decides.
+environment, which takes longer than most of these kernels run. Here the caller says what decides, and what was compiled
+is launched as it is: `compiled[grid](...)`, which takes the constants along from Triton 3.3 on.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def launch(
         options: Triton's, such as num_warps.
     """
     key = (
-        *(kernel, tensors[0].get_device(), constants, *options.values()),
+        *(kernel, tensors[0].get_device(), constants, *options.items()),
         *[(tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors],
     )
     compiled = _compiled.get(key)

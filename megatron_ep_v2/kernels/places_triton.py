@@ -51,7 +51,7 @@ def _place(
     rows, sources, m_indices = _aligned(3, num_rows, picks.device)
     slots = torch.empty_like(picks, dtype=torch.int32)
     has_num_recv = num_recv is not None
-    received = num_recv if has_num_recv else picks  # some pointer; not read
+    received = picks if num_recv is None else num_recv  # some pointer; not read
     width = max(16, triton.next_power_of_2(num_local_experts))
 
     sizes = (num_picks, topk, num_local_experts, blocks)
