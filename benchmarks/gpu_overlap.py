@@ -8,8 +8,8 @@ Exposed: some kernel of deep_ep runs and no other kernel does, in a profiler's t
 for a late rank counts as running. Times are CUDA events, medians over repeats of the slowest rank; shares are the worst
 rank's. Results of both ways agree before anything is timed.
 
-Overlap can save time where the GPU bounds the step: it takes many tokens, or experts that give the host less to launch
-(`--experts grouped`: torch's grouped GEMM; TransformerEngine's launch one GEMM an expert).
+Overlap is expected to save time where the GPU bounds the step, so with many tokens, or with experts that give the host
+less to launch (`--experts grouped`: torch's grouped GEMM; TransformerEngine's launch one GEMM an expert).
 
 The number of hardware queues is the environment's:
 

@@ -95,13 +95,11 @@ class ExpandedManager(CompactManager):
             routing_map: [T, ...] bool over the group's experts; unused, the probabilities say the same.
             probs: [T, ...], dense over the group's experts.
 
-        Sets `token_probs` [T, K] fp32 and `token_indices` [T, K] int64, -1 where the capacity factor dropped a pick.
+        Sets `token_probs` [T, K] and `token_indices` [T, K] int64, -1 where the capacity factor dropped a pick.
         """
         if probs.dim() != 2:
             probs = probs.reshape(len(probs), self.num_experts)
-        if probs.dtype in (torch.bfloat16, torch.float16):
-            _warn_of_half_precision(probs.dtype)
-        self.token_probs, self.token_indices = top_k(probs.float(), self.router_topk)
+        self.token_probs, self.token_indices = top_k(probs, self.router_topk)
         if self.capacity_factor is not None:
             self.token_indices = self.token_indices.masked_fill(self.token_probs == 0, -1)
 
@@ -112,7 +110,7 @@ class ExpandedManager(CompactManager):
 
         Sets `dispatched_probs` [P] fp32, `tokens_per_expert` [L] int64 on the CPU, and `handle` for the combine.
         """
-        alignment = self._expert_alignment()
+        self.token_probs, alignment = self._probs_in_fp32(), self._expert_alignment()
         hidden_states, _, self.dispatched_probs, tokens_per_expert, self.handle = fused_dispatch(
             hidden_states,
             self.token_indices,
@@ -152,6 +150,11 @@ class ExpandedManager(CompactManager):
         """The rows as they are."""
         return hidden_states
 
+    def _probs_in_fp32(self) -> torch.Tensor:
+        if self.token_probs.dtype in (torch.bfloat16, torch.float16):
+            _warn_of_half_precision(self.token_probs.dtype)
+        return self.token_probs.float()
+
     def _expert_alignment(self) -> int:
         """Megatron's own rule for quantised GEMMs, where a quantised recipe or the padding option asks for it; and the
         setting's, which other GEMMs want."""
@@ -166,7 +169,7 @@ def preprocess(theirs: Callable[..., Any]) -> Callable[..., Any]:
 
     Megatron has it compiled, anew for each layer's dispatcher until torch gives that up: seconds at the first step and
     guards at every later one, for reshapes and a top-k that no compiler makes faster. And without tensor parallelism
-    the reshapes end where they began. Whoever compiles a whole model has this compiled with it.
+    the reshapes end where they began.
     """
 
     @functools.wraps(theirs)

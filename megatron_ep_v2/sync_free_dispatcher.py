@@ -50,6 +50,7 @@ class SyncFreeManager(ExpandedManager):
 
         Sets `dispatched_probs` [M] fp32, `tokens_per_expert` [L] int32 on the device, and `handle` for the combine.
         """
+        self.token_probs = self._probs_in_fp32()
         hidden_states, self.dispatched_probs, counts, self.handle = sync_free_dispatch(
             hidden_states,
             self.token_indices,

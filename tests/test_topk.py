@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
 import torch
 from test_quantize import child, needs_triton
 from topk_oracle import cases, picked
 
+from megatron_ep_v2.kernels import topk as module
 from megatron_ep_v2.kernels.topk import top_k
 
 
@@ -21,6 +24,61 @@ def test_on_a_cpu_it_is_pytorchs() -> None:
         assert leaf.grad is not None
         if not probs.isnan().any():
             assert leaf.grad.equal(torch.zeros_like(probs).scatter(1, indices, 1.0)), name
+
+
+def test_the_kernels_gradient_by_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With PyTorch in the kernels' place."""
+    kernels = SimpleNamespace(
+        pick=lambda probs, topk: torch.topk(probs, topk),
+        spread=lambda grad, indices, experts: grad.new_zeros(len(grad), experts).scatter(1, indices, grad),
+    )
+    monkeypatch.setattr(module, "_kernels", lambda: kernels)
+    monkeypatch.setattr(module, "_suits_kernels", lambda probs, topk: True)
+    probs = torch.rand(20, 16, generator=torch.Generator().manual_seed(0)).double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: top_k(x, 3)[0] ** 2, probs)
+    values, indices = top_k(probs, 3)
+    assert not indices.requires_grad
+    (grad,) = torch.autograd.grad((values**2).sum(), probs, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "experts", "topk", "device", "suits"),
+    [
+        (torch.float32, 256, 8, "cuda", True),
+        (torch.float32, 256, 17, "cuda", False),
+        (torch.float32, 128, 8, "cuda", False),
+        (torch.float64, 256, 8, "cuda", False),
+        (torch.bfloat16, 256, 8, "cuda", False),
+        (torch.float32, 256, 8, "cpu", False),
+    ],
+)
+def test_which_probabilities_the_kernels_take(
+    dtype: torch.dtype, experts: int, topk: int, device: str, suits: bool
+) -> None:
+    probs = SimpleNamespace(is_cuda=device == "cuda", dtype=dtype, numel=lambda: 4096 * experts, shape=(4096, experts))
+    assert module._suits_kernels(probs, topk) is suits  # type: ignore[arg-type]
+
+
+OLD = """
+import json, logging
+import triton.language as tl
+
+del tl.gather
+records = []
+handler = logging.Handler()
+handler.emit = lambda record: records.append(record.getMessage())
+logging.getLogger().addHandler(handler)
+from megatron_ep_v2.kernels import topk
+print(json.dumps([topk._kernels() is None, topk._kernels() is None, records]))
+"""
+
+
+@needs_triton
+def test_without_a_new_enough_triton_it_is_said_once() -> None:
+    first, second, said = child(OLD)
+    assert first and second and len(said) == 1 and "which has no tl.gather" in said[0]
 
 
 INTERPRET = """

@@ -138,5 +138,7 @@ def _kernels(rows: torch.Tensor) -> Any:
     try:
         from megatron_ep_v2.kernels import swiglu_triton
     except ImportError as error:
-        raise UnavailableError("experts on GPUs need Triton", found=str(error), fix="pip install triton") from error
+        raise UnavailableError(
+            "experts on GPUs need Triton", found=str(error), needed="3.3 or newer", fix="pip install 'triton>=3.3'"
+        ) from error
     return swiglu_triton

@@ -11,6 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
+
+if not hasattr(tl, "gather"):
+    raise ImportError(f"Triton {triton.__version__}, which has no tl.gather")
 
 _compiled: dict[Any, Any] = {}
 
@@ -28,19 +33,29 @@ def launch(
     Args:
         kernel: A function under `triton.jit`, with its parameters in this order.
         grid: Programs.
-        tensors: Pointers; compiled for their dtypes, and whether they begin at a multiple of 16 bytes.
+        tensors: Pointers, on the current device; compiled for their dtypes, and whether they begin at a multiple of 16
+            bytes.
         numbers: Below 2**31; the kernel names all of them in `do_not_specialize`.
         constants: `tl.constexpr`; compiled for their values.
         options: Triton's, such as num_warps.
     """
+    arguments = (*tensors, *numbers, *constants)
+    if torch.compiler.is_compiling():  # torch.compile knows only this form
+        kernel[grid](*arguments, **options)
+        return
+    device = tensors[0].get_device()
     key = (
-        *(kernel, tensors[0].get_device(), constants, *options.items()),
+        *(kernel, device, constants, *options.items()),
         *[(tensor.dtype, tensor.data_ptr() % 16 == 0) for tensor in tensors],
     )
     compiled = _compiled.get(key)
     if compiled is not None:
-        compiled[grid](*tensors, *numbers, *constants)
+        compiled[grid](*arguments)
         return
-    compiled = kernel[grid](*tensors, *numbers, *constants, **options)
-    if compiled is not None:  # Triton's interpreter compiles nothing
+    compiled = kernel[grid](*arguments, **options)
+    if compiled is None:  # in Triton's interpreter
+        return
+    for parameter in kernel.params[len(tensors) : len(tensors) + len(numbers)]:
+        assert parameter.do_not_specialize, f"{parameter.name} would be compiled for the value that it has first"
+    if device < 0 or device == torch.cuda.current_device():  # else it was loaded into another one
         _compiled[key] = compiled

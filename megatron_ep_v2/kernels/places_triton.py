@@ -13,9 +13,6 @@ import triton.language as tl
 
 from megatron_ep_v2.kernels.launch import launch
 
-if not hasattr(tl, "gather"):
-    raise ImportError(f"Triton {triton.__version__}, which has no tl.gather")
-
 BLOCK = 128  # picks of a program of the first and the last kernel, and places of one of the last
 CHUNK = 256  # blocks that the second one adds up at a time
 

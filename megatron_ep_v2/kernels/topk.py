@@ -11,28 +11,39 @@ import logging
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 logger = logging.getLogger(__name__)
 
-# Of the probabilities, from which on the kernels are worth what the host takes to launch them. On 4 H100s layers in a
-# row took longer with them at 4096 x 128 where they waited for the host, and less time at 4096 x 256
-# (benchmarks/results/h100x4/bench_topk_before.jsonl, bench_topk_after.jsonl).
+# Tokens x experts from which on the kernels are taken. The host needs longer to launch them than PyTorch's top-k, which
+# counts where a layer waits for it. On 4 H100s, top-8, layers in a row took less time with them at 4096 x 256 and at
+# 4096 x 128 with large rows, more at 4096 x 128 with small rows (docs/measured.md).
 ENTRIES = 1 << 20
+MAX_TOPK = 16  # a kernel's time grows with the top-k; of more than 8 it was not measured
 
 
 def top_k(probs: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest entries of each row, in any order, differentiable.
+    """The largest entries of each row, in any order, differentiable once.
 
     Args:
-        probs: [T, E] fp32.
+        probs: [T, E] of a floating dtype.
         topk: At most E.
 
     Returns:
-        Values [T, K] fp32, and their columns [T, K] int64, all different. NaN counts as the largest.
+        Values [T, K] in probs' dtype, and their columns [T, K] int64, all different. NaN counts as the largest.
     """
-    if probs.is_cuda and probs.numel() >= ENTRIES and _kernels() is not None:
+    if _suits_kernels(probs, topk) and _kernels() is not None:
         return _TopK.apply(probs, topk)  # type: ignore[no-any-return]
     return torch.topk(probs, topk, dim=-1, sorted=False)
+
+
+def _suits_kernels(probs: torch.Tensor, topk: int) -> bool:
+    return (
+        probs.is_cuda
+        and probs.dtype == torch.float32
+        and probs.numel() >= ENTRIES
+        and topk <= min(MAX_TOPK, probs.shape[1])
+    )
 
 
 class _TopK(torch.autograd.Function):
@@ -46,6 +57,7 @@ class _TopK(torch.autograd.Function):
         return values, indices
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor | None, _: Any) -> Any:
         (indices,) = ctx.saved_tensors
         return (
@@ -60,6 +72,6 @@ def _kernels() -> Any:
     try:
         from megatron_ep_v2.kernels import topk_triton
     except ImportError as error:
-        logger.warning("no Triton (%s): torch.topk finds each token's experts, more slowly", error)
+        logger.warning("torch.topk finds each token's experts, more slowly than Triton 3.3 would: %s", error)
         return None
     return topk_triton

@@ -12,7 +12,15 @@ ELEMENTS = 2048  # of a program: four warps with 16 each a thread
 
 
 def pick(probs: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """See `topk.pick`."""
+    """The largest entries of each row, the largest first; of equals, that of the lowest column first.
+
+    Args:
+        probs: [T, E] fp32, contiguous.
+        topk: At most E.
+
+    Returns:
+        Values [T, K] fp32 and columns [T, K] int64.
+    """
     tokens, experts = probs.shape
     values = torch.empty(tokens, topk, dtype=probs.dtype, device=probs.device)
     indices = torch.empty(tokens, topk, dtype=torch.int64, device=probs.device)
@@ -25,7 +33,13 @@ def pick(probs: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def spread(grad: torch.Tensor, indices: torch.Tensor, experts: int) -> torch.Tensor:
-    """See `topk.spread`."""
+    """torch.zeros(T, E).scatter(1, indices, grad).
+
+    Args:
+        grad: [T, K] fp32, contiguous.
+        indices: [T, K] int64, those of a row all different.
+        experts: E.
+    """
     tokens, topk = indices.shape
     out = torch.empty(tokens, experts, dtype=grad.dtype, device=grad.device)
     if tokens:
@@ -53,7 +67,7 @@ def _pick(  # type: ignore[no-untyped-def]
     start = row.to(tl.int64) * EXPERTS
     inside = here[:, None] & (column < EXPERTS)[None, :]
     bits = tl.load(probs + start[:, None] + column[None, :], mask=inside, other=0).to(tl.int32, bitcast=True)
-    # In the order of the numbers, NaN above all of them as in PyTorch; of equals the one of the lowest expert first.
+    # In the order of the numbers, NaN above all of them as in PyTorch, -0.0 below 0.0.
     order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     order = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FFFFFFF, order)
     keys = (order.to(tl.int64) << 32) | (WIDTH - 1 - column)[None, :].to(tl.int64)

@@ -42,7 +42,8 @@ def _kernels(rows: torch.Tensor) -> Any:
         raise UnavailableError(
             "8-bit rows on the wire need Triton on GPUs",
             found=str(error),
-            fix="pip install triton, or set MCORE_DEEPEP_V2_DISPATCH_DTYPE and MCORE_DEEPEP_V2_GRAD_DISPATCH_DTYPE "
-            "to bf16",
+            needed="3.3 or newer",
+            fix="pip install 'triton>=3.3', or set MCORE_DEEPEP_V2_DISPATCH_DTYPE and "
+            "MCORE_DEEPEP_V2_GRAD_DISPATCH_DTYPE to bf16",
         ) from error
     return quantize_triton

@@ -36,10 +36,11 @@ def run(group: Any) -> dict[str, dict[str, Any]]:
     found = {}
     with megatron(GPU):
         hidden = hidden_states(GPU, GPU.tokens)
-        for layout in ("compact", "expanded"):
+        # The first one leaves behind what is allocated once in a process (cuBLAS' workspaces).
+        for layout in ("expanded", "compact", "expanded"):
             say(f"{layout}: memory and trace", group)
             layer = make_layer(GPU, "flex", layout)
-            before = torch.cuda.memory_allocated()  # not of a later time, when a manager may hold its last graph
+            before = torch.cuda.memory_allocated()  # not later, when a manager may hold the graph of its last step
             for _ in range(3):
                 step(layer, hidden)
             torch.cuda.synchronize()
@@ -65,8 +66,8 @@ def test_nothing_is_permuted_and_the_host_waits_once() -> None:
         assert not [name for name in expanded["kernels"] if "permute" in name]
         assert not expanded["waits"], f"besides the dispatch's own wait: {expanded['waits']}"
         # Both at their highest in the experts' backward; deep_ep's handle has an entry for each row, of which there are
-        # more (0.3 MiB of 531 on 4 ranks). Around dispatch and combine expanded takes less: see `bench`.
-        assert expanded["peak_mib"] <= 1.002 * compact["peak_mib"]
+        # more (0.3 MiB on 4 ranks). Around dispatch and combine expanded takes less: see `bench`.
+        assert expanded["peak_mib"] <= compact["peak_mib"] + 1
     print({layout: (found["peak_mib"], found["waits"]) for layout, found in by_rank[0].items()})
     for name, count in sorted(by_rank[0]["expanded"]["kernels"].items()):
         print(f"{count:4d}  {name[:110]}")
