@@ -27,8 +27,8 @@ def cases(seed: int = 0) -> Iterator[tuple[str, torch.Tensor, int]]:
 
 def picked(probs: torch.Tensor, topk: int) -> torch.Tensor:
     """[T, K] columns of the largest entries, the largest first, of equals that of the lowest column."""
-    keys = np.where(np.isnan(probs.numpy()), np.inf, probs.double().numpy())
-    keys = np.where(np.isnan(probs.numpy()), np.finfo(np.float64).max, np.clip(keys, -1e300, 1e300))
+    # Infinity below NaN, which counts as the largest.
+    keys = np.where(np.isnan(probs.numpy()), np.finfo(np.float64).max, np.clip(probs.double().numpy(), -1e300, 1e300))
     return torch.from_numpy(np.argsort(-keys, axis=1, kind="stable")[:, :topk].copy())
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -25,10 +27,7 @@ def pick(probs: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
     values = torch.empty(tokens, topk, dtype=probs.dtype, device=probs.device)
     indices = torch.empty(tokens, topk, dtype=torch.int64, device=probs.device)
     if tokens:
-        width = triton.next_power_of_2(experts)
-        rows = max(1, ELEMENTS // width)
-        grid = (triton.cdiv(tokens, rows), 1, 1)
-        launch(_pick, grid, (probs, values, indices), (tokens,), (experts, width, topk, rows))
+        _launch(_pick, (probs, values, indices), tokens, experts, topk)
     return values, indices
 
 
@@ -43,11 +42,15 @@ def spread(grad: torch.Tensor, indices: torch.Tensor, experts: int) -> torch.Ten
     tokens, topk = indices.shape
     out = torch.empty(tokens, experts, dtype=grad.dtype, device=grad.device)
     if tokens:
-        width = triton.next_power_of_2(experts)
-        rows = max(1, ELEMENTS // width)
-        grid = (triton.cdiv(tokens, rows), 1, 1)
-        launch(_spread, grid, (grad, indices, out), (tokens,), (experts, width, topk, rows))
+        _launch(_spread, (grad, indices, out), tokens, experts, topk)
     return out
+
+
+def _launch(kernel: Any, tensors: tuple[torch.Tensor, ...], tokens: int, experts: int, topk: int) -> None:
+    """A program takes as many rows as make up ELEMENTS, at least one."""
+    width = triton.next_power_of_2(experts)
+    rows = max(1, ELEMENTS // width)
+    launch(kernel, (triton.cdiv(tokens, rows), 1, 1), tensors, (tokens,), (experts, width, topk, rows))
 
 
 @triton.jit(do_not_specialize=["tokens"])
