@@ -24,6 +24,7 @@ class FakeBuffer:
     """deep_ep.ElasticBuffer, which no test here may reach."""
 
     num_bytes, num_allocated_qps = 0, 0
+    get_comm_stream = object
 
     def __init__(self, group: Any, **options: Any):
         pass

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-from exposed import Share, share, union
+from exposed import Share, share, union, write_trace
 
 
 def test_what_runs_beside_compute_is_not_exposed() -> None:
@@ -26,3 +28,13 @@ def test_what_runs_beside_compute_is_not_exposed() -> None:
 
 def test_intervals_that_touch_are_one() -> None:
     assert union([(3, 4), (1, 2), (2, 3), (6, 7), (1, 1.5)]) == [(1, 4), (6, 7)]
+
+
+def test_a_trace_has_each_kernel_on_the_line_of_its_stream(tmp_path: Path) -> None:
+    file = tmp_path / "folder" / "trace.json.gz"
+    write_trace(file, [("gemm", 7, 130.04, 150.0), ("dispatch" + "<x>" * 99, 22, 100.0, 140.5)])
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    assert [(e["tid"], e["args"]["name"]) for e in events if e["ph"] == "M"] == [(7, "stream 7"), (22, "stream 22")]
+    kernels = [(e["name"][:8], e["tid"], e["ts"], e["dur"]) for e in events if e["ph"] == "X"]
+    assert kernels == [("dispatch", 22, 0.0, 40.5), ("gemm", 7, 30.0, 20.0)]
+    assert max(len(e["name"]) for e in events) == 100

@@ -21,6 +21,7 @@ class FakeBuffer:
     """deep_ep.Buffer as far as it gets without a GPU."""
 
     sms = 0
+    get_comm_stream = object
 
     def __init__(self, group: Any, num_nvl_bytes: int, num_rdma_bytes: int, explicitly_destroy: bool = False):
         raise RuntimeError("peer access is not supported between these two devices")

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
 from megatron_ep_v2.errors import UnavailableError
 from megatron_ep_v2.watchdog import clocks
-from megatron_ep_v2.watchdog.record import DONE, LEFT, MARKED, RECORD_BYTES, SYNC_FREE_DISPATCH, Record
+from megatron_ep_v2.watchdog.record import (
+    DONE,
+    ENTERED,
+    FORWARD_COMBINE,
+    LEFT,
+    MARKED,
+    NUMBERS,
+    RECORD_BYTES,
+    SYNC_FREE_DISPATCH,
+    Record,
+)
 
 
 @pytest.fixture
@@ -50,39 +62,75 @@ def test_a_sync_free_dispatch_has_not_finished_when_it_was_left(record: Record) 
 
 
 class Driver:
-    """In CUDA's place: keeps what is written to a stream, and answers with the code that it is given."""
+    """In CUDA's place: keeps what is copied in a stream, and answers with the code that it is given.
+
+    Attributes:
+        copied: (address, value, bytes, stream) of each copy.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, registered: int = 0):
-        self.written: list[tuple[int, int, int, int]] = []
+        self.copied: list[tuple[int, int, int, int]] = []
         self.code = 0
+        arange = torch.arange
+        monkeypatch.setattr(torch, "arange", lambda number, device: arange(number))
         monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *_: registered))
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the current one")
         monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 100 + device, raising=False)
-        monkeypatch.setattr(clocks.ctypes, "CDLL", lambda name: SimpleNamespace(cuStreamWriteValue64_v2=self))
+        monkeypatch.setattr(clocks.ctypes, "CDLL", lambda name: SimpleNamespace(cuMemcpyDtoHAsync_v2=self))
 
-    def __call__(self, *arguments: int) -> int:
-        self.written.append(arguments)
+    def __call__(self, to: int, source: int, size: int, stream: int) -> int:
+        self.copied.append((to, ctypes.c_int64.from_address(source).value, size, stream))
         return self.code
 
 
-def test_the_gpu_is_told_to_write_the_number_of_a_call(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
-    driver = Driver(monkeypatch)
-    clock = clocks.GpuClock(record)
+class CommStream:
+    """A buffer's stream."""
+
+    cuda_stream = 55
+
+    def __init__(self) -> None:
+        self.waited: list[Any] = []
+
+    def wait_stream(self, other: Any) -> None:
+        self.waited.append(other)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["the current stream", "the stream of the calls"])
+def test_the_gpu_is_told_to_write_the_number_of_a_call(
+    own: bool, record: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver, comm = Driver(monkeypatch), CommStream()
+    clock = clocks.GpuClock(record, cast(Any, comm) if own else None)
+    stream = 55 if own else 103
     address = torch.frombuffer(record.page, dtype=torch.int64).data_ptr() + 8 * DONE
     clock.mark(7)
-    assert driver.written == [(103, address, 0, 0), (103, address, 7, 0)] and record.cells[MARKED] == 7
+    assert driver.copied == [(address, 0, 8, stream), (address, 7, 8, stream)] and record.cells[MARKED] == 7
+    assert comm.waited == (["the current one"] if own else []), "for the numbers that are copied"
+    clock.mark(NUMBERS + 9)
+    assert driver.copied[-1] == (address, 9, 8, stream) and record.cells[MARKED] == NUMBERS + 9
     driver.code = 700
     with pytest.raises(RuntimeError, match="fault of a kernel"):
         monkeypatch.setattr(torch.cuda, "check_error", fault_of_a_kernel)
         clock.mark(8)
-    assert record.cells[MARKED] == 7, "nothing was queued"
+    assert record.cells[MARKED] == NUMBERS + 9, "nothing was queued"
+
+
+def test_what_the_gpu_writes_begins_anew(record: Record) -> None:
+    """It writes numbers modulo NUMBERS."""
+    record.cells[ENTERED] = NUMBERS - 2
+    for _ in range(4):
+        record.cells[LEFT] = record.cells[MARKED] = record.enter(FORWARD_COMBINE, 1, 1, 40)
+    for done, pending in ((NUMBERS - 1, NUMBERS), (0, NUMBERS + 1), (1, NUMBERS + 2), (2, 0)):
+        record.cells[DONE] = done
+        assert record.pending() == pending
 
 
 def fault_of_a_kernel(code: int) -> None:
     raise RuntimeError(f"fault of a kernel: {code}")
 
 
-@pytest.mark.parametrize(("registered", "code"), [(1, 0), (0, 801)], ids=["not registered", "not written"])
+@pytest.mark.parametrize(("registered", "code"), [(1, 0), (0, 801)], ids=["not registered", "not copied"])
 def test_a_gpu_that_cannot_write(registered: int, code: int, record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver(monkeypatch, registered)
     driver.code = code

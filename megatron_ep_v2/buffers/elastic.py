@@ -84,6 +84,7 @@ class ElasticBuffer:
             ) from error
         self.num_bytes = int(self._buffer.num_bytes)
         self.num_qps = int(self._buffer.num_allocated_qps)
+        self.comm_stream: torch.cuda.Stream | None = self._buffer.get_comm_stream()
         self.num_sms = settings.num_sms or self.get_theoretical_num_sms(spec.num_experts, spec.num_topk)
 
     def capture(self) -> Any:

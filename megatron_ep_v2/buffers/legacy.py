@@ -110,6 +110,7 @@ class LegacyBuffer:
                 needed="NVLink between the ranks of a host; between hosts RDMA, and deep_ep built with NVSHMEM",
                 fix="keep expert parallelism inside one host, or install what the message names",
             ) from error
+        self.comm_stream: torch.cuda.Stream | None = self._buffer.get_comm_stream()
         self.num_bytes = num_nvl_bytes + num_rdma_bytes
 
     def capture(self) -> Any:

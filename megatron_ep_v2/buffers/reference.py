@@ -43,6 +43,7 @@ class ReferenceBuffer:
 
     supports_expand = supports_cached_weights = True
     num_bytes = num_sms = num_qps = 0  # it holds nothing between calls
+    comm_stream: torch.cuda.Stream | None = None
 
     def __init__(self, group: Any, spec: BufferSpec):
         self.group = group

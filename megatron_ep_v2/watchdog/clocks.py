@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_ep_v2.errors import UnavailableError
-from megatron_ep_v2.watchdog.record import DONE, MARKED, Record
+from megatron_ep_v2.watchdog.record import DONE, MARKED, NUMBERS, Record
 
 WAITS_KEPT = 256  # timed forward dispatches, for the summary of arrivals
 
@@ -47,28 +47,40 @@ class HostClock:
 
 
 class GpuClock:
-    """For calls that only queue their kernels. Behind them a write of 8 bytes is queued, by which the GPU itself tells
+    """For calls that only queue their kernels. Behind them a copy of 8 bytes is queued, by which the GPU itself tells
     the shared record which call it has finished. So nobody polls, and no thread of ours calls CUDA, which could break
-    the capture of a CUDA graph. It is CUDA's stream memory operation: neither a kernel nor a copy, which cost the host
-    more and make the stream wait for another engine.
+    the capture of a CUDA graph.
+
+    A copy, because it has a hardware queue of its own. Where all streams share one for kernels
+    (CUDA_DEVICE_MAX_CONNECTIONS=1), whatever else waits there for the communication (a kernel, a memset, a write to
+    memory) holds back what other streams have queued behind it, and nothing runs beside the communication. It goes into
+    the stream of the call's kernels, in which all calls have one order.
 
     A dispatch is timed by two events, used again and again; one of seven is enough for the summary of arrivals.
+
+    Args:
+        record: Of this rank.
+        comm_stream: Of the calls' kernels; None = the current one.
     """
 
     every = 7
 
-    def __init__(self, record: Record):
+    def __init__(self, record: Record, comm_stream: torch.cuda.Stream | None = None):
         self._waits: collections.deque[tuple[int, tuple[Any, Any]]] = collections.deque()
         self._record, self._cells = record, torch.frombuffer(record.page, dtype=torch.int64)
         code = int(torch.cuda.cudart().cudaHostRegister(self._cells.data_ptr(), self._cells.nbytes, 0))
         if code:
             raise _cannot_write(f"cudaHostRegister answers {code}")
-        # Where deep_ep runs, registered memory has one address for the host and the GPU.
         self._done, self._device = self._cells.data_ptr() + 8 * DONE, torch.cuda.current_device()
-        self._write = _stream_write()
-        code = self._write(self._stream(), self._done, 0, 0)
+        self._comm_stream = comm_stream
+        self._numbers = torch.arange(NUMBERS, device="cuda")
+        self._first = self._numbers.data_ptr()
+        if comm_stream is not None:
+            comm_stream.wait_stream(torch.cuda.current_stream())
+        self._copy = _copy_to_host()
+        code = self._copy(self._done, self._first, 8, self._stream())
         if code:
-            raise _cannot_write(f"cuStreamWriteValue64 answers {code}")
+            raise _cannot_write(f"cuMemcpyDtoHAsync answers {code}")
 
     def start(self) -> tuple[Any, Any]:
         if len(self._waits) < WAITS_KEPT:
@@ -89,13 +101,15 @@ class GpuClock:
 
     def mark(self, number: int) -> None:
         """Queue the word that call `number` is done. An error here is that of some earlier kernel."""
-        code = self._write(self._stream(), self._done, number, 0)
+        code = self._copy(self._done, self._first + 8 * (number % NUMBERS), 8, self._stream())
         if code:
             torch.cuda.check_error(code)
         self._record.cells[MARKED] = number
 
     def _stream(self) -> int:
-        """The current one, without the object that torch.cuda.current_stream() makes of it each time."""
+        """Of the calls' kernels. The current one without the object that torch.cuda.current_stream() makes of it."""
+        if self._comm_stream is not None:
+            return self._comm_stream.cuda_stream
         return torch._C._cuda_getCurrentRawStream(self._device)
 
     def close(self) -> None:
@@ -109,19 +123,19 @@ class GpuClock:
 _unfinished: list[GpuClock] = []
 
 
-def _stream_write() -> Any:
-    """CUDA's `cuStreamWriteValue64(stream, address, value, flags) -> error code`. torch has no name for it."""
+def _copy_to_host() -> Any:
+    """CUDA's `cuMemcpyDtoHAsync(to, from, bytes, stream) -> error code`. torch's own copy takes the host longer."""
     try:
-        write = ctypes.CDLL("libcuda.so.1").cuStreamWriteValue64_v2
+        copy = ctypes.CDLL("libcuda.so.1").cuMemcpyDtoHAsync_v2
     except (OSError, AttributeError) as error:
         raise _cannot_write(str(error)) from error
-    write.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint]
-    return write
+    copy.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p]
+    return copy
 
 
 def _cannot_write(why: str) -> UnavailableError:
     return UnavailableError(
         f"the GPU cannot write to the watchdog's record: {why}",
-        needed="shared memory that CUDA can register, and stream memory operations",
+        needed="CUDA's driver, and shared memory that it can register",
         fix="set MCORE_DEEPEP_V2_WATCHDOG_SECS=0 to train without the watchdog",
     )

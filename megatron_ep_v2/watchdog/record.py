@@ -13,9 +13,10 @@ KINDS = (
 FORWARD_DISPATCH, FORWARD_COMBINE, BACKWARD_OF_COMBINE, BACKWARD_OF_DISPATCH = range(4)
 RECOMPUTED_DISPATCH, SYNC_FREE_DISPATCH = 4, 5  # which return before they have finished, as all but the first do
 
-# Cells of 8 bytes. The last call whose end the GPU has passed (the GPU writes it itself); calls entered, left, and
-# marked for the GPU; the thread of the last call; then RING calls of WIDTH cells.
+# Cells of 8 bytes. The last call whose end the GPU has passed, modulo NUMBERS (the GPU writes it itself); calls
+# entered, left, and marked for the GPU; the thread of the last call; then RING calls of WIDTH cells.
 DONE, ENTERED, LEFT, MARKED, THREAD, HEAD, WIDTH, RING = 0, 1, 2, 3, 4, 8, 4, 512
+NUMBERS = 4096  # the GPU is never so many calls behind: CUDA queues about 1000 launches, and a call has two
 RECORD_BYTES = 8 * (HEAD + WIDTH * RING)
 _ENTRY = struct.Struct("=4q")
 
@@ -48,7 +49,7 @@ class Record:
     def pending(self) -> int:
         """The first call that has not finished, 0 if none."""
         entered, left, marked = self.cells[ENTERED], self.cells[LEFT], self.cells[MARKED]
-        done = self.cells[DONE]
+        done = marked - (marked - self.cells[DONE]) % NUMBERS
         if done < marked:
             number: int = done + 1
             while number <= left and self.call(number)[1] == FORWARD_DISPATCH:

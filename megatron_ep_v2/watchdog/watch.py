@@ -67,7 +67,7 @@ class WatchedBuffer:
         if _captured(rows):
             return self.buffer.dispatch(x, **arguments)
         watch, handle = self.watch, arguments.get("handle")
-        clock = watch.clock or watch.set_clock(rows)
+        clock = watch.clock or watch.set_clock(rows, self.buffer.comm_stream)
         if handle is not None:
             kind = BACKWARD_OF_COMBINE if arguments.get("topk_weights") is None else RECOMPUTED_DISPATCH
             watch.enter(kind, *_moe_call(handle))
@@ -101,7 +101,7 @@ class WatchedBuffer:
         if _captured(x):
             return self.buffer.combine(x, handle, topk_weights, **arguments)
         watch = self.watch
-        clock = watch.clock or watch.set_clock(x)
+        clock = watch.clock or watch.set_clock(x, self.buffer.comm_stream)
         watch.enter(FORWARD_COMBINE if topk_weights is None else BACKWARD_OF_DISPATCH, *_moe_call(handle))
         try:
             answer = self.buffer.combine(x, handle, topk_weights, **arguments)
@@ -136,9 +136,9 @@ class Watch:
             self.line = Line(meeting, addresses, hosts, memory.fileno())
         self._hook = register_optimizer_step_post_hook(self._count_step)
 
-    def set_clock(self, rows: torch.Tensor) -> Any:
-        """At the first call: the clock for the device of these rows."""
-        self.clock = GpuClock(self.record) if rows.is_cuda else HostClock()
+    def set_clock(self, rows: torch.Tensor, comm_stream: torch.cuda.Stream | None) -> Any:
+        """At the first call: the clock for the device of these rows, and the stream of the buffer's kernels."""
+        self.clock = GpuClock(self.record, comm_stream) if rows.is_cuda else HostClock()
         return self.clock
 
     def enter(self, kind: int, moe_call: int, tokens: int) -> None:
