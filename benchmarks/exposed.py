@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 Interval = tuple[float, float]
+NAME_CHARACTERS = 100  # of a kernel in a trace
 
 
 @dataclass(frozen=True)
@@ -27,20 +31,54 @@ class Share:
     exposed: float
 
 
-def profiled(run: Callable[[], Any]) -> Share:
-    """Run once under the profiler."""
+def profiled(run: Callable[[], Any], trace: Path | None = None) -> Share:
+    """Run once under the profiler.
+
+    Args:
+        run: Whatever it queues is waited for.
+        trace: Write its kernels to this file (.json.gz), a line for each stream, for https://ui.perfetto.dev.
+    """
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         run()
         torch.cuda.synchronize()
     kernels = [
-        (event.name, (event.time_range.start, event.time_range.end))
+        event
         for event in profiler.events()
         if event.device_type == torch.autograd.DeviceType.CUDA
         and not getattr(event, "is_user_annotation", False)
         and not event.name.startswith(("Memcpy", "Memset"))
     ]
-    return share(kernels)
+    if trace:
+        write_trace(trace, [(event.name, event.device_resource_id, *_times(event)) for event in kernels])
+    return share((event.name, _times(event)) for event in kernels)
+
+
+def _times(event: Any) -> Interval:
+    return event.time_range.start, event.time_range.end
+
+
+def write_trace(path: Path, kernels: Iterable[tuple[str, int, float, float]]) -> None:
+    """Kernels (name, stream, start and end in microseconds) in the format of chrome://tracing, gzipped."""
+    kernels = sorted(kernels, key=lambda kernel: kernel[2])
+    events = [
+        {
+            "name": name[:NAME_CHARACTERS],
+            "ph": "X",
+            "pid": 0,
+            "tid": stream,
+            "ts": round(start - kernels[0][2], 1),
+            "dur": round(end - start, 1),
+        }
+        for name, stream, start, end in kernels
+    ]
+    streams = sorted({stream for _, stream, _, _ in kernels})
+    names = [
+        {"name": "thread_name", "ph": "M", "pid": 0, "tid": stream, "args": {"name": f"stream {stream}"}}
+        for stream in streams
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(json.dumps({"traceEvents": [*names, *events]}).encode(), mtime=0))
 
 
 def share(kernels: Iterable[tuple[str, Interval]]) -> Share:

@@ -8,13 +8,12 @@ Exposed: some kernel of deep_ep runs and no other kernel does, in a profiler's t
 for a late rank counts as running. Times are CUDA events, medians over repeats of the slowest rank; shares are the worst
 rank's. Results of both ways agree before anything is timed.
 
-Overlap is expected to save time where the GPU bounds the step, so with many tokens, or with experts that give the host
-less to launch (`--experts grouped`: torch's grouped GEMM; TransformerEngine's launch one GEMM an expert).
+Overlap saves time where the GPU bounds the step, so with many tokens (`--tokens 32768`), and with experts that give the
+host less to launch (`--experts grouped`: torch's grouped GEMM; TransformerEngine's launch one GEMM an expert).
 
-The number of hardware queues is the environment's:
+The number of hardware queues is the environment's, to be put before the command: CUDA_DEVICE_MAX_CONNECTIONS=1, or 32.
 
-    CUDA_DEVICE_MAX_CONNECTIONS=1 torchrun --nproc-per-node 8 benchmarks/gpu_overlap.py [--out ...overlap_1.jsonl]
-    CUDA_DEVICE_MAX_CONNECTIONS=32 torchrun --nproc-per-node 8 benchmarks/gpu_overlap.py [--out ...overlap_32.jsonl]
+    torchrun --nproc-per-node 8 benchmarks/gpu_overlap.py --tokens 32768 --experts grouped [--traces DIR] [--out FILE]
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -38,7 +36,7 @@ from megatron_ep_v2.experts.module import use_experts
 
 HIDDEN, FFN, EXPERTS, TOPK = 2048, 768, 128, 8  # Qwen3-30B-A3B
 SHARED_FFN = 4096  # Qwen3 has no shared expert: as much work for a token as its 8 chosen ones have, rounded down
-HEADS, VOCABULARY = 16, 32768
+HEADS, VOCABULARY, SEQUENCE = 16, 32768, 4096
 
 Run = Callable[[], dict[str, torch.Tensor]]
 
@@ -46,14 +44,17 @@ Run = Callable[[], dict[str, torch.Tensor]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--layout", choices=("compact", "expanded"), default="expanded")
+    parser.add_argument("--layout", choices=("compact", "expanded", "sync-free"), default="expanded")
     parser.add_argument("--experts", choices=("te", "grouped"), default="te", help="TEGroupedMLP, or torch's GEMM")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a micro-batch")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a micro-batch, a multiple of 4096")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--micro-batches", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--traces", type=Path, help="folder for rank 0's traces of the profiled steps")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.tokens % SEQUENCE:
+        parser.error(f"--tokens {options.tokens} is not a multiple of {SEQUENCE}, the length of a sequence")
     device = start(on_cpu=False)
     _initialise_megatron(options)
     results = Results(options.out, "gpu_overlap.py")
@@ -80,7 +81,8 @@ def _initialise_megatron(options: argparse.Namespace) -> None:
         expert_model_parallel_size=dist.get_world_size(), expert_tensor_parallel_size=1
     )
     model_parallel_cuda_manual_seed(1)
-    megatron_ep_v2.install(buffer="elastic", layout=options.layout, num_max_tokens_per_rank=options.tokens)
+    mode: dict[str, Any] = {"sync_free": True} if options.layout == "sync-free" else {"layout": options.layout}
+    megatron_ep_v2.install(buffer="elastic", num_max_tokens_per_rank=options.tokens, **mode)
 
 
 def _config(layers: int, **more: Any) -> Any:
@@ -118,14 +120,15 @@ def _config(layers: int, **more: Any) -> Any:
 
 def _shared(options: argparse.Namespace, device: torch.device) -> dict[str, Run]:
     """Layers with a residual connection, alike in both variants."""
-    from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
     from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
     def build(overlap: bool) -> torch.nn.ModuleList:
         config = _config(1, moe_shared_expert_intermediate_size=SHARED_FFN, moe_shared_expert_overlap=overlap)
-        spec = get_moe_module_spec(use_te=True, num_experts=EXPERTS, moe_grouped_gemm=True)
+        layer_spec = get_gpt_layer_with_transformer_engine_spec(num_experts=EXPERTS, moe_grouped_gemm=True)
         if options.experts == "grouped":
-            use_experts(SimpleNamespace(submodules=SimpleNamespace(mlp=spec)), "grouped")
+            use_experts(layer_spec, "grouped")
+        spec = layer_spec.submodules.mlp
         layers = range(1, options.layers + 1)
         if isinstance(spec, ModuleSpec):
             made = [build_module(spec, config=config, layer_number=number) for number in layers]
@@ -169,14 +172,15 @@ def _one_forward_one_backward(options: argparse.Namespace, device: torch.device)
         config=config,
         transformer_layer_spec=block,
         vocab_size=VOCABULARY,
-        max_sequence_length=options.tokens,
+        max_sequence_length=SEQUENCE,
         position_embedding_type="rope",
     ).to(device)
     generator = torch.Generator().manual_seed(dist.get_rank())
-    positions = torch.arange(options.tokens, device=device)[None]
+    shape = options.tokens // SEQUENCE, SEQUENCE
+    positions = torch.arange(SEQUENCE, device=device).expand(shape)
 
     def tokens() -> torch.Tensor:
-        return torch.randint(VOCABULARY, (1, options.tokens), generator=generator).to(device)
+        return torch.randint(VOCABULARY, shape, generator=generator).to(device)
 
     batches: list[dict[str, Any]] = [
         {"input_ids": tokens(), "position_ids": positions, "attention_mask": None, "labels": tokens()}
@@ -226,7 +230,10 @@ def _measure(case: str, options: argparse.Namespace, device: torch.device) -> li
     times = time_layers(variants, options.repeats, device)
     rows = []
     for name, run in variants.items():
-        shares = profiled(run)
+        trace = None
+        if options.traces and dist.get_rank() == 0:
+            trace = options.traces / f"{case}_overlap_{name}.json.gz"
+        shares = profiled(run, trace)
         values = torch.tensor([shares.step, shares.communication, shares.exposed], dtype=torch.float64, device=device)
         by_rank = values.new_empty(dist.get_world_size() * 3)
         dist.all_gather_into_tensor(by_rank, values)
