@@ -35,7 +35,7 @@ pytestmark = pytest.mark.timeout(240)
 @own_package
 def compute_beside_calls(group: Any) -> dict[str, float]:
     """Call -> the part of its kernels' time in which a GEMM ran that was queued behind it, on a stream of its own."""
-    settings.activate(settings.resolve(buffer="elastic"))
+    settings.activate(settings.resolve(buffer="elastic", watchdog_secs=30))
     x = torch.randn(TOKENS, HIDDEN, device="cuda").bfloat16()
     top = torch.rand(TOKENS, EXPERTS, device="cuda").topk(TOPK, dim=1)
     weight = torch.randn(HIDDEN, 4 * HIDDEN, device="cuda").bfloat16()
@@ -78,4 +78,4 @@ def test_compute_runs_beside_watched_calls_in_one_hardware_queue() -> None:
     )
     print(everywhere)
     for rank, found in enumerate(everywhere):
-        assert all(covered > 0.1 for covered in found.values()), f"rank {rank}: {found}"
+        assert all(covered > 0.05 for covered in found.values()), f"rank {rank}: {found}"
