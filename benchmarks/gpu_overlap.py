@@ -8,12 +8,12 @@ Exposed: some kernel of deep_ep runs and no other kernel does, in a profiler's t
 for a late rank counts as running. Times are CUDA events, medians over repeats of the slowest rank; shares are the worst
 rank's. Results of both ways agree before anything is timed.
 
-Overlap saves time where the GPU bounds the step, so with many tokens (`--tokens 32768`), and with experts that give the
-host less to launch (`--experts grouped`: torch's grouped GEMM; TransformerEngine's launch one GEMM an expert).
+Overlap can save time where the GPU bounds the step, so with many tokens, and with experts that give the host less to
+launch (`--experts grouped`: torch's grouped GEMM; TransformerEngine's launch one GEMM an expert). The number of
+hardware queues is the environment's: CUDA_DEVICE_MAX_CONNECTIONS=1 before the command, or 32. As docs/modes.md has it:
 
-The number of hardware queues is the environment's, to be put before the command: CUDA_DEVICE_MAX_CONNECTIONS=1, or 32.
-
-    torchrun --nproc-per-node 8 benchmarks/gpu_overlap.py --tokens 32768 --experts grouped [--traces DIR] [--out FILE]
+    torchrun --nproc-per-node 4 benchmarks/gpu_overlap.py --cases shared --tokens 32768 --experts grouped
+    torchrun --nproc-per-node 4 benchmarks/gpu_overlap.py --cases 1f1b --tokens 16384 --experts grouped
 """
 
 from __future__ import annotations
@@ -255,7 +255,7 @@ def _measure(case: str, options: argparse.Namespace, device: torch.device) -> li
                 "communication_us": round(communication, 1),
                 "exposed_us": round(exposed, 1),
                 "exposed_share": round(exposed / step, 4),
-                "covered": round(1 - exposed / communication, 4),
+                "covered": round(max(0.0, 1 - exposed / communication), 4),
             }
         )
     return rows

@@ -24,10 +24,13 @@ class FakeBuffer:
     """deep_ep.ElasticBuffer, which no test here may reach."""
 
     num_bytes, num_allocated_qps = 0, 0
-    get_comm_stream = object
+    comm_stream = object()
 
     def __init__(self, group: Any, **options: Any):
         pass
+
+    def get_comm_stream(self) -> Any:
+        return self.comm_stream
 
     def get_theoretical_num_sms(self, num_experts: int, num_topk: int) -> int:
         return 14
@@ -122,3 +125,7 @@ def test_a_destroyed_buffer_says_so(buffer: elastic.ElasticBuffer, monkeypatch: 
     buffer.destroy()
     for error in calls(buffer):
         assert isinstance(error, ClosedError)
+
+
+def test_the_stream_of_the_kernels_is_deep_eps(buffer: elastic.ElasticBuffer) -> None:
+    assert buffer.comm_stream is FakeBuffer.comm_stream

@@ -21,7 +21,10 @@ class FakeBuffer:
     """deep_ep.Buffer as far as it gets without a GPU."""
 
     sms = 0
-    get_comm_stream = object
+    comm_stream = object()
+
+    def get_comm_stream(self) -> Any:
+        return self.comm_stream
 
     def __init__(self, group: Any, num_nvl_bytes: int, num_rdma_bytes: int, explicitly_destroy: bool = False):
         raise RuntimeError("peer access is not supported between these two devices")
@@ -65,6 +68,7 @@ def test_a_dispatch_without_a_host_wait_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(FakeBuffer, "__init__", lambda self, *_, **__: None)
     monkeypatch.setattr(legacy, "check_group_open", lambda group: None)
     buffer = legacy.LegacyBuffer(GROUP, SPEC, settings.resolve({}), ["a", "a"])
+    assert buffer.comm_stream is FakeBuffer.comm_stream
     rows, picks = torch.zeros(3, 256, dtype=torch.bfloat16), torch.zeros(3, 2, dtype=torch.int64)
     with pytest.raises(InputError, match="cannot dispatch without a host wait") as caught:
         buffer.dispatch(rows, topk_idx=picks, num_experts=4, do_cpu_sync=False)

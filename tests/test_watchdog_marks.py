@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 
 from megatron_ep_v2.errors import UnavailableError
-from megatron_ep_v2.watchdog import clocks
+from megatron_ep_v2.watchdog import clocks, watch
 from megatron_ep_v2.watchdog.record import (
     DONE,
     ENTERED,
@@ -53,6 +54,13 @@ def test_the_record_knows_the_first_call_that_has_not_finished(record: Record) -
     assert record.pending() == 0
 
 
+def test_calls_that_are_never_marked_are_done_when_they_are_left(record: Record) -> None:
+    """Those of a buffer on the CPU, however many."""
+    record.cells[ENTERED] = record.cells[LEFT] = NUMBERS + 5
+    assert record.pending() == 0
+    assert record.enter(FORWARD_COMBINE, 1, 7, 40) == record.pending() == NUMBERS + 6
+
+
 def test_a_sync_free_dispatch_has_not_finished_when_it_was_left(record: Record) -> None:
     number = record.enter(SYNC_FREE_DISPATCH, 1, 7, 40)
     record.cells[LEFT] = record.cells[MARKED] = number
@@ -62,58 +70,102 @@ def test_a_sync_free_dispatch_has_not_finished_when_it_was_left(record: Record) 
 
 
 class Driver:
-    """In CUDA's place: keeps what is copied in a stream, and answers with the code that it is given.
+    """In the place of CUDA, and of the one function of it that is loaded: does the copies, keeps what is queued, and
+    answers with the code that it is given.
 
     Attributes:
-        copied: (address, value, bytes, stream) of each copy.
+        queued: In order.
     """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, registered: int = 0):
-        self.copied: list[tuple[int, int, int, int]] = []
+        self.queued: list[tuple[Any, ...]] = []
         self.code = 0
-        arange = torch.arange
+        self.registered: list[int] = []
+        driver, arange = self, torch.arange
+
+        class Stream:
+            cuda_stream = 55
+
+            def wait_event(self, event: Any) -> None:
+                driver.queued.append(("wait", 55, event))
+
+            def synchronize(self) -> None:
+                driver.queued.append(("the host waits", 55))
+
+        class Event:
+            def record(self, stream: Any) -> None:
+                driver.queued.append(("record", stream, self))
+
+        def unregister(address: int) -> None:
+            self.registered.remove(address)
+
+        def register(address: int, size: int, flags: int) -> int:
+            self.registered += [address] if registered == 0 else []
+            return registered
+
+        cudart = SimpleNamespace(cudaHostRegister=register, cudaHostUnregister=unregister)
         monkeypatch.setattr(torch, "arange", lambda number, device: arange(number))
-        monkeypatch.setattr(torch.cuda, "cudart", lambda: SimpleNamespace(cudaHostRegister=lambda *_: registered))
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the current one")
-        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 100 + device, raising=False)
+        monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
         monkeypatch.setattr(clocks.ctypes, "CDLL", lambda name: SimpleNamespace(cuMemcpyDtoHAsync_v2=self))
 
     def __call__(self, to: int, source: int, size: int, stream: int) -> int:
-        self.copied.append((to, ctypes.c_int64.from_address(source).value, size, stream))
+        if self.code == 0:
+            ctypes.memmove(to, source, size)
+        self.queued.append(("copy", stream, ctypes.c_int64.from_address(source).value))
         return self.code
 
 
-class CommStream:
-    """A buffer's stream."""
-
-    cuda_stream = 55
-
-    def __init__(self) -> None:
-        self.waited: list[Any] = []
-
-    def wait_stream(self, other: Any) -> None:
-        self.waited.append(other)
-
-
-@pytest.mark.parametrize("own", [False, True], ids=["the current stream", "the stream of the calls"])
-def test_the_gpu_is_told_to_write_the_number_of_a_call(
-    own: bool, record: Record, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("comm_stream", [None, "deep_ep's"])
+def test_the_gpu_writes_the_number_of_a_call_when_its_kernels_are_done(
+    comm_stream: Any, record: Record, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    driver, comm = Driver(monkeypatch), CommStream()
-    clock = clocks.GpuClock(record, cast(Any, comm) if own else None)
-    stream = 55 if own else 103
-    address = torch.frombuffer(record.page, dtype=torch.int64).data_ptr() + 8 * DONE
-    clock.mark(7)
-    assert driver.copied == [(address, 0, 8, stream), (address, 7, 8, stream)] and record.cells[MARKED] == 7
-    assert comm.waited == (["the current one"] if own else []), "for the numbers that are copied"
-    clock.mark(NUMBERS + 9)
-    assert driver.copied[-1] == (address, 9, 8, stream) and record.cells[MARKED] == NUMBERS + 9
+    driver = Driver(monkeypatch)
+    clock = clocks.GpuClock(record, comm_stream)
+    assert driver.queued == [("copy", 55, 0), ("the host waits", 55)]
+    for number in (7, NUMBERS + 9):
+        driver.queued.clear()
+        clock.mark(number)
+        (_, recorded_in, event), *rest = driver.queued
+        assert recorded_in == comm_stream and rest == [("wait", 55, event), ("copy", 55, number % NUMBERS)]
+        assert record.cells[MARKED] == number and record.cells[DONE] == number % NUMBERS
     driver.code = 700
     with pytest.raises(RuntimeError, match="fault of a kernel"):
         monkeypatch.setattr(torch.cuda, "check_error", fault_of_a_kernel)
         clock.mark(8)
     assert record.cells[MARKED] == NUMBERS + 9, "nothing was queued"
+
+
+def test_what_the_gpu_still_has_to_write_to_stays_registered(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(monkeypatch)
+    kept: list[Any] = []
+    monkeypatch.setattr(clocks, "_unfinished", kept)
+    clock = clocks.GpuClock(record)
+    record.cells[LEFT] = record.enter(FORWARD_COMBINE, 1, 1, 40)
+    clock.mark(1)
+    record.cells[DONE] = 0  # not yet
+    clock.close()
+    assert kept == [clock] and len(driver.registered) == 1
+    record.cells[DONE] = 1
+    clock.close()
+    assert not driver.registered
+
+
+def test_calls_are_marked_behind_the_kernels_of_the_buffer(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not in the stream that is the current one."""
+    made: list[tuple[Any, ...]] = []
+    clock = SimpleNamespace(every=7, mark=lambda number: None)
+    monkeypatch.setattr(watch, "GpuClock", lambda *arguments: made.append(arguments) or clock)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    rank = object.__new__(watch.Watch)
+    rank.clock, rank.record, rank.step = None, record, 1
+    buffer: Any = SimpleNamespace(comm_stream="deep_ep's", combine=lambda *arguments: "an answer")
+    rows: Any = SimpleNamespace(is_cuda=True)
+    watched = watch.WatchedBuffer(buffer, rank)
+    assert [watched.combine(rows, None) for _ in range(2)] == ["an answer"] * 2
+    assert made == [(record, "deep_ep's")]
 
 
 def test_what_the_gpu_writes_begins_anew(record: Record) -> None:
@@ -126,6 +178,13 @@ def test_what_the_gpu_writes_begins_anew(record: Record) -> None:
         assert record.pending() == pending
 
 
+def test_the_gpu_may_be_done_before_the_host_has_written_that_it_will_be(record: Record) -> None:
+    for _ in range(2):
+        record.cells[LEFT] = record.enter(FORWARD_COMBINE, 1, 1, 40)
+    record.cells[MARKED], record.cells[DONE] = 1, 2
+    assert record.pending() == 0
+
+
 def fault_of_a_kernel(code: int) -> None:
     raise RuntimeError(f"fault of a kernel: {code}")
 
@@ -136,10 +195,12 @@ def test_a_gpu_that_cannot_write(registered: int, code: int, record: Record, mon
     driver.code = code
     with pytest.raises(UnavailableError, match=f"cannot write .* answers {registered or code}"):
         clocks.GpuClock(record)
+    assert not driver.registered
 
 
 def test_a_machine_without_the_driver(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
-    Driver(monkeypatch)
+    driver = Driver(monkeypatch)
     monkeypatch.setattr(clocks.ctypes, "CDLL", lambda name: SimpleNamespace())
     with pytest.raises(UnavailableError, match="cannot write to the watchdog's record"):
         clocks.GpuClock(record)
+    assert not driver.registered

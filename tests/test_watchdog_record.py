@@ -25,6 +25,7 @@ from megatron_ep_v2.watchdog.record import (
     ENTERED,
     LEFT,
     MARKED,
+    NUMBERS,
     RING,
     SYNC_FREE_DISPATCH,
     Record,
@@ -65,7 +66,7 @@ class SlowGpu(HostClock):
         self.record.cells[MARKED] = number
 
     def work(self, number: int) -> None:
-        self.record.cells[DONE] = number
+        self.record.cells[DONE] = number % NUMBERS
 
 
 @own_package
@@ -78,6 +79,8 @@ def stick_on_the_gpu(group: Any, folder: str) -> str:
         watched: Any = pool.find(group)
         watched.buffer = QueuingBuffer(watched.buffer)
         gpu = watched.watch.clock = SlowGpu(watched.watch.record)
+        cells = gpu.record.cells
+        cells[ENTERED] = cells[LEFT] = NUMBERS - 2 * RING  # what the GPU writes begins anew, too
         x, picks = rows(), torch.zeros(stalls.TOKENS, 1, dtype=torch.int64)
         for _ in range(2 * RING):  # the record's places have come round
             handle = watched.dispatch(x, topk_idx=picks)[3]
@@ -87,6 +90,7 @@ def stick_on_the_gpu(group: Any, folder: str) -> str:
         if group.rank() != CULPRIT:
             watched.combine(x, handle)
             watched.dispatch(x, handle=handle)  # queued behind it
+        assert cells[LEFT] > NUMBERS + RING
         time.sleep(LIMIT + 2)
         printed = file.read_text()
         gpu.work(watched.watch.number)
@@ -180,7 +184,7 @@ def dispatch_sync_free(group: Any) -> tuple[int, int, int]:
     watched.dispatch(x, **arguments)
     record = watched.watch.record
     found = (record.call(record.cells[ENTERED])[1], record.cells[MARKED], record.cells[ENTERED])
-    record.cells[DONE] = record.cells[MARKED]
+    record.cells[DONE] = record.cells[MARKED]  # few calls
     return found
 
 

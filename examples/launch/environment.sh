@@ -1,7 +1,8 @@
 # The environment of a training process. Sourced by prepare.sh; what is set already is kept.
 # shellcheck shell=bash
 
-# Megatron asks for it where tensor or context parallelism runs on Hopper or older.
+# Megatron asks for it where tensor or context parallelism runs on Hopper or older. Without those, 32 is better for
+# --overlap-moe-expert-parallel-comm (docs/modes.md#overlap).
 export CUDA_DEVICE_MAX_CONNECTIONS="${CUDA_DEVICE_MAX_CONNECTIONS:-1}"
 
 # DeepEP V2 compiles its kernels when they are first used, about 2.5 s each, and keeps them here. Its default is

@@ -103,7 +103,7 @@ class Buffer(Protocol):
         num_bytes: Device memory that the buffer holds.
         num_sms: SMs that a call takes unless told otherwise; 0 where there are none.
         num_qps: RDMA queue pairs allocated; 0 where that is not the buffer's choice.
-        comm_stream: The CUDA stream that the kernels of all calls run on; None where that is the current one.
+        comm_stream: The CUDA stream that the communication's kernels run on; None where that is the current one.
         supports_expand: Whether `do_expand=True` is carried.
         supports_cached_weights: Whether a dispatch with a `handle` carries `topk_weights`.
     """

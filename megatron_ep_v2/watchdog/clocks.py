@@ -52,15 +52,18 @@ class GpuClock:
     the capture of a CUDA graph.
 
     A copy, because it has a hardware queue of its own. Where all streams share one for kernels
-    (CUDA_DEVICE_MAX_CONNECTIONS=1), whatever else waits there for the communication (a kernel, a memset, a write to
-    memory) holds back what other streams have queued behind it, and nothing runs beside the communication. It goes into
-    the stream of the call's kernels, in which all calls have one order.
+    (CUDA_DEVICE_MAX_CONNECTIONS=1), a kernel, a memset or a write to memory that waits for the communication holds back
+    what other streams have queued behind it, and nothing runs beside the communication. In a stream of its own, because
+    a copy may have to wait for larger ones (offloaded activations), and no call shall wait for that.
 
     A dispatch is timed by two events, used again and again; one of seven is enough for the summary of arrivals.
 
     Args:
         record: Of this rank.
-        comm_stream: Of the calls' kernels; None = the current one.
+        comm_stream: Of the calls' kernels; None = the current one at each call.
+
+    Raises:
+        UnavailableError: The GPU cannot write to the record.
     """
 
     every = 7
@@ -68,19 +71,20 @@ class GpuClock:
     def __init__(self, record: Record, comm_stream: torch.cuda.Stream | None = None):
         self._waits: collections.deque[tuple[int, tuple[Any, Any]]] = collections.deque()
         self._record, self._cells = record, torch.frombuffer(record.page, dtype=torch.int64)
+        self._done = self._cells.data_ptr() + 8 * DONE
+        self._comm_stream, self._stream, self._event = comm_stream, torch.cuda.Stream(), torch.cuda.Event()
+        with torch.cuda.stream(self._stream):
+            self._numbers = torch.arange(NUMBERS, device="cuda")
+        self._first = self._numbers.data_ptr()
+        self._copy = _copy_to_host()
         code = int(torch.cuda.cudart().cudaHostRegister(self._cells.data_ptr(), self._cells.nbytes, 0))
         if code:
             raise _cannot_write(f"cudaHostRegister answers {code}")
-        self._done, self._device = self._cells.data_ptr() + 8 * DONE, torch.cuda.current_device()
-        self._comm_stream = comm_stream
-        self._numbers = torch.arange(NUMBERS, device="cuda")
-        self._first = self._numbers.data_ptr()
-        if comm_stream is not None:
-            comm_stream.wait_stream(torch.cuda.current_stream())
-        self._copy = _copy_to_host()
-        code = self._copy(self._done, self._first, 8, self._stream())
+        code = self._copy(self._done, self._first, 8, self._stream.cuda_stream)
         if code:
+            torch.cuda.cudart().cudaHostUnregister(self._cells.data_ptr())
             raise _cannot_write(f"cuMemcpyDtoHAsync answers {code}")
+        self._stream.synchronize()
 
     def start(self) -> tuple[Any, Any]:
         if len(self._waits) < WAITS_KEPT:
@@ -101,16 +105,12 @@ class GpuClock:
 
     def mark(self, number: int) -> None:
         """Queue the word that call `number` is done. An error here is that of some earlier kernel."""
-        code = self._copy(self._done, self._first + 8 * (number % NUMBERS), 8, self._stream())
+        self._event.record(self._comm_stream)
+        self._stream.wait_event(self._event)
+        code = self._copy(self._done, self._first + 8 * (number % NUMBERS), 8, self._stream.cuda_stream)
         if code:
             torch.cuda.check_error(code)
         self._record.cells[MARKED] = number
-
-    def _stream(self) -> int:
-        """Of the calls' kernels. The current one without the object that torch.cuda.current_stream() makes of it."""
-        if self._comm_stream is not None:
-            return self._comm_stream.cuda_stream
-        return torch._C._cuda_getCurrentRawStream(self._device)
 
     def close(self) -> None:
         """Take the record away from CUDA; where the GPU still has to write to it, both stay until the process ends."""

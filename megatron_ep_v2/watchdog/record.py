@@ -16,7 +16,7 @@ RECOMPUTED_DISPATCH, SYNC_FREE_DISPATCH = 4, 5  # which return before they have 
 # Cells of 8 bytes. The last call whose end the GPU has passed, modulo NUMBERS (the GPU writes it itself); calls
 # entered, left, and marked for the GPU; the thread of the last call; then RING calls of WIDTH cells.
 DONE, ENTERED, LEFT, MARKED, THREAD, HEAD, WIDTH, RING = 0, 1, 2, 3, 4, 8, 4, 512
-NUMBERS = 4096  # the GPU is never so many calls behind: CUDA queues about 1000 launches, and a call has two
+NUMBERS = 4096  # more than the calls that the GPU can be behind: a launch blocks at about 1000 that are queued
 RECORD_BYTES = 8 * (HEAD + WIDTH * RING)
 _ENTRY = struct.Struct("=4q")
 
@@ -48,8 +48,10 @@ class Record:
 
     def pending(self) -> int:
         """The first call that has not finished, 0 if none."""
-        entered, left, marked = self.cells[ENTERED], self.cells[LEFT], self.cells[MARKED]
-        done = marked - (marked - self.cells[DONE]) % NUMBERS
+        cells = self.cells
+        done = cells[DONE]  # first: then it is not ahead of the calls left, by which it is told how often it began anew
+        entered, left, marked = cells[ENTERED], cells[LEFT], cells[MARKED]
+        done = left - (left - done) % NUMBERS
         if done < marked:
             number: int = done + 1
             while number <= left and self.call(number)[1] == FORWARD_DISPATCH:

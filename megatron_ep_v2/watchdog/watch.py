@@ -1,7 +1,7 @@
 """The rank's side of the watchdog: it writes down each call of a buffer, and has a watcher beside it that reads.
 
-A call costs a few stores into shared memory and, on a GPU, a write of 8 bytes. Calls that a CUDA graph captures are not
-written down: what is recorded then would be replayed, with the numbers of the calls that were captured.
+A call costs a few stores into shared memory and, on a GPU, a copy of 8 bytes behind it. Calls that a CUDA graph
+captures are not written down: what is recorded then would be replayed, with the numbers of the captured calls.
 """
 
 from __future__ import annotations

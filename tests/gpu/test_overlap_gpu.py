@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from exposed import profiled
 
-RANKS = min(4, torch.cuda.device_count())
+RANKS = torch.cuda.device_count()
 TOKENS, HIDDEN, EXPERTS, TOPK = 4096, 2048, 128, 8
 AHEAD_CYCLES = 4_000_000  # about 2 ms: until all is queued, on every rank
 
