@@ -23,6 +23,7 @@ MODULES = (fused_a2a, token_dispatcher, dist, dist.distributed_c10d, SCHEDULE_MO
 MANAGER = token_dispatcher._DeepepManager  # Megatron's own, taken before any test runs
 FLEX = token_dispatcher.MoEFlexTokenDispatcher
 CLASSES = (MANAGER, FLEX, CheckpointFunction)
+CALLS = ("fused_dispatch", "fused_combine", "set_deepep_num_sms")  # that both modules hold
 
 
 def names() -> dict[tuple[str, str], Any]:
