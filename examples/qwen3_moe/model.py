@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
 import re
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,7 @@ from megatron_ep_v2.experts.module import use_experts
 
 from . import cpu
 from .options import Options
+from .presets import ModelShape
 
 INIT_STD = 0.02
 EXPERT_NAME = re.compile(r"(.*\.experts)(?:\.local_experts\.(\d+)(\..*)|(\..*\.weight)(\d+))")
@@ -74,33 +77,56 @@ def transformer_config(options: Options, device: torch.device, world: int) -> Tr
         perform_initialization=False,  # `initialise` does it
         bias_activation_fusion=on_gpu,
         masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=False,  # but see `with_fused_gradients`
         **(recompute if options.recompute and on_gpu else {}),
     )
 
 
 def layer_spec(options: Options, device: torch.device) -> ModuleSpec:
     """TransformerEngine's modules on GPUs where it is installed, else Megatron's local ones; experts as chosen."""
-    spec = _layer_spec(options, device)
+    spec = megatron_layer_spec(options.shape, device)
     if options.experts != "megatron":
         use_experts(spec, options.experts)
     return spec
 
 
-def _layer_spec(options: Options, device: torch.device) -> ModuleSpec:
+def megatron_layer_spec(shape: ModelShape, device: torch.device) -> ModuleSpec:
+    """The same with Megatron's own experts."""
     if device.type == "cuda" and have_transformer_engine():
-        return get_gpt_layer_with_transformer_engine_spec(
-            num_experts=options.shape.num_experts, moe_grouped_gemm=True, qk_layernorm=True
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=shape.num_experts, moe_grouped_gemm=True, qk_layernorm=True
         )
+        spec.module = with_fused_gradients(spec.module)
+        return spec
     spec = get_gpt_layer_local_spec(
-        num_experts=options.shape.num_experts, moe_grouped_gemm=False, qk_layernorm=True, normalization="RMSNorm"
+        num_experts=shape.num_experts, moe_grouped_gemm=False, qk_layernorm=True, normalization="RMSNorm"
     )
     if device.type == "cpu":
-        mlp = spec.submodules.mlp  # a ModuleSpec, from megatron-core 0.18 on a functools.partial
-        moe = mlp.submodules if isinstance(mlp, ModuleSpec) else mlp.keywords["submodules"]
-        moe.router = cpu.CpuRouter
+        moe_submodules(spec).router = cpu.CpuRouter
         spec.submodules.self_attention.submodules.core_attention = cpu.CpuCoreAttention
     return spec
+
+
+def moe_submodules(spec: ModuleSpec) -> Any:
+    """The MoESubmodules of a layer."""
+    mlp = spec.submodules.mlp  # a ModuleSpec, from megatron-core 0.18 on a functools.partial
+    return mlp.submodules if isinstance(mlp, ModuleSpec) else mlp.keywords["submodules"]
+
+
+def with_fused_gradients(layer: type) -> type:
+    """A transformer layer whose linears add weight gradients to `main_grad` in the GEMM, as Megatron's training has it.
+
+    TransformerEngine's linears and megatron_ep_v2's experts can. Megatron's own cannot without apex and refuse to be
+    built, and GPTModel's output layer is one of them; so the layers alone have `gradient_accumulation_fusion` set.
+    """
+
+    class FusedGradients(layer):  # type: ignore[misc, valid-type]
+        def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any):
+            config = copy.copy(config)
+            config.gradient_accumulation_fusion = True
+            super().__init__(config, *args, **kwargs)
+
+    return FusedGradients
 
 
 def build_model(options: Options, device: torch.device, rank: int, world: int) -> GPTModel:

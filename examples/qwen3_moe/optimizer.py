@@ -8,7 +8,6 @@ one rank and has seen the tokens of all).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,8 +16,26 @@ import torch.distributed as dist
 from .presets import Recipe
 
 
+def collect_gradient(parameter: torch.nn.Parameter, into: torch.Tensor) -> None:
+    """Add a parameter's gradients up in an fp32 tensor of its shape, micro-batch after micro-batch.
+
+    As in Megatron's own data parallelism: a module that fuses this with its GEMM adds to `main_grad` by itself, says so
+    in `grad_added_to_main_grad`, and gives autograd something of the right shape that nobody reads.
+    """
+    parameter.main_grad, parameter.grad_added_to_main_grad = into, False
+    parameter.register_post_accumulate_grad_hook(_collect)
+
+
+def _collect(parameter: torch.Tensor) -> None:
+    assert parameter.grad is not None  # the hook runs after its accumulation
+    if not parameter.grad_added_to_main_grad:
+        parameter.main_grad.add_(parameter.grad)
+    parameter.grad_added_to_main_grad = False  # said anew in each backward
+    parameter.grad = None
+
+
 class FlatGradients:
-    """fp32 gradients of several parameters as views of one buffer; fed by autograd, micro-batch after micro-batch."""
+    """fp32 gradients of several parameters as views of one buffer."""
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], device: torch.device):
         sizes = [p.numel() for p in parameters.values()]
@@ -26,48 +43,26 @@ class FlatGradients:
         views = self.buffer.split(sizes)
         self.by_name = {name: view.view_as(p) for (name, p), view in zip(parameters.items(), views, strict=True)}
         for name, parameter in parameters.items():
-            parameter.register_post_accumulate_grad_hook(self._collector(self.by_name[name]))
-
-    @staticmethod
-    def _collector(view: torch.Tensor) -> Callable[[torch.Tensor], None]:
-        def collect(parameter: torch.Tensor) -> None:
-            assert parameter.grad is not None  # the hook runs after its accumulation
-            view.add_(parameter.grad)
-            parameter.grad = None
-
-        return collect
+            collect_gradient(parameter, self.by_name[name])
 
     def square_sum(self) -> torch.Tensor:
         return torch.linalg.vector_norm(self.buffer, dtype=torch.float64).square()
 
 
-class Optimizer:
-    """Owns the gradients and the fp32 masters of one rank's parameters.
+class Gradients:
+    """Of one rank's parameters.
 
     Attributes:
-        gradients: By parameter name, fp32. Complete after `reduce`; `step` scales them by the clipping.
+        by_name: By parameter name, fp32. Complete after `reduce`; the optimizer scales them by the clipping.
     """
 
-    def __init__(self, parameters: dict[str, torch.nn.Parameter], recipe: Recipe, device: torch.device):
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], device: torch.device):
         dense = {n: p for n, p in parameters.items() if ".experts." not in n}
         experts = {n: p for n, p in parameters.items() if n not in dense}
         self.dense, self.experts = FlatGradients(dense, device), FlatGradients(experts, device)
-        self.gradients = {**self.dense.by_name, **self.experts.by_name}
-        self.parameters = parameters
-        self.grad_clip = recipe.grad_clip
-        # An fp32 parameter is its own master.
-        self.masters = {
-            n: p.detach() if p.dtype == torch.float32 else p.detach().float() for n, p in parameters.items()
-        }
-        for name, master in self.masters.items():
-            master.grad = self.gradients[name]
-        groups = [
-            {"params": [m for m in self.masters.values() if m.dim() > 1], "weight_decay": recipe.weight_decay},
-            {"params": [m for m in self.masters.values() if m.dim() == 1], "weight_decay": 0.0},
-        ]
-        self.adamw = torch.optim.AdamW(groups, betas=(recipe.adam_beta1, recipe.adam_beta2), eps=1e-8, fused=True)
+        self.by_name = {**self.dense.by_name, **self.experts.by_name}
 
-    def zero_gradients(self) -> None:
+    def zero(self) -> None:
         self.dense.buffer.zero_()
         self.experts.buffer.zero_()
 
@@ -75,13 +70,34 @@ class Optimizer:
         """Add up the dense gradients of all ranks."""
         dist.all_reduce(self.dense.buffer)
 
+    def scale(self, factor: float) -> None:
+        self.dense.buffer.mul_(factor)
+        self.experts.buffer.mul_(factor)
+
+
+class Optimizer:
+    """Owns the fp32 masters of one rank's parameters."""
+
+    def __init__(self, parameters: dict[str, torch.nn.Parameter], gradients: Gradients, recipe: Recipe):
+        self.parameters, self.gradients = parameters, gradients
+        self.grad_clip = recipe.grad_clip
+        # An fp32 parameter is its own master.
+        self.masters = {
+            n: p.detach() if p.dtype == torch.float32 else p.detach().float() for n, p in parameters.items()
+        }
+        for name, master in self.masters.items():
+            master.grad = gradients.by_name[name]
+        groups = [
+            {"params": [m for m in self.masters.values() if m.dim() > 1], "weight_decay": recipe.weight_decay},
+            {"params": [m for m in self.masters.values() if m.dim() == 1], "weight_decay": 0.0},
+        ]
+        self.adamw = torch.optim.AdamW(groups, betas=(recipe.adam_beta1, recipe.adam_beta2), eps=1e-8, fused=True)
+
     @torch.no_grad()
     def step(self, lr: float, grad_norm: float) -> None:
         """Clip by the global norm, update the masters, round them to the parameters."""
         if self.grad_clip and grad_norm > self.grad_clip:
-            scale = self.grad_clip / grad_norm
-            self.dense.buffer.mul_(scale)
-            self.experts.buffer.mul_(scale)
+            self.gradients.scale(self.grad_clip / grad_norm)
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()

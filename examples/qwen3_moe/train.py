@@ -18,7 +18,7 @@ from megatron_ep_v2.load import ExpertLoad
 
 from .data import check_token_ids
 from .model import build_model, named_parameters
-from .optimizer import Optimizer, learning_rate
+from .optimizer import Gradients, Optimizer, learning_rate
 from .options import Options
 
 
@@ -54,15 +54,19 @@ class Trainer:
 
     Micro-batches are [micro-batch size, seq_length + 1] int64 on the host; every rank gives the same number of them, of
     the same size.
+
+    Args:
+        with_optimizer: Without, no masters and moments take memory, and a step changes no parameter.
     """
 
-    def __init__(self, options: Options, device: torch.device):
+    def __init__(self, options: Options, device: torch.device, with_optimizer: bool = True):
         self.options, self.device = options, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.model = build_model(options, device, self.rank, self.world)
         parameters = named_parameters(self.model, self.rank, options.shape.num_experts // self.world)
         self._local_experts = options.shape.num_experts // self.world
-        self.optimizer = Optimizer(parameters, options.recipe, device)
+        self.gradients = Gradients(parameters, device)
+        self.optimizer = Optimizer(parameters, self.gradients, options.recipe) if with_optimizer else None
         self.step_number = 0
         load_shape = (options.shape.num_layers, options.shape.num_experts)
         self.expert_load = torch.zeros(load_shape, dtype=torch.float64, device=device)
@@ -77,14 +81,17 @@ class Trainer:
             LayoutOverflowError: Before the update, on every rank: the step can be repeated with more room for rows.
         """
         stats = self.backward(micro_batches, stop)
-        self.optimizer.step(learning_rate(self.options.recipe, self.step_number + 1), stats.grad_norm)
+        if self.optimizer is None:
+            read_all()  # which an optimizer's step does
+        else:
+            self.optimizer.step(learning_rate(self.options.recipe, self.step_number + 1), stats.grad_norm)
         self.step_number += 1
         return stats
 
     def backward(self, micro_batches: Sequence[torch.Tensor], stop: bool = False) -> StepStats:
         """Leave the gradient of the global batch's mean loss in `named_gradients()`, without an update."""
         self.model.train()
-        self.optimizer.zero_gradients()
+        self.gradients.zero()
         self.expert_load.zero_()
         self._counted_by_dispatch()  # what an evaluation has left
         # Megatron's router adds the gradient of each micro-batch's load-balancing loss by itself, at this scale.
@@ -96,7 +103,7 @@ class Trainer:
             micro_loss = self._token_losses(tokens).sum() / num_tokens
             micro_loss.backward()
             loss += micro_loss.detach()
-        self.optimizer.reduce()
+        self.gradients.reduce()
         return self._reduce_stats(loss, stop)
 
     @torch.no_grad()
@@ -117,11 +124,11 @@ class Trainer:
 
     def named_gradients(self) -> dict[str, torch.Tensor]:
         """This rank's fp32 gradients: all dense parameters, and its own experts by their global number."""
-        return self.optimizer.gradients
+        return self.gradients.by_name
 
     def num_parameters(self) -> tuple[int, int]:
         """(in the whole model, used by one token)."""
-        dense, experts = self.optimizer.dense.buffer.numel(), self.optimizer.experts.buffer.numel() * self.world
+        dense, experts = self.gradients.dense.buffer.numel(), self.gradients.experts.buffer.numel() * self.world
         shape = self.options.shape
         return dense + experts, dense + experts * shape.topk // shape.num_experts
 
@@ -145,10 +152,10 @@ class Trainer:
         mine = slice(self.rank * self._local_experts, (self.rank + 1) * self._local_experts)
         for number, counts in self._counted_by_dispatch().items():
             self.expert_load[number, mine] = counts.to(self.expert_load)
-        head = torch.stack((loss, self.optimizer.experts.square_sum(), loss.new_tensor(float(stop))))
+        head = torch.stack((loss, self.gradients.experts.square_sum(), loss.new_tensor(float(stop))))
         sums = torch.cat((head, self.expert_load.flatten()))
         dist.all_reduce(sums)
-        grad_norm = (self.optimizer.dense.square_sum() + sums[1]).sqrt()
+        grad_norm = (self.gradients.dense.square_sum() + sums[1]).sqrt()
         loss_value, norm_value, stops = torch.stack((sums[0], grad_norm, sums[2])).tolist()
         if not math.isfinite(norm_value):
             raise DivergedError(
