@@ -11,19 +11,22 @@ import pytest
 import torch
 from test_bench import ROOT, bench, document
 
+from megatron_ep_v2.cli.bench_options import parse
+
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
 
 from qwen3_moe.presets import PRESETS  # noqa: E402
-from whole_step.advice import advice  # noqa: E402
+from whole_step.advice import advice, what_experts_give  # noqa: E402
+from whole_step.experts import owner  # noqa: E402
 from whole_step.model import layers_that_fit, step_flops  # noqa: E402
 from whole_step.sections import Stopwatch, Watched  # noqa: E402
 
-SMALL = ["--shapes", "custom", "--hidden", "128", "--experts", "8", "--topk", "3", "--expert-ffn", "64"]
+SMALL = ["--shapes", "custom", "--hidden", "128", "--topk", "3", "--expert-ffn", "64"]
 SMALL += ["--tokens", "48", "--layers", "2", "--repeats", "4", "--micro-batches", "2"]
 
 
 def test_whole_steps_of_every_dispatcher_here_end_with_settings_to_copy(tmp_path: Path) -> None:
-    done = bench(*SMALL, "--step", "--tune", "--out", str(tmp_path / "rows.jsonl"))
+    done = bench(*SMALL, "--experts", "8", "--step", "--tune", "--out", str(tmp_path / "rows.jsonl"))
     assert done.returncode == 0, done.stderr
     rows = {row["variant"]: row for row in document(done)["rows"]}
     timed = {name: row for name, row in rows.items() if row["status"] == "ok"}
@@ -43,9 +46,67 @@ def test_whole_steps_of_every_dispatcher_here_end_with_settings_to_copy(tmp_path
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1 + len(rows)
 
 
+def test_whole_steps_with_every_kind_of_experts() -> None:
+    """On one set of weights: all of them train the same. What cannot run here says why, once for all dispatchers."""
+    kinds = ["megatron", "grouped", "sequential", "deepgemm", "megatron-opfuser"]
+    variants = ["alltoall", "reference-expanded", "hybridep"]
+    done = bench(
+        *(*SMALL, "--experts-per-rank", "4", "--step", "--no-optimizer"),
+        *("--variants", *variants, "--expert-backends", *kinds),
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {(row["variant"], row["expert_backend"]): row for row in document(done)["rows"]}
+    assert set(rows) == {(variant, kind) for variant in variants for kind in kinds}
+    timed = {names for names, row in rows.items() if row["status"] == "ok"}
+    assert timed == {(variant, kind) for variant in variants[:2] for kind in kinds[:3]}
+    for names, row in rows.items():
+        assert row["experts"] == 8 and row["optimizer"] is False
+        if names in timed:
+            assert max(row["relative_l2"].values()) < 1e-5
+            fastest = rows["alltoall", "megatron"]["step_ms"]  # of alltoall's with Megatron's experts, the only one
+            assert row["ratio_to_alltoall"] == pytest.approx(row["step_ms"] / fastest, abs=1e-3)
+        else:
+            assert row["status"] == "unavailable" and "step_ms" not in row
+    assert "No module named 'deep_gemm'" in rows["alltoall", "deepgemm"]["reason"]
+    assert "SequentialMLP" in rows["alltoall", "megatron-opfuser"]["reason"]
+    lines = done.stdout.splitlines()
+    missing = [line.partition(":")[0] for line in lines if ": not available: " in line]
+    assert sorted(missing) == ["deepgemm experts", "hybridep", "megatron-opfuser experts"]
+    assert [line.split()[0] for line in lines if "the tokens/s" in line] == ["grouped", "sequential"]
+
+
+def test_kinds_of_experts_unless_asked_for() -> None:
+    assert parse(["--step"]).expert_backends == ["megatron", "grouped"]
+    assert parse(["--tune"]).expert_backends == parse(["--step", "--tune"]).expert_backends == ["megatron"]
+    assert owner(["megatron"]) == "megatron"  # as Megatron stores them, where there is nothing to share
+
+
+def test_what_the_table_says_of_experts() -> None:
+    def timed(variant: str, experts: str, step_ms: float, layout: str | None = None, noise: str = "") -> dict[str, Any]:
+        return row(variant, 0, step_ms, noise) | {"expert_backend": experts, "layout": layout}
+
+    stock, fused = timed("alltoall", "megatron", 50.0), timed("alltoall+fused-permute", "megatron", 42.0)
+    ours = timed("expanded", "grouped", 20.0, "expanded")
+    missing = {"variant": "expanded", "expert_backend": "deepgemm", "status": "unavailable"}
+    assert what_experts_give([stock, fused, timed("alltoall", "grouped", 45.0), ours, missing]) == [
+        "grouped experts, expanded: 2.10 x the tokens/s of Megatron's best (alltoall+fused-permute, megatron experts)"
+    ]
+    mixed = timed("expanded", "megatron", 40.0, "expanded", "it varies")
+    assert what_experts_give([fused, mixed, ours]) == [
+        "grouped experts, expanded: 2.00 x the tokens/s of Megatron's best (expanded, megatron experts), 2.10 x with "
+        "Megatron's dispatchers (alltoall+fused-permute, megatron experts); noisy rows"
+    ]
+    assert what_experts_give([stock, timed("expanded", "grouped", 60.0, "expanded")]) == [
+        "grouped experts: Megatron's own are faster here and should be kept, 1.20 x the tokens/s "
+        "(alltoall, megatron experts; expanded)"
+    ]
+    assert what_experts_give([stock, missing]) == what_experts_give([ours]) == []
+
+
 def row(variant: str, num_sms: int, step_ms: float, noise: str = "") -> dict[str, Any]:
     layout = variant.partition("+")[0]
-    return {"variant": variant, "layout": layout, "num_sms": num_sms, "step_ms": step_ms, "noise": noise}
+    row = {"variant": variant, "layout": layout, "num_sms": num_sms, "step_ms": step_ms, "noise": noise}
+    return row | {"expert_backend": "megatron", "status": "ok"}
 
 
 def test_the_advice_is_the_best_row() -> None:
@@ -65,6 +126,8 @@ def test_the_advice_is_the_best_row() -> None:
         "export MCORE_DEEPEP_V2_NUM_SMS=14",
         "export MCORE_DEEPEP_V2_LAYOUT=expanded",
     ]
+    both = advice([*rows, row("expanded", 14, 39.0) | {"expert_backend": "grouped"}]).splitlines()
+    assert "best: expanded, 14 SMs, grouped experts, 39.00 ms a step" in both
     lines = advice([row("compact+fused-permute", 24, 30.0, "it varies"), *rows]).splitlines()
     assert lines[-4] == "best: compact+fused-permute, 24 SMs, 30.00 ms a step (a noisy row)"
     assert lines[-1] == "and Megatron's --moe-permute-fusion"

@@ -31,8 +31,8 @@ class Extension:
         main_grad.add_(grad.t() @ rows)
 
 
-def gradients(group: Any) -> tuple[dict[str, torch.Tensor], Trainer]:
-    trainer = Trainer(Options(shape=SHAPE, recipe=RECIPE, device="cpu"), torch.device("cpu"))
+def gradients(group: Any, experts: str) -> tuple[dict[str, torch.Tensor], Trainer]:
+    trainer = Trainer(Options(shape=SHAPE, recipe=RECIPE, device="cpu", experts=experts), torch.device("cpu"))
     generator = torch.Generator().manual_seed(group.rank())
     batches = torch.randint(SHAPE.vocab_size, (2, 1, SHAPE.seq_length + 1), generator=generator)
     for _ in range(2):  # the second says that the first has left nothing
@@ -40,11 +40,11 @@ def gradients(group: Any) -> tuple[dict[str, torch.Tensor], Trainer]:
     return {name: gradient.clone() for name, gradient in trainer.named_gradients().items()}, trainer
 
 
-def fused_and_not(group: Any) -> tuple[dict[str, float], int, list[bool]]:
+def fused_and_not(group: Any, experts: str) -> tuple[dict[str, float], int, list[bool]]:
     """Distance of each parameter's gradient, calls of the extension, and which linears are fused: the first layer's
     attention, the output layer."""
     with megatron_ranks(Split(1, RANKS)), pytest.MonkeyPatch.context() as patch:
-        wanted, _ = gradients(group)
+        wanted, _ = gradients(group, experts)
         extension, plain = Extension(), model.megatron_layer_spec
         patch.setattr(layers, "_grad_accum_fusion_available", True)
         patch.setattr(layers, "fused_weight_gradient_mlp_cuda", extension, raising=False)
@@ -56,15 +56,17 @@ def fused_and_not(group: Any) -> tuple[dict[str, float], int, list[bool]]:
             return spec
 
         patch.setattr(model, "megatron_layer_spec", fused)
-        found, trainer = gradients(group)
+        found, trainer = gradients(group, experts)
     linears = trainer.model.decoder.layers[0].self_attention.linear_qkv, trainer.model.output_layer
     distances = {name: relative_error(found[name], gradient) for name, gradient in wanted.items()}
     return distances, extension.calls, [linear.gradient_accumulation_fusion for linear in linears]
 
 
-def test_gradients_are_the_same_where_the_gemm_adds_them() -> None:
+@pytest.mark.parametrize("experts", ["megatron", "grouped"])
+def test_gradients_are_the_same_where_the_gemm_adds_them(experts: str) -> None:
     """Over two micro-batches, with parameters beside them whose gradients come from autograd."""
-    for distances, calls, fused in run_ranks(RANKS, fused_and_not):
-        assert calls >= 2 * 2 * SHAPE.num_layers * (2 + 2)
+    by_extension = 2 + (2 * SHAPE.num_experts // RANKS if experts == "megatron" else 0)  # linears of a layer
+    for distances, calls, fused in run_ranks(RANKS, fused_and_not, experts):
+        assert calls == 2 * 2 * SHAPE.num_layers * by_extension
         assert fused == [True, False]
         assert max(distances.values()) < 1e-6, distances

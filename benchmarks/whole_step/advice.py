@@ -20,11 +20,12 @@ def step_table(rows: Sequence[dict[str, Any]]) -> str:
         f"{first['shape']}: whole training step, {first['layers']} layers, hidden {first['hidden']}, "
         f"top-{first['topk']} of {first['experts']} experts of width {first['expert_ffn']}, {first['dtype']}",
         f"{first['ranks']} ranks, {first['micro_batches']} micro-batch(es) of {first['tokens_per_rank']} tokens a rank"
-        f"{busiest}",
+        f"{busiest}" + ("" if first["optimizer"] else ", without the optimizer's update"),
         f"floating-point operations: {first['flops']}",
     ]
     columns = {
         "variant": lambda row: row["variant"],
+        "experts": lambda row: row["expert_backend"],
         "SMs": lambda row: or_dash(row["num_sms"] or None, "d"),
         "step ms": lambda row: f"{row['step_ms']:.1f}",
         "p20": lambda row: f"{row['step_p20_ms']:.1f}",
@@ -38,7 +39,33 @@ def step_table(rows: Sequence[dict[str, Any]]) -> str:
         "": lambda row: "noisy" if row["noise"] else "",
     }
     text += aligned(columns, [row for row in rows if "step_ms" in row])
-    return "\n".join(text + problems(rows))
+    return "\n".join(text + problems(_told(rows)) + what_experts_give(rows))
+
+
+def what_experts_give(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each of this package's kinds of experts: its best row beside the best with Megatron's own."""
+    timed = sorted((row for row in rows if "step_ms" in row), key=lambda row: row["step_ms"])
+    megatron = [row for row in timed if row["expert_backend"].startswith("megatron")]
+    ours = dict.fromkeys(row["expert_backend"] for row in rows if not row["expert_backend"].startswith("megatron"))
+    lines = []
+    for kind in ours:
+        best = next((row for row in timed if row["expert_backend"] == kind), None)
+        if not best or not megatron:
+            continue
+        theirs, gain = megatron[0], megatron[0]["step_ms"] / best["step_ms"]
+        if gain < 1 - _EQUAL:
+            line = f"{kind} experts: Megatron's own are faster here and should be kept, {1 / gain:.2f} x the tokens/s "
+            line += f"({_with_experts(theirs)}; {_name(best)})"
+        else:
+            line = (
+                f"{kind} experts, {_name(best)}: {gain:.2f} x the tokens/s of Megatron's best ({_with_experts(theirs)})"
+            )
+            stock = next((row for row in megatron if not row["layout"]), theirs)
+            if stock is not theirs:
+                gain = stock["step_ms"] / best["step_ms"]
+                line += f", {gain:.2f} x with Megatron's dispatchers ({_with_experts(stock)})"
+        lines.append(line + ("; noisy rows" if best["noise"] or theirs["noise"] else ""))
+    return lines
 
 
 def advice(rows: Sequence[dict[str, Any]]) -> str:
@@ -49,23 +76,26 @@ def advice(rows: Sequence[dict[str, Any]]) -> str:
     """
     timed = sorted(
         (row for row in rows if "step_ms" in row and row["layout"]),
-        key=lambda row: (row["variant"], row["num_sms"] or 0),
+        key=lambda row: (row["variant"], row["expert_backend"], row["num_sms"] or 0),
     )
     if not timed:
         return "nothing could be measured, so there is nothing to advise"
     longest = max(row["step_ms"] for row in timed)
-    width = max(len(row["variant"]) for row in timed)
+    one_kind = len({row["expert_backend"] for row in timed}) == 1
+    names = {id(row): row["variant"] if one_kind else _with_experts(row, sms=False) for row in timed}
+    width = max(map(len, names.values()))
     text = ["step by SM count, ms:"]
     for row in timed:
         bar = "#" * max(1, round(_BAR * row["step_ms"] / longest))
         text.append(
-            f"  {row['variant']:<{width}}  {or_dash(row['num_sms'] or None, 'd'):>4}  {row['step_ms']:9.2f}  {bar}"
+            f"  {names[id(row)]:<{width}}  {or_dash(row['num_sms'] or None, 'd'):>4}  {row['step_ms']:9.2f}  {bar}"
         )
     best = min(timed, key=lambda row: row["step_ms"])
     equal = [row for row in timed if row is not best and row["step_ms"] <= best["step_ms"] * (1 + _EQUAL)]
-    text.append(f"best: {_name(best)}, {best['step_ms']:.2f} ms a step" + (" (a noisy row)" if best["noise"] else ""))
+    name = _name if one_kind else _with_experts
+    text.append(f"best: {name(best)}, {best['step_ms']:.2f} ms a step" + (" (a noisy row)" if best["noise"] else ""))
     if equal:
-        text.append(f"within {_EQUAL:.0%} of it: " + "; ".join(_name(row) for row in equal))
+        text.append(f"within {_EQUAL:.0%} of it: " + "; ".join(name(row) for row in equal))
     if best["num_sms"]:
         text.append(f"export {variable('num_sms')}={best['num_sms']}")
     text.append(f"export {variable('layout')}={best['layout']}")
@@ -76,3 +106,30 @@ def advice(rows: Sequence[dict[str, Any]]) -> str:
 
 def _name(row: dict[str, Any]) -> str:
     return row["variant"] + (f", {row['num_sms']} SMs" if row["num_sms"] else "")
+
+
+def _with_experts(row: dict[str, Any], sms: bool = True) -> str:
+    return (_name(row) if sms else row["variant"]) + f", {row['expert_backend']} experts"
+
+
+def _told(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows without a time, named for `problems`: once what is so with all dispatchers, or with all experts."""
+
+    def same(rows: Sequence[dict[str, Any]]) -> bool:
+        return {row["status"] for row in rows} == {"unavailable"} and len({row["reason"] for row in rows}) == 1
+
+    def each(field: str, rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+        return [[row for row in rows if row[field] == value] for value in dict.fromkeys(row[field] for row in rows)]
+
+    kinds = each("expert_backend", rows)
+    missing = [of_kind for of_kind in kinds if same(of_kind)] if len(kinds) > 1 else []
+    if len(missing) == len(kinds):
+        missing = []  # it is not the experts
+    told = [of_kind[0] | {"variant": f"{of_kind[0]['expert_backend']} experts"} for of_kind in missing]
+    rest = [row for of_kind in kinds if of_kind not in missing for row in of_kind]
+    for of_variant in each("variant", rest):
+        if same(of_variant):
+            told.append(of_variant[0])
+        else:
+            told += [row | {"variant": _with_experts(row)} for row in of_variant if row["status"] != "ok"]
+    return told

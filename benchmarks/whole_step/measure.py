@@ -1,4 +1,4 @@
-"""Steps of one model with one dispatcher after the other."""
+"""Steps of one model with one dispatcher and one kind of experts after the other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.moe_layer import MoELayer
 from qwen3_moe.options import Options
 from qwen3_moe.train import StepStats, Trainer
 
@@ -19,7 +18,7 @@ from megatron_ep_v2.bench.entry import Entry, noted, told_once
 from megatron_ep_v2.bench.layer import Groups
 from megatron_ep_v2.bench.progress import Progress
 from megatron_ep_v2.bench.shapes import DTYPES, Shape
-from megatron_ep_v2.bench.variants import Variant
+from whole_step.experts import ExpertSet
 from whole_step.model import FORMULA, step_flops
 from whole_step.sections import Stopwatch, Watched
 
@@ -30,27 +29,31 @@ _LOAD = 4.0  # room for the busiest rank in buffers of a fixed size, as a multip
 _WATCHED_STEPS = 3
 
 
-class Stepper(DispatcherSet):
-    """A variant in the model's MoE layers, and the step that is taken with it."""
+class Stepper:
+    """A variant's dispatchers and a kind of experts in the model's MoE layers, and the step that is taken with them."""
 
     def __init__(
-        self,
-        variant: Variant,
-        shape: Shape,
-        dtype: torch.dtype,
-        sms: int | None,
-        groups: Groups,
-        trainer: Trainer,
-        batches: Sequence[torch.Tensor],
+        self, dispatchers: DispatcherSet, experts: ExpertSet, trainer: Trainer, batches: Sequence[torch.Tensor]
     ):
-        self.trainer, self.batches = trainer, batches
-        self.layers = [module for module in trainer.model.modules() if isinstance(module, MoELayer)]
-        super().__init__(variant, shape, dtype, sms, _LOAD, groups, layers=len(self.layers))
+        self.dispatchers, self.experts, self.trainer, self.batches = dispatchers, experts, trainer, batches
+
+    @property
+    def num_sms(self) -> int | None:
+        return self.dispatchers.num_sms
+
+    @property
+    def buffer_bytes(self) -> int | None:
+        return self.dispatchers.buffer_bytes
 
     def enter(self, watch: Stopwatch | None = None) -> None:
-        super().enter()
-        for layer, dispatcher in zip(self.layers, self.dispatchers, strict=True):
+        self.dispatchers.enter()
+        self.experts.enter()
+        for layer, dispatcher in zip(self.trainer.moe_layers, self.dispatchers.dispatchers, strict=True):
             layer.token_dispatcher = Watched(dispatcher, watch) if watch else dispatcher
+
+    def leave(self) -> None:
+        self.experts.leave()
+        self.dispatchers.leave()
 
     def step(self) -> StepStats:
         return self.trainer.step(self.batches)
@@ -59,27 +62,27 @@ class Stepper(DispatcherSet):
 def measure_steps(
     entries: list[Entry[Stepper]],
     shape: Shape,
-    options: Options,
+    trainer: Trainer,
     repeats: int,
-    device: torch.device,
     groups: Groups,
     progress: Progress,
 ) -> list[dict[str, Any]]:
-    """Rows as JSON-able values, the same on every rank; collective."""
-    ranks = dist.get_world_size()
-    progress.say("building the model")
-    trainer = Trainer(options, device)
+    """Rows as JSON-able values, the same on every rank; collective.
+
+    Args:
+        trainer: Fresh; with the experts of `owner`.
+    """
+    ranks, options, device = dist.get_world_size(), trainer.options, trainer.device
     batches = _tokens(options, ranks)
+    _build(entries, shape, trainer, batches, groups)
     taken: dict[str, StepStats] = {}
-    for entry in entries:
-        with noted(entry):
-            entry.layer = Stepper(entry.variant, shape, DTYPES[options.dtype], entry.sms, groups, trainer, batches)
     for entry in (entry for entry in entries if entry.layer):
         progress.say(f"{entry.label}: first step (a new shape is compiled kernel by kernel, up to a minute)")
         with noted(entry):
             taken[entry.label] = _first_step(entry.layer)
     stepped = [entry for entry in entries if entry.layer]
-    base = next((entry for entry in stepped if entry.variant.name == "alltoall"), stepped[0] if stepped else None)
+    stock = (entry for entry in stepped if entry.variant.name == "alltoall" and entry.experts == "megatron")
+    base = next(stock, stepped[0] if stepped else None)
     first = taken[base.label] if base else None
     for entry in stepped:
         _judge(entry, taken[entry.label], first, TOLERANCE[options.dtype])
@@ -90,18 +93,41 @@ def measure_steps(
     flops = step_flops(options.shape, tokens)
     rows = []
     for entry in told_once(entries):
-        row = _common(options, ranks, repeats, len(batches), first) | entry.described()
+        row = _common(trainer, ranks, repeats, len(batches), first) | entry.described()
         if id(entry) in times:
             row |= _measured(times[id(entry)], tokens * ranks, flops)
         rows.append(row)
-    alltoall = [row["step_ms"] for row in rows if "step_ms" in row and row["variant"].startswith("alltoall")]
+    alltoall = [
+        row["step_ms"]
+        for row in rows
+        if "step_ms" in row and row["variant"].startswith("alltoall") and row["expert_backend"] == "megatron"
+    ]
     for row in rows:
         if "step_ms" in row:
             row["ratio_to_alltoall"] = round(row["step_ms"] / min(alltoall), 3) if alltoall else None
-    for entry in entries:
-        if entry.layer:
-            entry.layer.close()
+    for dispatchers in {entry.layer.dispatchers for entry in entries if entry.layer}:
+        dispatchers.close()
     return rows
+
+
+def _build(
+    entries: Sequence[Entry[Stepper]], shape: Shape, trainer: Trainer, batches: Sequence[torch.Tensor], groups: Groups
+) -> None:
+    """Give each entry its layer: experts once for each kind, dispatchers once for each variant and SM count."""
+    owners = [layer.experts for layer in trainer.moe_layers]
+    experts: dict[str, ExpertSet] = {}
+    for kind in dict.fromkeys(entry.experts for entry in entries):
+        with noted(*(entry for entry in entries if entry.experts == kind)):
+            experts[kind] = ExpertSet(kind, trainer, owners)
+    usable = [entry for entry in entries if entry.status == "ok"]
+    for variant, sms in dict.fromkeys((entry.variant.name, entry.sms) for entry in usable):
+        alike = [entry for entry in usable if (entry.variant.name, entry.sms) == (variant, sms)]
+        with noted(*alike):
+            dispatchers = DispatcherSet(
+                alike[0].variant, shape, DTYPES[trainer.options.dtype], sms, _LOAD, groups, layers=len(owners)
+            )
+            for entry in alike:
+                entry.layer = Stepper(dispatchers, experts[entry.experts], trainer, batches)
 
 
 def _first_step(stepper: Stepper) -> StepStats:
@@ -189,8 +215,8 @@ def _measured(times: dict[str, list[float]], tokens: int, flops_per_rank: int) -
     }
 
 
-def _common(options: Options, ranks: int, repeats: int, micro_batches: int, first: StepStats | None) -> dict[str, Any]:
-    shape = options.shape
+def _common(trainer: Trainer, ranks: int, repeats: int, micro_batches: int, first: StepStats | None) -> dict[str, Any]:
+    options, shape = trainer.options, trainer.options.shape
     return {
         "shape": options.preset,
         "layers": shape.num_layers,
@@ -205,6 +231,7 @@ def _common(options: Options, ranks: int, repeats: int, micro_batches: int, firs
         "routing": "the router's own",
         "busiest_expert_load": round(first.expert_balance, 3) if first else None,
         "recompute": options.recompute,
+        "optimizer": trainer.optimizer is not None,
         "dtype": options.dtype,
         "repeats": repeats,
         "flops": FORMULA,

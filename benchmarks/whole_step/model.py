@@ -26,6 +26,7 @@ def model_options(
     recompute: bool,
     ranks: int,
     seed: int,
+    experts: str,
 ) -> Options:
     """Options of the example for a preset of the bench: one sequence of `tokens` per rank and micro-batch.
 
@@ -50,7 +51,14 @@ def model_options(
             seq_length=tokens,
         )
     )
-    model = dataclasses.replace(model, num_layers=layers, topk=shape.topk, seq_length=tokens, vocab_size=vocab_size)
+    model = dataclasses.replace(
+        model,
+        num_layers=layers,
+        num_experts=shape.experts,
+        topk=shape.topk,
+        seq_length=tokens,
+        vocab_size=vocab_size,
+    )
     recipe = dataclasses.replace(
         PRESETS["tiny"].recipe,
         global_batch_size=ranks * micro_batches,
@@ -67,6 +75,7 @@ def model_options(
         recipe=recipe,
         recompute=recompute,
         dispatcher="allgather",  # of the model as it is built, where it needs nothing; the variants bring their own
+        experts=experts,
         dtype=dtype,
         seed=seed,
     )

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from qwen3_moe.presets import ModelShape
+from qwen3_moe.train import Trainer
 
 import megatron_ep_v2
 from megatron_ep_v2 import settings as settings_module
@@ -24,11 +25,12 @@ from megatron_ep_v2.bench.shapes import Shape
 from megatron_ep_v2.bench.variants import Variant
 from megatron_ep_v2.settings import Launch
 from whole_step.advice import advice, step_table
+from whole_step.experts import owner
 from whole_step.measure import measure_steps
 from whole_step.model import layers_that_fit, model_options, with_layers
 
-# Of a rank's memory, for parameters in bf16 and fp32, gradients and Adam's two moments; activations get the rest.
-_SHARE_OF_MEMORY, _BYTES_PER_PARAMETER = 0.4, 18
+_SHARE_OF_MEMORY = 0.4  # of a rank's, for what follows; activations get the rest
+_BYTES_PER_PARAMETER, _BYTES_OF_OPTIMIZER = 2 + 4, 4 + 8  # bf16 and fp32 gradient; fp32 master and Adam's two moments
 _DEFAULT_LAYERS_ON_CPU = 2
 
 
@@ -63,6 +65,7 @@ def _measure(
     rows: list[dict[str, Any]] = []
     for shape in shapes:
         progress.next_table(f"{shape.name} step")
+        progress.say("building the model")
         torch.compiler.reset()
         model = model_options(
             shape,
@@ -74,12 +77,13 @@ def _measure(
             recompute=options.recompute,
             ranks=ranks,
             seed=options.seed,
+            experts=owner(options.expert_backends),
         )
         if not options.layers:
-            model = with_layers(model, _default_layers(shape, model.shape, ranks, device))
-        measured = measure_steps(
-            entries_of(variants, options.sms), shape, model, options.repeats, device, groups, progress
-        )
+            model = with_layers(model, _default_layers(shape, model.shape, options, ranks, device))
+        trainer = Trainer(model, device, options.optimizer)
+        entries = entries_of(variants, options.sms, options.expert_backends)
+        measured = measure_steps(entries, shape, trainer, options.repeats, groups, progress)
         rows += measured
         megatron_ep_v2.destroy_buffers()
         settings_module.activate(None)
@@ -96,10 +100,13 @@ def _measure(
     return 1 if summary["wrong"] else 0
 
 
-def _default_layers(shape: Shape, model: ModelShape, ranks: int, device: torch.device) -> int:
+def _default_layers(
+    shape: Shape, model: ModelShape, options: argparse.Namespace, ranks: int, device: torch.device
+) -> int:
     """The model's own depth, or as much of it as fits."""
     if device.type == "cpu":
         return min(shape.layers, _DEFAULT_LAYERS_ON_CPU)
     memory = torch.cuda.get_device_properties(device).total_memory
-    fit = layers_that_fit(model, ranks, int(_SHARE_OF_MEMORY * memory / _BYTES_PER_PARAMETER))
+    size = _BYTES_PER_PARAMETER + (_BYTES_OF_OPTIMIZER if options.optimizer else 0)
+    fit = layers_that_fit(model, ranks, int(_SHARE_OF_MEMORY * memory / size))
     return min(shape.layers, fit)

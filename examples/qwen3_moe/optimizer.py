@@ -19,8 +19,8 @@ from .presets import Recipe
 def collect_gradient(parameter: torch.nn.Parameter, into: torch.Tensor) -> None:
     """Add a parameter's gradients up in an fp32 tensor of its shape, micro-batch after micro-batch.
 
-    As in Megatron's own data parallelism: a module that fuses this with its GEMM adds to `main_grad` by itself, says so
-    in `grad_added_to_main_grad`, and gives autograd something of the right shape that nobody reads.
+    As in Megatron's own data parallelism: a module that fuses this with its GEMM adds to `main_grad` by itself and says
+    so in `grad_added_to_main_grad`; autograd gets something of the right shape that nobody reads, or nothing.
     """
     parameter.main_grad, parameter.grad_added_to_main_grad = into, False
     parameter.register_post_accumulate_grad_hook(_collect)
@@ -42,8 +42,14 @@ class FlatGradients:
         self.buffer = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
         views = self.buffer.split(sizes)
         self.by_name = {name: view.view_as(p) for (name, p), view in zip(parameters.items(), views, strict=True)}
+        self._parameters = list(parameters.values())
         for name, parameter in parameters.items():
             collect_gradient(parameter, self.by_name[name])
+
+    def zero(self) -> None:
+        self.buffer.zero_()
+        for parameter in self._parameters:  # where autograd has got nothing, no hook has done it
+            parameter.grad, parameter.grad_added_to_main_grad = None, False
 
     def square_sum(self) -> torch.Tensor:
         return torch.linalg.vector_norm(self.buffer, dtype=torch.float64).square()
@@ -63,8 +69,8 @@ class Gradients:
         self.by_name = {**self.dense.by_name, **self.experts.by_name}
 
     def zero(self) -> None:
-        self.dense.buffer.zero_()
-        self.experts.buffer.zero_()
+        self.dense.zero()
+        self.experts.zero()
 
     def reduce(self) -> None:
         """Add up the dense gradients of all ranks."""

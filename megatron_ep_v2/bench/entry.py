@@ -32,6 +32,7 @@ class Entry(Generic[B]):
     """A variant at one SM count.
 
     Attributes:
+        experts: One of `EXPERT_BACKENDS` in whole training steps, else None.
         layer: What is run; None while it is not built, and for good where it cannot be.
         status: "ok", "unavailable" or "wrong".
         reason: Why it is not ok.
@@ -40,6 +41,7 @@ class Entry(Generic[B]):
 
     variant: Variant
     sms: int | None
+    experts: str | None = None
     layer: B | None = None
     status: str = "ok"
     reason: str = ""
@@ -47,13 +49,15 @@ class Entry(Generic[B]):
 
     @property
     def label(self) -> str:
-        return self.variant.name + (f", {self.sms} SMs" if self.sms else "")
+        sms, experts = (f", {self.sms} SMs" if self.sms else ""), (f", {self.experts} experts" if self.experts else "")
+        return self.variant.name + sms + experts
 
     def described(self) -> dict[str, Any]:
         """For a row of JSON."""
         buffer_bytes = self.layer.buffer_bytes if self.layer else None
         return {
             "variant": self.variant.name,
+            **({"expert_backend": self.experts} if self.experts else {}),
             "buffer": self.variant.buffer,
             "layout": self.variant.layout,
             "num_sms": self.layer.num_sms if self.layer else self.sms,
@@ -64,14 +68,21 @@ class Entry(Generic[B]):
         }
 
 
-def entries_of(variants: Sequence[Variant], sms: Sequence[int | None]) -> list[Entry[Any]]:
-    """One for each variant, and for each SM count where it takes one."""
-    return [Entry(variant, count) for variant in variants for count in (sms if variant.takes_sms else (None,))]
+def entries_of(
+    variants: Sequence[Variant], sms: Sequence[int | None], experts: Sequence[str | None] = (None,)
+) -> list[Entry[Any]]:
+    """One for each variant and kind of experts, and for each SM count where the variant takes one."""
+    return [
+        Entry(variant, count, kind)
+        for variant in variants
+        for count in (sms if variant.takes_sms else (None,))
+        for kind in experts
+    ]
 
 
 @contextlib.contextmanager
-def noted(entry: Entry[Any]) -> Iterator[None]:
-    """What fails inside is noted as the reason why the variant is unavailable, on every rank if on one; collective."""
+def noted(*entries: Entry[Any]) -> Iterator[None]:
+    """What fails inside is noted as the reason why these are unavailable, on every rank if on one; collective."""
     mine = None
     try:
         yield
@@ -82,16 +93,17 @@ def noted(entry: Entry[Any]) -> Iterator[None]:
     failed = {rank: text for rank, text in enumerate(told) if text}
     if failed:
         rank, text = min(failed.items())
-        entry.status, entry.layer = "unavailable", None
-        entry.reason = text if len(set(told)) == 1 else f"rank {rank}: {text}"
+        for entry in entries:
+            entry.status, entry.layer = "unavailable", None
+            entry.reason = text if len(set(told)) == 1 else f"rank {rank}: {text}"
 
 
 def told_once(entries: Sequence[Entry[B]]) -> list[Entry[B]]:
     """Without the repetitions of a variant that is unavailable at every SM count for one reason."""
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple[str, str | None, str]] = set()
     kept = []
     for entry in entries:
-        about = (entry.variant.name, entry.reason)
+        about = (entry.variant.name, entry.experts, entry.reason)
         if entry.status != "unavailable" or about not in seen:
             kept.append(entry)
         seen.add(about)

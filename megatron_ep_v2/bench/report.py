@@ -122,7 +122,9 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
     def name(row: dict[str, Any]) -> str:
         sms = f" {row['num_sms']} SMs" if row["num_sms"] else ""
-        return f"{row['shape']}, {row['routing']} routing, {row['tokens_per_rank']} tokens, {row['variant']}{sms}"
+        experts = f", {row['expert_backend']} experts" if row.get("expert_backend") else ""
+        what = f"{row['shape']}, {row['routing']} routing, {row['tokens_per_rank']} tokens"
+        return f"{what}, {row['variant']}{sms}{experts}"
 
     return {
         "noisy": [f"{name(row)}: {row['noise']}" for row in rows if row.get("noise")],

@@ -16,6 +16,9 @@ from megatron_ep_v2.errors import UnavailableError
 
 _FUSED = {"moe_permute_fusion": True}
 
+# Whose experts run in a whole training step: Megatron's own, the same on TransformerEngine's op fuser, this package's.
+EXPERT_BACKENDS = ("megatron", "megatron-opfuser", "grouped", "deepgemm", "sequential")
+
 
 @dataclass(frozen=True)
 class Variant:

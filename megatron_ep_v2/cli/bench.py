@@ -102,10 +102,13 @@ def _measure(
 
 
 def _shape(name: str, options: argparse.Namespace, num_ranks: int) -> Shape:
+    experts = options.experts_per_rank * num_ranks if options.experts_per_rank else options.experts
     if name != "custom":
-        shape = dataclasses.replace(PRESETS[name], topk=options.topk or PRESETS[name].topk)
-    elif options.hidden and options.experts and options.topk:
-        shape = Shape("custom", options.hidden, options.experts, options.topk, options.expert_ffn)
+        preset = PRESETS[name]
+        chosen = experts if options.experts_per_rank else preset.experts
+        shape = dataclasses.replace(preset, topk=options.topk or preset.topk, experts=chosen)
+    elif options.hidden and experts and options.topk:
+        shape = Shape("custom", options.hidden, experts, options.topk, options.expert_ffn)
     else:
         raise SettingsError("--shapes custom needs a shape", fix="add --hidden, --experts and --topk")
     if shape.experts % num_ranks or shape.topk > shape.experts:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron_ep_v2.bench.shapes import DTYPES, PRESETS, ROUTINGS
-from megatron_ep_v2.bench.variants import VARIANTS
+from megatron_ep_v2.bench.variants import EXPERT_BACKENDS, VARIANTS
 
 _DESCRIPTION = """\
 Time Megatron's MoE dispatchers side by side: dispatch, experts that pass rows through, combine, and their backward.
@@ -29,6 +29,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options.repeats = options.repeats or (10 if whole_step or not on_gpu else 30)
     options.sms = options.sms or (_SMS_TO_TUNE if options.tune else (None,))
     options.tokens = options.tokens or ([4096] if on_gpu else [512])
+    options.expert_backends = options.expert_backends or (["megatron"] if options.tune else ["megatron", "grouped"])
     if whole_step and len(options.tokens) > 1:
         parser.error("--step and --tune take one number of --tokens")
     return options
@@ -54,6 +55,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--hidden", type=_positive, metavar="N", help="of a custom shape")
     what.add_argument("--experts", type=_positive, metavar="N", help="of a custom shape, over all ranks")
+    what.add_argument(
+        "--experts-per-rank",
+        type=_positive,
+        metavar="N",
+        help="instead of the shape's own number: as many on a rank as a larger expert-parallel group would leave there",
+    )
     what.add_argument("--topk", type=_positive, metavar="N", help="of a custom shape; or instead of the preset's")
     what.add_argument("--expert-ffn", type=_positive, default=1024, metavar="N", help="of a custom shape; default 1024")
     what.add_argument(
@@ -87,8 +94,23 @@ def _parser() -> argparse.ArgumentParser:
     how.add_argument("--out", type=Path, metavar="FILE.jsonl", help="write header and rows")
 
     step = parser.add_argument_group("whole training steps (from a source tree)")
-    step.add_argument("--step", action="store_true", help="step time with each dispatcher, in the example's model")
+    step.add_argument(
+        "--step", action="store_true", help="step time with each dispatcher and kind of experts, in the example's model"
+    )
     step.add_argument("--tune", action="store_true", help="the SM count and layout with the best step")
+    step.add_argument(
+        "--expert-backends",
+        nargs="+",
+        choices=EXPERT_BACKENDS,
+        metavar="NAME",
+        help=f"a row each: {', '.join(EXPERT_BACKENDS)}; default megatron and grouped, for --tune megatron",
+    )
+    step.add_argument(
+        "--no-optimizer",
+        dest="optimizer",
+        action="store_false",
+        help="forward, backward and reduction alone, without the memory of masters and moments",
+    )
     step.add_argument("--layers", type=_positive, metavar="N", help="default the preset's, or as many as fit")
     step.add_argument("--micro-batches", type=_positive, default=1, metavar="N", help="of --tokens each; default 1")
     step.add_argument("--vocab-size", type=_positive, default=256, metavar="N", help="default 256")
