@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from qwen3_moe.model import megatron_layer_spec, moe_submodules
 from qwen3_moe.optimizer import collect_gradient
@@ -73,7 +73,9 @@ class ExpertSet:
 
 def _stacked(kind: str, layer: MoELayer, own: Any) -> Any:
     """This package's, with the very parameters of `own`."""
-    module = EXPERTS[kind](layer.num_local_experts, layer.config, pg_collection=get_default_pg_collection())
+    module = EXPERTS[kind](
+        layer.num_local_experts, layer.config, pg_collection=ProcessGroupCollection.use_mpu_process_groups()
+    )
     for name in _LINEARS:
         weight = getattr(own, name).weight
         gemm(kind).check(weight.new_empty(0, weight.shape[2]), weight)
@@ -87,7 +89,7 @@ def _megatron(kind: str, trainer: Trainer, layer: MoELayer, own: Any) -> Any:
     for name, value in MEGATRON[kind].items():
         setattr(config, name, value)
     build = moe_submodules(megatron_layer_spec(trainer.options.shape, trainer.device)).experts
-    arguments = {"config": config, "pg_collection": get_default_pg_collection()}
+    arguments = {"config": config, "pg_collection": ProcessGroupCollection.use_mpu_process_groups()}
     if isinstance(build, ModuleSpec):  # from megatron-core 0.18 on something to call
         module = build_module(build, layer.num_local_experts, **arguments)
     else:
