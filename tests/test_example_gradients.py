@@ -10,7 +10,7 @@ import torch
 from harness import run_ranks
 from mcore import Split, megatron_ranks, relative_error
 from megatron.core.tensor_parallel import layers
-from qwen3_moe import model
+from qwen3_moe import model, optimizer
 from qwen3_moe.options import Options
 from qwen3_moe.presets import PRESETS
 from qwen3_moe.train import Trainer
@@ -70,3 +70,12 @@ def test_gradients_are_the_same_where_the_gemm_adds_them(experts: str) -> None:
         assert calls == 2 * 2 * SHAPE.num_layers * by_extension
         assert fused == [True, False]
         assert max(distances.values()) < 1e-6, distances
+
+
+def test_the_norm_by_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameter = torch.nn.Parameter(torch.zeros(5, 20))
+    gradients = optimizer.FlatGradients({"weight": parameter}, torch.device("cpu"))
+    (parameter * torch.arange(100.0).view(5, 20)).sum().backward()
+    for piece in (optimizer._PIECE, 7):
+        monkeypatch.setattr(optimizer, "_PIECE", piece)
+        assert gradients.square_sum().item() == pytest.approx(sum(i * i for i in range(100)), rel=1e-14)

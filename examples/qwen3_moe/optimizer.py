@@ -15,6 +15,8 @@ import torch.distributed as dist
 
 from .presets import Recipe
 
+_PIECE = 2**26  # elements
+
 
 def collect_gradient(parameter: torch.nn.Parameter, into: torch.Tensor) -> None:
     """Add a parameter's gradients up in an fp32 tensor of its shape, micro-batch after micro-batch.
@@ -52,7 +54,10 @@ class FlatGradients:
             parameter.grad, parameter.grad_added_to_main_grad = None, False
 
     def square_sum(self) -> torch.Tensor:
-        return torch.linalg.vector_norm(self.buffer, dtype=torch.float64).square()
+        """fp64, by pieces: where torch widens its input, it makes a copy. On GPUs, norms of pieces are fp32."""
+        widened = torch.float64 if self.buffer.device.type == "cpu" else None
+        norms = [torch.linalg.vector_norm(piece, dtype=widened) for piece in self.buffer.split(_PIECE)]
+        return torch.stack(norms).double().square().sum()
 
 
 class Gradients:
