@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -81,9 +82,15 @@ def _measure(
         )
         if not options.layers:
             model = with_layers(model, _default_layers(shape, model.shape, options, ranks, device))
-        trainer = Trainer(model, device, options.optimizer)
-        entries = entries_of(variants, options.sms, options.expert_backends)
-        measured = measure_steps(entries, shape, trainer, options.repeats, groups, progress)
+        measured = measure_steps(
+            entries_of(variants, options.sms, options.expert_backends),
+            shape,
+            Trainer(model, device, options.optimizer),
+            options.repeats,
+            groups,
+            progress,
+        )
+        gc.collect()  # hooks of the model hold it in a circle, and the next one needs its memory
         rows += measured
         megatron_ep_v2.destroy_buffers()
         settings_module.activate(None)
