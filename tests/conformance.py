@@ -47,7 +47,6 @@ class BufferConformance:
         accepts_strided: Non-contiguous inputs are accepted.
         cached_weights: A cached dispatch carries weights too.
         share_buffers: As in `exercise_all`.
-        timeout: Seconds for one process group.
     """
 
     factory: ClassVar[Callable[[Any, BufferSpec], Any]]
@@ -61,7 +60,6 @@ class BufferConformance:
     accepts_strided: ClassVar[bool] = False
     cached_weights: ClassVar[bool] = True
     share_buffers: ClassVar[bool] = False
-    timeout: ClassVar[float] = 60.0
     _traces: ClassVar[dict[Any, list[dict[Case, dict[Layout, Trace]]] | RanksError]] = {}
 
     def traces(self, case: Case, layout: Layout) -> list[Trace]:
@@ -74,9 +72,7 @@ class BufferConformance:
                     layouts.setdefault(other, []).append(wanted)
             args = (self.factory, self.device, layouts, self.cached_weights, self.share_buffers)
             try:
-                self._traces[key] = run_ranks(
-                    case.size, exercise_all, *args, backend=self.backend, timeout=self.timeout
-                )
+                self._traces[key] = run_ranks(case.size, exercise_all, *args, backend=self.backend)
             except RanksError as error:
                 self._traces[key] = error
         found = self._traces[key]

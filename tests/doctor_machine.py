@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from harness import HANG
+
 import megatron_ep_v2
 
 ROOT = Path(megatron_ep_v2.__file__).parent.parent
@@ -216,7 +218,7 @@ class Machine:
         }
         command = [sys.executable, "-m", "megatron_ep_v2", "doctor", *arguments]
         return subprocess.run(
-            command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=120, check=False
+            command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=HANG, check=False
         )
 
     def report(self) -> Report:

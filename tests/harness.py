@@ -6,7 +6,7 @@ group of its own, over a new file store. A run that fails takes its processes wi
 failed one left behind.
 
 A run ends in one of five ways: every rank returns; a rank raises (the others get `GRACE` seconds to finish, then they
-are killed); a rank dies; the time limit passes; the caller has seen `enough`. All but the first raise one `RanksError`
+are killed); a rank dies; `HANG` seconds pass; the caller has seen `enough`. All but the first raise one `RanksError`
 with the traceback of every rank that raised and the stack of every rank that was stuck.
 """
 
@@ -28,7 +28,10 @@ from typing import Any
 from progress import say
 from rank_process import GRACE, serve
 
-START_LIMIT = 120.0  # seconds for new processes to import torch
+# Seconds for anything that a test waits for. Against hangs only: the slowest takes 40 s on two idle cores, and no test
+# is about speed. pytest's own limit (pyproject.toml) is longer, because it cannot tell who was stuck where.
+HANG = 900.0
+STACK_LIMIT = 30.0  # seconds for a process to write its stacks
 
 
 class RanksError(Exception):
@@ -46,7 +49,7 @@ def run_ranks(
     fn: Callable[..., Any],
     *args: Any,
     backend: str = "gloo",
-    timeout: float = 60.0,
+    timeout: float = HANG,
     env: dict[str, str] | None = None,
     fresh: bool = False,
     enough: Callable[[], bool] | None = None,
@@ -103,8 +106,8 @@ class _Process:
 
     def await_ready(self) -> None:
         if not self.ready:
-            if not self.connection.poll(START_LIMIT):
-                raise RuntimeError(f"a rank process did not start in {START_LIMIT:.0f} s")
+            if not self.connection.poll(HANG):
+                raise RuntimeError(f"a rank process did not start in {HANG:.0f} s")
             self.connection.recv_bytes()  # EOFError here: the process died while starting, its stderr says why
             self.ready = True
 
@@ -112,8 +115,11 @@ class _Process:
         """The stacks of all threads, now."""
         self.stacks.write_bytes(b"")
         os.kill(self.process.pid, signal.SIGUSR1)
-        time.sleep(0.3)
-        return self.stacks.read_text()
+        text, before, stop = "", "", time.monotonic() + STACK_LIMIT
+        while (not text or text != before) and self.process.is_alive() and time.monotonic() < stop:
+            time.sleep(0.2)
+            before, text = text, self.stacks.read_text()
+        return text
 
 
 @contextlib.contextmanager

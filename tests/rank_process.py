@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-GRACE = 10.0  # seconds for the other ranks once one has failed
+GRACE = 30.0  # seconds for the other ranks once one has failed
 
 
 def serve(connection: Connection, stacks: str, environment: dict[str, str]) -> None:

@@ -8,8 +8,6 @@ from typing import Any
 
 from megatron_ep_v2.errors import EPError
 
-LIMIT = 20.0  # seconds for a run: a refusal must not wait for a collective's own time limit
-
 
 @dataclass(frozen=True)
 class Report:

@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--stalls", nargs="*", choices=STALLS, default=list(STALLS))
     options = parser.parse_args()
     for name in options.stalls:
-        outcomes = [stalls.run(name, options.seconds, stalls.ENOUGH) for _ in range(options.rounds)]
+        outcomes = [stalls.run(name, options.seconds, options.seconds + 5.0) for _ in range(options.rounds)]
         faults = [outcome.faults(STALLS[name]) for outcome in outcomes]
         slowest = max(outcome.seconds[rank] for outcome in outcomes for rank in STALLS[name].reporters)
         named = sum(not each for each in faults)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from typing import Any
 
 import pytest
 import torch
-from harness import run_ranks
+from harness import HANG, run_ranks
 from moe import own_package
 from stalls import CULPRIT, RANKS, layer, rows, start
 
@@ -35,9 +36,13 @@ def test_the_summary_of_arrivals() -> None:
 @own_package
 def straggle(group: Any) -> tuple[list[Arrival], str]:
     start(10)
-    for _ in range(8):
+    store, others = group.get_group_store(), [rank for rank in range(RANKS) if rank != CULPRIT]
+    for number in range(8):
         if group.rank() == CULPRIT:
+            store.wait([f"{number}/{rank}" for rank in others], timedelta(seconds=HANG))
             time.sleep(0.15)
+        else:
+            store.set(f"{number}/{group.rank()}", "comes")
         layer(group, rows())
     first = megatron_ep_v2.stragglers()
     assert megatron_ep_v2.stragglers(group) == first

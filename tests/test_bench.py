@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import run_ranks
+from harness import HANG, run_ranks
 
 import megatron_ep_v2
 from megatron_ep_v2 import settings
@@ -36,7 +36,7 @@ def bench(
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MCORE_DEEPEP_V2_")}
     environment |= {"PYTHONPATH": os.pathsep.join(map(str, [*path, ROOT])), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, *launcher, "-m", "megatron_ep_v2", "bench", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG, check=False)
 
 
 def document(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import HANG
 from test_bench import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -43,7 +44,7 @@ def test_every_picture_from_the_rows_of_two_environments(tmp_path: Path) -> None
     first += [step("alltoall", 50.0), step("expanded", 41.0, sms=14), step("expanded", 40.0, sms=32)]
     files = [write(tmp_path / "a.jsonl", first), write(tmp_path / "b.jsonl", [layer("hybridep", 210.0)], torch="3.1")]
     command = [sys.executable, str(ROOT / "benchmarks" / "plot.py"), *map(str, files), "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
     assert done.returncode == 0, done.stderr
     made = {path.name for path in (tmp_path / "out").iterdir()}
     assert made == {f"{name}.{kind}" for name in plot.PLOTS for kind in ("svg", "png")}

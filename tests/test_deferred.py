@@ -128,7 +128,7 @@ def outlive_its_group(group: Any) -> tuple[float, str]:
 
 def test_a_check_that_outlives_its_group_waits_for_nobody() -> None:
     """As one does whose buffer is kept by an output of the user's."""
-    assert run_ranks(2, outlive_its_group, timeout=20) == [(0.0, "full: {0: 1}"), (3.0, "")]
+    assert run_ranks(2, outlive_its_group) == [(0.0, "full: {0: 1}"), (3.0, "")]
 
 
 def test_a_check_made_in_inference_mode_serves_training() -> None:

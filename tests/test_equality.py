@@ -109,7 +109,7 @@ def lose_half_of_the_gradient(ctx: Any, *gradients: Any) -> Any:
 
 @functools.cache
 def trained(ranks: int, variant: str) -> list[Run]:
-    return run_ranks(ranks, train, variant, timeout=120)
+    return run_ranks(ranks, train, variant)
 
 
 def assert_same_losses(ours: list[Run], theirs: list[Run]) -> None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from cases import Case, make_batch
 from harness import run_ranks
 from moe import own_package
-from reports import LIMIT, Report, assert_report, attempt
+from reports import Report, assert_report, attempt
 
 import megatron_ep_v2
 from megatron_ep_v2 import errors
@@ -83,7 +83,7 @@ def misuse(group: Any, name: str, do_expand: bool) -> Report | None:
 @pytest.mark.parametrize("do_expand", [False, True], ids=["compact", "expanded"])
 @pytest.mark.parametrize("name", MISUSES)
 def test_misuse_of_a_handle(name: str, do_expand: bool) -> None:
-    for rank, report in enumerate(run_ranks(2, misuse, name, do_expand, timeout=LIMIT)):
+    for rank, report in enumerate(run_ranks(2, misuse, name, do_expand)):
         assert_report(report, InputError, f"rank {rank}", *MISUSES[name][1])
 
 
@@ -100,7 +100,7 @@ def use_after_destroy(group: Any) -> list[Report | None]:
 
 
 def test_a_destroyed_buffer_says_so() -> None:
-    for report in itertools.chain(*run_ranks(2, use_after_destroy, timeout=LIMIT)):
+    for report in itertools.chain(*run_ranks(2, use_after_destroy)):
         assert_report(report, ClosedError, "destroyed")
 
 
@@ -122,7 +122,7 @@ def use_after_close(group: Any, subgroup: bool) -> list[Report | None]:
 
 @pytest.mark.parametrize("subgroup", [True, False], ids=["subgroup", "world"])
 def test_a_closed_process_group_says_so(subgroup: bool) -> None:
-    for report in itertools.chain(*run_ranks(2, use_after_close, subgroup, timeout=LIMIT)):
+    for report in itertools.chain(*run_ranks(2, use_after_close, subgroup)):
         assert_report(report, ClosedError, "closed")
 
 

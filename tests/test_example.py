@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from harness import HANG
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "pretrain_qwen3_moe.py"
 SMALL = ["--num-layers", "1", "--num-experts", "8", "--seq-length", "32", "--global-batch-size", "8"]
 SMALL += ["--max-data-mb", "1", "--eval-samples", "4", "--log-every", "1", "--device", "cpu"]
-
-pytestmark = pytest.mark.timeout(150)
 
 
 def command(folder: Path, *arguments: str) -> list[str]:
@@ -27,7 +26,7 @@ def command(folder: Path, *arguments: str) -> list[str]:
 
 
 def train(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(folder, *arguments), capture_output=True, text=True, timeout=140)
+    return subprocess.run(command(folder, *arguments), capture_output=True, text=True, timeout=HANG)
 
 
 def summary(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -49,12 +48,12 @@ def test_a_resumed_run_continues_exactly(tmp_path: Path) -> None:
     save = ["--steps", "80", "--save", str(parts / "save"), "--save-interval", "2"]
     process = subprocess.Popen(command(parts, *save), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + HANG
         while not list((parts / "save").glob("*latest*")):
             assert time.monotonic() < deadline and process.poll() is None, "no checkpoint was written"
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)  # torchrun hands it on
-        process.wait(60)
+        process.wait(HANG)
     finally:
         process.kill()
     stopped_at = losses(parts)[-1][0]

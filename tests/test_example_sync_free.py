@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 from test_example import losses, summary, train
 
-pytestmark = pytest.mark.timeout(150)
-
 STEPS = ["--steps", "6", "--experts", "grouped"]
 TOLERANCE = 2e-4  # of fp32 losses after six steps; sums are in another order
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from harness import HANG
 
 import megatron_ep_v2
 
@@ -143,7 +144,7 @@ def witness(module: str) -> dict[str, object]:
     """What importing a module changes in a new interpreter."""
     command = [sys.executable, "-c", WITNESS.format(module=module)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT.parent), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

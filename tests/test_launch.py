@@ -16,6 +16,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from harness import HANG
 from mcore import Shape, Split, make_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,7 +24,7 @@ CONFIGS, LAUNCH, DOCKER = ROOT / "examples" / "configs", ROOT / "examples" / "la
 
 
 def run(command: list[str | Path], **more: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **more)
+    return subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False, **more)
 
 
 # ------------------------------------------------------------------------------------------- Megatron-LM's flags

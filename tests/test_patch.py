@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import HANG
 
 import megatron_ep_v2
 from megatron_ep_v2.cli import patch as command
@@ -43,7 +44,7 @@ def python(*arguments: str, path: tuple[Path, ...], cwd: Path | None = None) -> 
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MCORE_DEEPEP_V2_")}
     environment |= {"PYTHONPATH": os.pathsep.join(map(str, path)), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = [sys.executable, "-W", "ignore", *arguments]
-    return subprocess.run(done, cwd=cwd, env=environment, capture_output=True, text=True, timeout=150, check=False)
+    return subprocess.run(done, cwd=cwd, env=environment, capture_output=True, text=True, timeout=HANG, check=False)
 
 
 def job(mode: str, *path: Path) -> list[dict[str, Any]]:
@@ -191,10 +192,10 @@ def test_the_usual_tools_do_the_same(tool: str, tmp_path: Path) -> None:
         "git": (["git", "apply"], ["git", "apply", "--reverse"]),
         "patch": (["patch", "-p1", "-F0", "-i"], ["patch", "-p1", "-F0", "-R", "-i"]),
     }[tool]
-    subprocess.run([*apply, str(FILES[0])], cwd=theirs, check=True, capture_output=True, timeout=60)
+    subprocess.run([*apply, str(FILES[0])], cwd=theirs, check=True, capture_output=True, timeout=HANG)
     assert (theirs / CHANGED).read_bytes() == (ours / CHANGED).read_bytes()
     assert find(theirs).applied
-    subprocess.run([*revert, str(FILES[0])], cwd=theirs, check=True, capture_output=True, timeout=60)
+    subprocess.run([*revert, str(FILES[0])], cwd=theirs, check=True, capture_output=True, timeout=HANG)
     assert (theirs / CHANGED).read_bytes() == before[str(CHANGED)]
 
 

@@ -34,7 +34,7 @@ def one_rank_asks_for_deep_ep(group: Any) -> list[tuple[str, str]]:
 
 
 def test_a_rank_without_a_buffer_tells_the_others() -> None:
-    answers = run_ranks(4, one_rank_asks_for_deep_ep, timeout=30)
+    answers = run_ranks(4, one_rank_asks_for_deep_ep)
     for rank, ((kind, text), after) in enumerate(answers):
         assert kind == ("UnavailableError" if rank == CULPRIT else "PeerError"), text
         assert rank == CULPRIT or f"rank {CULPRIT} refused" in text

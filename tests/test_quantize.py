@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from fp8_oracle import GROUPS, PACK, arrived, codes, error_bound, scales
+from harness import HANG
 
 from megatron_ep_v2.kernels.quantize import dequantize, quantize
 from megatron_ep_v2.kernels.wire import from_wire, to_wire
@@ -174,7 +175,7 @@ def child(source: str, **environ: str) -> Any:
     """Run a script of its own interpreter; its last line is JSON."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), **environ}
     command = [sys.executable, "-W", "ignore", "-c", source]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

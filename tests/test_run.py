@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from harness import HANG
 
 import megatron_ep_v2
 
@@ -32,7 +33,7 @@ def run(*arguments: str, cwd: Path, launcher: tuple[str, ...] = (), **variables:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MCORE_DEEPEP_V2_")}
     environment |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore", **variables}
     command = [sys.executable, *launcher, "-m", "megatron_ep_v2", *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=HANG, check=False)
 
 
 def write(folder: Path, name: str, text: str) -> None:

@@ -53,7 +53,7 @@ def compare(group: Any) -> dict[str, dict[str, float]]:
 
 
 def test_outputs_gradients_and_loads_are_those_of_the_expanded_layout() -> None:
-    for rank, by_feature in enumerate(run_ranks(4, compare, timeout=120)):
+    for rank, by_feature in enumerate(run_ranks(4, compare)):
         for name, errors in by_feature.items():
             for tensor, error in errors.items():
                 assert error < 2e-6, f"rank {rank}, {name}, {tensor}: relative L2 {error:.1e}"

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import logging
 import time
+from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
-from harness import run_ranks
+from harness import HANG, run_ranks
 
 from megatron_ep_v2.buffers.teardown import everyone_arrives
 
 LATE = 1
 
 
-def meet(group: Any, delay: float, seconds: float, barrier: bool = True) -> tuple[bool, str]:
-    """Rank 1 comes `delay` seconds late. What the meeting decided, and its warning."""
+def meet(group: Any, delay: float | None, seconds: float, barrier: bool = True) -> tuple[bool, str]:
+    """Rank 1 comes `delay` seconds late; None = when the others have left. What the meeting decided; its warning."""
     said: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
     logging.getLogger("megatron_ep_v2").addHandler(handler)
-    if group.rank() == LATE:
+    if group.rank() == LATE and delay is None:
+        others = [f"{rank} has left" for rank in range(group.size()) if rank != LATE]
+        group.get_group_store().wait(others, timedelta(seconds=HANG))
+    elif group.rank() == LATE:
         time.sleep(delay)
     decided = everyone_arrives(group, "test", seconds)
+    if group.rank() != LATE and delay is None:
+        group.get_group_store().set(f"{group.rank()} has left", "")
     logging.getLogger("megatron_ep_v2").removeHandler(handler)
     if barrier:
         dist.barrier(group)
@@ -30,11 +36,11 @@ def meet(group: Any, delay: float, seconds: float, barrier: bool = True) -> tupl
 
 
 def test_everyone_comes() -> None:
-    assert run_ranks(4, meet, 0.3, 30.0) == [(True, "")] * 4
+    assert run_ranks(4, meet, 0.3, HANG) == [(True, "")] * 4
 
 
 def test_a_late_rank_is_named_and_finds_that_the_others_gave_up() -> None:
-    answers = run_ranks(4, meet, 3.0, 0.5)
+    answers = run_ranks(4, meet, None, 3.0)
     assert not any(decided for decided, _ in answers), "all or none may enter the collective"
     for rank, (_, warning) in enumerate(answers):
         assert "was given up" in warning

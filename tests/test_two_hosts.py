@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from harness import HANG
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "examples" / "pretrain_qwen3_moe.py"
@@ -21,7 +22,7 @@ SMALL += ["--max-data-mb", "1", "--eval-samples", "4", "--log-every", "5", "--de
 STEPS, INTERVAL = 40, 5
 CABLE = "ep0"
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(290)]
+pytestmark = pytest.mark.slow
 
 
 class Host:
@@ -48,7 +49,7 @@ class Host:
 
 
 def ip(*arguments: str) -> str:
-    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, timeout=HANG, check=False)
     if done.returncode != 0:
         raise OSError(f"ip {' '.join(arguments)}: {done.stderr.strip()}")
     return done.stdout
@@ -82,11 +83,11 @@ def hosts() -> Iterator[tuple[Host, Host]]:
 
 
 def torchrun(host: Host, first: Host, folder: Path) -> list[str]:
-    """One process a host; the rendezvous is held by the first one. It gives a silent host up after three seconds."""
+    """One process a host; the rendezvous is held by the first one. It gives a silent host up after ten seconds."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{first.address}:29400", "--rdzv-id", folder.name]
     # is_host: torch would tell it from the host's name, which both namespaces share.
-    patience = f"is_host={int(host is first)},keep_alive_interval=1,keep_alive_max_attempt=3"
+    patience = f"is_host={int(host is first)},keep_alive_interval=1,keep_alive_max_attempt=10"
     launcher += ["--rdzv-conf", patience, "--local-addr", host.address]
     launcher += ["--max-restarts", "1", "--no-python", str(ROOT / "tests" / "jobs" / "train_or_resume.sh")]
     training = [sys.executable, str(SCRIPT), *SMALL, "--steps", str(STEPS), "--out", str(folder / "out")]
@@ -109,7 +110,7 @@ def losses(folder: Path) -> list[tuple[int, float, float]]:
 
 def wait_for(processes: list[subprocess.Popen[bytes]], folder: Path) -> None:
     for process in processes:
-        assert process.wait(120) == 0, (folder / "log").read_text()[-4000:]
+        assert process.wait(HANG) == 0, (folder / "log").read_text()[-4000:]
 
 
 def test_a_host_that_dies_and_comes_back(hosts: tuple[Host, Host], tmp_path: Path) -> None:
@@ -122,12 +123,12 @@ def test_a_host_that_dies_and_comes_back(hosts: tuple[Host, Host], tmp_path: Pat
     assert len(losses(whole)) == STEPS
 
     job = [host.start(torchrun(host, first, broken), broken / "log") for host in hosts]
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + HANG
     while len(losses(broken)) % INTERVAL != 2 or len(losses(broken)) < INTERVAL:
         assert time.monotonic() < deadline and job[0].poll() is None, (broken / "log").read_text()[-4000:]
         time.sleep(0.005)
     assert second.kill() >= 2, "torchrun and its process"
-    job[1].wait()
+    job[1].wait(HANG)
     stopped_at = len(losses(broken))
     assert stopped_at < STEPS and stopped_at % INTERVAL, "it was between two checkpoints"
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import pytest
 import torch
 from cases import Case, edge_cases
 from conformance import BufferConformance, payload_cases
@@ -48,7 +47,6 @@ class GpuConformance(BufferConformance):
     backend = "nccl"
     device = "cuda"
     payload = torch.bfloat16
-    timeout = 400.0
     share_buffers = True
     repeatable = False  # neither buffer fixes the order of received rows
     layouts: ClassVar[tuple[Layout, ...]]
@@ -101,6 +99,3 @@ class TestLegacyBuffer(GpuConformance):
 def test_the_suite_runs_on_every_group_size_here() -> None:
     sizes = {case.size for case, _ in TestElasticBuffer.runs()}
     assert sizes == {size for size in (2, 4, 8) if size <= torch.cuda.device_count()}
-
-
-pytestmark = pytest.mark.timeout(900)

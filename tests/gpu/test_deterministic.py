@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from deterministic_rounds import ON_GPU, repeat
 from harness import run_ranks
@@ -18,13 +17,11 @@ from progress import say
 RANKS = torch.cuda.device_count()
 REPEATS, RESTARTS = 10, 2
 
-pytestmark = pytest.mark.timeout(300)
-
 
 def run(deterministic: bool, repeats: int, torchs_mode: bool = False, fresh: bool = False) -> list[Any]:
     say(f"deterministic {deterministic}, {repeats} repeats, torch's mode {torchs_mode}")
     arguments = (ON_GPU, deterministic, repeats, torchs_mode)
-    return run_ranks(RANKS, repeat, *arguments, backend="nccl", timeout=120, fresh=fresh)
+    return run_ranks(RANKS, repeat, *arguments, backend="nccl", fresh=fresh)
 
 
 def test_the_same_bits_every_time() -> None:

@@ -34,8 +34,6 @@ RANKS = torch.cuda.device_count()
 needs_deep_gemm = pytest.mark.skipif(importlib.util.find_spec("deep_gemm") is None, reason="needs deep_gemm")
 BACKENDS = ["grouped", "sequential", pytest.param("deepgemm", marks=needs_deep_gemm)]
 
-pytestmark = pytest.mark.timeout(300)
-
 
 def test_the_kernels_equal_the_references() -> None:
     """Bit by bit; SwiGLU and dot products as close as another order of sums is."""
@@ -152,7 +150,7 @@ def elastic(group: Any, *args: Any) -> dict[str, dict[str, torch.Tensor]]:
 def test_whole_layers_on_elastic_buffer_against_fp64() -> None:
     sizes = {"tokens": 128, "experts": 4 * RANKS, "topk": 4, "hidden": 512, "ffn": 256, "dtype": torch.bfloat16}
     backends = ["grouped", *(["deepgemm"] if importlib.util.find_spec("deep_gemm") else [])]
-    answers = run_ranks(RANKS, elastic, WAYS, backends, sizes, backend="nccl", timeout=280)
+    answers = run_ranks(RANKS, elastic, WAYS, backends, sizes, backend="nccl")
     found = errors(answers, layer_expected(layer(ranks=RANKS, device="cuda", **sizes)))
     assert len(found) == RANKS * len(WAYS) * len(backends) * 5
     worst = max(found, key=found.__getitem__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import run_ranks
+from harness import HANG, run_ranks
 from progress import say
 
 from megatron_ep_v2 import settings
@@ -22,29 +23,23 @@ from megatron_ep_v2.fused_a2a import fused_dispatch
 
 JOBS = Path(__file__).parent / "jobs"
 RANKS = torch.cuda.device_count()
-LIMIT = 30.0  # seconds from the mistake to the end; DeepEP's own timeouts are 100 and 300
-START = 60.0  # seconds for torchrun, imports, NCCL and the kernels of the first round, of four jobs at once
-
-pytestmark = pytest.mark.timeout(300)
-
-
+# What DeepEP says when one of its own time limits (100 s on the GPU, 300 s on the host) has passed.
+TIMED_OUT = re.compile("Dispatch CPU wait exception|DeepEP [^\n]*timeout")
 ROUNDS = {"never": 20, "step": 20, "rank": 2, "capacity": 2}  # what goes wrong -> rounds; see jobs/rounds.py
 
 
-def job(*arguments: str) -> tuple[int, str, float]:
-    """torchrun on all GPUs: exit code, output, seconds."""
+def job(*arguments: str) -> tuple[int, str]:
+    """torchrun on all GPUs: exit code, output."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
     command += [str(JOBS / arguments[0]), *arguments[1:]]
     say(f"torchrun {' '.join(arguments)}")
     start = time.monotonic()
-    done = subprocess.run(
-        [*command, str(JOBS / arguments[0]), *arguments[1:]], capture_output=True, text=True, timeout=240
-    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG, check=False)
     say(f"torchrun {' '.join(arguments)}: {time.monotonic() - start:.1f} s")
-    return done.returncode, done.stdout + done.stderr, time.monotonic() - start
+    return done.returncode, done.stdout + done.stderr
 
 
-Jobs = dict[str, "Future[tuple[int, str, float]]"]
+Jobs = dict[str, "Future[tuple[int, str]]"]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +51,7 @@ def jobs() -> Iterator[Jobs]:
 
 @pytest.mark.parametrize("fail", ["never", "step"])
 def test_twenty_rounds(fail: str, jobs: Jobs) -> None:
-    code, output, _ = jobs[fail].result()
+    code, output = jobs[fail].result()
     assert code == 0, output
     assert "20 rounds done" in output and "destroy()` is not called" not in output and "was given up" not in output
 
@@ -69,10 +64,10 @@ def test_twenty_rounds(fail: str, jobs: Jobs) -> None:
     ],
 )
 def test_one_rank_that_fails_ends_the_job(fail: str, words: list[str], jobs: Jobs) -> None:
-    code, output, seconds = jobs[fail].result()
+    code, output = jobs[fail].result()
     assert code != 0
     assert all(word in output for word in words), output
-    assert seconds < START + LIMIT
+    assert not TIMED_OUT.search(output), output
 
 
 CULPRIT = 1
@@ -90,8 +85,8 @@ MISTAKES: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
 }
 
 
-def mismatch(group: Any, names: list[str]) -> list[tuple[str, str, float]]:
-    """Each mistake on one rank, one after the other: kind of error, its text, seconds."""
+def mismatch(group: Any, names: list[str]) -> list[tuple[str, str]]:
+    """Each mistake on one rank, one after the other: kind of error, its text."""
     answers = []
     for name in names:
         num_experts = 4 * group.size()
@@ -104,23 +99,21 @@ def mismatch(group: Any, names: list[str]) -> list[tuple[str, str, float]]:
         if group.rank() == CULPRIT:
             arguments |= MISTAKES[name][0](arguments)
         settings.activate(settings.resolve(buffer="elastic", **arguments.pop("settings", {})))
-        start = time.monotonic()
         try:
             fused_dispatch(**arguments, group=group)
-            answers.append(("none", "", 0.0))
+            answers.append(("none", ""))
         except EPError as error:
-            answers.append((type(error).__name__, str(error), time.monotonic() - start))
+            answers.append((type(error).__name__, str(error)))
         pool.destroy_buffers()
     return answers
 
 
 def test_a_mismatch_is_named_on_every_rank() -> None:
-    by_rank = run_ranks(RANKS, mismatch, list(MISTAKES), backend="nccl", timeout=200)
+    by_rank = run_ranks(RANKS, mismatch, list(MISTAKES), backend="nccl")
     for answers in by_rank:
-        for (name, (_, word)), (kind, text, seconds) in zip(MISTAKES.items(), answers, strict=True):
+        for (name, (_, word)), (kind, text) in zip(MISTAKES.items(), answers, strict=True):
             assert kind == GroupMismatchError.__name__, f"{name}: {kind} {text}"
             assert f"rank {CULPRIT} has" in text and word in text
-            assert seconds < LIMIT
 
 
 def unsupported(group: Any) -> str:

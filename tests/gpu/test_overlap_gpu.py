@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from harness import run_ranks
 from moe import own_package
@@ -28,8 +27,6 @@ from exposed import profiled
 RANKS = torch.cuda.device_count()
 TOKENS, HIDDEN, EXPERTS, TOPK = 4096, 2048, 128, 8
 AHEAD_CYCLES = 4_000_000  # about 2 ms: until all is queued, on every rank
-
-pytestmark = pytest.mark.timeout(240)
 
 
 @own_package
@@ -72,7 +69,6 @@ def test_compute_runs_beside_watched_calls_in_one_hardware_queue() -> None:
         RANKS,
         compute_beside_calls,
         backend="nccl",
-        timeout=200,
         env={"CUDA_DEVICE_MAX_CONNECTIONS": "1"},
         fresh=True,
     )

@@ -19,7 +19,7 @@ from megatron_ep_v2.errors import RoutingChangedError
 
 RANKS = torch.cuda.device_count()
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.usefixtures("transformer_engine")]
+pytestmark = pytest.mark.usefixtures("transformer_engine")
 
 
 def replay(group: Any) -> dict[str, dict[str, Any]]:
@@ -56,7 +56,7 @@ def _distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 def test_the_replay_waits_for_nothing() -> None:
     """deep_ep's own wait spins on host memory and is in no trace; only its dispatches without a handle have it."""
-    for rank, found in enumerate(run_ranks(RANKS, replay, backend="nccl", timeout=200)):
+    for rank, found in enumerate(run_ranks(RANKS, replay, backend="nccl")):
         for layout, seen in found.items():
             where = f"rank {rank}, {layout}: {seen}"
             assert seen["calls"] == ["first", "cached", "gradient"] and seen["forward"] == 1, where
@@ -91,7 +91,7 @@ def change(group: Any) -> tuple[str, bool]:
 
 
 def test_a_changed_routing_stops_every_rank_before_the_optimizer() -> None:
-    for said, unchanged in run_ranks(RANKS, change, backend="nccl", timeout=200):
+    for said, unchanged in run_ranks(RANKS, change, backend="nccl"):
         assert "on rank(s) [1] of the group" in said and unchanged
 
 
@@ -110,4 +110,4 @@ def checkpoint_of_te(group: Any) -> list[str]:
 
 
 def test_transformer_engines_checkpoint_replays_too() -> None:
-    assert run_ranks(RANKS, checkpoint_of_te, backend="nccl", timeout=200) == [["first", "cached", "gradient"]] * RANKS
+    assert run_ranks(RANKS, checkpoint_of_te, backend="nccl") == [["first", "cached", "gradient"]] * RANKS

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import pytest
 import torch
 from harness import run_ranks
 from waits import traced
-
-pytestmark = pytest.mark.timeout(180)
 
 
 def known_waits(group: Any) -> dict[str, tuple[dict[str, int], int]]:
@@ -38,7 +35,7 @@ def known_waits(group: Any) -> dict[str, tuple[dict[str, int], int]]:
 
 
 def test_known_waits_are_found_and_no_others() -> None:
-    (found,) = run_ranks(1, known_waits, backend="nccl", timeout=90)
+    (found,) = run_ranks(1, known_waits, backend="nccl")
     print(found)
     waits = {name: waits for name, (waits, _) in found.items()}
     assert waits["nothing"] == waits["kernels"] == {} and found["kernels"][1] >= 2

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from harness import HANG
 
 RANKS = 2
 
@@ -181,7 +182,7 @@ def main() -> None:
         for process in ranks:
             process.start()
         for process in ranks:
-            process.join(60)
+            process.join(HANG / 3)
         codes = [process.exitcode for process in ranks]
         for process in ranks:
             process.kill()
