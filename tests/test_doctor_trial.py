@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from harness import run_ranks
+from harness import HANG, run_ranks
 
 import megatron_ep_v2
 from megatron_ep_v2.doctor import trial
@@ -24,7 +25,7 @@ def test_the_real_command(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "megatron_ep_v2", "doctor", "--json", "--ranks", "2"]
     done = subprocess.run(
-        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=HANG, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads(done.stdout)
@@ -52,13 +53,21 @@ if "megatron_ep_v2.doctor.trial" in called and called[called.index("megatron_ep_
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`run_trial(2)` on the CPU, with something wrong on rank 1."""
+    """`run_trial(2)` on the CPU, with something wrong on rank 1, and its limits from the moment when rank 0 waits."""
+    wait = trial._wait
+
+    def wait_later(processes: list[Any]) -> list[int]:
+        store = Path(processes[0].args[-1], "store")  # made by the first rank that joins the process group
+        while not store.exists() and processes[0].poll() is None:
+            time.sleep(0.05)
+        return wait(processes)
 
     def run(what: str, **limits: float) -> Any:
         (tmp_path / "sitecustomize.py").write_text(SITE.format(what=what))
         monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
         monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        monkeypatch.setattr(trial, "_wait", wait_later)
         for name, seconds in limits.items():
             monkeypatch.setattr(trial, name, seconds)
         return trial.run_trial(2)
@@ -67,7 +76,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_rank_that_raises(run: Any) -> None:
-    check, found = run("os.environ['MCORE_DEEPEP_V2_LAYOUT'] = 'sorted'", GRACE_SECONDS=20)
+    check, found = run("os.environ['MCORE_DEEPEP_V2_LAYOUT'] = 'sorted'")
     assert (check.name, check.status) == ("trial", "fail")
     assert "rank 1: megatron_ep_v2.errors.SettingsError: the setting layout" in check.found
     assert "Traceback" in found["1"]["stderr"] and "run_rank" in found["1"]["stderr"]
@@ -75,14 +84,14 @@ def test_a_rank_that_raises(run: Any) -> None:
 
 
 def test_a_rank_that_dies_and_one_that_waits_for_it(run: Any) -> None:
-    check, found = run("os.kill(os.getpid(), signal.SIGSEGV)", GRACE_SECONDS=6)
+    check, found = run("os.kill(os.getpid(), signal.SIGSEGV)", GRACE_SECONDS=2)
     assert check.status == "fail"
     assert "rank 0: stuck, see its stack; rank 1: killed the process (SIGSEGV)" in check.found
     assert "most recent call first" in found["0"]["stderr"] and "in run_rank" in found["0"]["stderr"]
 
 
 def test_a_rank_that_never_comes(run: Any) -> None:
-    check, found = run("time.sleep(600)", SECONDS=6)
+    check, found = run("time.sleep(3600)", SECONDS=2)
     assert check.status == "fail"
     assert "rank 0: stuck, see its stack; rank 1: stuck" in check.found
     assert "in run_rank" in found["0"]["stderr"]

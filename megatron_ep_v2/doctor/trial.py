@@ -20,8 +20,11 @@ from typing import Any
 from megatron_ep_v2.doctor.check import Check
 from megatron_ep_v2.doctor.facts import Facts, describe_end
 
-SECONDS = 300  # for everything: where its cache is empty, deep_ep compiles some 14 kernels of about 2.5 s each
-GRACE_SECONDS = 15  # for the other ranks, once one has failed
+# Against hangs only: a slow or busy machine is no fault. A trial takes 6 s on two CPU cores, and about a minute where
+# deep_ep's cache is empty and it compiles some 14 kernels.
+SECONDS = 600  # for everything
+GRACE_SECONDS = 60  # for the other ranks, once one has failed
+STACK_SECONDS = 10  # for a rank that is stuck to write its stack
 
 HIDDEN, TOPK, LOCAL_EXPERTS, TOKENS = 1024, 3, 4, 64
 
@@ -40,6 +43,7 @@ def run_trial(ranks: int) -> tuple[Check, Facts]:
                 with open(Path(name, f"{rank}.stderr"), "w") as stderr:
                     processes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr))
             stuck = _wait(processes)
+            _ask_for_stacks({processes[rank]: Path(name, f"{rank}.stderr") for rank in stuck})
         finally:
             for process in processes:
                 process.kill()
@@ -56,18 +60,28 @@ def run_trial(ranks: int) -> tuple[Check, Facts]:
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> list[int]:
-    """Until all ranks have ended, or time is up; once one has failed, that is soon. The ranks that were stuck; they
-    have written their stacks to stderr then."""
+    """Until all ranks have ended, or time is up; once one has failed, that is soon. The ranks that were stuck."""
     deadline, failed = time.monotonic() + SECONDS, False
     while None in (codes := [process.poll() for process in processes]) and time.monotonic() < deadline:
         if any(codes) and not failed:
             deadline, failed = time.monotonic() + GRACE_SECONDS, True
         time.sleep(0.05)
-    stuck = [rank for rank, code in enumerate(codes) if code is None]
-    for rank in stuck:
-        processes[rank].send_signal(signal.SIGUSR1)
-    time.sleep(0.5 if stuck else 0)
-    return stuck
+    return [rank for rank, code in enumerate(codes) if code is None]
+
+
+def _ask_for_stacks(stuck: dict[subprocess.Popen[bytes], Path]) -> None:
+    """Have processes write their stacks to their stderr, in these files; one that has not begun to run ends instead."""
+    before = {process: stderr.stat().st_size for process, stderr in stuck.items()}
+    for process in stuck:
+        process.send_signal(signal.SIGUSR1)
+    deadline = time.monotonic() + STACK_SECONDS
+
+    def silent(process: subprocess.Popen[bytes]) -> bool:
+        return process.poll() is None and stuck[process].stat().st_size == before[process]
+
+    while any(map(silent, stuck)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5 if stuck else 0)  # until those that have begun to write have ended
 
 
 def _judge(found: Facts, ends: dict[int, str]) -> Check:
