@@ -1,0 +1,49 @@
+"""Weight gradients of a linear layer of several experts, added to a gradient buffer:
+
+    out[l] += grad[rows of l].T @ x[rows of l]
+
+An expert without rows leaves its part untouched, so nothing is read, written or zeroed for it. This is PyTorch, for the
+CPU and for fp64; `wgrad_triton` does the same on CUDA tensors. Both add up in fp32 (fp64 for fp64) and round once.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_ep_v2.errors import InputError, UnavailableError
+from megatron_ep_v2.kernels.move import accumulator
+
+
+def add_(out: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, ends: torch.Tensor) -> None:
+    """
+    Args:
+        out: [L, N, K], contiguous; added to, in place.
+        grad: [P, N], contiguous.
+        x: [P, K], contiguous.
+        ends: [L] int32 on the same device: where each expert's rows end. Rows past the last end are not read.
+
+    Raises:
+        InputError: `out` is not one contiguous [L, N, K].
+        UnavailableError: CUDA tensors, and no Triton.
+    """
+    if out.shape != (len(ends), grad.shape[1], x.shape[1]) or not out.is_contiguous():
+        raise InputError(
+            "weight gradients do not fit the buffer that they are added to",
+            found=f"main_grad {tuple(out.shape)} with strides {out.stride()}",
+            needed=f"({len(ends)}, {grad.shape[1]}, {x.shape[1]}), contiguous",
+            fix="turn gradient_accumulation_fusion off (--no-gradient-accumulation-fusion)",
+        )
+    if out.is_cuda and grad.dtype != torch.float64:
+        try:
+            from megatron_ep_v2.kernels import wgrad_triton
+        except ImportError as error:
+            raise UnavailableError(
+                "experts on GPUs need Triton", found=str(error), needed="3.3 or newer", fix="pip install 'triton>=3.3'"
+            ) from error
+        wgrad_triton.add_(out, grad, x, ends)
+        return
+    kind, start = accumulator(grad), 0
+    for mine, end in zip(out, ends.tolist(), strict=True):
+        if end > start:
+            mine.add_(grad[start:end].to(kind).t() @ x[start:end].to(kind))
+        start = end
