@@ -13,7 +13,7 @@ from typing import Any
 __version__ = "0.1.0"
 __all__ = [
     *("destroy_buffers", "expert_load", "install", "log_expert_load"),
-    *("status", "stragglers", "uninstall"),
+    *("moe_submodules", "status", "stragglers", "uninstall"),
 ]
 
 
@@ -22,6 +22,13 @@ def install(**settings: Any) -> dict[str, Any]:
     from megatron_ep_v2 import installer
 
     return installer.install(**settings)
+
+
+def moe_submodules(submodules: Any) -> Any:
+    """`install()`, and Megatron's MoESubmodules with the experts that are installed: what a patched Megatron calls."""
+    from megatron_ep_v2 import installer
+
+    return installer.moe_submodules(submodules)
 
 
 def uninstall() -> None:

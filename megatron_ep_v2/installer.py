@@ -14,14 +14,25 @@ from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_ep_v2 import fused_a2a, recompute
 from megatron_ep_v2 import settings as settings_module
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.errors import SettingsError
+from megatron_ep_v2.experts.gemm import gemm
 from megatron_ep_v2.probe import Choice, choose, probe
-from megatron_ep_v2.seam import FUSED_A2A, SCHEDULE, TOKEN_DISPATCHER, checkpoints, find_seam
+from megatron_ep_v2.seam import (
+    DIST_CHECKPOINTING,
+    FUSED_A2A,
+    MOE_LAYER,
+    OPTIMIZER,
+    SCHEDULE,
+    TOKEN_DISPATCHER,
+    checkpoints,
+    find_seam,
+)
 
 logger = logging.getLogger("megatron_ep_v2")
 
@@ -33,6 +44,8 @@ class _Installation:
     choice: Choice
     layout: str
     layout_reason: str
+    experts: str
+    experts_reason: str
     megatron_version: str
     bound: list[tuple[Any, str, Any, Any]] = field(default_factory=list)  # module or class, name, theirs, ours
 
@@ -45,7 +58,8 @@ def install(**explicit: Any) -> dict[str, Any]:
     built. A second call without arguments changes nothing; with arguments, it replaces the first (and if it fails then,
     Megatron is as it was before both).
 
-    With only the legacy deep_ep installed, Megatron's own path is left exactly as it is, and the log says so.
+    With only the legacy deep_ep installed, Megatron's own dispatcher is left exactly as it is, and the log says so.
+    Other experts than Megatron's are bound whatever carries the tokens.
 
     Args:
         **explicit: Settings by name (see `settings.Settings`): buffer, layout, num_max_tokens_per_rank, num_sms, ...
@@ -64,18 +78,21 @@ def install(**explicit: Any) -> dict[str, Any]:
     settings = settings_module.resolve(**explicit)
     choice = choose(probe(), settings)
     layout, layout_reason = _choose_layout(settings, choice)
+    _check_experts(settings)
     uninstall()  # before the seam is looked at: it must be Megatron's own
     version, modules = find_seam()
 
-    installation = _Installation(choice, layout, layout_reason, version)
+    experts_reason = f"asked for by {settings.source('experts')}" if settings.experts != "megatron" else "default"
+    installation = _Installation(choice, layout, layout_reason, settings.experts, experts_reason, version)
     settings_module.activate(settings)
+    bindings = []
     if choice.kind != "megatron":
-        for module, name, ours in _bindings(modules, layout):
-            theirs = inspect.getattr_static(module, name)  # as it stands there: a class may hold a staticmethod
-            bound = staticmethod(ours) if isinstance(theirs, staticmethod) else ours
-            installation.bound.append((module, name, theirs, bound))
-        for module, name, _, ours in installation.bound:
-            setattr(module, name, ours)
+        bindings += _bindings(modules, layout)
+    if choice.kind != "megatron" or settings.experts != "megatron":
+        bindings += _bindings_of_experts(modules, settings.experts)
+    for owner, name, ours in bindings:
+        _bind(installation, owner, name, ours)
+    if choice.kind != "megatron":
         pool.set_expected_tokens(_tokens_per_rank_of_megatron)
     _installation = installation
     found = probe()
@@ -103,6 +120,22 @@ def uninstall() -> None:
     _installation = None
 
 
+def moe_submodules(submodules: Any) -> Any:
+    """`install()`, and Megatron's MoESubmodules with the experts that are installed. For a patched Megatron, whose
+    first MoE layer is being built when `install()` binds what builds them.
+
+    Raises:
+        EPError: See `install` and `experts.module.with_experts`.
+    """
+    install()
+    assert _installation is not None
+    if _installation.experts == "megatron":
+        return submodules
+    from megatron_ep_v2.experts.module import with_experts
+
+    return with_experts(submodules, _installation.experts)
+
+
 def bound() -> list[tuple[Any, str, Any, Any]]:
     """What is bound now: module or class, name, Megatron's object, ours. For who changes between several."""
     return list(_installation.bound) if _installation else []
@@ -126,18 +159,41 @@ def status() -> dict[str, Any]:
             "buffer_reason": _installation.choice.reason,
             "layout": _installation.layout,
             "layout_reason": _installation.layout_reason,
+            "experts": _installation.experts,
+            "experts_reason": _installation.experts_reason,
         }
     return report
 
 
 def _sentence(installation: _Installation) -> str:
+    experts = f"{installation.experts} experts ({installation.experts_reason})"
     if installation.choice.kind == "megatron":
-        return f"nothing was changed ({installation.choice.reason})"
+        what = "nothing" if installation.experts == "megatron" else "nothing in the dispatcher"
+        return f"{what} was changed ({installation.choice.reason}); {experts}"
     return (
         "flex dispatcher (backend deepep) bound to "
         f"the {installation.choice.kind} buffer ({installation.choice.reason}), "
-        f"{installation.layout} layout ({installation.layout_reason})"
+        f"{installation.layout} layout ({installation.layout_reason}), {experts}"
     )
+
+
+def _check_experts(settings: settings_module.Settings) -> None:
+    """
+    Raises:
+        UnavailableError: These experts cannot run here.
+        SettingsError: They wait on the host, and sync-free mode does not.
+    """
+    if settings.experts == "megatron":
+        return
+    gemm(settings.experts).require(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if settings.sync_free and settings.experts == "sequential":
+        raise SettingsError(
+            "sequential experts wait for the counts that sync-free mode leaves on the device",
+            found=f"experts=sequential from {settings.source('experts')}, "
+            f"sync_free from {settings.source('sync_free')}",
+            needed="experts=grouped, or deepgemm",
+            fix="set MCORE_DEEPEP_V2_EXPERTS=grouped",
+        )
 
 
 def _choose_layout(settings: settings_module.Settings, choice: Choice) -> tuple[str, str]:
@@ -200,6 +256,41 @@ def _bindings(modules: dict[str, ModuleType], layout: str) -> list[tuple[Any, st
     for module in (dist, dist.distributed_c10d):
         ours.append((module, "destroy_process_group", _destroy_buffers_before(module.destroy_process_group)))
     return ours
+
+
+def _bindings_of_experts(modules: dict[str, ModuleType], experts: str) -> list[tuple[Any, str, Any]]:
+    """What builds the experts, and what keeps optimizer states of different kinds apart (also while Megatron's are
+    built: a checkpoint of ours may be loaded into them)."""
+    from megatron_ep_v2.experts import checkpoint, refusals
+    from megatron_ep_v2.experts.module import built_with
+
+    optimizer, loader = modules[OPTIMIZER].DistributedOptimizer, modules[DIST_CHECKPOINTING]
+    name = "sharded_param_state_dp_reshardable"
+    ours: list[tuple[Any, str, Any]] = [
+        (optimizer, name, checkpoint.mark_buffers(getattr(optimizer, name))),
+        (loader, "load", checkpoint.explain_load(loader.load)),
+        *refusals.bindings(),
+    ]
+    if experts != "megatron":
+        layer = modules[MOE_LAYER].MoELayer
+        ours.append((layer, "__init__", built_with(layer.__init__, experts, _bind_refusals)))
+    return ours
+
+
+def _bind_refusals() -> None:
+    """What has been imported since `install()`: frameworks above Megatron come later."""
+    from megatron_ep_v2.experts import refusals
+
+    if _installation is not None:
+        for owner, name, ours in refusals.bindings():
+            _bind(_installation, owner, name, ours)
+
+
+def _bind(installation: _Installation, owner: Any, name: str, ours: Any) -> None:
+    theirs = inspect.getattr_static(owner, name)  # as it stands there: a class may hold a staticmethod
+    bound = staticmethod(ours) if isinstance(theirs, staticmethod) else ours
+    installation.bound.append((owner, name, theirs, bound))
+    setattr(owner, name, bound)
 
 
 def _destroy_buffers_before(destroy_process_group: Any) -> Any:

@@ -16,6 +16,9 @@ from megatron_ep_v2.errors import SeamError
 FUSED_A2A = "megatron.core.transformer.moe.fused_a2a"
 TOKEN_DISPATCHER = "megatron.core.transformer.moe.token_dispatcher"
 CHECKPOINT = "megatron.core.tensor_parallel.random"
+MOE_LAYER = "megatron.core.transformer.moe.moe_layer"
+OPTIMIZER = "megatron.core.optimizer.distrib_optimizer"
+DIST_CHECKPOINTING = "megatron.core.dist_checkpointing"
 TE_CHECKPOINT = "transformer_engine.pytorch.distributed"
 SCHEDULE = "megatron.core ... schedule"  # for the one of SCHEDULES that decides what 1F1B frees
 SCHEDULES = ("megatron.core.models.common.utils", "megatron.core.models.gpt.fine_grained_callables")  # 0.19; before
@@ -50,6 +53,16 @@ _SEAM: dict[str, dict[str, tuple[str, ...] | None]] = {
         "get_align_size_for_quantization": ("config",),
     },
     CHECKPOINT: {"CheckpointFunction.forward": ("ctx", "run_function", "distribute_saved_activations", "args")},
+    OPTIMIZER: {
+        "DistributedOptimizer.sharded_param_state_dp_reshardable": (
+            *("model_sharded_state_dict", "is_loading", "metadata"),
+        )
+    },
+}
+# The same, for names that further parameters may follow.
+_SEAM_OPEN: dict[str, dict[str, tuple[str, ...]]] = {
+    MOE_LAYER: {"MoELayer.__init__": ("config", "submodules", "layer_number", "pg_collection")},
+    DIST_CHECKPOINTING: {"load": ("sharded_state_dict", "checkpoint_dir")},
 }
 
 
@@ -64,10 +77,11 @@ def find_seam() -> tuple[str, dict[str, ModuleType]]:
         version = importlib.metadata.version("megatron-core")
     # Imported inside a git checkout, Megatron appends that checkout's commit: 0.19.2+1a2b3c4.
     version = str(getattr(_import("megatron.core"), "__version__", version)).partition("+")[0]
-    modules = {name: _import(name) for name in _SEAM}
-    for module_name, names in _SEAM.items():
-        for dotted, parameters in names.items():
-            _check_symbol(modules[module_name], dotted, parameters, version)
+    modules = {name: _import(name) for name in (*_SEAM, *_SEAM_OPEN)}
+    for more, seam in ((False, _SEAM), (True, _SEAM_OPEN)):
+        for module_name, names in seam.items():
+            for dotted, parameters in names.items():
+                _check_symbol(modules[module_name], dotted, parameters, version, more=more)
     modules[SCHEDULE] = _import_schedule()
     # 0.17 has added a parameter, which is handed on.
     _check_symbol(modules[SCHEDULE], "should_free_input", ("name", "is_moe", "config"), version, more=True)

@@ -52,6 +52,11 @@ class Settings:
     num_max_tokens_per_rank: int = _setting(
         0, "most tokens that a rank may dispatch; 0 = agreed by the group", variable="MAX_TOKENS_PER_RANK"
     )
+    experts: str = _setting(
+        "megatron",
+        "which experts MoE layers are built with",
+        choices=("megatron", "grouped", "deepgemm", "sequential"),
+    )
     expert_alignment: int = _setting(0, "pad an expert's expanded rows to a multiple of this; 0 = as the recipe needs")
     num_sms: int = _setting(0, "SMs of a dispatch or combine; 0 = the library's analytic choice")
     num_qps: int = _setting(0, "RDMA queue pairs to allocate; 0 = the library's choice; fabrics such as EFA need a cap")

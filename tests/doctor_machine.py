@@ -124,6 +124,18 @@ class CheckpointFunction:
     def forward(ctx, run_function, distribute_saved_activations, *args): ...
 """
 
+MOE_LAYER = """
+class MoELayer:
+    def __init__(self, config, submodules, layer_number, pg_collection, is_mtp_layer=False): ...
+"""
+
+OPTIMIZER = """
+class DistributedOptimizer:
+    def sharded_param_state_dp_reshardable(self, model_sharded_state_dict, is_loading, metadata): ...
+"""
+
+DIST_CHECKPOINTING = "def load(sharded_state_dict, checkpoint_dir, strict=None): ...\n"
+
 SCHEDULE = "def should_free_input(name, is_moe, config, num_local_experts): ...\n"
 
 V1 = "__version__ = '1.2.1'\nclass Buffer: ...\n"
@@ -174,6 +186,9 @@ class Machine:
             "megatron/core/tensor_parallel/__init__.py": "",
             "megatron/core/tensor_parallel/random.py": CHECKPOINT,
             "megatron/core/models/common/utils.py": SCHEDULE,
+            "megatron/core/transformer/moe/moe_layer.py": MOE_LAYER,
+            "megatron/core/optimizer/distrib_optimizer.py": OPTIMIZER,
+            "megatron/core/dist_checkpointing/__init__.py": DIST_CHECKPOINTING,
         }
     )
     nvcc: str | None = "13.0"

@@ -18,8 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
 
 from megatron.core import parallel_state  # noqa: E402
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec  # noqa: E402
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection  # noqa: E402
 from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher  # noqa: E402
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 from qwen3_moe.cpu import CpuRouter  # noqa: E402
 
@@ -99,6 +101,26 @@ def make_config(shape: Shape, split: Split, **more: Any) -> TransformerConfig:
         "use_cpu_initialization": True,
     }
     return TransformerConfig(**values | more)
+
+
+def make_moe_layer(shape: Shape, split: Split, **more: Any) -> Any:
+    """Megatron's whole MoELayer with its sequential experts, the same weights on every rank."""
+    config = make_config(
+        shape,
+        split,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        ffn_hidden_size=64,
+        moe_ffn_hidden_size=64,
+        gradient_accumulation_fusion=False,
+        **more,
+    )
+    spec = get_moe_module_spec(use_te=False, num_experts=shape.experts, moe_grouped_gemm=False)
+    if isinstance(spec, ModuleSpec):  # before megatron-core 0.18
+        spec.submodules.router = CpuRouter
+        return build_module(spec, config=config, layer_number=1)
+    spec.keywords["submodules"].router = CpuRouter
+    return spec(config=config, layer_number=1)
 
 
 class Layer:

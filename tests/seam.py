@@ -11,18 +11,25 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core import dist_checkpointing, optimizer
+from megatron.core.optimizer import muon
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.resharding import planner
+from megatron.core.resharding import utils as resharding
 from megatron.core.tensor_parallel.random import CheckpointFunction
 from megatron.core.transformer.moe import fused_a2a, token_dispatcher
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_ep_v2 import installer, settings
 from megatron_ep_v2.probe import probe
 from megatron_ep_v2.seam import SCHEDULE, find_seam
 
 SCHEDULE_MODULE = find_seam()[1][SCHEDULE]
-MODULES = (fused_a2a, token_dispatcher, dist, dist.distributed_c10d, SCHEDULE_MODULE)
+MODULES = (fused_a2a, token_dispatcher, dist, dist.distributed_c10d, SCHEDULE_MODULE, dist_checkpointing)
+MODULES += (optimizer, muon, planner, resharding)
 MANAGER = token_dispatcher._DeepepManager  # Megatron's own, taken before any test runs
 FLEX = token_dispatcher.MoEFlexTokenDispatcher
-CLASSES = (MANAGER, FLEX, CheckpointFunction)
+CLASSES = (MANAGER, FLEX, CheckpointFunction, DistributedOptimizer, MoELayer)
 CALLS = ("fused_dispatch", "fused_combine", "set_deepep_num_sms")  # that both modules hold
 
 

@@ -100,7 +100,7 @@ OWN_V2 = FUSED_A2A + "def deepepv2_dispatch(): ..."
 KILLED = "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)"
 
 # What a check needs that can no longer be told.
-NO_TORCH = dict.fromkeys(["NCCL", "one NCCL", "one CUDA runtime", "deep_ep", "megatron-core", "CUDA"], "skip")
+NO_TORCH = dict.fromkeys(["NCCL", "one NCCL", "one CUDA runtime", "deep_ep", "megatron-core", "experts", "CUDA"], "skip")
 DIED = dict.fromkeys(["NCCL", "one NCCL", "one CUDA runtime"], "skip")
 NOT_V2 = dict.fromkeys(["NCCL", "nvcc", "JIT cache", "NCCL GIN", "hybrid combine", "zero padding"], "skip")
 
@@ -114,6 +114,16 @@ FAULTS: dict[str, tuple[Change, dict[str, str], str]] = {
     "no torch": (put(torch=None), {"torch": "fail", **NO_TORCH}, "No module named 'torch'"),
     "a torch that is too old": (put(torch={"version": "2.3.1"}), {"torch": "fail"}, "2.3.1"),
     "a torch too old for V2": (put(torch={"version": "2.9.1"}), {"torch": "warn"}, "2.9.1"),
+    "grouped experts on GPUs without a grouped GEMM": (
+        both(gpu("NVIDIA A100", "8.0"), put(environment={"MCORE_DEEPEP_V2_EXPERTS": "grouped"})),
+        {"experts": "fail", "GPUs": "fail"},
+        "no grouped GEMM for NVIDIA A100 (SM 8.0)",
+    ),
+    "deepgemm experts without a grouped GEMM": (
+        both(put(torch={"version": "2.7.1"}), put(environment={"MCORE_DEEPEP_V2_EXPERTS": "deepgemm"})),
+        {"experts": "fail", "torch": "warn"},
+        "torch 2.7.1 has no grouped GEMM",
+    ),
     # ------------------------------------------------------------------------------------------------------- NCCL, CUDA
     "an old NCCL": (put(files={NCCL: "22809"}), {"NCCL": "fail"}, "2.28.9 loaded"),
     "NCCL with other headers": (

@@ -47,6 +47,9 @@ def deep_gemm_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     )
 
     class OnCpu(DeepGemm):
+        def require(self, device: torch.device) -> None:
+            """Not here: it wants a GPU."""
+
         def check(self, x: torch.Tensor, w: torch.Tensor) -> None:
             Grouped.check(self, x, w)
 

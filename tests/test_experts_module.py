@@ -125,6 +125,7 @@ def checkpoint(group: Any) -> list[str]:
                     wrong.append(key)
 
             state = ours.sharded_state_dict("mlp.experts.", (), {"singleton_local_shards": single})
+            state = {name: value for name, value in state.items() if hasattr(value, "build")}
             read = {name: [shard.data * 2 for shard in value.build()] for name, value in state.items()}
             merged = mapping.apply_factory_merges(read, state)
             before = ours.linear_fc1.weight.detach().clone()

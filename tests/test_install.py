@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import __version__ as megatron_version
+from megatron.core.optimizer import muon
 from megatron.core.transformer.moe import fused_a2a, token_dispatcher
 from seam import CALLS, FLEX, MANAGER, SCHEDULE_MODULE, clean, names, rebound, set_cuda, set_deep_ep
 
@@ -29,6 +30,13 @@ BOUND = {
     ("MoEFlexTokenDispatcher", "dispatch_preprocess"),
     ("CheckpointFunction", "forward"),
     ("token_dispatcher", "_DeepepManager"),
+    # What would take stacked experts for something else.
+    ("DistributedOptimizer", "sharded_param_state_dp_reshardable"),
+    ("dist_checkpointing", "load"),
+    ("muon", "_get_param_groups")
+    if hasattr(muon, "_get_param_groups")
+    else ("optimizer", "_get_megatron_emerging_optimizer"),
+    *((module, "extract_param_metadata") for module in ("planner", "utils")),
 }
 BOUND_EXPANDED = BOUND | {(SCHEDULE_MODULE.__name__.rpartition(".")[2], "should_free_input")}
 

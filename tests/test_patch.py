@@ -23,7 +23,7 @@ from megatron_ep_v2.errors import SeamError, SettingsError
 
 ROOT = Path(megatron_ep_v2.__file__).parent.parent
 FILES = sorted((ROOT / "patches").glob("*.patch"))
-CHANGED = Path("megatron/core/transformer/moe/token_dispatcher.py")
+CHANGED = Path("megatron/core/transformer/moe/moe_layer.py")
 # One stack has the oldest version, the other one all that need its Python.
 VERSIONS = ["0.16.1"] if sys.version_info < (3, 12) else ["0.17.1", "0.18.2", "0.19.2"]
 
@@ -63,29 +63,36 @@ def test_there_are_few_patches() -> None:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_a_patch_is_well_formed(file: Path) -> None:
-    """One file, line counts as its headers say, three lines of context, nothing taken away."""
+    """One file, line counts as its headers say, a line of context on either side, nothing taken away."""
     lines = file.read_text().splitlines(keepends=True)
     assert lines[:2] == [f"--- a/{CHANGED}\n", f"+++ b/{CHANGED}\n"]
     (hunk,) = [i for i, line in enumerate(lines) if line.startswith("@@")]
     body = lines[hunk + 1 :]
     signs = "".join(line[0] for line in body)
     added = signs.count("+")
-    assert signs == "   " + "+" * added + "   " and all(line.endswith("\n") for line in body)
+    assert signs == " " + "+" * added + " " and all(line.endswith("\n") for line in body)
     first = lines[hunk].split()[1].removeprefix("-").split(",")[0]
-    assert lines[hunk] == f"@@ -{first},6 +{first},{6 + added} @@\n"
+    assert lines[hunk] == f"@@ -{first},2 +{first},{2 + added} @@\n"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_a_patch_touches_only_the_intended_names(file: Path) -> None:
     added = "".join(line[1:] for line in file.read_text().splitlines(keepends=True)[2:] if line.startswith("+"))
     nodes = list(ast.walk(ast.parse(textwrap.dedent(added))))
-    assert {node.id for node in nodes if isinstance(node, ast.Name)} == {"config", "find_spec", "megatron_ep_v2"}
+    assert {node.id for node in nodes if isinstance(node, ast.Name)} == {
+        "config",
+        "find_spec",
+        "megatron_ep_v2",
+        "self",
+    }
     imported = {alias.name for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom)) for alias in n.names}
     assert imported == {"find_spec", "megatron_ep_v2"}
-    assert not [node for node in nodes if isinstance(node, (ast.Assign, ast.AugAssign, ast.Delete, ast.Try))]
+    assert not [node for node in nodes if isinstance(node, (ast.AugAssign, ast.Delete, ast.Try))]
+    (assignment,) = [node for node in nodes if isinstance(node, ast.Assign)]
+    assert ast.unparse(assignment) == "self.submodules = megatron_ep_v2.moe_submodules(self.submodules)"
 
 
-def test_only_the_flex_dispatchers_constructor_changes(tmp_path: Path) -> None:
+def test_only_the_moe_layers_constructor_changes(tmp_path: Path) -> None:
     def functions(content: bytes) -> dict[str, str]:
         return {
             f"{owner.name}.{getattr(node, 'name', ast.unparse(node))}": ast.dump(node)
@@ -98,7 +105,7 @@ def test_only_the_flex_dispatchers_constructor_changes(tmp_path: Path) -> None:
     before_functions, after_functions = functions(before), functions((tmp_path / CHANGED).read_bytes())
     assert before_functions.keys() == after_functions.keys()
     changed = [name for name in before_functions if before_functions[name] != after_functions[name]]
-    assert changed == ["MoEFlexTokenDispatcher.__init__"]
+    assert changed == ["MoELayer.__init__"]
 
 
 # ------------------------------------------------------------------------------------------------- the released wheels
@@ -135,7 +142,8 @@ def test_a_released_megatron(version: str, tmp_path: Path, request: pytest.Fixtu
             "a wrong setting": "the setting layout (rows as the experts get them) cannot be 'sorted'",
             "alone": [True, "reference", "expanded"],
             "after install()": [True, "reference", "compact"],
-            "after uninstall()": [True, "reference", "expanded"],  # bound again with the next dispatcher
+            "after uninstall()": [True, "reference", "expanded"],  # bound again with the next layer
+            "experts": ["GroupedExperts", "GroupedExperts", "SequentialMLP"],
         }
     for cached in tmp_path.rglob("__pycache__"):
         shutil.rmtree(cached)
@@ -174,7 +182,7 @@ def test_apply_check_revert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert contents(tmp_path) == before
     assert run("apply") == (0, "is now applied to")
     after = contents(tmp_path)
-    assert b"megatron_ep_v2.install()" in after[str(CHANGED)]
+    assert b"megatron_ep_v2.moe_submodules(" in after[str(CHANGED)]
     assert run("check") == run("apply") == (0, "is applied to")
     assert contents(tmp_path) == after, "a second time it changes nothing"
     assert run("revert") == (0, "is no longer applied to")
@@ -199,13 +207,13 @@ def test_the_usual_tools_do_the_same(tool: str, tmp_path: Path) -> None:
     assert (theirs / CHANGED).read_bytes() == before[str(CHANGED)]
 
 
-HOOK = b"                megatron_ep_v2.install()\n"
+HOOK = b"                self.submodules = megatron_ep_v2.moe_submodules(self.submodules)\n"
 REFUSED = {
     "no file": (lambda before, after: None, f"there is no {CHANGED}"),
-    "other text": (lambda before, after: before.replace(b"super().__init__(config", b"super().__init__(cfg"), "lines"),
+    "other text": (lambda before, after: before.replace(b"super(MoELayer, self)", b"super()"), "lines"),
     "twice": (lambda before, after: before + before, "exactly once"),
     "windows": (lambda before, after: before.replace(b"\n", b"\r\n"), "lines that it changes"),
-    "edited hook": (lambda before, after: after.replace(HOOK, HOOK.replace(b"()", b"(num_sms=8)")), "already names"),
+    "edited hook": (lambda before, after: after.replace(HOOK, HOOK.replace(b")", b", 8)")), "already names"),
     "half a hook": (lambda before, after: after.replace(HOOK, b""), "already names"),
 }
 

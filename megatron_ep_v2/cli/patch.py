@@ -1,7 +1,7 @@
 """`python -m megatron_ep_v2 patch apply|revert|check [PATH]`: a Megatron that needs no `install()` call.
 
-A patch of `patches/` adds a hook to one file of Megatron: it calls `install()` before the flex dispatcher of backend
-"deepep" is built, where this package is installed, and does nothing where it is not. The files are plain unified diffs,
+A patch of `patches/` adds a hook to one file of Megatron: before a MoE layer with the flex dispatcher of backend "deepep"
+is built it calls `install()`, where this package is installed, and does nothing where it is not. The files are plain unified diffs,
 which `git apply` and `patch` take as well; here they are applied to the exact text or not at all.
 """
 
@@ -141,7 +141,7 @@ def find(root: Path) -> Found:
     raise SeamError(
         f"no patch fits the Megatron in {root}; nothing was changed",
         found="; ".join(dict.fromkeys(refusals)),
-        needed="megatron-core 0.16.1 to 0.19.2, its token_dispatcher.py as released",
+        needed="megatron-core 0.16.1 to 0.19.2, its moe_layer.py as released",
         fix="call megatron_ep_v2.install() or start with `-m megatron_ep_v2 run`; or a newer megatron_ep_v2",
     )
 

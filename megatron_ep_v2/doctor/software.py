@@ -133,3 +133,23 @@ def check_megatron(facts: Facts) -> Check:
     strangers = [owner for owner in patched if not owner.startswith("megatron_ep_v2")]
     needed, fix = "Megatron's own names, or ours", "let only one package replace the flex dispatcher"
     return Check("warn" if strangers else "ok", text, needed, fix)
+
+
+@checks.add("experts", imports=True)
+def check_experts(facts: Facts) -> Check:
+    asked, devices = facts["settings"]["experts"], gpus(facts)
+    lacking = ""  # what torch's grouped GEMM, which deepgemm's weight gradients are made with, too, does not find here
+    if version(facts["torch"]["version"]) < (2, 8):
+        lacking = f"torch {facts['torch']['version']} has no grouped GEMM (2.8 has)"
+    elif not all((9,) <= version(device["sm"]) < (11,) for device in devices):
+        lacking = f"torch has no grouped GEMM for {devices[0]['name']} (SM {devices[0]['sm']})"
+    fix = "unset MCORE_DEEPEP_V2_EXPERTS, or set it to sequential"
+    if asked in ("grouped", "deepgemm") and (lacking or (asked == "deepgemm" and not devices)):
+        return Check("fail", f"{asked}: {lacking or 'no GPU'}", "a GPU of SM 9 or 10 and torch 2.8", fix)
+    if asked != "megatron":
+        return Check("ok", asked)
+    if lacking or not devices:
+        return Check("ok", f"megatron; grouped: {lacking or 'GPUs of SM 9 or 10 gain from them'}")
+    return Check(
+        "ok", "megatron; grouped can run here (`bench --step` says what MCORE_DEEPEP_V2_EXPERTS=grouped gives)"
+    )

@@ -1,15 +1,38 @@
-"""Stacked experts in Megatron's distributed checkpoints, which know each expert by itself."""
+"""Stacked experts in Megatron's distributed checkpoints.
+
+Weights, and optimizer state in formats that know parameters (`fully_reshardable`, and that of optimizers which are not
+distributed), are saved expert by expert under the keys and shapes of Megatron's own experts, so each kind reads the
+other's, across expert-parallel sizes.
+
+`dp_reshardable`, Megatron's default, saves the optimizer's buffers as they lie in memory, by number. There our experts
+are one stretch in ascending order and Megatron's are many, in descending order: of equal size, and wrong in silence. So
+buffers that hold stacked experts get keys of their own, and a load across kinds is refused.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
-from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 
 from megatron_ep_v2.errors import SettingsError
+
+_RAW = "dp_reshardable"
+_BUCKET = ".gbuf_idx_"  # in the key of a raw buffer (megatron/core/optimizer/distrib_optimizer.py)
+_STACKED = ".stacked_experts"  # what is put before it where the buffer holds stacked experts
+_REMEDY = (
+    "save with --dist-ckpt-optim-fully-reshardable from the kind of experts that wrote the checkpoint and load that; "
+    "or load weights alone (--no-load-optim)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +41,7 @@ class ExpertShards:
 
     Attributes:
         first: Global number of this rank's first expert.
+        local: Experts of this rank.
         number: Experts of all ranks.
         offsets: Megatron's offsets of the axes that stand before the expert's.
         by_name: Each expert has a key of its own, gate and up each another one (Megatron's `singleton_local_shards`);
@@ -25,6 +49,7 @@ class ExpertShards:
     """
 
     first: int
+    local: int
     number: int
     offsets: tuple[Any, ...]
     by_name: bool
@@ -32,7 +57,8 @@ class ExpertShards:
     def factory(
         self, prefix: str, name: str, weight: torch.Tensor, replica_id: tuple[int, int, int]
     ) -> ShardedTensorFactory:
-        """What Megatron makes shards of one stacked weight with when it saves, and the weight of shards when it loads.
+        """What Megatron makes shards of one stacked weight with when it saves, and the weight of shards when it loads;
+        likewise of the weight's optimizer state, with `optimizer.state.exp_avg.` and the like before the key.
 
         Args:
             prefix: Of the experts' module.
@@ -42,17 +68,19 @@ class ExpertShards:
         """
         halves = ("_w", "_v") if self.by_name and name == "linear_fc1" else ("",)
 
+        # Megatron changes the key after this: the layer's number is taken out, an optimizer's name put before.
         def build(
-            _key: str, stacked: torch.Tensor, replica: tuple[int, ...], flattened_range: slice | None
+            key: str, stacked: torch.Tensor, replica: tuple[int, ...], flattened_range: slice | None
         ) -> list[ShardedTensor]:
             if flattened_range is not None:
                 raise SettingsError(
-                    "stacked experts cannot be saved in flattened pieces",
-                    found="a distributed optimizer that shards its checkpoint by model space",
-                    fix="--dist-ckpt-optim-fully-reshardable, or Megatron's own experts",
+                    "stacked experts cannot be saved or loaded in flattened pieces",
+                    found="an optimizer state in the format fully_sharded_model_space",
+                    fix="--dist-ckpt-optim-fully-reshardable to save; --no-load-optim to load an older checkpoint",
                 )
+            before = key.removesuffix(f"{name}.weight")
             return [
-                self._shard(prefix, f"{name}.weight{half}", i, part, replica)
+                self._shard(self._key(before, f"{name}.weight{half}", i), i, part, replica)
                 for i, expert in enumerate(stacked.unbind())
                 for half, part in zip(halves, expert.chunk(len(halves)), strict=True)
             ]
@@ -62,14 +90,114 @@ class ExpertShards:
 
         return ShardedTensorFactory(f"{prefix}experts.{name}.weight", weight, build, merge, replica_id)
 
-    def _shard(
-        self, prefix: str, name: str, local_expert: int, part: torch.Tensor, replica_id: tuple[int, ...]
-    ) -> ShardedTensor:
-        expert = self.first + local_expert
+    def extra_states(self, prefix: str, name: str, replica_id: tuple[int, int, int]) -> dict[str, ShardedObject]:
+        """What Megatron's linears save beside each expert's weight, and its strictness asks for: TransformerEngine's
+        state of FP8, here that of a model without it, an empty tensor. What is read of it is dropped."""
+        return {
+            f"{prefix}{name}._extra_state{i or ''}": make_sharded_object_for_checkpoint(
+                torch.empty(0, dtype=torch.uint8),
+                self._key(f"{prefix}experts.", f"{name}._extra_state", i),
+                self._axes(i),
+                replica_id,
+            )
+            for i in range(self.local)
+        }
+
+    def _key(self, before: str, name: str, local_expert: int) -> str:
+        return f"{before}{self.first + local_expert}.{name}" if self.by_name else f"{before}{name}"
+
+    def _axes(self, local_expert: int) -> tuple[Any, ...]:
+        """Megatron's offsets, with the expert's axis where it has one."""
         if self.by_name:
-            key, offsets = f"{prefix}experts.{expert}.{name}", self.offsets
-        else:
-            key, offsets = f"{prefix}experts.{name}", (*self.offsets, (len(self.offsets), expert, self.number))
-        return ShardedTensor.from_rank_offsets(
-            key, part, *offsets, replica_id=replica_id, prepend_axis_num=len(offsets)
+            return self.offsets
+        return (*self.offsets, (len(self.offsets), self.first + local_expert, self.number))
+
+    def _shard(self, key: str, local_expert: int, part: torch.Tensor, replica_id: tuple[int, ...]) -> ShardedTensor:
+        axes = self._axes(local_expert)
+        return ShardedTensor.from_rank_offsets(key, part, *axes, replica_id=replica_id, prepend_axis_num=len(axes))
+
+
+def drop_extra_states(_module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before a StackedLinear loads: it keeps no such state."""
+    for name in [name for name in state if name.startswith(f"{prefix}_extra_state")]:
+        del state[name]
+
+
+# ------------------------------------------------------------------------------------- buffers that are saved by number
+
+
+def check_format(metadata: dict[str, Any]) -> None:
+    """
+    Args:
+        metadata: Megatron's, of a checkpoint that is saved or loaded.
+
+    Raises:
+        SettingsError: The optimizer's buffers are saved by number, and nothing would tell them from Megatron's.
+    """
+    marked = hasattr(DistributedOptimizer.sharded_param_state_dp_reshardable, "marks_stacked_experts")
+    if metadata.get("distrib_optim_sharding_type") == _RAW and not marked:
+        raise SettingsError(
+            "an optimizer state that is saved by number cannot be told from that of Megatron's experts",
+            found=f"the format {_RAW}, and stacked experts in a layer spec without install()",
+            fix="call megatron_ep_v2.install() before the model is built, or add --dist-ckpt-optim-fully-reshardable",
         )
+
+
+def mark_buffers(sharded_param_state_dp_reshardable: Callable[..., Any]) -> Callable[..., Any]:
+    """DistributedOptimizer's method, with other keys for buffers that hold stacked experts."""
+
+    @functools.wraps(sharded_param_state_dp_reshardable)
+    def marked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = sharded_param_state_dp_reshardable(self, *args, **kwargs)
+
+        def rename(value: Any) -> Any:
+            if isinstance(value, ShardedTensor) and _BUCKET in value.key:
+                return dataclasses.replace(value, key=value.key.replace(_BUCKET, _STACKED + _BUCKET))
+            return value
+
+        for number, buffer in enumerate(self.buffers):
+            if any(getattr(parameter, "stacked_experts", False) for parameter in buffer.params):
+                dict_list_map_inplace(rename, state[number])
+        return state
+
+    marked.marks_stacked_experts = True  # type: ignore[attr-defined]
+    return marked
+
+
+def explain_load(load: Callable[..., Any]) -> Callable[..., Any]:
+    """`dist_checkpointing.load` that says so where it failed because another kind of experts wrote the checkpoint."""
+
+    @functools.wraps(load)
+    def explained(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
+        wanted = _raw_keys(value.key for value in nested_values(sharded_state_dict) if hasattr(value, "key"))
+        try:
+            return load(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+        except BaseException as error:  # torch's CheckpointException is one
+            if wanted and not isinstance(error, KeyboardInterrupt | SystemExit):
+                _raise_if_other_kind(wanted, checkpoint_dir, error)
+            raise
+
+    return explained
+
+
+def _raise_if_other_kind(wanted: set[str], checkpoint_dir: Any, error: BaseException) -> None:
+    from megatron.core.dist_checkpointing import load_tensors_metadata
+
+    written = _raw_keys(load_tensors_metadata(str(checkpoint_dir)))
+    missing = {
+        key for key in wanted - written if key.replace(_STACKED, "") in {k.replace(_STACKED, "") for k in written}
+    }
+    if not missing:
+        return
+    kinds = "stacked experts", "Megatron's own experts"
+    ours, theirs = kinds if _STACKED in min(missing) else kinds[::-1]
+    raise SettingsError(
+        "the optimizer state in this checkpoint belongs to another kind of experts",
+        found=f"{checkpoint_dir}, saved with {theirs} in the format {_RAW}, which keeps buffers by number",
+        needed=f"one that was saved with {ours} in that format, or any in a format that knows parameters",
+        fix=_REMEDY,
+    ) from error
+
+
+def _raw_keys(keys: Any) -> set[str]:
+    return {key for key in keys if _BUCKET in key}

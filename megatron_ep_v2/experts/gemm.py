@@ -29,6 +29,9 @@ class Gemm(Protocol):
 
     alignment: int
 
+    def require(self, device: torch.device) -> None:
+        """Raise UnavailableError where this backend cannot run on this device."""
+
     def check(self, x: torch.Tensor, w: torch.Tensor) -> None:
         """Raise an EPError where this backend cannot multiply these."""
 
@@ -43,6 +46,9 @@ class Sequential:
     """One GEMM an expert, any dtype and device. The host has to know the sizes."""
 
     alignment = 1
+
+    def require(self, device: torch.device) -> None:
+        """It runs anywhere."""
 
     def check(self, x: torch.Tensor, w: torch.Tensor) -> None:
         """Everything goes."""
@@ -75,21 +81,28 @@ class Grouped:
 
     alignment = 1
 
-    def check(self, x: torch.Tensor, w: torch.Tensor) -> None:
+    def require(self, device: torch.device) -> None:
         """
         Raises:
             UnavailableError: This torch has no grouped GEMM, or none for this GPU that leaves the sizes on the device.
-            InputError: A dtype or size that it does not take.
         """
         _grouped_mm()
         # Elsewhere it is a loop that waits for the sizes (pytorch, aten/src/ATen/native/cuda/GroupedBlas.cpp).
-        if x.is_cuda and torch.cuda.get_device_capability(x.device)[0] not in (9, 10):
+        if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10):
             raise UnavailableError(
                 "torch has no grouped GEMM for this GPU",
-                found=f"compute capability {torch.cuda.get_device_capability(x.device)}",
+                found=f"compute capability {torch.cuda.get_device_capability(device)}",
                 needed="9 or 10, as H100, H200, B200 have",
                 fix="choose the sequential experts",
             )
+
+    def check(self, x: torch.Tensor, w: torch.Tensor) -> None:
+        """
+        Raises:
+            UnavailableError: See `require`.
+            InputError: A dtype or size that it does not take.
+        """
+        self.require(x.device)
         good = (torch.bfloat16,) if x.is_cuda else (torch.bfloat16, torch.float16, torch.float32)
         step = 16 // x.element_size()  # its rows start at multiples of 16 bytes
         if x.dtype not in good or w.dtype != x.dtype or w.shape[1] % step or w.shape[2] % step:
@@ -126,17 +139,24 @@ class DeepGemm(Grouped):
 
     alignment = CONTIGUOUS_ALIGNMENT
 
+    def require(self, device: torch.device) -> None:
+        """
+        Raises:
+            UnavailableError: DeepGEMM is not here, or this is no GPU, or torch has no grouped GEMM for it.
+        """
+        deep_gemm()
+        if device.type != "cuda":
+            raise UnavailableError(
+                "DeepGEMM multiplies on GPUs only", found=f"rows on {device}", fix="choose the sequential experts"
+            )
+        super().require(device)
+
     def check(self, x: torch.Tensor, w: torch.Tensor) -> None:
         """
         Raises:
-            UnavailableError: DeepGEMM is not here, or this is no GPU.
+            UnavailableError: See `require`.
             InputError: A dtype or size that it does not take.
         """
-        deep_gemm()
-        if not x.is_cuda:
-            raise UnavailableError(
-                "DeepGEMM multiplies on GPUs only", found=f"rows on {x.device}", fix="choose the sequential experts"
-            )
         super().check(x, w)
         if w.shape[1] % 64 or w.shape[2] % 64:  # DeepGEMM, impls/sm90_bf16_gemm.hpp: k % 64 == 0; N is dgrad's K
             raise InputError(

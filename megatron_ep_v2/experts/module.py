@@ -1,17 +1,17 @@
-"""The experts as Megatron-Core modules, for `MoESubmodules.experts` of a layer spec:
-
-    spec = get_gpt_layer_local_spec(num_experts=128, ...)
-    use_experts(spec, "grouped")
+"""The experts as Megatron-Core modules. `install(experts="grouped")` puts them into every MoE layer that is built from
+then on; `use_experts(spec, "grouped")` into one layer spec.
 
 They answer what Megatron's TEGroupedMLP and SequentialMLP answer. All experts of a rank are one parameter for each
-linear, `linear_fc1.weight` [L, 2 * F, H] and `linear_fc2.weight` [L, H, F], because grouped GEMMs read them so. In
-distributed checkpoints they are saved expert by expert under Megatron's own keys, so any of these classes, and
-Megatron's two, can read what another wrote.
+linear, `linear_fc1.weight` [L, 2 * F, H] and `linear_fc2.weight` [L, H, F], because grouped GEMMs read them so; what
+that means for Megatron's DDP, optimizers and checkpoints is in docs/experts.md. In distributed checkpoints they are
+saved expert by expert under Megatron's own keys, so any of these classes, and Megatron's, can read what another wrote.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,10 +21,10 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_exper
 from megatron.core.transformer.module import MegatronModule
 
 from megatron_ep_v2.errors import SettingsError
-from megatron_ep_v2.experts.checkpoint import ExpertShards
-from megatron_ep_v2.experts.gemm import gemm
+from megatron_ep_v2.experts.checkpoint import ExpertShards, check_format, drop_extra_states
+from megatron_ep_v2.experts.gemm import Gemm, gemm
 from megatron_ep_v2.experts.groups import Groups
-from megatron_ep_v2.experts.mlp import swiglu_experts
+from megatron_ep_v2.experts.mlp import linear, run_experts
 
 
 class Experts(MegatronModule):  # type: ignore[misc]
@@ -56,12 +56,13 @@ class Experts(MegatronModule):  # type: ignore[misc]
         _check(config, pg_collection)
         self.num_local_experts = num_local_experts
         self.ep_group, self.dp_group = pg_collection.ep, pg_collection.expt_dp
+        self.recompute_activation = _recomputes(config, "moe_act")
         hidden, ffn = config.hidden_size, config.moe_ffn_hidden_size or config.ffn_hidden_size
-        self.linear_fc1 = _StackedLinear(config, num_local_experts, 2 * ffn, hidden)
-        self.linear_fc2 = _StackedLinear(config, num_local_experts, hidden, ffn)
-        for linear in (self.linear_fc1, self.linear_fc2):
+        self.linear_fc1 = StackedLinear(config, num_local_experts, 2 * ffn, hidden)
+        self.linear_fc2 = StackedLinear(config, num_local_experts, hidden, ffn)
+        for module in (self.linear_fc1, self.linear_fc2):
             if not config.use_cpu_initialization:  # else the first forward finds out, where the weights are then
-                gemm(self.backend).check(linear.weight.new_empty(0, linear.weight.shape[2]), linear.weight)
+                gemm(self.backend).check(module.weight.new_empty(0, module.weight.shape[2]), module.weight)
         if config.perform_initialization:
             first, number = self.ep_group.rank() * num_local_experts, self.ep_group.size() * num_local_experts
             with _random(config):
@@ -86,7 +87,9 @@ class Experts(MegatronModule):  # type: ignore[misc]
 
     def on_groups(self, rows: torch.Tensor, probs: torch.Tensor, groups: Groups) -> torch.Tensor:
         """`forward` for rows whose groups are known better than counts can tell, e.g. `Groups.from_places`."""
-        return swiglu_experts(rows, probs, self.linear_fc1.weight, self.linear_fc2.weight, groups, self.backend)
+        return run_experts(
+            rows, probs, self.linear_fc1, self.linear_fc2, groups, self.backend, self.recompute_activation
+        )
 
     def backward_dw(self) -> None:
         """Nothing is left to do: weights' gradients are computed in backward."""
@@ -94,18 +97,26 @@ class Experts(MegatronModule):  # type: ignore[misc]
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """For Megatron's distributed checkpoints; see the module's docstring."""
+        """For Megatron's distributed checkpoints; see the module's docstring.
+
+        Raises:
+            SettingsError: An optimizer format that could mix up experts in silence, and nothing that prevents it.
+        """
+        check_format(metadata or {})
         linears = {"linear_fc1": self.linear_fc1, "linear_fc2": self.linear_fc2}
         shards = ExpertShards(
             first=self.ep_group.rank() * self.num_local_experts,
+            local=self.num_local_experts,
             number=self.ep_group.size() * self.num_local_experts,
             offsets=tuple(sharded_offsets),
             by_name=bool((metadata or {}).get("singleton_local_shards", False)),
         )
-        return {
-            f"{prefix}{name}.weight": shards.factory(prefix, name, linear.weight, (0, 0, self.dp_group.rank()))
-            for name, linear in linears.items()
-        }
+        replica = (0, 0, self.dp_group.rank())
+        state: dict[str, Any] = {}
+        for name, module in linears.items():
+            state[f"{prefix}{name}.weight"] = shards.factory(prefix, name, module.weight, replica)
+            state |= shards.extra_states(prefix, name, replica)
+        return state
 
 
 class DeepGemmExperts(Experts):
@@ -139,12 +150,55 @@ def use_experts(layer_spec: Any, backend: str) -> None:
     submodules.experts = EXPERTS[backend]
 
 
-class _StackedLinear(torch.nn.Module):
+def with_experts(submodules: Any, backend: str) -> Any:
+    """Megatron's MoESubmodules with these experts in the place of its own; a copy.
+
+    Args:
+        submodules: Its `experts` is what a layer spec says: a class, a ModuleSpec (megatron-core 0.16) or a
+            functools.partial (from 0.18 on). This package's own are left as they are: a spec is more precise than a
+            setting.
+
+    Raises:
+        SettingsError: Experts that are neither Megatron's nor this package's: they may do anything.
+    """
+    kind = submodules.experts
+    while True:
+        kind, inner = getattr(kind, "module", None) or getattr(kind, "func", None) or kind, kind
+        if kind is inner:
+            break
+    if isinstance(kind, type) and issubclass(kind, Experts):
+        return submodules
+    if not getattr(kind, "__module__", "").startswith("megatron.core."):
+        raise SettingsError(
+            f"experts={backend} would replace experts that are not Megatron's",
+            found=f"MoESubmodules.experts is {kind!r}",
+            needed="Megatron's own (TEGroupedMLP, GroupedMLP, SequentialMLP)",
+            fix="experts=megatron, which leaves the layer spec as it is",
+        )
+    return dataclasses.replace(submodules, experts=EXPERTS[backend])
+
+
+def built_with(init: Callable[..., None], backend: str, before: Callable[[], None]) -> Callable[..., None]:
+    """MoELayer.__init__ that builds these experts, whichever layer spec it is given. before: called first."""
+
+    @functools.wraps(init)
+    def build(self: Any, config: Any, submodules: Any = None, *args: Any, **kwargs: Any) -> None:
+        before()
+        if submodules is not None:  # else Megatron says so
+            submodules = with_experts(submodules, backend)
+        init(self, config, submodules, *args, **kwargs)
+
+    return build
+
+
+class StackedLinear(torch.nn.Module):
     """weight [L, out, in], no bias.
 
-    Megatron's marks: `allreduce=False`, because its gradient is not that of all ranks' data; `tensor_model_parallel`,
+    Megatron's marks: `allreduce=False`, because its gradient is not that of all ranks' data (where it is, at expert
+    parallel size 1, Megatron's own experts are with the dense parameters, and so are these); `tensor_model_parallel`,
     because each rank of the tensor-parallel group has experts of its own, which all count in the gradient's norm
-    (megatron-core 0.16 leaves out what it takes for copies, on all ranks but the first; 0.19 does not).
+    (megatron-core 0.16 leaves out what it takes for copies, on all ranks but the first; 0.19 does not). And one of this
+    package's, `stacked_experts`, by which checkpoints tell it from Megatron's.
     """
 
     def __init__(self, config: Any, num_local_experts: int, out_features: int, in_features: int):
@@ -154,8 +208,31 @@ class _StackedLinear(torch.nn.Module):
         )
         shape = (num_local_experts, out_features, in_features)
         self.weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
-        self.weight.allreduce = False  # type: ignore[attr-defined]
+        expert_groups = config.expert_model_parallel_size > 1 or config.tensor_model_parallel_size > 1  # ETP is 1 here
+        self.weight.allreduce = not expert_groups  # type: ignore[attr-defined]
         self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+        self.weight.stacked_experts = True  # type: ignore[attr-defined]
+        self.fuse_wgrad_accumulation = config.gradient_accumulation_fusion
+        self._register_load_state_dict_pre_hook(drop_extra_states, with_module=True)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        groups: Groups,
+        multiply: Gemm,
+        last: bool,
+        activation: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """See `mlp.linear`. Called as a module, so that hooks before its forward run: DDP gathers the weight in one."""
+        if hasattr(self.weight, "__fsdp_param__"):
+            raise SettingsError(
+                "stacked experts do not run under Megatron-FSDP",
+                found="use_megatron_fsdp",
+                needed="Megatron's DistributedDataParallel",
+                fix="drop --use-megatron-fsdp, or leave Megatron's own experts in place (experts=megatron)",
+            )
+        main_grad = getattr(self.weight, "main_grad", None) if self.fuse_wgrad_accumulation else None
+        return linear(x, self.weight, groups, multiply, last, activation, main_grad)
 
     @torch.no_grad()
     def initialize(self, method: Callable[[torch.Tensor], Any], first: int, number: int) -> None:
@@ -177,33 +254,53 @@ def _random(config: Any) -> contextlib.AbstractContextManager[Any]:
 _NEEDED: dict[str, Any] = {
     "gated_linear_unit": True,
     "activation_func": F.silu,
+    "activation_func_clamp_value": None,
+    "glu_linear_offset": 0.0,
+    "use_te_activation_func": False,
+    "activation_func_fp8_input_store": False,
     "add_bias_linear": False,
     "fp8": None,
     "fp4": None,
-    "activation_func_clamp_value": None,
-    "glu_linear_offset": 0.0,
+    "quant_recipe": None,
+    "use_kitchen": False,
+    "batch_invariant_mode": False,
     "moe_apply_probs_on_input": False,
     "moe_latent_size": None,
     "moe_mlp_glu_interleave_size": None,
+    "moe_paged_stash": False,
+    "moe_ncclep_zero_copy": False,
+    "moe_dispatch_fwd_dtype": "bf16",
+    "moe_combine_bwd_dtype": "bf16",
+    "use_transformer_engine_op_fuser": False,
     "delay_wgrad_compute": False,
     "overlap_dispatch_backward_with_experts_wgrad": False,
-    "expert_tensor_parallel_size": 1,
-    "recompute of moe_act": False,
-    "fine_grained_activation_offloading": False,
+    "expert_gtp_weight_remat_size": 1,
+    "cpu_offloading_weights": False,
+    "init_model_with_meta_device": False,
 }
+_OFFLOADS = {"expert_fc1", "moe_act", "fused_group_mlp"}  # modules of fine-grained offloading that are experts' own
+
+
+def _recomputes(config: Any, module: str) -> bool:
+    return config.recompute_granularity == "selective" and module in (config.recompute_modules or ())
 
 
 def _check(config: Any, pg_collection: Any) -> None:
-    found = {name: getattr(config, name, value) for name, value in _NEEDED.items()}  # two are not the config's
-    found["expert_tensor_parallel_size"] = pg_collection.expt_tp.size()
-    selective = config.recompute_granularity == "selective" and "moe_act" in (config.recompute_modules or ())
-    found["recompute of moe_act"] = selective
-    found["fine_grained_activation_offloading"] = getattr(config, "fine_grained_activation_offloading", False)
-    differing = [name for name, value in found.items() if value != _NEEDED[name]]
+    found = {name: getattr(config, name, value) for name, value in _NEEDED.items()}
+    needed = dict(_NEEDED)
+    if getattr(config, "cpu_offloading_weights", False) and not config.cpu_offloading:
+        found["cpu_offloading_weights"] = False  # Megatron reads it only beside cpu_offloading
+    if getattr(config, "transformer_impl", None) == "inference_optimized":
+        found["transformer_impl"], needed["transformer_impl"] = "inference_optimized", "local or transformer_engine"
+    found["expert_tensor_parallel_size"], needed["expert_tensor_parallel_size"] = pg_collection.expt_tp.size(), 1
+    offloaded = _OFFLOADS & set(getattr(config, "offload_modules", None) or ())
+    if getattr(config, "fine_grained_activation_offloading", False) and offloaded:
+        found["offload_modules"], needed["offload_modules"] = sorted(offloaded), "none of the experts' own"
+    differing = [name for name in found if found[name] != needed[name]]
     if differing:
         raise SettingsError(
             "these experts are plain SwiGLU ones",
             found=", ".join(f"{name}={found[name]}" for name in differing),
-            needed=", ".join(f"{name}={_NEEDED[name]}" for name in differing),
-            fix="change the configuration, or leave Megatron's own experts in the layer spec",
+            needed=", ".join(f"{name}={needed[name]}" for name in differing),
+            fix="change the configuration, or keep Megatron's own experts (experts=megatron)",
         )

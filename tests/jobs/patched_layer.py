@@ -1,6 +1,7 @@
-"""Job: a flex dispatcher in the Megatron of PYTHONPATH, on two ranks, without a call of `install()`.
+"""Job: MoE layers in the Megatron of PYTHONPATH, on two ranks, without a call of `install()`.
 
-with      megatron_ep_v2 is installed. The layer must give what the dense one gives, also after install(), uninstall().
+with      megatron_ep_v2 is installed. What is built after the first MoELayer must give what a dense layer gives, also
+          after install(), uninstall(); and the first one has the experts of the settings already.
 without   It is not. First deep_ep is missing, then it is a legacy one whose ranks keep their tokens.
 
 Prints one JSON document: what there is to compare with another Megatron.
@@ -29,8 +30,8 @@ RANKS = 2
 
 
 def with_the_package(report: dict[str, Any]) -> None:
-    from mcore import Layer, Shape, Split
-    from megatron.core.transformer.moe import token_dispatcher
+    from mcore import Shape, Split, make_moe_layer
+    from megatron.core.transformer.moe import moe_layer, token_dispatcher
     from test_flex_dispatcher import weigh
 
     import megatron_ep_v2
@@ -43,56 +44,67 @@ def with_the_package(report: dict[str, Any]) -> None:
     def state() -> list[Any]:
         return [megatron_ep_v2.status().get(name) for name in ("installed", "buffer", "layout")]
 
-    report["file"] = token_dispatcher.__file__
+    report["file"] = moe_layer.__file__
     with contextlib.suppress(ImportError):  # Megatron's own: HybridEP is not installed
-        Layer(shape, split, moe_flex_dispatcher_backend="hybridep")
+        make_moe_layer(shape, split, moe_flex_dispatcher_backend="hybridep")
     report["another backend"] = state()
     with settings.environment(MCORE_DEEPEP_V2_LAYOUT="sorted"):
         try:
-            Layer(shape, split)
+            make_moe_layer(shape, split)
         except SettingsError as error:
-            report["a wrong setting"] = error.what
+            report["a wrong setting"] = error.what.splitlines()[0]  # build_module appends what it built
+    make_moe_layer(shape, split)
     weigh(shape, split)
     report["alone"] = state()
     megatron_ep_v2.install(layout="compact")
+    make_moe_layer(shape, split)
     weigh(shape, split)
     report["after install()"] = state()
     megatron_ep_v2.uninstall()
     assert stock == (token_dispatcher._DeepepManager, token_dispatcher.fused_dispatch)
+    make_moe_layer(shape, split)
     weigh(shape, split)
     report["after uninstall()"] = state()
+    megatron_ep_v2.uninstall()
+    with settings.environment(MCORE_DEEPEP_V2_EXPERTS="grouped"):
+        layers = [make_moe_layer(shape, split) for _ in range(2)]
+    report["experts"] = [type(layer.experts).__name__ for layer in layers]
+    layers[0](torch.ones(6, 1, shape.hidden))[0].sum().backward()
+    megatron_ep_v2.uninstall()
+    report["experts"].append(type(make_moe_layer(shape, split).experts).__name__)
     megatron_ep_v2.uninstall()
 
 
 def without_the_package(report: dict[str, Any]) -> None:
     import mcore
-    from megatron.core.transformer.moe import fused_a2a, token_dispatcher
+    from megatron.core.transformer.moe import fused_a2a, moe_layer, token_dispatcher
 
     shape, split = mcore.Shape("fp32", 4, hidden=256), mcore.Split(1, RANKS)
     try:
-        mcore.Layer(shape, split)
+        mcore.make_moe_layer(shape, split)
     except ImportError as error:
         report["no deep_ep"] = str(error)
     deep_ep = sys.modules["deep_ep"] = legacy_deep_ep()
     sys.modules["deep_ep.utils"] = deep_ep.utils
     importlib.reload(fused_a2a)
-    mcore.MoEFlexTokenDispatcher = importlib.reload(token_dispatcher).MoEFlexTokenDispatcher
-    layer = mcore.Layer(shape, split)
+    moe_layer.MoEFlexTokenDispatcher = importlib.reload(token_dispatcher).MoEFlexTokenDispatcher
+    torch.manual_seed(7)
+    layer = mcore.make_moe_layer(shape, split)
     hidden = mcore.make_hidden(shape, 32, 8).requires_grad_()
-    output = layer(hidden)
+    output = layer(hidden)[0]
     output.backward(mcore.make_hidden(shape, 32, 8, seed=1))
+    manager = layer.token_dispatcher._comm_manager
     report["legacy deep_ep"] = {
-        "manager": f"{type(layer.manager).__module__}.{type(layer.manager).__qualname__}",
+        "manager": f"{type(manager).__module__}.{type(manager).__qualname__}",
         "output": digest(output),
-        "gradients": [digest(hidden.grad), digest(layer.router.weight.grad)],
+        "gradients": [digest(hidden.grad), *(digest(p.grad) for p in layer.parameters() if p.grad is not None)],
         "calls": deep_ep.Buffer.calls,
     }
-    report["file"] = token_dispatcher.__file__
+    report["file"] = moe_layer.__file__
     assert importlib.util.find_spec("megatron_ep_v2") is None and "megatron_ep_v2" not in sys.modules
 
 
 def digest(tensor: torch.Tensor) -> str:
-    assert tensor.norm() > 0
     return hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()
 
 
