@@ -89,7 +89,9 @@ def make(plot: Plot, rows: list[Row], captions: list[str]) -> Any:
         return None
     files = sorted({row["file"] for row in rows})
     tags = {file: f" [{number}]" if len(files) > 1 else "" for number, file in enumerate(files, start=1)}
-    rows = [row | {"series": row["variant"] + tags[row["file"]]} for row in rows]
+    kinds = [row.get("expert_backend", "megatron") for row in rows]
+    experts = [f", {kind} experts" if len(set(kinds)) > 1 else "" for kind in kinds]
+    rows = [row | {"series": row["variant"] + kind + tags[row["file"]]} for row, kind in zip(rows, experts)]
     panels = list(dict.fromkeys(plot.panel(row) for row in rows))
     columns = min(3, len(panels))
     lines = -(-len(panels) // columns)
@@ -204,7 +206,7 @@ def _with_several(rows: list[Row], name: str, place: Callable[[Row], str]) -> li
     """The rows of those variants that were measured at several values of `name` in one place."""
 
     def key(row: Row) -> tuple[Any, ...]:
-        return row["variant"], row["file"], place(row)
+        return row["variant"], row.get("expert_backend"), row["file"], place(row)
 
     values: dict[tuple[Any, ...], set[Any]] = {}
     for row in rows:

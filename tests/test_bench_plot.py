@@ -84,6 +84,18 @@ def test_the_step_is_cut_where_its_shares_are() -> None:
     assert [(patch.get_x(), patch.get_width()) for patch in axes.patches] == [(0, 8), (8, 4), (12, 28)]
 
 
+def test_steps_are_told_apart_by_their_experts() -> None:
+    kinds = [
+        step("expanded", ms) | {"file": 0, "expert_backend": kind} for kind, ms in (("megatron", 4.0), ("grouped", 2.0))
+    ]
+    for rows, names in (
+        (kinds, ["expanded, megatron experts", "expanded, grouped experts"]),
+        (kinds[:1], ["expanded"]),
+    ):
+        (axes,) = plot.make(plot.PLOTS["step"], rows, ["caption"]).axes
+        assert [label.get_text() for label in axes.get_yticklabels()] == names
+
+
 def test_the_caption_is_the_header(tmp_path: Path) -> None:
     rows, captions = plot.load([write(tmp_path / "rows.jsonl", [layer("alltoall", 1.0)])])
     assert [row["variant"] for row in rows] == ["alltoall"]
