@@ -88,13 +88,12 @@ def make(plot: Plot, rows: list[Row], captions: list[str]) -> Any:
     if not rows:
         return None
     files = sorted({row["file"] for row in rows})
-    tags = {file: f" [{number}]" if len(files) > 1 else "" for number, file in enumerate(files, start=1)}
-    kinds = [row.get("expert_backend", "megatron") for row in rows]
-    experts = [f", {kind} experts" if len(set(kinds)) > 1 else "" for kind in kinds]
-    rows = [row | {"series": row["variant"] + kind + tags[row["file"]]} for row, kind in zip(rows, experts)]
+    tags = {file: f" [{i}]" if len(files) > 1 else "" for i, file in enumerate(files, start=1)}
+    kinds = [f", {row.get('expert_backend', 'megatron')} experts" for row in rows]
+    kinds = kinds if len(set(kinds)) > 1 else [""] * len(rows)
+    rows = [row | {"series": row["variant"] + kind + tags[row["file"]]} for row, kind in zip(rows, kinds)]
     panels = list(dict.fromkeys(plot.panel(row) for row in rows))
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
+    lines = -(-len(panels) // (columns := min(3, len(panels))))
     tallest = max(sum(plot.panel(row) == name for row in rows) for name in panels)
     width, height = 5.2 * columns + 1.5, max(3.4, 0.24 * tallest + 1.2) * lines + 0.8
     figure, grid = plt.subplots(lines, columns, figsize=(width, height), layout="constrained", squeeze=False)
