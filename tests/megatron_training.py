@@ -238,8 +238,8 @@ class Job:
             found |= {f"{kind} of {name}": tensor for name, tensor in one_by_one(named).items()}
         return found
 
-    def state(self, is_loading: bool = False) -> dict[str, Any]:
-        """As megatron.training's generate_state_dict makes it."""
+    def metadata(self) -> dict[str, Any]:
+        """As megatron.training's _build_sharded_state_dict_metadata makes it."""
         metadata: dict[str, Any] = {
             "singleton_local_shards": self.setup.single,
             "chained_optim_avoid_prefix": True,
@@ -248,12 +248,14 @@ class Job:
         if self.setup.distributed:
             metadata["distrib_optim_sharding_type"] = self.setup.sharding
             metadata["distrib_optim_fully_reshardable_mem_efficient"] = False
+        return metadata
+
+    def state(self, is_loading: bool = False) -> dict[str, Any]:
+        """As megatron.training's generate_state_dict makes it."""
+        metadata = self.metadata()
         model = self.ddp.module.sharded_state_dict(metadata=metadata)
-        state = {"model": model, "optimizer": None, "steps": self.steps}
-        state["optimizer"] = self.optimizer.sharded_state_dict(
-            {"model": model}, is_loading=is_loading, metadata=metadata
-        )
-        return state
+        optimizer = self.optimizer.sharded_state_dict({"model": model}, is_loading=is_loading, metadata=metadata)
+        return {"model": model, "optimizer": optimizer, "steps": self.steps}
 
     def save(self, folder: Path) -> None:
         """Every rank calls it; the folder is made here."""
@@ -271,8 +273,17 @@ class Job:
         """As megatron.training does, with its default strictness."""
         loaded = dist_checkpointing.load(self.state(is_loading=True), str(folder), strict="assume_ok_unexpected")
         self.ddp.module.load_state_dict(loaded["model"], strict=True)
-        self.optimizer.load_state_dict(loaded["optimizer"])
+        with torch.no_grad():  # dp_reshardable's loader forgets it, which fp32 parameters mind
+            self.optimizer.load_state_dict(loaded["optimizer"])
         self.steps = loaded["steps"]
+
+    def load_weights(self, folder: Path) -> None:
+        """As with --no-load-optim: the optimizer starts anew from the weights."""
+        state = {"model": self.ddp.module.sharded_state_dict(metadata=self.metadata())}
+        loaded = dist_checkpointing.load(state, str(folder), strict="assume_ok_unexpected")
+        self.ddp.module.load_state_dict(loaded["model"], strict=True)
+        self.optimizer.reload_model_params()
+        self.steps = 2
 
 
 def one_by_one(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

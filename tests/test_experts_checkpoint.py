@@ -1,0 +1,255 @@
+"""Distributed checkpoints of whole models with experts of every kind: written by one, continued by another, by Megatron's own
+saving and loading, with weights and the optimizer's state, at several expert-parallel sizes."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import HANG, run_ranks
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing import serialization
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.transformer.moe import experts as megatron_experts
+from megatron_training import Job, Setup, expert_parallel, on_cpu, shared_folder
+
+import megatron_ep_v2
+from megatron_ep_v2.errors import SettingsError
+from megatron_ep_v2.experts.module import EXPERTS, Experts
+
+KINDS = ("megatron", "grouped", "sequential")
+SIZES = (1, 2, 4)
+# Written at this expert-parallel size by this kind, read at that size by that kind. By default each step between two
+# sizes and each between two kinds; with MCORE_DEEPEP_V2_TEST_CHECKPOINTS=all every one of the 81.
+PAIRS = [((2, a), (4, b)) for a, b in itertools.permutations(KINDS, 2)]
+PAIRS += [((1, "megatron"), (1, "grouped")), ((1, "grouped"), (1, "megatron")), ((4, "grouped"), (2, "grouped"))]
+PAIRS += [((4, "megatron"), (2, "grouped")), ((2, "sequential"), (2, "grouped"))]
+PAIRS += [((1, "grouped"), (2, "grouped")), ((2, "megatron"), (1, "grouped"))]
+if os.environ.get("MCORE_DEEPEP_V2_TEST_CHECKPOINTS") == "all":
+    every = list(itertools.product(SIZES, KINDS))
+    PAIRS = list(itertools.product(every, every))
+FORMATS = {
+    "distributed": Setup(),
+    "distributed, an expert a key": Setup(single=True),
+    "not distributed": Setup(distributed=False),
+}
+
+
+class Folders:
+    """One for each checkpoint of a test, the same on every rank; gone at its end."""
+
+    def __enter__(self) -> Folders:
+        self.root = shared_folder()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        dist.barrier()
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def of(self, *name: Any) -> Path:
+        return self.root / "-".join(map(str, name))
+
+
+def by_size(of: list[Any]) -> Iterator[tuple[int, list[Any]]]:
+    """(size, those of it), in Megatron's process groups for that size."""
+    for size in SIZES:
+        if found := [item for item in of if item[0] == size]:
+            with expert_parallel(size):
+                yield size, found
+
+
+def resumed(group: Any, setup: Setup, pairs: list[Any]) -> dict[str, Any]:
+    """Pair -> largest difference of loss and norm, in two steps after the load, to a job that went on; or the error of
+    Megatron's optimizer, and the difference with weights alone."""
+    found: dict[str, Any] = {}
+    with on_cpu(), Folders() as folders:
+        wanted = []
+        for size, writers in by_size(sorted({writer for writer, _ in pairs})):
+            for _, kind in writers:
+                job = Job(replace(setup, experts=kind))
+                for _ in range(2):
+                    job.step()
+                job.save(folders.of(size, kind))
+                if not wanted:
+                    wanted = [job.step() for _ in range(2)]
+        for size, readers in by_size(sorted({reader for _, reader in pairs})):
+            for reader in readers:
+                for writer in [writer for writer, other in pairs if other == reader]:
+                    job = Job(replace(setup, experts=reader[1]))
+                    try:
+                        job.load(folders.of(*writer))
+                        steps = [job.step() for _ in range(2)]
+                    except (KeyError, RuntimeError, ValueError) as error:
+                        found[f"{writer} to {reader}"] = f"{type(error).__name__}: {error}"
+                        job = Job(replace(setup, experts=reader[1]))
+                        job.load_weights(folders.of(*writer))
+                        steps = [(job.step()[0], wanted[0][1])]
+                    pairs_of = [(mine, other) for step, goal in zip(steps, wanted) for mine, other in zip(step, goal)]
+                    found.setdefault(f"{writer} to {reader}", 0.0)
+                    difference = max(abs(mine - other) for mine, other in pairs_of)
+                    if isinstance(found[f"{writer} to {reader}"], float):
+                        found[f"{writer} to {reader}"] = difference
+                    else:
+                        assert difference < 1e-5, "weights alone"
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMATS)
+def test_training_goes_on_with_any_kind_and_size(form: str) -> None:
+    """Between expert-parallel size 1 and others, Megatron cannot match an optimizer's state, whatever the experts: it raises,
+    and weights alone can be loaded."""
+    pairs = PAIRS if form != "distributed, an expert a key" else PAIRS[:4]
+    for by_pair in run_ranks(4, resumed, FORMATS[form], pairs, timeout=HANG):
+        assert len(by_pair) == len(pairs)
+        for (writer, reader), found in zip(sorted_pairs(pairs), by_pair.values(), strict=True):
+            crosses_one = (writer[0] == 1) != (reader[0] == 1)
+            assert isinstance(found, str) == crosses_one, f"{writer} to {reader}: {found}"
+            assert crosses_one or found < 1e-5, f"{writer} to {reader}: {found:.1e}"
+
+
+def sorted_pairs(pairs: list[Any]) -> list[Any]:
+    """As `resumed` reports them."""
+    readers = [(size, kind) for size in SIZES for kind in sorted(KINDS)]
+    return [(writer, reader) for reader in readers for writer, other in pairs if other == reader]
+
+
+def contents(group: Any) -> list[str]:
+    """What differs between the keys, shapes and dtypes in checkpoints of Megatron's experts and of ours."""
+    wrong = []
+    with on_cpu(), Folders() as folders, expert_parallel(2):
+        for form, setup in FORMATS.items():
+            written = []
+            for kind in ("megatron", "grouped"):
+                job = Job(replace(setup, experts=kind))
+                job.step()
+                job.save(folders.of(form, kind))
+                metadata = serialization.load_sharded_metadata(str(folders.of(form, kind)))
+                written.append(
+                    {
+                        f"{key} {getattr(value, 'unique_key', '')}": (
+                            value.global_shape,
+                            None if isinstance(value, ShardedObject) else value.dtype,
+                        )
+                        for key, value in metadata.items()
+                    }
+                )
+            assert len(written[0]) > 20 and any("_extra_state" in key for key in written[0])
+            assert any("exp_avg_sq" in key and "experts" in key for key in written[0])
+            differing = {key for key in written[0] | written[1] if written[0].get(key) != written[1].get(key)}
+            wrong += [f"{form}: {key}" for key in sorted(differing)]
+    return wrong
+
+
+def test_a_checkpoint_holds_what_one_of_megatrons_experts_holds() -> None:
+    assert run_ranks(4, contents, timeout=HANG) == [[]] * 4
+
+
+def raw(group: Any) -> dict[str, str]:
+    """dp_reshardable, Megatron's default, keeps the optimizer's buffers by number: the same kind goes on, another is
+    refused, both ways."""
+    found = {}
+    with on_cpu(), Folders() as folders, expert_parallel(2):
+        setup = Setup(sharding="dp_reshardable")
+        wanted = {}
+        for kind in KINDS:
+            job = Job(replace(setup, experts=kind))
+            job.step()
+            job.save(folders.of(kind))
+            wanted[kind] = job.step()
+        for writer, reader in (*((kind, kind) for kind in KINDS), *itertools.permutations(KINDS, 2)):
+            job = Job(replace(setup, experts=reader))
+            try:
+                job.load(folders.of(writer))
+                same = max(abs(a - b) for a, b in zip(job.step(), wanted[writer], strict=True)) < 1e-5
+                found[f"{writer} to {reader}"] = "goes on" if same else "WRONG"
+            except SettingsError as error:
+                found[f"{writer} to {reader}"] = str(error)
+        megatron_ep_v2.uninstall()
+        job = Job(replace(setup, experts="grouped"))
+        megatron_ep_v2.uninstall()  # a spec with these experts, and nobody who tells buffers apart
+        with pytest.raises(SettingsError, match="saved by number"):
+            job.model.sharded_state_dict(metadata=job.metadata())
+        job.setup = replace(job.setup, sharding="fully_reshardable")
+        job.model.sharded_state_dict(metadata=job.metadata())
+    return found
+
+
+def test_buffers_by_number_are_refused_between_kinds() -> None:
+    for found in run_ranks(4, raw, timeout=HANG):
+        assert len(found) == 9
+        for pair, outcome in found.items():
+            writer, _, reader = pair.partition(" to ")
+            if (writer == "megatron") == (reader == "megatron"):
+                assert outcome == "goes on", pair
+            else:
+                theirs = "Megatron's own experts" if writer == "megatron" else "stacked experts"
+                assert f"saved with {theirs}" in outcome and "--dist-ckpt-optim-fully-reshardable" in outcome, outcome
+
+
+def unmarked(group: Any) -> str:
+    """The control: what Megatron makes of its experts' buffers in ours when the keys are the same."""
+    with on_cpu(), Folders() as folders, expert_parallel(2):
+        setup = Setup(sharding="dp_reshardable")
+        job = Job(setup)
+        job.step()
+        job.save(folders.of("megatron"))
+        wanted = job.step()
+        job = Job(replace(setup, experts="grouped"))
+        for parameter in job.model.parameters():
+            parameter.__dict__.pop("stacked_experts", None)
+        job.load(folders.of("megatron"))
+        job.step()
+        loss, norm = job.step()
+        return "wrong in silence" if abs(norm - wanted[1]) > 1e-3 else f"{loss} {norm} {wanted}"
+
+
+def test_without_the_refusal_experts_would_be_mixed_up() -> None:
+    assert run_ranks(4, unmarked, timeout=HANG) == ["wrong in silence"] * 4
+
+
+def legacy(group: Any) -> float:
+    """Weights of Megatron's GroupedMLP (before 0.17), which keeps them transposed, read by ours."""
+    with on_cpu(), Folders() as folders, expert_parallel(2):
+        job = Job(Setup(experts="grouped"))
+        ours = next(module for module in job.model.modules() if isinstance(module, Experts))
+        groups = mock.Mock(
+            ep=parallel_state.get_expert_model_parallel_group(),
+            expt_tp=parallel_state.get_expert_tensor_parallel_group(),
+            expt_dp=parallel_state.get_expert_data_parallel_group(),
+        )
+        with mock.patch.object(megatron_experts.gg, "assert_grouped_gemm_is_available", lambda: None):
+            theirs = megatron_experts.GroupedMLP(ours.num_local_experts, ours.config, pg_collection=groups)
+        local, hidden, ffn = ours.num_local_experts, ours.config.hidden_size, ours.config.moe_ffn_hidden_size
+        fc1, fc2 = torch.randn(local, 2 * ffn, hidden), torch.randn(local, hidden, ffn)
+        for tensor in (fc1, fc2):  # replicas hold the same
+            dist.broadcast(tensor, dist.get_global_rank(groups.expt_dp, 0), group=groups.expt_dp)
+        with torch.no_grad():
+            theirs.weight1.view(local, hidden, -1).copy_(fc1.transpose(1, 2))
+            theirs.weight2.view(local, -1, hidden).copy_(fc2.transpose(1, 2))
+        folder = folders.of("legacy")
+        if dist.get_rank() == 0:
+            folder.mkdir()
+        dist.barrier()
+        dist_checkpointing.save(theirs.sharded_state_dict("mlp.experts."), str(folder))
+        state = dist_checkpointing.load(ours.sharded_state_dict("mlp.experts."), str(folder))
+        ours.load_state_dict({name.removeprefix("mlp.experts."): value for name, value in state.items()})
+        return max((ours.linear_fc1.weight - fc1).abs().max().item(), (ours.linear_fc2.weight - fc2).abs().max().item())
+
+
+@pytest.mark.skipif(not hasattr(megatron_experts, "GroupedMLP"), reason="this megatron-core has no GroupedMLP")
+def test_weights_of_megatrons_legacy_grouped_experts() -> None:
+    assert run_ranks(4, legacy, timeout=HANG) == [0.0] * 4
+
+
+def test_every_kind_is_in_the_table() -> None:
+    assert set(KINDS) - {"megatron"} <= set(EXPERTS)
