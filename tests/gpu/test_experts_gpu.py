@@ -1,0 +1,125 @@
+"""Experts of a setting on GPUs: their weight gradients against fp64, and training beside TransformerEngine's grouped experts in
+Megatron's DDP and distributed optimizer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from experts_oracle import SIZES
+from harness import run_ranks
+
+from megatron_ep_v2.kernels import wgrad
+
+RANKS = torch.cuda.device_count()
+STEPS = 4
+
+
+@pytest.mark.parametrize("sizes", [*SIZES.values(), [300, 0, 1, 77, 512, 0, 128, 5]], ids=str)
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("columns", [(1536, 2048), (96, 40), (130, 257)], ids=str)
+def test_weight_gradients_are_added_in_fp32(sizes: list[int], kind: torch.dtype, columns: tuple[int, int]) -> None:
+    """Rows of no expert hold NaN; an expert without rows keeps what was there, bit for bit."""
+    generator = torch.Generator("cuda").manual_seed(1)
+    grad, x = (torch.randn(sum(sizes) + 9, n, generator=generator, device="cuda").to(kind) for n in columns)
+    grad[sum(sizes) :], x[sum(sizes) :] = float("nan"), float("nan")
+    ends = torch.tensor(sizes, device="cuda").cumsum(0).to(torch.int32)
+    at = [0, *ends.tolist()]
+    for out_kind in {torch.float32 if kind != torch.float64 else kind, kind}:
+        before = torch.randn(len(sizes), *columns, generator=generator, device="cuda").to(out_kind)
+        out = before.clone()
+        wgrad.add_(out, grad, x, ends)
+        for expert, size in enumerate(sizes):
+            mine, rows = out[expert], slice(at[expert], at[expert + 1])
+            if not size:
+                assert torch.equal(mine, before[expert])
+                continue
+            wanted = before[expert].double() + grad[rows].double().t() @ x[rows].double()
+            error = ((mine.double() - wanted).norm() / wanted.norm()).item()
+            assert error < {torch.float64: 1e-12, torch.float32: 2e-6}.get(out_kind, 4e-3), error
+
+
+def train(group: Any, experts: str, fusion: bool, state: dict[str, torch.Tensor] | None) -> Any:
+    """Losses, norms and experts' main gradients of the last step; the weights at the start, one by one."""
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+        finalize_model_grads,
+    )
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from moe_layer import GPU, build_layer, hidden_states
+
+    import megatron_ep_v2
+
+    megatron_ep_v2.install(buffer="elastic", num_max_tokens_per_rank=GPU.tokens, experts=experts)
+    layer = build_layer(GPU, "flex", gradient_accumulation_fusion=fusion)
+    local = GPU.experts // group.size()
+    if state is None:
+        state = {name: p.detach().clone() for name, p in layer.named_parameters()}
+    else:
+        with torch.no_grad():
+            for name, parameter in layer.named_parameters():
+                for i in range(local if "experts." in name else 1):
+                    (parameter[i] if "experts." in name else parameter).copy_(
+                        state[f"{name}{i}" if "experts." in name else name]
+                    )
+    ddp = DistributedDataParallel(
+        layer.config,
+        DistributedDataParallelConfig(
+            use_distributed_optimizer=True,
+            overlap_grad_reduce=True,
+            overlap_param_gather=True,
+            grad_reduce_in_fp32=True,
+        ),
+        layer,
+    )
+    config = OptimizerConfig(
+        optimizer="adam", lr=1e-4, bf16=True, use_distributed_optimizer=True, overlap_param_gather=True, clip_grad=1.0
+    )
+    optimizer = get_megatron_optimizer(config, [ddp])
+    said, hidden = [], hidden_states(GPU, GPU.tokens)
+    for _ in range(STEPS):
+        ddp.zero_grad_buffer()
+        optimizer.zero_grad()
+        for last in (False, True):  # two micro-batches
+            ddp.is_last_microbatch = last
+            y = ddp(hidden)[0]
+            loss = (y.float() - hidden.float()).square().mean()
+            loss.backward()
+        finalize_model_grads([ddp])
+        main = {name: p.main_grad.detach().cpu().clone() for name, p in layer.named_parameters() if "experts." in name}
+        _, norm, _ = optimizer.step()
+        said.append((loss.item(), float(norm)))
+    megatron_ep_v2.uninstall()
+    return said, main, state
+
+
+def beside_transformer_engine(group: Any) -> dict[str, Any]:
+    from moe_layer import GPU, megatron
+
+    found = {}
+    with megatron(GPU):
+        theirs, main, state = train(group, "megatron", True, None)
+        for fusion in (True, False):
+            ours, own, _ = train(group, "grouped", fusion, state)
+            errors = []
+            for name, stacked in own.items():
+                wanted = torch.stack([main[f"{name}{i}"] for i in range(len(stacked))])
+                errors.append(((stacked - wanted).norm() / wanted.norm()).item())
+            found[f"fusion={fusion}"] = {
+                "loss": max(abs(a[0] - b[0]) / b[0] for a, b in zip(ours, theirs, strict=True)),
+                "norm": max(abs(a[1] - b[1]) / b[1] for a, b in zip(ours, theirs, strict=True)),
+                "main_grad": max(errors),
+            }
+    return found
+
+
+def test_training_beside_transformer_engines_grouped_experts() -> None:
+    """Real DDP and distributed optimizer, gradients reduced and parameters gathered beside compute, in bf16."""
+    pytest.importorskip("transformer_engine")
+    for found in run_ranks(RANKS, beside_transformer_engine, backend="nccl"):
+        assert len(found) == 2
+        for fusion, errors in found.items():
+            print(fusion, errors)
+            assert errors["loss"] < 2e-3 and errors["norm"] < 1e-2 and errors["main_grad"] < 3e-2, (fusion, errors)
