@@ -1,4 +1,4 @@
-"""How much of the communication in a profiler's trace runs beside compute."""
+"""What a profiler's trace says of a GPU: how long it is busy, and how much of the communication runs beside compute."""
 
 from __future__ import annotations
 
@@ -38,20 +38,27 @@ def profiled(run: Callable[[], Any], trace: Path | None = None) -> Share:
         run: Whatever it queues is waited for.
         trace: Write its kernels to this file (.json.gz), a line for each stream, for https://ui.perfetto.dev.
     """
+    kernels = [event for event in _device_events(run) if not event.name.startswith(("Memcpy", "Memset"))]
+    if trace:
+        write_trace(trace, [(event.name, event.device_resource_id, *_times(event)) for event in kernels])
+    return share((event.name, _times(event)) for event in kernels)
+
+
+def busy(run: Callable[[], Any]) -> float:
+    """Microseconds in which the GPU runs or moves something while `run` is done, whatever its host waits for."""
+    return length(union(_times(event) for event in _device_events(run)))
+
+
+def _device_events(run: Callable[[], Any]) -> list[Any]:
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         run()
         torch.cuda.synchronize()
-    kernels = [
+    return [
         event
         for event in profiler.events()
-        if event.device_type == torch.autograd.DeviceType.CUDA
-        and not getattr(event, "is_user_annotation", False)
-        and not event.name.startswith(("Memcpy", "Memset"))
+        if event.device_type == torch.autograd.DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
     ]
-    if trace:
-        write_trace(trace, [(event.name, event.device_resource_id, *_times(event)) for event in kernels])
-    return share((event.name, _times(event)) for event in kernels)
 
 
 def _times(event: Any) -> Interval:

@@ -100,7 +100,9 @@ OWN_V2 = FUSED_A2A + "def deepepv2_dispatch(): ..."
 KILLED = "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)"
 
 # What a check needs that can no longer be told.
-NO_TORCH = dict.fromkeys(["NCCL", "one NCCL", "one CUDA runtime", "deep_ep", "megatron-core", "experts", "CUDA"], "skip")
+NO_TORCH = dict.fromkeys(
+    ["NCCL", "one NCCL", "one CUDA runtime", "deep_ep", "megatron-core", "experts", "CUDA"], "skip"
+)
 DIED = dict.fromkeys(["NCCL", "one NCCL", "one CUDA runtime"], "skip")
 NOT_V2 = dict.fromkeys(["NCCL", "nvcc", "JIT cache", "NCCL GIN", "hybrid combine", "zero padding"], "skip")
 

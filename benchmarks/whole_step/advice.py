@@ -35,6 +35,7 @@ def step_table(rows: Sequence[dict[str, Any]]) -> str:
         "TFLOP/s a rank": lambda row: f"{row['tflops_per_rank']:.4g}",
         "dispatch %": lambda row: f"{row['dispatch_percent']:.1f}",
         "combine %": lambda row: f"{row['combine_percent']:.1f}",
+        "GPU busy %": lambda row: or_dash(row["gpu_busy_percent"], ".0f"),
         "peak MiB": lambda row: or_dash(row["peak_memory_mib"], ".0f"),
         "": lambda row: "noisy" if row["noise"] else "",
     }

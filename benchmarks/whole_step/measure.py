@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from exposed import busy
 from qwen3_moe.options import Options
 from qwen3_moe.train import StepStats, Trainer
 
@@ -152,7 +153,8 @@ def _take_times(
     entries: list[Entry[Stepper]], repeats: int, device: torch.device, progress: Progress
 ) -> dict[int, dict[str, list[float]]]:
     """By id of the entry: "step" in microseconds for each repeat, slowest rank; "peak_memory" in bytes, largest over
-    ranks; "dispatch" and "combine", their share of the step in percent, mean over ranks."""
+    ranks; "dispatch" and "combine", their share of the step in percent, mean over ranks; "busy", microseconds in which
+    the GPU has something to do, most over ranks, NaN on a CPU."""
     times: dict[int, dict[str, list[float]]] = {id(entry): {"step": []} for entry in entries}
 
     def each(action: Callable[[Entry[Stepper], Stepper], None]) -> None:
@@ -168,6 +170,10 @@ def _take_times(
     def take_memory(entry: Entry[Stepper], stepper: Stepper) -> None:
         peak = timing.peak_memory(lambda: _discard(stepper.step()), device)
         times[id(entry)]["peak_memory"] = [math.nan if peak is None else peak]
+
+    def take_busy(entry: Entry[Stepper], stepper: Stepper) -> None:
+        on_gpu = device.type == "cuda"
+        times[id(entry)]["busy"] = [busy(lambda: _discard(stepper.step())) if on_gpu else math.nan]
 
     def take_shares(entry: Entry[Stepper], stepper: Stepper) -> None:
         watch = Stopwatch(device)
@@ -189,8 +195,9 @@ def _take_times(
         progress.round(i + 1, repeats)
     each(take_memory)
     each(take_shares)
+    each(take_busy)
     for by_kind in times.values():
-        for kind in ("step", "peak_memory"):
+        for kind in ("step", "peak_memory", "busy"):
             by_kind[kind] = timing.slowest_rank(by_kind[kind], device)
     return times
 
@@ -201,7 +208,7 @@ def _discard(_: Any) -> None:
 
 def _measured(times: dict[str, list[float]], tokens: int, flops_per_rank: int) -> dict[str, Any]:
     step = timing.summarise(times["step"])
-    peak = times["peak_memory"][0]
+    peak, busy_us = times["peak_memory"][0], times["busy"][0]
     return {
         "step_ms": round(step.median / 1e3, 3),
         "step_p20_ms": round(step.p20 / 1e3, 3),
@@ -210,6 +217,8 @@ def _measured(times: dict[str, list[float]], tokens: int, flops_per_rank: int) -
         "tflops_per_rank": float(f"{flops_per_rank / step.median / 1e6:.4g}"),
         "dispatch_percent": round(statistics.mean(times["dispatch"]), 1),
         "combine_percent": round(statistics.mean(times["combine"]), 1),
+        "gpu_busy_ms": None if math.isnan(busy_us) else round(busy_us / 1e3, 3),
+        "gpu_busy_percent": None if math.isnan(busy_us) else round(100 * busy_us / step.median, 1),
         "peak_memory_mib": None if math.isnan(peak) else round(peak / 2**20, 1),
         "noise": step.noise,
     }
