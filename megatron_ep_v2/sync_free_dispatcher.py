@@ -33,8 +33,7 @@ class CountsOnDevice(torch.Tensor):
             "these experts want tokens_per_expert on the host, where sync-free mode does not bring it",
             found="a call of tokens_per_expert.tolist(), as in TEGroupedMLP and SequentialMLP",
             needed="experts that take the counts on the device",
-            fix='megatron_ep_v2.experts.module.use_experts(layer_spec, "grouped") before the model is built, or leave '
-            "MCORE_DEEPEP_V2_SYNC_FREE off",
+            fix="set MCORE_DEEPEP_V2_EXPERTS=grouped before the model is built, or leave MCORE_DEEPEP_V2_SYNC_FREE off",
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-from exposed import Share, share, union, write_trace
+from exposed import Share, computing, share, union, write_trace
 
 
 def test_what_runs_beside_compute_is_not_exposed() -> None:
@@ -24,6 +24,17 @@ def test_what_runs_beside_compute_is_not_exposed() -> None:
     assert share(kernels) == Share(step=60.0, communication=30.0, exposed=20.0)
     assert share(kernels[:2]) == Share(step=30.0, communication=30.0, exposed=30.0)
     assert share([]) == Share(step=0.0, communication=0.0, exposed=0.0)
+
+
+def test_a_kernel_that_waits_for_another_rank_computes_nothing() -> None:
+    kernels = [
+        ("ncclDevKernel_AllReduce_Sum_f32", (0.0, 90.0)),
+        ("void deep_ep::elastic::dispatch_impl<...>", (5.0, 80.0)),
+        ("gemm", (10.0, 30.0)),
+        ("Memcpy DtoD", (25.0, 40.0)),
+        ("silu", (85.0, 90.0)),
+    ]
+    assert computing(kernels) == 35.0
 
 
 def test_intervals_that_touch_are_one() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from harness import run_ranks
-from moe_layer import CPU, FEATURES, hidden_states, make_layer, megatron, step
+from moe_layer import CPU, FEATURES, build_layer, hidden_states, make_layer, megatron, step
 from reports import Report, assert_report, attempt
 
 import megatron_ep_v2
@@ -117,6 +117,26 @@ def test_experts_know_that_their_rows_are_padded() -> None:
         assert alignment == 1 and any(count % 128 for count in counts)
 
 
+def by_setting(group: Any) -> dict[str, bool]:
+    """Whether each tensor of a step is the same with experts of the layer's spec and with those of install()."""
+    with megatron(CPU):
+        hidden = hidden_states(CPU, CPU.tokens)
+        by_spec = step(make_layer(CPU, "flex", "sync-free", "grouped"), hidden)
+        read_all()
+        room = {"num_max_tokens_per_rank": CPU.tokens}
+        megatron_ep_v2.install(buffer="reference", sync_free=True, experts="grouped", **room)
+        by_install = step(build_layer(CPU, "flex"), hidden)
+        read_all()
+        assert by_spec.keys() == by_install.keys()
+        return {name: torch.equal(tensor, by_install[name]) for name, tensor in by_spec.items()}
+
+
+def test_the_setting_is_enough() -> None:
+    """No layer spec is touched: Megatron's own experts would be refused, as below."""
+    for same in run_ranks(2, by_setting):
+        assert len(same) == 5 and all(same.values()), same
+
+
 def own_experts(group: Any) -> Report | None:
     with megatron(CPU):
         layer = make_layer(CPU, "flex", "sync-free")
@@ -125,7 +145,7 @@ def own_experts(group: Any) -> Report | None:
 
 def test_experts_that_would_wait_are_refused() -> None:
     for report in run_ranks(2, own_experts):
-        assert_report(report, SettingsError, "tokens_per_expert on the host", "use_experts", "SYNC_FREE off")
+        assert_report(report, SettingsError, "tokens_per_expert on the host", "EXPERTS=grouped", "SYNC_FREE off")
 
 
 @pytest.mark.parametrize("wanted", [{"layout": "compact"}, {"buffer": "legacy"}], ids=str)

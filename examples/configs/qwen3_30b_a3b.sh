@@ -2,6 +2,7 @@
 # One replica is 8 GPUs (TP4 x PP2; EP4 inside the TP x DP ranks of a stage). Data and checkpoints are not in here: give
 # them as further flags of the launcher, which also override these.
 # Megatron's fused weight gradients need APEX; where it is not installed, add --no-gradient-accumulation-fusion.
+# MCORE_DEEPEP_V2_EXPERTS=grouped in the environment trains these layers with one grouped GEMM a linear (docs/experts.md).
 # shellcheck shell=bash disable=SC2034
 
 FLAGS=(
