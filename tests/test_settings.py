@@ -62,6 +62,7 @@ def test_a_given_default_counts_as_given(monkeypatch: pytest.MonkeyPatch) -> Non
     [
         ("buffer", "Reference", "reference"),
         ("gin", " off ", "off"),
+        *[("experts", text, text.lower()) for text in ("Megatron", "GROUPED", "DeepGEMM", "sequential")],
         ("num_qps", "12", 12),
         ("num_max_tokens_per_rank", "4096", 4096),
         *[("deterministic", text, True) for text in ("1", "true", "TRUE", "on")],
@@ -130,6 +131,7 @@ def test_a_bad_value_of_megatron_names_megatron() -> None:
 WRONG = {
     "buffer": "ibgda",
     "layout": "sorted",
+    "experts": "te",
     "gin": "maybe",
     "num_max_tokens_per_rank": "4k",
     "num_sms": "-1",
@@ -154,6 +156,8 @@ def test_a_wrong_variable_is_named(name: str, text: str) -> None:
     ("name", "value"),
     [
         ("layout", "Compact"),
+        ("experts", "Grouped"),
+        ("experts", True),
         ("layout", ""),
         ("num_sms", "24"),
         ("num_sms", True),
@@ -172,6 +176,8 @@ def test_a_wrong_argument_is_named(name: str, value: object) -> None:
 def test_choices_are_listed() -> None:
     with pytest.raises(SettingsError, match="one of auto, compact, expanded"):
         resolve({}, layout="sorted")
+    with pytest.raises(SettingsError, match="one of megatron, grouped, deepgemm, sequential"):
+        resolve({}, experts="te")
 
 
 def test_an_unknown_setting_is_named() -> None:

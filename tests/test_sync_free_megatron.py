@@ -123,8 +123,9 @@ def by_setting(group: Any) -> dict[str, bool]:
         hidden = hidden_states(CPU, CPU.tokens)
         by_spec = step(make_layer(CPU, "flex", "sync-free", "grouped"), hidden)
         read_all()
-        room = {"num_max_tokens_per_rank": CPU.tokens}
-        megatron_ep_v2.install(buffer="reference", sync_free=True, experts="grouped", **room)
+        megatron_ep_v2.install(
+            buffer="reference", num_max_tokens_per_rank=CPU.tokens, sync_free=True, experts="grouped"
+        )
         by_install = step(build_layer(CPU, "flex"), hidden)
         read_all()
         assert by_spec.keys() == by_install.keys()
