@@ -1,4 +1,4 @@
-"""Training jobs of Megatron's own parts on CPU ranks: GPTModel, DistributedDataParallel, (distributed) optimizer, distributed
+"""Training jobs of Megatron's own parts on CPU ranks: GPTModel, DistributedDataParallel, optimizers, distributed
 checkpoints. Where Megatron asks for CUDA without asking whether it is there, `on_cpu` gives it the CPU."""
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from torch.overrides import TorchFunctionMode
 
 import megatron_ep_v2
 
-# Two layers, so that layers are told apart; a dense feed-forward as wide as an expert's, as Megatron's SequentialMLP needs.
+# Two layers, so that layers are told apart; a dense feed-forward as wide as an expert's, as SequentialMLP needs.
 ARGUMENTS = (
-    "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --num-query-groups 1 --kv-channels 16 --seq-length 12"
+    *("--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "2", "--num-query-groups", "1"),
+    *("--kv-channels", "16", "--seq-length", "12", "--num-experts", "8", "--topk", "3", "--moe-ffn-hidden-size", "16"),
+    *("--ffn-hidden-size", "16", "--vocab-size", "256"),
 )
-ARGUMENTS += " --num-experts 8 --topk 3 --moe-ffn-hidden-size 16 --ffn-hidden-size 16 --vocab-size 256"
 CPU = torch.device("cpu")
 LOCAL_EXPERT = re.compile(r"(.*)\.experts\.local_experts\.(\d+)\.(linear_fc[12])\.weight")
 STACKED = re.compile(r"(.*)\.experts\.(linear_fc[12])\.weight")
@@ -58,8 +59,8 @@ class _Stream:
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """Keeps its state as TransformerEngine's and Apex' FusedAdam do, with one step count a group, as Megatron's distributed
-    checkpoints need it; PyTorch's keeps a count for each parameter."""
+    """Keeps its state as TransformerEngine's and Apex' FusedAdam do, with one step count a group, as Megatron's
+    distributed checkpoints need it; PyTorch's keeps a count for each parameter."""
 
     def __init__(self, params: Any, lr: float, weight_decay: float, betas: Any, eps: float, **more: Any):
         assert more["adam_w_mode"]
@@ -85,7 +86,8 @@ class FusedAdam(torch.optim.Optimizer):
 
 @contextlib.contextmanager
 def on_cpu() -> Iterator[None]:
-    """Also: Megatron finds a fused Adam, and the process may start others, as Megatron's checkpoint writer does (the harness' ranks are daemons)."""
+    """Megatron on the CPU. It finds a fused Adam, and the process may start others, as the writer of checkpoints does,
+    although the harness' ranks are daemons."""
     from megatron.core import optimizer
     from megatron.core.distributed import distributed_data_parallel
     from megatron.core.optimizer import distrib_optimizer
@@ -159,7 +161,7 @@ class Job:
 
     def __init__(self, setup: Setup):
         self.setup = setup
-        options: Options = parse_options(ARGUMENTS.split())
+        options: Options = parse_options(ARGUMENTS)
         size, rank = (
             parallel_state.get_expert_model_parallel_world_size(),
             parallel_state.get_expert_model_parallel_rank(),

@@ -1,4 +1,5 @@
-"""Experts of a setting in Megatron's own training: its DDP, distributed optimizer, clipping, beside its SequentialMLP."""
+"""Experts of a setting in Megatron's own training: its DDP, distributed optimizer and clipping, beside its
+SequentialMLP."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import HANG, run_ranks
+from harness import run_ranks
 from megatron_training import Job, Setup, expert_parallel, on_cpu
 
 from megatron_ep_v2.experts.module import Experts, StackedLinear
@@ -48,7 +49,7 @@ def differences(group: Any, overlap: bool, bypass: bool) -> dict[str, tuple[floa
 @pytest.mark.parametrize("overlap", [False, True])
 def test_training_is_that_of_megatrons_experts(overlap: bool) -> None:
     """2 micro-batches, clipping, AdamW; gradients reduced and parameters gathered beside compute, or not."""
-    for by_setup in run_ranks(4, differences, overlap, False, timeout=HANG):
+    for by_setup in run_ranks(4, differences, overlap, False):
         assert len(by_setup) == len(OURS)
         for setup, (loss, norm, weight) in by_setup.items():
             assert max(loss, norm, weight) < 1e-5, f"{setup}: loss {loss:.1e}, norm {norm:.1e}, weight {weight:.1e}"
@@ -56,7 +57,7 @@ def test_training_is_that_of_megatrons_experts(overlap: bool) -> None:
 
 def test_weights_that_are_not_gathered_would_be_seen() -> None:
     """The control: hooks of the linears are passed by, as where nobody calls the module that owns the weights."""
-    for by_setup in run_ranks(4, differences, True, True, timeout=HANG):
+    for by_setup in run_ranks(4, differences, True, True):
         ((_, norm, weight),) = by_setup.values()
         assert norm > 1e-4 and weight > 1e-4
 
@@ -75,7 +76,7 @@ def layers(group: Any) -> dict[str, list[float]]:
     with on_cpu(), expert_parallel(2):
         for name, more in cases.items():
             base = {key: value for key, value in more.items() if not key.startswith(("recompute", "moe_grouped"))}
-            theirs = [Job(Setup(more=tuple(base.items()))).step() for _ in range(1)][0]
+            theirs = Job(Setup(more=tuple(base.items()))).step()
             for fusion in (False, True):
                 ours = Job(Setup(experts="grouped", fusion=fusion, more=tuple(more.items()))).step()
                 found[f"{name}, fusion={fusion}"] = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
@@ -83,7 +84,7 @@ def layers(group: Any) -> dict[str, list[float]]:
 
 
 def test_shared_experts_and_a_recomputed_activation() -> None:
-    for by_case in run_ranks(2, layers, timeout=HANG):
+    for by_case in run_ranks(2, layers):
         assert len(by_case) == 4
         for case, (loss, norm) in by_case.items():
             assert loss < 1e-5 and norm < 1e-5, case

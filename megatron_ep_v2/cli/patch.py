@@ -1,8 +1,9 @@
 """`python -m megatron_ep_v2 patch apply|revert|check [PATH]`: a Megatron that needs no `install()` call.
 
-A patch of `patches/` adds a hook to one file of Megatron: before a MoE layer with the flex dispatcher of backend "deepep"
-is built it calls `install()`, where this package is installed, and does nothing where it is not. The files are plain unified diffs,
-which `git apply` and `patch` take as well; here they are applied to the exact text or not at all.
+A patch of `patches/` adds a hook to one file of Megatron: it calls `install()` before a MoE layer with the flex
+dispatcher of backend "deepep" is built, where this package is installed, and does nothing where it is not. The files
+are plain unified diffs, which `git apply` and `patch` take as well; here they are applied to the exact text or not at
+all.
 """
 
 from __future__ import annotations

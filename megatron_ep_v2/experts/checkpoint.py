@@ -23,6 +23,8 @@ from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, n
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ep_v2.errors import SettingsError
 
@@ -181,9 +183,10 @@ def explain_load(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _raise_if_other_kind(wanted: set[str], checkpoint_dir: Any, error: BaseException) -> None:
-    from megatron.core.dist_checkpointing import load_tensors_metadata
-
-    written = _raw_keys(load_tensors_metadata(str(checkpoint_dir)))
+    try:  # Megatron's own reader of it fails with a torch that is newer than it (2.15 and 0.19.2)
+        written = _raw_keys(FileSystemReader(str(checkpoint_dir)).read_metadata().state_dict_metadata)
+    except (OSError, CheckpointException):  # then that is what the load has failed of
+        return
     missing = {
         key for key in wanted - written if key.replace(_STACKED, "") in {k.replace(_STACKED, "") for k in written}
     }

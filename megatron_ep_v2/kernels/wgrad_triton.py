@@ -8,8 +8,8 @@ import triton.language as tl
 
 from megatron_ep_v2.kernels.launch import launch
 
-# Tile of the weight, rows of a step, warps, stages: of those that `benchmarks/gpu_wgrad.py --tiles` tries, the fastest on
-# an H200. Two such programs share a multiprocessor, so that one reads and writes its tile while the other multiplies.
+# Tile of the weight, rows of a step, warps, stages: of those that `benchmarks/gpu_wgrad.py --tiles` tries, the fastest
+# on an H200. Two such programs share a multiprocessor: one reads and writes its tile while the other multiplies.
 TILE_N, TILE_K, ROWS, WARPS, STAGES = 128, 128, 64, 4, 3
 
 

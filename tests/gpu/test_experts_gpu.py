@@ -1,5 +1,5 @@
-"""Experts of a setting on GPUs: their weight gradients against fp64, and training beside TransformerEngine's grouped experts in
-Megatron's DDP and distributed optimizer."""
+"""Experts of a setting on GPUs: their weight gradients against fp64, and training beside TransformerEngine's grouped
+experts in Megatron's DDP and distributed optimizer."""
 
 from __future__ import annotations
 
@@ -54,16 +54,15 @@ def train(group: Any, experts: str, fusion: bool, state: dict[str, torch.Tensor]
 
     megatron_ep_v2.install(buffer="elastic", num_max_tokens_per_rank=GPU.tokens, experts=experts)
     layer = build_layer(GPU, "flex", gradient_accumulation_fusion=fusion)
-    local = GPU.experts // group.size()
     if state is None:
         state = {name: p.detach().clone() for name, p in layer.named_parameters()}
     else:
         with torch.no_grad():
             for name, parameter in layer.named_parameters():
-                for i in range(local if "experts." in name else 1):
-                    (parameter[i] if "experts." in name else parameter).copy_(
-                        state[f"{name}{i}" if "experts." in name else name]
-                    )
+                if name in state:
+                    parameter.copy_(state[name])
+                else:  # all experts in one
+                    parameter.copy_(torch.stack([state[f"{name}{i}"] for i in range(len(parameter))]))
     ddp = DistributedDataParallel(
         layer.config,
         DistributedDataParallelConfig(
