@@ -4,6 +4,7 @@ checkpoints. Where Megatron asks for CUDA without asking whether it is there, `o
 from __future__ import annotations
 
 import contextlib
+import inspect
 import multiprocessing
 import re
 import tempfile
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from qwen3_moe import model as example
@@ -270,6 +272,23 @@ class Job:
         if self.setup.overlap and self.setup.distributed:
             self.ddp.enable_forward_pre_hook()
         dist.barrier()
+
+    def save_beside_training(self, folder: Path) -> tuple[float, float]:
+        """`save` in another process (--async-save), and the next step while it writes."""
+        if dist.get_rank() == 0:
+            folder.mkdir(parents=True)
+        dist.barrier()
+        queue = AsyncCallsQueue()
+        more = {}
+        if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters:
+            more["async_strategy"] = "mcore"  # from 0.18 on the default is NVIDIA's resiliency extension
+        request = dist_checkpointing.save(self.state(), str(folder), async_sharded_save=True, **more)
+        queue.schedule_async_request(request)
+        step = self.step()
+        queue.maybe_finalize_async_calls(blocking=True)
+        queue.close()
+        dist.barrier()
+        return step
 
     def load(self, folder: Path) -> None:
         """As megatron.training does, with its default strictness."""

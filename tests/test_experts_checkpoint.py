@@ -136,6 +136,22 @@ def test_a_checkpoint_holds_what_one_of_megatrons_experts_holds() -> None:
     assert run_ranks(4, contents) == [[]] * 4
 
 
+def beside(group: Any) -> float:
+    """Largest difference of loss and norm between the step that was taken while a checkpoint was written, and the same
+    step of Megatron's experts from that checkpoint."""
+    with on_cpu(), Folders() as folders, expert_parallel(2):
+        job = Job(Setup(experts="grouped"))
+        job.step()
+        wanted = job.save_beside_training(folders.of("beside"))
+        job = Job(Setup())
+        job.load(folders.of("beside"))
+        return max(abs(mine - other) for mine, other in zip(job.step(), wanted, strict=True))
+
+
+def test_a_checkpoint_that_is_written_beside_training() -> None:
+    assert max(run_ranks(4, beside)) < 1e-5
+
+
 def raw(group: Any) -> dict[str, str]:
     """dp_reshardable, Megatron's default, keeps the optimizer's buffers by number: the same kind goes on, another is
     refused, both ways."""
