@@ -77,11 +77,12 @@ def find_seam() -> tuple[str, dict[str, ModuleType]]:
         version = importlib.metadata.version("megatron-core")
     # Imported inside a git checkout, Megatron appends that checkout's commit: 0.19.2+1a2b3c4.
     version = str(getattr(_import("megatron.core"), "__version__", version)).partition("+")[0]
-    modules = {name: _import(name) for name in (*_SEAM, *_SEAM_OPEN)}
+    modules: dict[str, ModuleType] = {}
     for more, seam in ((False, _SEAM), (True, _SEAM_OPEN)):
-        for module_name, names in seam.items():
-            for dotted, parameters in names.items():
-                _check_symbol(modules[module_name], dotted, parameters, version, more=more)
+        for name, symbols in seam.items():  # one by one: the first ones need least of Megatron
+            modules[name] = _import(name)
+            for dotted, parameters in symbols.items():
+                _check_symbol(modules[name], dotted, parameters, version, more=more)
     modules[SCHEDULE] = _import_schedule()
     # 0.17 has added a parameter, which is handed on.
     _check_symbol(modules[SCHEDULE], "should_free_input", ("name", "is_moe", "config"), version, more=True)
