@@ -105,6 +105,7 @@ def submodules_of(spec: Any) -> MoESubmodules:
     return spec.submodules if isinstance(spec, ModuleSpec) else spec.keywords["submodules"]
 
 
+@functools.cache
 def hybrid() -> tuple[Any, Any]:
     """The one `moe` of Megatron's hybrid models, and that in their stack's spec. Before 0.19 its module needs Triton:
     where that is not here, the same call by itself."""
