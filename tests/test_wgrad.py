@@ -134,7 +134,7 @@ print(json.dumps({"wrong": wrong, "done": done}))
 
 @needs_triton
 def test_the_kernel_equals_the_reference_in_tritons_interpreter() -> None:
-    """Weights and rows that are no multiples of a tile, NaN in rows of nobody, bits of idle experts that would change."""
+    """Sizes that are no multiples of a tile, NaN in rows of nobody, bits of idle experts that an addition changes."""
     assert child(INTERPRET, TRITON_INTERPRET="1") == {"wrong": [], "done": len(EDGES) * 3 * 3}
 
 
