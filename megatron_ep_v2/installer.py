@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron_ep_v2 import fused_a2a, recompute
 from megatron_ep_v2 import settings as settings_module
 from megatron_ep_v2.buffers import pool
-from megatron_ep_v2.errors import SettingsError
+from megatron_ep_v2.errors import SeamError, SettingsError
 from megatron_ep_v2.experts.gemm import gemm
 from megatron_ep_v2.probe import Choice, choose, probe
 from megatron_ep_v2.seam import (
@@ -31,6 +31,7 @@ from megatron_ep_v2.seam import (
     SCHEDULE,
     TOKEN_DISPATCHER,
     checkpoints,
+    find_experts_seam,
     find_seam,
 )
 
@@ -89,7 +90,7 @@ def install(**explicit: Any) -> dict[str, Any]:
     if choice.kind != "megatron":
         bindings += _bindings(modules, layout)
     if choice.kind != "megatron" or settings.experts != "megatron":
-        bindings += _bindings_of_experts(modules, settings.experts)
+        bindings += _bindings_of_experts(version, settings.experts)
     for owner, name, ours in bindings:
         _bind(installation, owner, name, ours)
     if choice.kind != "megatron":
@@ -258,23 +259,37 @@ def _bindings(modules: dict[str, ModuleType], layout: str) -> list[tuple[Any, st
     return ours
 
 
-def _bindings_of_experts(modules: dict[str, ModuleType], experts: str) -> list[tuple[Any, str, Any]]:
-    """What builds the experts, and what keeps optimizer states of different kinds apart (also while Megatron's are
-    built: a checkpoint of ours may be loaded into them)."""
+def _bindings_of_experts(version: str, experts: str) -> list[tuple[Any, str, Any]]:
+    """What builds the experts, and what keeps optimizer states of different kinds apart: that also while Megatron's are
+    built, where it can, for a checkpoint of ours may be loaded into them."""
+    try:
+        modules = find_experts_seam(version)
+    except SeamError as error:
+        if experts != "megatron":
+            raise
+        logger.info("checkpoints of other experts than Megatron's will not be explained: %s", error)
+        return []
     from megatron_ep_v2.experts import checkpoint, refusals
     from megatron_ep_v2.experts.module import built_with
 
     optimizer, loader = modules[OPTIMIZER].DistributedOptimizer, modules[DIST_CHECKPOINTING]
-    name = "sharded_param_state_dp_reshardable"
+    by_number, whole = "sharded_param_state_dp_reshardable", "sharded_param_state_dp_zero"
     ours: list[tuple[Any, str, Any]] = [
-        (optimizer, name, checkpoint.mark_buffers(getattr(optimizer, name))),
+        (optimizer, by_number, checkpoint.mark_buffers(getattr(optimizer, by_number))),
+        (optimizer, whole, checkpoint.refuse_whole_buffers(getattr(optimizer, whole))),
         (loader, "load", checkpoint.explain_load(loader.load)),
         *refusals.bindings(),
     ]
     if experts != "megatron":
         layer = modules[MOE_LAYER].MoELayer
-        ours.append((layer, "__init__", built_with(layer.__init__, experts, _bind_refusals)))
+        ours.append((layer, "__init__", built_with(layer.__init__, _experts_now)))
     return ours
+
+
+def _experts_now() -> str:
+    """What a MoE layer is to be built with; asked for each one, for who has bound after us may keep our function."""
+    _bind_refusals()
+    return _installation.experts if _installation is not None else "megatron"
 
 
 def _bind_refusals() -> None:

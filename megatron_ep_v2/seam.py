@@ -53,15 +53,16 @@ _SEAM: dict[str, dict[str, tuple[str, ...] | None]] = {
         "get_align_size_for_quantization": ("config",),
     },
     CHECKPOINT: {"CheckpointFunction.forward": ("ctx", "run_function", "distribute_saved_activations", "args")},
+}
+# What other experts than Megatron's bind to; further parameters may follow.
+_EXPERTS_SEAM: dict[str, dict[str, tuple[str, ...]]] = {
+    MOE_LAYER: {"MoELayer.__init__": ("config", "submodules", "layer_number", "pg_collection")},
     OPTIMIZER: {
         "DistributedOptimizer.sharded_param_state_dp_reshardable": (
             *("model_sharded_state_dict", "is_loading", "metadata"),
-        )
+        ),
+        "DistributedOptimizer.sharded_param_state_dp_zero": ("model_sharded_state_dict", "is_loading", "metadata"),
     },
-}
-# The same, for names that further parameters may follow.
-_SEAM_OPEN: dict[str, dict[str, tuple[str, ...]]] = {
-    MOE_LAYER: {"MoELayer.__init__": ("config", "submodules", "layer_number", "pg_collection")},
     DIST_CHECKPOINTING: {"load": ("sharded_state_dict", "checkpoint_dir")},
 }
 
@@ -78,15 +79,28 @@ def find_seam() -> tuple[str, dict[str, ModuleType]]:
     # Imported inside a git checkout, Megatron appends that checkout's commit: 0.19.2+1a2b3c4.
     version = str(getattr(_import("megatron.core"), "__version__", version)).partition("+")[0]
     modules: dict[str, ModuleType] = {}
-    for more, seam in ((False, _SEAM), (True, _SEAM_OPEN)):
-        for name, symbols in seam.items():  # one by one: the first ones need least of Megatron
-            modules[name] = _import(name)
-            for dotted, parameters in symbols.items():
-                _check_symbol(modules[name], dotted, parameters, version, more=more)
+    for name, symbols in _SEAM.items():
+        modules[name] = _import(name)
+        for dotted, parameters in symbols.items():
+            _check_symbol(modules[name], dotted, parameters, version)
     modules[SCHEDULE] = _import_schedule()
     # 0.17 has added a parameter, which is handed on.
     _check_symbol(modules[SCHEDULE], "should_free_input", ("name", "is_moe", "config"), version, more=True)
     return version, modules
+
+
+def find_experts_seam(version: str) -> dict[str, ModuleType]:
+    """The modules that other experts than Megatron's bind in.
+
+    Raises:
+        SeamError: See `find_seam`.
+    """
+    modules = {}
+    for name, symbols in _EXPERTS_SEAM.items():
+        modules[name] = _import(name)
+        for dotted, parameters in symbols.items():
+            _check_symbol(modules[name], dotted, parameters, version, more=True)
+    return modules
 
 
 def _import(name: str) -> ModuleType:

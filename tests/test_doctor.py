@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from doctor_machine import FUSED_A2A, HYBRID_EP, V1, V2_0, V2_1, Machine, Report
+from doctor_machine import FUSED_A2A, H200, HYBRID_EP, V1, V2_0, V2_1, Machine, Report
 
 Change = Callable[[Machine], object]
 
@@ -125,6 +125,20 @@ FAULTS: dict[str, tuple[Change, dict[str, str], str]] = {
         both(put(torch={"version": "2.7.1"}), put(environment={"MCORE_DEEPEP_V2_EXPERTS": "deepgemm"})),
         {"experts": "fail", "torch": "warn"},
         "torch 2.7.1 has no grouped GEMM",
+    ),
+    "deepgemm experts without DeepGEMM": (
+        put(environment={"MCORE_DEEPEP_V2_EXPERTS": "deepgemm"}),
+        {"experts": "fail"},
+        "the package deep_gemm is not installed",
+    ),
+    "grouped experts, one GPU of another kind": (
+        put(
+            gpus=[H200] * 7 + [{"name": "NVIDIA RTX 5090", "sm": "12.0"}],
+            torch={"devices": [["NVIDIA H200", [9, 0]]] * 7 + [["NVIDIA RTX 5090", [12, 0]]]},
+            environment={"MCORE_DEEPEP_V2_EXPERTS": "grouped"},
+        ),
+        {"experts": "fail", "zero padding": "warn"},
+        "no grouped GEMM for NVIDIA RTX 5090 (SM 12.0)",
     ),
     # ------------------------------------------------------------------------------------------------------- NCCL, CUDA
     "an old NCCL": (put(files={NCCL: "22809"}), {"NCCL": "fail"}, "2.28.9 loaded"),

@@ -127,6 +127,26 @@ def test_frozen_weights_and_inputs_get_no_gradient() -> None:
     assert w1.grad is not None
 
 
+@each_backend
+def test_a_gradient_of_a_gradient_is_refused(backend: str) -> None:
+    """The kernels' outputs on GPUs carry no graph, so it would be wrong there in silence."""
+    b = batch([3, 4])
+    groups = Groups.from_counts(torch.tensor(b.sizes), b.x)
+    x = b.x.requires_grad_()
+    y = swiglu_experts(x, b.probs, b.w1, b.w2, groups, backend)
+    (grad,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_rows_and_weights_of_two_dtypes_are_refused() -> None:
+    b = batch([3, 4])
+    groups = Groups.from_counts(torch.tensor(b.sizes), b.x)
+    for backend in ("sequential", "grouped"):
+        with pytest.raises(InputError, match="float64 rows"):
+            swiglu_experts(b.x.double(), b.probs, b.w1, b.w2, groups, backend)
+
+
 def test_what_is_refused() -> None:
     b = batch([3, 4])
     counts = torch.tensor(b.sizes)

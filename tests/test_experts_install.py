@@ -36,7 +36,7 @@ from test_install import BOUND, BOUND_EXPANDED
 
 import megatron_ep_v2
 from megatron_ep_v2 import installer
-from megatron_ep_v2.errors import SettingsError, UnavailableError
+from megatron_ep_v2.errors import SeamError, SettingsError, UnavailableError
 from megatron_ep_v2.experts import gemm
 from megatron_ep_v2.experts.module import _NEEDED, EXPERTS, GroupedExperts, use_experts, with_experts
 
@@ -430,7 +430,7 @@ def test_beside_megatrons_own_dispatcher(clean: pytest.MonkeyPatch, caplog: pyte
     with caplog.at_level(logging.INFO, "megatron_ep_v2"):
         status = megatron_ep_v2.install(experts="grouped")
     assert (status["buffer"], status["experts"]) == ("megatron", "grouped")
-    assert rebound(before) == GUARDS | {LAYER} and len(GUARDS) == 5
+    assert rebound(before) == GUARDS | {LAYER} and len(GUARDS) == 6
     for part in ("nothing in the dispatcher was changed", "grouped experts (asked for by install())"):
         assert part in caplog.messages[-1]
     with caplog.at_level(logging.INFO, "megatron_ep_v2"):
@@ -546,3 +546,35 @@ def test_a_bridge_that_is_imported_after_install_is_guarded_from_the_next_layer_
         for report in (positional, keyword):
             assert_report(report, SettingsError, "Megatron-Bridge", "Hugging Face", "one parameter for each expert")
         assert others == undone == ["a task"] and bound == ["build_conversion_tasks"], "bound once"
+
+
+# ------------------------------------------------------------------------------------- who else has hands on MoELayer
+
+
+@in_this_process
+def test_a_constructor_that_somebody_has_wrapped_matters_to_other_experts_only(clean: pytest.MonkeyPatch) -> None:
+    def traced(self: Any, *args: Any, **kwargs: Any) -> None: ...
+
+    clean.setattr(MoELayer, "__init__", traced)
+    assert megatron_ep_v2.install(buffer="reference")["experts"] == "megatron"
+    report = attempt(lambda: megatron_ep_v2.install(buffer="reference", experts="grouped"))
+    assert_report(report, SeamError, "MoELayer.__init__", "its parameters are (args, kwargs)")
+    assert MoELayer.__init__ is traced
+
+
+@in_this_process
+def test_who_keeps_our_constructor_gets_todays_experts(clean: pytest.MonkeyPatch) -> None:
+    """A later wrapper of MoELayer.__init__ holds on to what `install()` had bound, past `uninstall()`."""
+    given: list[Any] = []
+    clean.setattr(MoELayer, "__init__", lambda self, config, submodules=None, layer_number=None, pg_collection=None: (
+        given.append(submodules.experts)
+    ))  # fmt: skip
+    megatron_ep_v2.install(buffer="reference", experts="sequential")
+    kept = MoELayer.__init__
+    layer = MoELayer.__new__(MoELayer)
+    for experts, wanted in (("sequential", EXPERTS["sequential"]), ("grouped", GroupedExperts), (None, SequentialMLP)):
+        megatron_ep_v2.uninstall()
+        if experts:
+            megatron_ep_v2.install(buffer="reference", experts=experts)
+        kept(layer, config(), MoESubmodules(experts=SequentialMLP))
+        assert given[-1] is wanted

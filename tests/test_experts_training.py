@@ -1,4 +1,4 @@
-"""Experts of a setting in Megatron's own training: its DDP, distributed optimizer and clipping, beside its
+"""Experts chosen by a setting in Megatron's own training: its DDP, distributed optimizer and clipping, beside its
 SequentialMLP."""
 
 from __future__ import annotations

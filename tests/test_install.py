@@ -32,6 +32,7 @@ BOUND = {
     ("token_dispatcher", "_DeepepManager"),
     # What would take stacked experts for something else.
     ("DistributedOptimizer", "sharded_param_state_dp_reshardable"),
+    ("DistributedOptimizer", "sharded_param_state_dp_zero"),
     ("dist_checkpointing", "load"),
     ("muon", "_get_param_groups")
     if hasattr(muon, "_get_param_groups")

@@ -3,7 +3,7 @@
 # embedding and the loss count as one layer each. Data and checkpoints are not in here: give them as further flags of
 # the launcher, which also override these.
 # Megatron's fused weight gradients need APEX; where it is not installed, add --no-gradient-accumulation-fusion.
-# MCORE_DEEPEP_V2_EXPERTS=grouped gains nothing at this size on 8 expert-parallel ranks of H200 (docs/experts.md).
+# MCORE_DEEPEP_V2_EXPERTS=grouped is no faster at this size on 8 expert-parallel ranks of H200 (docs/experts.md).
 # shellcheck shell=bash disable=SC2034
 
 FLAGS=(

@@ -6,6 +6,7 @@ Nothing here raises: what cannot be read is empty or None, and a check says what
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
@@ -30,11 +31,12 @@ _PACKAGES = re.compile(
 
 
 def read_host() -> dict[str, Any]:
-    """Python, package versions, variables, settings, GPUs as the driver sees them, RDMA devices."""
+    """Python, package versions, DeepGEMM, variables, settings, GPUs as the driver sees them, RDMA devices."""
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "packages": _packages(),
+        "deep_gemm": importlib.util.find_spec("deep_gemm") is not None,
         "environment": settings.shown_environment(),
         "settings": _settings(),
         "driver": _driver(),

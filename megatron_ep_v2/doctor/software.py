@@ -138,14 +138,19 @@ def check_megatron(facts: Facts) -> Check:
 @checks.add("experts", imports=True)
 def check_experts(facts: Facts) -> Check:
     asked, devices = facts["settings"]["experts"], gpus(facts)
-    lacking = ""  # what torch's grouped GEMM, which deepgemm's weight gradients are made with, too, does not find here
+    unable = [device for device in devices if not (9,) <= version(device["sm"]) < (11,)]
+    lacking = ""  # what torch's grouped GEMM, which deepgemm's experts need as well, does not find here
     if version(facts["torch"]["version"]) < (2, 8):
         lacking = f"torch {facts['torch']['version']} has no grouped GEMM (2.8 has)"
-    elif not all((9,) <= version(device["sm"]) < (11,) for device in devices):
-        lacking = f"torch has no grouped GEMM for {devices[0]['name']} (SM {devices[0]['sm']})"
-    fix = "unset MCORE_DEEPEP_V2_EXPERTS, or set it to sequential"
-    if asked in ("grouped", "deepgemm") and (lacking or (asked == "deepgemm" and not devices)):
-        return Check("fail", f"{asked}: {lacking or 'no GPU'}", "a GPU of SM 9 or 10 and torch 2.8", fix)
+    elif unable:
+        lacking = f"torch has no grouped GEMM for {unable[0]['name']} (SM {unable[0]['sm']})"
+    elif asked == "deepgemm" and not devices:
+        lacking = "no GPU"
+    elif asked == "deepgemm" and not facts["deep_gemm"]:
+        lacking = "the package deep_gemm is not installed"
+    if asked in ("grouped", "deepgemm") and lacking:
+        needed = "a GPU of SM 9 or 10, torch 2.8" + (" and deep_gemm" if asked == "deepgemm" else "")
+        return Check("fail", f"{asked}: {lacking}", needed, "unset MCORE_DEEPEP_V2_EXPERTS, or set it to sequential")
     if asked != "megatron":
         return Check("ok", asked)
     if lacking or not devices:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_ep_v2.errors import SettingsError
 
 _RAW = "dp_reshardable"
+_RAW_WHOLE = "dp_zero_gather_scatter"  # the same in one piece; old, but Megatron still reads and writes it
 _BUCKET = ".gbuf_idx_"  # in the key of a raw buffer (megatron/core/optimizer/distrib_optimizer.py)
 _STACKED = ".stacked_experts"  # what is put before it where the buffer holds stacked experts
 _REMEDY = (
@@ -136,10 +138,12 @@ def check_format(metadata: dict[str, Any]) -> None:
     Raises:
         SettingsError: The optimizer's buffers are saved by number, and nothing would tell them from Megatron's.
     """
+    if metadata.get("distrib_optim_sharding_type") == _RAW_WHOLE:
+        _refuse_whole_buffers()
     marked = hasattr(DistributedOptimizer.sharded_param_state_dp_reshardable, "marks_stacked_experts")
     if metadata.get("distrib_optim_sharding_type") == _RAW and not marked:
         raise SettingsError(
-            "an optimizer state that is saved by number cannot be told from that of Megatron's experts",
+            "an optimizer state that is saved by number is indistinguishable from that of Megatron's experts",
             found=f"the format {_RAW}, and stacked experts in a layer spec without install()",
             fix="call megatron_ep_v2.install() before the model is built, or add --dist-ckpt-optim-fully-reshardable",
         )
@@ -158,12 +162,38 @@ def mark_buffers(sharded_param_state_dp_reshardable: Callable[..., Any]) -> Call
             return value
 
         for number, buffer in enumerate(self.buffers):
-            if any(getattr(parameter, "stacked_experts", False) for parameter in buffer.params):
+            if _holds_stacked_experts(buffer):
                 dict_list_map_inplace(rename, state[number])
         return state
 
     marked.marks_stacked_experts = True  # type: ignore[attr-defined]
     return marked
+
+
+def refuse_whole_buffers(sharded_param_state_dp_zero: Callable[..., Any]) -> Callable[..., Any]:
+    """DistributedOptimizer's method, which saves and loads whole buffers as they lie in memory: refused for those that
+    hold stacked experts."""
+
+    @functools.wraps(sharded_param_state_dp_zero)
+    def refusing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(_holds_stacked_experts(buffer) for buffer in self.buffers):
+            _refuse_whole_buffers()
+        return sharded_param_state_dp_zero(self, *args, **kwargs)
+
+    return refusing
+
+
+def _refuse_whole_buffers() -> None:
+    raise SettingsError(
+        "an optimizer state of whole buffers would mix up stacked experts and Megatron's",
+        found=f"the format {_RAW_WHOLE}",
+        needed="a format that knows parameters",
+        fix="--dist-ckpt-optim-fully-reshardable to save; --no-load-optim to load an older checkpoint",
+    )
+
+
+def _holds_stacked_experts(buffer: Any) -> bool:
+    return any(getattr(parameter, "stacked_experts", False) for parameter in buffer.params)
 
 
 def explain_load(load: Callable[..., Any]) -> Callable[..., Any]:
@@ -185,7 +215,8 @@ def explain_load(load: Callable[..., Any]) -> Callable[..., Any]:
 def _raise_if_other_kind(wanted: set[str], checkpoint_dir: Any, error: BaseException) -> None:
     try:  # Megatron's own reader of it fails with a torch that is newer than it (2.15 and 0.19.2)
         written = _raw_keys(FileSystemReader(str(checkpoint_dir)).read_metadata().state_dict_metadata)
-    except (OSError, CheckpointException):  # then that is what the load has failed of
+    # What cannot be read is what the load has failed of.
+    except (OSError, EOFError, AttributeError, ImportError, pickle.UnpicklingError, CheckpointException):
         return
     missing = {
         key for key in wanted - written if key.replace(_STACKED, "") in {k.replace(_STACKED, "") for k in written}

@@ -51,7 +51,17 @@ class Sequential:
         """It runs anywhere."""
 
     def check(self, x: torch.Tensor, w: torch.Tensor) -> None:
-        """Everything goes."""
+        """
+        Raises:
+            InputError: Rows and weights of different dtypes.
+        """
+        if x.dtype != w.dtype:
+            raise InputError(
+                "experts multiply rows and weights of one dtype",
+                found=f"{x.dtype} rows, {w.dtype} weights",
+                needed="one dtype for both",
+                fix="train without autocast, in Megatron's own mixed precision (--bf16)",
+            )
 
     def forward(self, x: torch.Tensor, w: torch.Tensor, groups: Groups) -> torch.Tensor:
         return self._by_expert(x, w.transpose(1, 2), groups)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from megatron_ep_v2.errors import InputError, UnavailableError
 from megatron_ep_v2.experts.gemm import Gemm, gemm
@@ -191,6 +192,7 @@ class _Linear(torch.autograd.Function):
         return _kernels(y).zero_tail_(y, groups.used) if last else y  # type: ignore[no-any-return]
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         w, *kept = ctx.saved_tensors
         grad, grad_x, grad_w = grad.contiguous(), None, None
@@ -237,6 +239,7 @@ class _WeightedSwiglu(torch.autograd.Function):
         return _kernels(h).forward(h, probs, used)  # type: ignore[no-any-return]
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         h, probs = ctx.saved_tensors
         grad_h, grad_probs = _kernels(h).backward(grad.contiguous(), h, probs, ctx.used)

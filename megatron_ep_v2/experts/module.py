@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
 from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import import_module
 
 from megatron_ep_v2.errors import SettingsError
 from megatron_ep_v2.experts.checkpoint import ExpertShards, check_format, drop_extra_states
@@ -162,10 +163,13 @@ def with_experts(submodules: Any, backend: str) -> Any:
         SettingsError: Experts that are neither Megatron's nor this package's: they may do anything.
     """
     kind = submodules.experts
-    while True:
-        kind, inner = getattr(kind, "module", None) or getattr(kind, "func", None) or kind, kind
-        if kind is inner:
+    while not isinstance(kind, type):
+        inner = getattr(kind, "module", None) or getattr(kind, "func", None)
+        if isinstance(kind, tuple):  # (module, name), as a ModuleSpec may have it
+            inner = import_module(kind)
+        if inner is None:
             break
+        kind = inner
     if isinstance(kind, type) and issubclass(kind, Experts):
         return submodules
     if not getattr(kind, "__module__", "").startswith("megatron.core."):
@@ -178,14 +182,18 @@ def with_experts(submodules: Any, backend: str) -> Any:
     return dataclasses.replace(submodules, experts=EXPERTS[backend])
 
 
-def built_with(init: Callable[..., None], backend: str, before: Callable[[], None]) -> Callable[..., None]:
-    """MoELayer.__init__ that builds these experts, whichever layer spec it is given. before: called first."""
+def built_with(init: Callable[..., None], experts: Callable[[], str]) -> Callable[..., None]:
+    """MoELayer.__init__ that builds other experts, whichever layer spec it is given.
+
+    Args:
+        experts: Says for each layer which: one of EXPERTS, or `megatron`.
+    """
 
     @functools.wraps(init)
     def build(self: Any, config: Any, submodules: Any = None, *args: Any, **kwargs: Any) -> None:
-        before()
-        if submodules is not None:  # else Megatron says so
-            submodules = with_experts(submodules, backend)
+        kind = experts()
+        if submodules is not None and kind != "megatron":  # None: Megatron says so
+            submodules = with_experts(submodules, kind)
         init(self, config, submodules, *args, **kwargs)
 
     return build

@@ -5,9 +5,11 @@ Each is bound to a guard that raises where it meets a stacked parameter, and cha
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +39,7 @@ class Refusal:
 
 
 _MUON = {
-    "found": "an optimizer for matrices (--optimizer muon and its kin), which gives everything that is not 2-D to Adam",
+    "found": "a Muon-type optimizer (--optimizer muon), which gives everything that is not 2-D to Adam",
     "needed": "Adam or SGD; or Megatron's own experts, a matrix each",
     "fix": f"--optimizer adam, or {_KEEP}",
 }
@@ -62,9 +64,12 @@ REFUSALS = (
 
 
 def bindings() -> Iterator[tuple[Any, str, Any]]:
-    """Owner, name and guarded function of everything that is imported by now."""
+    """Owner, name and guarded function of everything that is here: Megatron's own, and what else is imported by now."""
     for refusal in REFUSALS:
         for module in refusal.modules:
+            if module.startswith("megatron.core."):
+                with contextlib.suppress(ImportError):
+                    importlib.import_module(module)
             *path, name = refusal.name.split(".")
             owner = functools.reduce(lambda at, part: getattr(at, part, None), path, sys.modules.get(module))
             theirs = getattr(owner, name, None)
@@ -91,6 +96,8 @@ def _guarded(theirs: Callable[..., Any], refusal: Refusal) -> Callable[..., Any]
 def _holds_stacked(value: Any) -> bool:
     if isinstance(value, torch.nn.Module):
         return any(_holds_stacked(parameter) for parameter in value.parameters())
+    if isinstance(value, Mapping):
+        value = list(value.values())
     if isinstance(value, list | tuple):
         return any(_holds_stacked(item) for item in value)
     return isinstance(value, torch.Tensor) and getattr(value, "stacked_experts", False)

@@ -1,5 +1,5 @@
-"""Experts of a setting on GPUs: their weight gradients against fp64, and training beside TransformerEngine's grouped
-experts in Megatron's DDP and distributed optimizer."""
+"""Experts chosen by a setting on GPUs: their weight gradients against fp64, and training beside TransformerEngine's
+grouped experts in Megatron's DDP and distributed optimizer."""
 
 from __future__ import annotations
 
