@@ -127,7 +127,7 @@ def test_frozen_weights_and_inputs_get_no_gradient() -> None:
     assert w1.grad is not None
 
 
-@each_backend
+@pytest.mark.parametrize("backend", ["sequential", "grouped"])
 def test_a_gradient_of_a_gradient_is_refused(backend: str) -> None:
     """The kernels' outputs on GPUs carry no graph, so it would be wrong there in silence."""
     b = batch([3, 4])
