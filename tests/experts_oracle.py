@@ -95,6 +95,17 @@ def with_tail(b: Batch, num_rows: int, alignment: int) -> tuple[Batch, Groups, t
     return moved, Groups.from_places(places), slots
 
 
+def gradcheck_inputs(tail: bool) -> tuple[list[torch.Tensor], Groups]:
+    """A tiny batch in fp64 for `gradcheck`: x, probs, w1, w2; in a layout of fixed size if there is to be a `tail`."""
+    b = batch([3, 0, 2], hidden=4, ffn=3, dtype=torch.float64)
+    b.probs = b.probs.double()
+    groups = Groups.from_counts(torch.tensor(b.sizes), b.x)
+    if tail:
+        b, groups, _ = with_tail(b, 12, 2)
+        b.x.nan_to_num_(1), b.probs.nan_to_num_(1)  # differences of NaN say nothing
+    return [t.requires_grad_() for t in (b.x, b.probs, b.w1, b.w2)], groups
+
+
 def check(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], most: float) -> None:
     """Relative L2 of each tensor below `most`; zero where the oracle is zero."""
     for name, wanted in theirs.items():

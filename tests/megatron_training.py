@@ -299,7 +299,7 @@ class Job:
         self.steps = loaded["steps"]
 
     def load_weights(self, folder: Path) -> None:
-        """As with --no-load-optim: the optimizer starts anew from the weights."""
+        """As with --no-load-optim: the optimizer starts from the weights, without state."""
         state = {"model": self.ddp.module.sharded_state_dict(metadata=self.metadata())}
         loaded = dist_checkpointing.load(state, str(folder), strict="assume_ok_unexpected")
         self.ddp.module.load_state_dict(loaded["model"], strict=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from experts_oracle import NAN, SIZES, batch, check, expected, run, with_tail
+from experts_oracle import NAN, SIZES, batch, check, expected, gradcheck_inputs, run, with_tail
 
 from megatron_ep_v2.errors import InputError, SettingsError, UnavailableError
 from megatron_ep_v2.experts import gemm as gemms
@@ -99,13 +99,7 @@ def test_aligned_rows_are_not_moved(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("tail", [False, True])
 def test_gradients_by_differences(tail: bool) -> None:
-    b = batch([3, 0, 2], hidden=4, ffn=3, dtype=torch.float64)
-    b.probs = b.probs.double()
-    groups = Groups.from_counts(torch.tensor(b.sizes), b.x)
-    if tail:
-        b, groups, _ = with_tail(b, 12, 2)
-        b.x.nan_to_num_(1), b.probs.nan_to_num_(1)  # differences of NaN say nothing
-    inputs = [t.requires_grad_() for t in (b.x, b.probs, b.w1, b.w2)]
+    inputs, groups = gradcheck_inputs(tail)
     assert torch.autograd.gradcheck(lambda *args: swiglu_experts(*args, groups, "sequential"), inputs)
 
 

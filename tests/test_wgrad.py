@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from experts_oracle import NAN, batch, with_tail
+from experts_oracle import NAN, batch, gradcheck_inputs, with_tail
 from test_quantize import child, needs_triton
 
 from megatron_ep_v2.errors import InputError
@@ -221,8 +221,8 @@ def test_two_micro_batches_are_in_main_grad(backend: str, zero_out: bool, buffer
     error = (weight.main_grad.double() - wanted).norm()  # type: ignore[attr-defined]
     assert error <= tolerance * wanted.norm() and (wanted - started.double()).norm() > 1
     assert torch.equal(weight.main_grad[1], started[1]), "the expert without rows"  # type: ignore[attr-defined]
-    told = {"shape": tuple(weight.shape), "zero": True, "bytes": 1, "added": True}
-    assert seen == [told, told] and weight.grad is None and node is not None
+    expected = {"shape": tuple(weight.shape), "zero": True, "bytes": 1, "added": True}
+    assert seen == [expected, expected] and weight.grad is None and node is not None
     plain = b.x.clone().requires_grad_()
     linear(plain, weight.detach(), groups, GEMMS[backend], True).backward(grad)
     assert torch.equal(grad_x[0], plain.grad), "the rows' gradient is that of a backward without a buffer"
@@ -260,13 +260,7 @@ def through(inputs: list[torch.Tensor], groups: Groups, backend: str, recompute:
 
 @pytest.mark.parametrize("tail", [False, True])
 def test_a_recomputed_activation_by_differences(tail: bool) -> None:
-    b = batch([3, 0, 2], hidden=4, ffn=3, dtype=torch.float64)
-    b.probs = b.probs.double()
-    groups = Groups.from_counts(torch.tensor(b.sizes), b.x)
-    if tail:
-        b, groups, _ = with_tail(b, 12, 2)
-        b.x.nan_to_num_(1), b.probs.nan_to_num_(1)  # differences of NaN say nothing
-    inputs = [t.requires_grad_() for t in (b.x, b.probs, b.w1, b.w2)]
+    inputs, groups = gradcheck_inputs(tail)
     assert torch.autograd.gradcheck(lambda *args: through(list(args), groups, "sequential", True), inputs)
 
 

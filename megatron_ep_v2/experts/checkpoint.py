@@ -5,8 +5,8 @@ distributed), are saved expert by expert under the keys and shapes of Megatron's
 other's, across expert-parallel sizes.
 
 `dp_reshardable`, Megatron's default, saves the optimizer's buffers as they lie in memory, by number. There our experts
-are one stretch in ascending order and Megatron's are many, in descending order: of equal size, and wrong in silence. So
-buffers that hold stacked experts get keys of their own, and a load across kinds is refused.
+are one stretch in ascending order and Megatron's are many, in descending order: of equal size, so a mix-up would raise
+nothing. So buffers that hold stacked experts get keys of their own, and a load across kinds is refused.
 """
 
 from __future__ import annotations

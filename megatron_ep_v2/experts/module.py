@@ -101,7 +101,7 @@ class Experts(MegatronModule):  # type: ignore[misc]
         """For Megatron's distributed checkpoints; see the module's docstring.
 
         Raises:
-            SettingsError: An optimizer format that could mix up experts in silence, and nothing that prevents it.
+            SettingsError: An optimizer format that could mix up experts without an error, and nothing that prevents it.
         """
         check_format(metadata or {})
         linears = {"linear_fc1": self.linear_fc1, "linear_fc2": self.linear_fc2}
