@@ -219,7 +219,7 @@ def unmarked(group: Any) -> list[float]:
 
 def test_without_the_refusal_experts_would_be_mixed_up() -> None:
     for same, other in run_ranks(4, unmarked):
-        assert same < 1e-5 and other > 1e-2
+        assert same < 1e-5 and other > 1e-3  # the learning rate: what Adam moves a weight in one step
 
 
 def whole_buffers(group: Any) -> list[str]:
