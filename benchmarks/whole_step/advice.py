@@ -40,7 +40,7 @@ def step_table(rows: Sequence[dict[str, Any]]) -> str:
         "": lambda row: "noisy" if row["noise"] else "",
     }
     text += aligned(columns, [row for row in rows if "step_ms" in row])
-    return "\n".join(text + problems(_told(rows)) + what_experts_give(rows))
+    return "\n".join(text + problems(_without_time(rows)) + what_experts_give(rows))
 
 
 def what_experts_give(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -113,7 +113,7 @@ def _with_experts(row: dict[str, Any], sms: bool = True) -> str:
     return (_name(row) if sms else row["variant"]) + f", {row['expert_backend']} experts"
 
 
-def _told(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _without_time(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows without a time, named for `problems`: once what is so with all dispatchers, or with all experts."""
 
     def same(rows: Sequence[dict[str, Any]]) -> bool:
@@ -126,11 +126,11 @@ def _told(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     missing = [of_kind for of_kind in kinds if same(of_kind)] if len(kinds) > 1 else []
     if len(missing) == len(kinds):
         missing = []  # it is not the experts
-    told = [of_kind[0] | {"variant": f"{of_kind[0]['expert_backend']} experts"} for of_kind in missing]
+    found = [of_kind[0] | {"variant": f"{of_kind[0]['expert_backend']} experts"} for of_kind in missing]
     rest = [row for of_kind in kinds if of_kind not in missing for row in of_kind]
     for of_variant in each("variant", rest):
         if same(of_variant):
-            told.append(of_variant[0])
+            found.append(of_variant[0])
         else:
-            told += [row | {"variant": _with_experts(row)} for row in of_variant if row["status"] != "ok"]
-    return told
+            found += [row | {"variant": _with_experts(row)} for row in of_variant if row["status"] != "ok"]
+    return found

@@ -32,7 +32,7 @@ def _collect(parameter: torch.Tensor) -> None:
     assert parameter.grad is not None  # the hook runs after its accumulation
     if not parameter.grad_added_to_main_grad:
         parameter.main_grad.add_(parameter.grad)
-    parameter.grad_added_to_main_grad = False  # said anew in each backward
+    parameter.grad_added_to_main_grad = False  # set again in each backward
     parameter.grad = None
 
 

@@ -88,14 +88,14 @@ def noted(*entries: Entry[Any]) -> Iterator[None]:
         yield
     except _FAILURES as error:
         mine = f"{type(error).__name__}: {error}"
-    told: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, mine)
-    failed = {rank: text for rank, text in enumerate(told) if text}
+    reasons: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(reasons, mine)
+    failed = {rank: text for rank, text in enumerate(reasons) if text}
     if failed:
         rank, text = min(failed.items())
         for entry in entries:
             entry.status, entry.layer = "unavailable", None
-            entry.reason = text if len(set(told)) == 1 else f"rank {rank}: {text}"
+            entry.reason = text if len(set(reasons)) == 1 else f"rank {rank}: {text}"
 
 
 def told_once(entries: Sequence[Entry[B]]) -> list[Entry[B]]:
