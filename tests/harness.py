@@ -1,9 +1,9 @@
 """Real ranks for tests: `run_ranks(n, fn, *args)` runs `fn(group, *args)` in n processes and returns their n results.
 
-Importing torch costs seconds, a process group on gloo costs milliseconds. So processes are forked from a server that
-has imported torch and done nothing with it (no thread, no CUDA), are kept warm and reused, and every run gets a process
-group of its own, over a new file store. A run that fails takes its processes with it: the next run never meets what a
-failed one left behind.
+Importing torch and Megatron costs seconds, a process group on gloo costs milliseconds. So processes are forked from a
+server that has imported them and done nothing with them (no thread, no CUDA), are kept warm and reused, and every run
+gets a process group of its own, over a new file store. A run that fails takes its processes with it: the next run never
+meets what a failed one left behind.
 
 A run ends in one of five ways: every rank returns; a rank raises (the others get `GRACE` seconds to finish, then they
 are killed); a rank dies; `HANG` seconds pass; the caller has seen `enough`. All but the first raise one `RanksError`
@@ -93,10 +93,7 @@ class _Process:
     """One warm process, seen from the test process."""
 
     def __init__(self, folder: Path, number: int):
-        context = multiprocessing.get_context("forkserver")
-        set_forkserver_preload(["torch", "torch.distributed"])
-        with _one_thread():
-            ensure_running()  # once; it keeps the environment that it meets, so each process is given today's
+        context = server()
         self.stacks = folder / f"stacks-{number}"
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=serve, args=(theirs, str(self.stacks), dict(os.environ)), daemon=True)
@@ -122,17 +119,28 @@ class _Process:
         return text
 
 
+def server() -> Any:
+    """The context whose processes are forked, in milliseconds, from one that has imported warm.py."""
+    set_forkserver_preload(["warm"])
+    folders = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # One thread: a process with threads must not fork. It keeps the environment that it meets, so each process is given
+    # today's.
+    with _environment(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join(folders)):
+        ensure_running()  # once
+    return multiprocessing.get_context("forkserver")
+
+
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """What is started now starts no threads when it imports numpy or torch: a process with threads must not fork."""
-    before = os.environ.get("OMP_NUM_THREADS")
-    os.environ["OMP_NUM_THREADS"] = "1"
+def _environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        del os.environ["OMP_NUM_THREADS"]
-        if before is not None:
-            os.environ["OMP_NUM_THREADS"] = before
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
 
 
 class _Pool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import faulthandler
+import gc
 import io
 import os
 import pickle
@@ -21,6 +22,7 @@ GRACE = 30.0  # seconds for the other ranks once one has failed
 
 def serve(connection: Connection, stacks: str, environment: dict[str, str]) -> None:
     """Main function of a rank process: answer jobs until the test process goes away."""
+    gc.enable()
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
