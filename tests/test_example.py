@@ -1,4 +1,4 @@
-"""The example as its users start it: torchrun, two processes, small runs."""
+"""The example with two processes and small runs: resumed after a signal, its data and its figures."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import python
 from harness import HANG
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "pretrain_qwen3_moe.py"
@@ -20,13 +22,11 @@ SMALL = ["--num-layers", "1", "--num-experts", "8", "--seq-length", "32", "--glo
 SMALL += ["--max-data-mb", "1", "--eval-samples", "4", "--log-every", "1", "--device", "cpu"]
 
 
-def command(folder: Path, *arguments: str) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    return [*launcher, "--nproc-per-node", "2", str(SCRIPT), *SMALL, "--out", str(folder / "out"), *arguments]
-
-
-def train(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(folder, *arguments), capture_output=True, text=True, timeout=HANG)
+def train(
+    folder: Path, *arguments: str, first: Callable[[], None] | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    out = ["--out", str(folder / "out")]
+    return python(str(SCRIPT), *SMALL, *out, *arguments, ranks=2, first=first, **variables)
 
 
 def summary(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -39,27 +39,47 @@ def losses(folder: Path) -> list[tuple[int, float, float]]:
     return [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
 
 
-def test_a_resumed_run_continues_exactly(tmp_path: Path) -> None:
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    result = summary(train(whole, "--steps", "80"))
-    assert result["steps"] == 80 and result["status"]["buffer"] == "reference"
-    assert (whole / "out" / "loss.png").stat().st_size > 0 and (whole / "out" / "loss.svg").stat().st_size > 0
+def stop_later() -> None:
+    """On the second rank: a signal in step STOP_IN."""
+    from qwen3_moe import loop
 
-    save = ["--steps", "80", "--save", str(parts / "save"), "--save-interval", "2"]
-    process = subprocess.Popen(command(parts, *save), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    theirs = loop.train_batches
+
+    def train_batches(samples: Any, options: Any, step: int, rank: int, world: int) -> Any:
+        if rank == 1 and step + 1 == int(os.environ["STOP_IN"]):
+            signal.raise_signal(signal.SIGTERM)
+        return theirs(samples, options, step, rank, world)
+
+    loop.train_batches = train_batches
+
+
+def test_a_resumed_run_continues_exactly(tmp_path: Path) -> None:
+    """After a signal to torchrun, and after a signal to one rank; the one run here that torchrun starts."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    steps = ["--steps", "100000"]  # more than there is time for
+    save = [*steps, "--save", str(parts / "save"), "--save-interval", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    torchrun += ["--nproc-per-node", "2", str(SCRIPT), *SMALL, "--out", str(parts / "out"), *save]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(torchrun, stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + HANG
         while not list((parts / "save").glob("*latest*")):
-            assert time.monotonic() < deadline and process.poll() is None, "no checkpoint was written"
+            assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "log").read_text()[-3000:]
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)  # torchrun hands it on
         process.wait(HANG)
     finally:
         process.kill()
     stopped_at = losses(parts)[-1][0]
-    assert stopped_at < 80, "the signal came too late to test anything"
-    assert summary(train(parts, *save, "--resume"))["steps"] == 80
+    last = stopped_at + 3
+
+    resumed = summary(train(parts, *save, "--resume", first=stop_later, STOP_IN=str(last)))
+    result = summary(train(whole, *steps, first=stop_later, STOP_IN=str(last)))
     assert losses(parts) == losses(whole), f"stopped after step {stopped_at}"
+    assert resumed["steps"] == result["steps"] == len(losses(whole)) == last
+    assert result["stopped_by"] == "a signal to another rank" and result["status"]["buffer"] == "reference"
+    assert (whole / "out" / "loss.png").stat().st_size > 0 and (whole / "out" / "loss.svg").stat().st_size > 0
 
 
 @pytest.mark.parametrize("kind", ["missing", "binary", "unreadable", "too little"])

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from test_example import losses, summary, train
 
 STEPS = ["--steps", "6", "--experts", "grouped"]
 TOLERANCE = 2e-4  # of fp32 losses after six steps; sums are in another order
 
 
-def test_steps_without_room_are_repeated_and_losses_stay_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_without_room_are_repeated_and_losses_stay_the_same(tmp_path: Path) -> None:
     expanded, sync_free = tmp_path / "expanded", tmp_path / "sync-free"
     assert summary(train(expanded, *STEPS))["status"]["layout"] == "expanded"
 
-    monkeypatch.setenv("MCORE_DEEPEP_V2_SYNC_FREE_ROWS_PERCENT", "50")
-    done = train(sync_free, *STEPS, "--sync-free")
+    done = train(sync_free, *STEPS, "--sync-free", MCORE_DEEPEP_V2_SYNC_FREE_ROWS_PERCENT="50")
     result = summary(done)
     assert result["status"]["layout"] == "sync-free"
     assert "after step 0: " in done.stderr and "again with room for" in done.stderr, done.stderr[-2000:]

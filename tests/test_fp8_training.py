@@ -7,7 +7,7 @@ from pathlib import Path
 
 from test_example import losses, summary, train
 
-STEPS = 60
+STEPS = 30
 
 
 def test_losses_stay_together(tmp_path: Path) -> None:
