@@ -8,11 +8,13 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import python
 from harness import HANG, run_ranks
 
 import megatron_ep_v2
@@ -30,13 +32,9 @@ ON_CPU = {"alltoall", "allgather", "reference-compact", "reference-expanded", "r
 ON_CPU |= {"raw-reference-expanded"}
 
 
-def bench(
-    *arguments: str, launcher: tuple[str, ...] = (), path: tuple[Path, ...] = ()
-) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MCORE_DEEPEP_V2_")}
-    environment |= {"PYTHONPATH": os.pathsep.join(map(str, [*path, ROOT])), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, *launcher, "-m", "megatron_ep_v2", "bench", *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG, check=False)
+def bench(*arguments: str, ranks: int = 0, first: Callable[[], None] | None = None) -> subprocess.CompletedProcess[str]:
+    """ranks: started as torchrun starts them."""
+    return python("-m", "megatron_ep_v2", "bench", *arguments, ranks=ranks, first=first)
 
 
 def document(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
@@ -44,8 +42,13 @@ def document(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 
 
 def test_the_table_on_two_ranks_that_it_starts(tmp_path: Path) -> None:
+    """In interpreters of its own."""
     out = tmp_path / "rows.jsonl"
-    done = bench(*SMALL, "--routing", "balanced", "one-hot-expert", "--ranks", "2", "--out", str(out))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MCORE_DEEPEP_V2_")}
+    environment |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "megatron_ep_v2", "bench", *SMALL, "--ranks", "2", "--out", str(out)]
+    command += ["--routing", "balanced", "one-hot-expert"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG, check=False)
     assert done.returncode == 0, done.stderr
     answer = document(done)
     assert answer["environment"]["megatron_core"] and answer["environment"]["commit"]
@@ -72,8 +75,7 @@ def test_the_table_on_two_ranks_that_it_starts(tmp_path: Path) -> None:
 
 
 def test_the_table_under_torchrun() -> None:
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2")
-    done = bench(*SMALL, "--variants", "alltoall", "reference-expanded", "--dtype", "bf16", launcher=launcher)
+    done = bench(*SMALL, "--variants", "alltoall", "reference-expanded", "--dtype", "bf16", ranks=2)
     assert done.returncode == 0, done.stderr
     answer = document(done)
     assert [row["variant"] for row in answer["rows"]] == ["alltoall", "reference-expanded"]
@@ -81,23 +83,24 @@ def test_the_table_under_torchrun() -> None:
     assert answer["environment"]["command"].startswith("torchrun --nproc-per-node 2 -m megatron_ep_v2 bench")
 
 
-# Rank 1 loses the gradient of one token's probability; everything else, the output too, is right.
-BROKEN = """
-import os
-if os.environ.get("RANK") == "1":
+def lose_a_gradient() -> None:
+    """On the second rank: of one token's probability; everything else, the output too, is right."""
+    if os.environ["RANK"] != "1":
+        return
     from megatron_ep_v2 import fused_a2a
+
     theirs = fused_a2a.FusedDispatch.backward
-    def broken(ctx, *gradients):
+
+    def broken(ctx: Any, *gradients: Any) -> Any:
         answer = list(theirs(ctx, *gradients))
         answer[2][0] = 0
         return tuple(answer)
+
     fused_a2a.FusedDispatch.backward = staticmethod(broken)
-"""
 
 
-def test_a_wrong_result_gets_no_time(tmp_path: Path) -> None:
-    (tmp_path / "sitecustomize.py").write_text(BROKEN)
-    done = bench(*SMALL, "--variants", "alltoall", "reference-expanded", path=(tmp_path,))
+def test_a_wrong_result_gets_no_time() -> None:
+    done = bench(*SMALL, "--variants", "alltoall", "reference-expanded", ranks=2, first=lose_a_gradient)
     assert done.returncode == 1, done.stderr
     rows = {row["variant"]: row for row in document(done)["rows"]}
     assert rows["alltoall"]["status"] == "ok"
@@ -174,7 +177,7 @@ def _sms_of_a_dispatch(group: Any) -> tuple[str, list[int], list[int | None]]:
     picks = torch.tensor([[0, 1]])
     first = OurBuffer("elastic", "compact", None, group)  # whose run makes the buffer, with a choice of its own
     first.enter()
-    settings.activate(settings.resolve(buffer="reference"))
+    settings.activate(settings.resolve(buffer="reference", num_max_tokens_per_rank=1))
     get_buffer(group, torch.ones(1, 8), picks, 4)
     first.live.num_sms = 14
     first.leave()

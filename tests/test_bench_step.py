@@ -26,7 +26,7 @@ SMALL += ["--tokens", "48", "--layers", "2", "--repeats", "4", "--micro-batches"
 
 
 def test_whole_steps_of_every_dispatcher_here_end_with_settings_to_copy(tmp_path: Path) -> None:
-    done = bench(*SMALL, "--experts", "8", "--step", "--tune", "--out", str(tmp_path / "rows.jsonl"))
+    done = bench(*SMALL, "--experts", "8", "--step", "--tune", "--out", str(tmp_path / "rows.jsonl"), ranks=2)
     assert done.returncode == 0, done.stderr
     rows = {row["variant"]: row for row in document(done)["rows"]}
     timed = {name: row for name, row in rows.items() if row["status"] == "ok"}
@@ -53,6 +53,7 @@ def test_whole_steps_with_every_kind_of_experts() -> None:
     done = bench(
         *(*SMALL, "--experts-per-rank", "4", "--step", "--no-optimizer"),
         *("--variants", *variants, "--expert-backends", *kinds),
+        ranks=2,
     )
     assert done.returncode == 0, done.stderr
     rows = {(row["variant"], row["expert_backend"]): row for row in document(done)["rows"]}
