@@ -5,7 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import io
 import multiprocessing
+import os
+import pickle
+import queue
 import re
 import tempfile
 from collections.abc import Iterator
@@ -60,6 +64,25 @@ class _Stream:
         self.wait_stream = self.wait_event = self.synchronize = lambda *_: None
 
 
+class _Results:
+    """What a checkpoint's writer answers, also from a fork: in the place of a queue in a process of its own, which
+    takes two seconds to start and outlives a rank that is killed."""
+
+    def __init__(self) -> None:
+        self._file, self._read = tempfile.TemporaryFile(), 0  # noqa: SIM115 - goes with this object
+
+    def put(self, value: Any) -> None:
+        os.write(self._file.fileno(), pickle.dumps(value))
+
+    def get_nowait(self) -> Any:
+        written = io.BytesIO(os.pread(self._file.fileno(), 1 << 30, self._read))
+        if not written.getbuffer():
+            raise queue.Empty
+        value = pickle.load(written)
+        self._read += written.tell()
+        return value
+
+
 class FusedAdam(torch.optim.Optimizer):
     """Keeps its state as TransformerEngine's and Apex' FusedAdam do, with one step count a group, as Megatron's
     distributed checkpoints need it; PyTorch's keeps a count for each parameter."""
@@ -98,6 +121,7 @@ def on_cpu() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(process._config, daemon=False))  # type: ignore[attr-defined]
         stack.enter_context(mock.patch.object(filesystem_async, "_process_memory", lambda: 0, create=True))
+        stack.enter_context(mock.patch.object(filesystem_async, "_results_queue", _Results()))
         stack.enter_context(
             mock.patch.object(distributed_data_parallel, "is_graph_capturing", lambda: False, create=True)
         )
@@ -298,13 +322,13 @@ class Job:
             self.optimizer.load_state_dict(loaded["optimizer"])
         self.steps = loaded["steps"]
 
-    def load_weights(self, folder: Path) -> None:
-        """As with --no-load-optim: the optimizer starts from the weights, without state."""
+    def load_weights(self, folder: Path, steps: int) -> None:
+        """As with --no-load-optim: the optimizer starts from the weights, without state. steps: Those before."""
         state = {"model": self.ddp.module.sharded_state_dict(metadata=self.metadata())}
         loaded = dist_checkpointing.load(state, str(folder), strict="assume_ok_unexpected")
         self.ddp.module.load_state_dict(loaded["model"], strict=True)
         self.optimizer.reload_model_params()
-        self.steps = 2
+        self.steps = steps
 
 
 def one_by_one(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
