@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -14,12 +13,12 @@ from pathlib import Path
 
 import pytest
 from harness import HANG
+from test_example import SCRIPT, SMALL, losses, summary, train
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "examples" / "pretrain_qwen3_moe.py"
-SMALL = ["--num-layers", "2", "--num-experts", "8", "--seq-length", "64", "--global-batch-size", "16"]
-SMALL += ["--max-data-mb", "1", "--eval-samples", "4", "--log-every", "5", "--device", "cpu"]
-STEPS, INTERVAL = 40, 5
+JOBS = ROOT / "tests" / "jobs"
+STEPS, INTERVAL = 10, 4
+DIES_IN = 7  # between two checkpoints
 CABLE = "ep0"
 
 pytestmark = pytest.mark.slow
@@ -89,51 +88,31 @@ def torchrun(host: Host, first: Host, folder: Path) -> list[str]:
     # is_host: torch would tell it from the host's name, which both namespaces share.
     patience = f"is_host={int(host is first)},keep_alive_interval=1,keep_alive_max_attempt=10"
     launcher += ["--rdzv-conf", patience, "--local-addr", host.address]
-    launcher += ["--max-restarts", "1", "--no-python", str(ROOT / "tests" / "jobs" / "train_or_resume.sh")]
-    training = [sys.executable, str(SCRIPT), *SMALL, "--steps", str(STEPS), "--out", str(folder / "out")]
-    return [
-        *launcher,
-        str(folder / "save"),
-        *training,
-        "--save",
-        str(folder / "save"),
-        "--save-interval",
-        str(INTERVAL),
-    ]
-
-
-def losses(folder: Path) -> list[tuple[int, float, float]]:
-    file = folder / "out" / "metrics.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
-
-
-def wait_for(processes: list[subprocess.Popen[bytes]], folder: Path) -> None:
-    for process in processes:
-        assert process.wait(HANG) == 0, (folder / "log").read_text()[-4000:]
+    launcher += ["--max-restarts", "1", "--no-python", str(JOBS / "train_or_resume.sh"), str(folder / "save")]
+    launcher += [sys.executable, str(JOBS / "wait_in_step.py"), str(DIES_IN), str(folder / "waits")]
+    save = ["--save", str(folder / "save"), "--save-interval", str(INTERVAL)]
+    return [*launcher, str(SCRIPT), *SMALL, "--steps", str(STEPS), "--out", str(folder / "out"), *save]
 
 
 def test_a_host_that_dies_and_comes_back(hosts: tuple[Host, Host], tmp_path: Path) -> None:
     """The job restarts from its last checkpoint and ends with the losses of an undisturbed run."""
     first, second = hosts
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    for folder in (whole, broken):
-        folder.mkdir()
-    wait_for([host.start(torchrun(host, first, whole), whole / "log") for host in hosts], whole)
-    assert len(losses(whole)) == STEPS
+    broken.mkdir()
+    log = broken / "log"
 
-    job = [host.start(torchrun(host, first, broken), broken / "log") for host in hosts]
+    job = [host.start(torchrun(host, first, broken), log) for host in hosts]
     deadline = time.monotonic() + HANG
-    while len(losses(broken)) % INTERVAL != 2 or len(losses(broken)) < INTERVAL:
-        assert time.monotonic() < deadline and job[0].poll() is None, (broken / "log").read_text()[-4000:]
-        time.sleep(0.005)
+    while not (broken / "waits").exists():
+        assert time.monotonic() < deadline and job[0].poll() is None, log.read_text()[-4000:]
+        time.sleep(0.05)
     assert second.kill() >= 2, "torchrun and its process"
     job[1].wait(HANG)
-    stopped_at = len(losses(broken))
-    assert stopped_at < STEPS and stopped_at % INTERVAL, "it was between two checkpoints"
+    assert len(losses(broken)) < DIES_IN
 
-    job[1] = second.start(torchrun(second, first, broken), broken / "log")
-    wait_for(job, broken)
-    log = (broken / "log").read_text()
-    assert f"resumed from {broken / 'save'}/step_{stopped_at // INTERVAL * INTERVAL:08d}" in log
-    assert losses(broken) == losses(whole), f"killed in the step after {stopped_at}"
+    job[1] = second.start(torchrun(second, first, broken), log)
+    for process in job:
+        assert process.wait(HANG) == 0, log.read_text()[-4000:]
+    assert f"resumed from {broken / 'save'}/step_{DIES_IN // INTERVAL * INTERVAL:08d}" in log.read_text()
+    summary(train(whole, "--steps", str(STEPS)))
+    assert losses(broken) == losses(whole) and len(losses(whole)) == STEPS
