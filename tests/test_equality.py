@@ -145,11 +145,10 @@ def test_gradients_of_the_first_step(ranks: int, pair: tuple[str, str]) -> None:
     assert_same_gradients(ours, theirs)
 
 
-@RANKS
 @pytest.mark.parametrize("layout", ["compact", "expanded"])
-def test_a_lost_part_of_the_routers_gradient_is_noticed(ranks: int, layout: str) -> None:
+def test_a_lost_part_of_the_routers_gradient_is_noticed(layout: str) -> None:
     """The negative control: both comparisons fail where the dispatch's backward forgets half of the probabilities."""
-    broken, whole = trained(ranks, f"{layout} broken"), trained(ranks, "alltoall")
+    broken, whole = trained(2, f"{layout} broken"), trained(2, "alltoall")
     with pytest.raises(AssertionError, match=r"relative L2 error.*router\.weight"):
         assert_same_gradients(broken, whole)
     with pytest.raises(AssertionError, match=r"^step \d+: loss"):
