@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import launched, python
 from harness import HANG
 
 import megatron_ep_v2
@@ -28,11 +29,11 @@ seen = {
 """
 
 
-def run(*arguments: str, cwd: Path, launcher: tuple[str, ...] = (), **variables: str) -> subprocess.CompletedProcess:
-    """`python [launcher] -m megatron_ep_v2 arguments`, on the CPU."""
+def run(*arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess:
+    """`python -m megatron_ep_v2 arguments` in a new interpreter, on the CPU."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MCORE_DEEPEP_V2_")}
     environment |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore", **variables}
-    command = [sys.executable, *launcher, "-m", "megatron_ep_v2", *arguments]
+    command = [sys.executable, "-m", "megatron_ep_v2", *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=HANG, check=False)
 
 
@@ -125,13 +126,26 @@ sys.stdout.write(json.dumps(seen) + "\n")  # in one piece: the other process wri
 def test_under_torchrun(tmp_path: Path) -> None:
     """Two processes dispatch to each other through what `install()` bound; only the first one logs."""
     write(tmp_path, "train.py", TRAIN_ONE_STEP)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2")
-    done = run("run", "train.py", "--lr", "1e-3", cwd=tmp_path, launcher=launcher, OMP_NUM_THREADS="1")
+    small = {"MCORE_DEEPEP_V2_REFERENCE_STRICT": "off"}  # a small layer in fp32
+    done = python("-m", "megatron_ep_v2", "run", "train.py", "--lr", "1e-3", ranks=2, cwd=tmp_path, **small)
     assert done.returncode == 0, done.stderr
     seen = sorted(map(json.loads, done.stdout.splitlines()), key=lambda of_rank: of_rank["rank"])
     same = {"argv": ["--lr", "1e-3"], "grad": 480.0, "buffers": ["ReferenceBuffer"], "buffers left": 0}
     assert seen == [{"rank": rank, "sum": (rank + 1) * 480.0, **same} for rank in range(2)]
     assert done.stderr.count("bound to the reference buffer") == 1
+
+
+def test_ranks_of_tests_have_torchruns_variables() -> None:
+    """Those of commands.py, where tests start ranks without torchrun."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    show = ["--nproc-per-node", "2", "--no-python", "sh", "-c", "env | tr '\\n' ' '; echo"]
+    done = subprocess.run([*torchrun, *show], capture_output=True, text=True, timeout=HANG, check=True)
+    theirs = [dict(pair.split("=", 1) for pair in line.split() if "=" in pair) for line in done.stdout.splitlines()]
+    theirs.sort(key=lambda variables: variables["RANK"])
+    for rank, variables in enumerate(theirs):
+        ours = launched(rank, 2, int(variables["MASTER_PORT"]))
+        assert ours == {name: variables[name] for name in ours}
+    assert len(theirs) == 2
 
 
 # ------------------------------------------------------------------------------------------ what cannot be run, and why
@@ -184,7 +198,7 @@ def test_a_megatron_beside_the_script_comes_first_and_must_fit(tmp_path: Path) -
 
 def test_a_wrong_variable_is_an_error_before_the_script(tmp_path: Path) -> None:
     write(tmp_path, "pretrain.py", "print('ran')")
-    done = run("run", "pretrain.py", cwd=tmp_path, MCORE_DEEPEP_V2_LAYOUT="sorted")
+    done = python("-m", "megatron_ep_v2", "run", "pretrain.py", cwd=tmp_path, MCORE_DEEPEP_V2_LAYOUT="sorted")
     assert done.returncode == 1 and done.stdout == ""
     assert "SettingsError: " in done.stderr and "MCORE_DEEPEP_V2_LAYOUT" in done.stderr
     assert "Traceback" not in done.stderr
