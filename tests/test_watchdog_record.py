@@ -217,6 +217,16 @@ VERDICTS: dict[str, tuple[dict[int, dict[str, Any]], int, dict[int, str]]] = {
         4,
         {2: "its call 3 is backward of the combine (step 1, MoE call 1), elsewhere forward dispatch"},
     ),
+    "one skipped its backward": (
+        {0: answer(3, kinds="dcDC"), 1: answer(3, kinds="dcDC"), 2: answer(3, kinds="dcdc")},
+        3,
+        {2: "its call 3 is forward dispatch (step 1, MoE call 1), elsewhere backward of the combine"},
+    ),
+    "one trains what comes before the layer (LoRA), the others have it frozen": (
+        {0: answer(5, kinds="dcDdc"), 1: answer(4, kinds="dcDdc"), 2: answer(4, kinds="dcDC")},
+        4,
+        {2: "its call 4 is backward of the dispatch (step 1, MoE call 1), elsewhere forward dispatch"},
+    ),
     "asked by the one that took another way": (
         {2: answer(6, kinds="dcDCDC"), 0: answer(4), 1: answer(4)},
         6,

@@ -27,7 +27,7 @@ FAILED_SECONDS = 6.0  # for the report of a call that failed
 END_SECONDS = 3.0  # for a watcher to take its leave of the others
 STACK_SIGNAL = int(getattr(signal, "SIGRTMIN", signal.SIGUSR2))  # schedulers and launchers use SIGUSR1 and SIGUSR2
 
-_PROGRAM = "import sys; sys.path.insert(0, {!r}); from megatron_ep_v2.watchdog.process import main; main({})"
+_PROGRAM = "import sys; sys.path.insert(0, {!r}); from megatron_ep_v2.watchdog.process import main; main({}, {})"
 
 
 class Line:
@@ -70,6 +70,14 @@ class Line:
             if select.select([self.process.stdout], [], [], FAILED_SECONDS)[0]:
                 self.process.stdout.read(64)
 
+    def leave_to_parent(self) -> None:
+        """In a forked child: let go of its ends of the line, so that only the rank itself holds it. The watcher goes
+        on, and nothing here can end it any more."""
+        self._of_parent, self.process = self.process, None  # kept: a Popen that is dropped looks for its process
+        if self._of_parent is not None:
+            self._of_parent.stdin.close()
+            self._of_parent.stdout.close()
+
     def close(self) -> None:
         """End the watcher."""
         process, self.process = self.process, None
@@ -84,11 +92,16 @@ class Line:
             process.wait()
 
 
+def program(size: int, parent: int) -> str:
+    """What a watcher's interpreter runs; arguments as of `process.main`."""
+    return _PROGRAM.format(str(Path(__file__).parents[2]), size, parent)
+
+
 def _start(task: Task) -> Any:
     """Isolated and without site-packages, so that it starts quickly and nothing of the job's environment matters."""
     words = json.dumps(dataclasses.asdict(task)).encode()
     process: Any = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _PROGRAM.format(str(Path(__file__).parents[2]), len(words))],
+        [sys.executable, "-I", "-S", "-c", program(len(words), os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         bufsize=0,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import secrets
 import socket
@@ -31,8 +32,8 @@ class Meeting:
         self.address: tuple[str, int, str] | None = None
         if seconds and group.size() > 1:
             try:
-                self.listener = _listen(group)
-                self.address = (*self.listener.getsockname()[:2], secrets.token_hex(8))
+                self.listener, address = _listen(group)
+                self.address = (address, self.listener.getsockname()[1], secrets.token_hex(8))
             except OSError as error:
                 logger.warning("rank %d has no watchdog, because it cannot listen: %s", dist.get_rank(), error)
 
@@ -58,14 +59,38 @@ class Meeting:
             )
 
 
-def _listen(group: Any) -> socket.socket:
-    """A listening socket on the address from which this host reaches the group's store."""
+def _listen(group: Any) -> tuple[socket.socket, str]:
+    """A listening socket, and the address or name by which the group's other hosts reach it.
+
+    The address is that from which this host reaches the group's store. Where the store's name leads to this host by way
+    of loopback (Debian has 127.0.1.1 for a host's own name in /etc/hosts), no other host could use that address; but
+    they have reached the store by its name, so the name is given out, and the socket listens on all addresses.
+    """
     store = group.get_group_store()
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     host = store.host if isinstance(store, dist.TCPStore) else "localhost"
     for family, kind, _, _, target in socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM):
         with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
-            probe.connect(target)  # sends nothing: the kernel only chooses the way
-            return socket.create_server((probe.getsockname()[0], 0), family=family, backlog=1024)
+            probe.connect(target)  # sends nothing: the kernel only chooses the route
+            address = probe.getsockname()[0]
+            if _is_loopback(address) and not _is_loopback(host):
+                return _listen_everywhere(), host
+            return socket.create_server((address, 0), family=family, backlog=1024), address
     raise OSError(f"no address of this host reaches {host}")
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether a host is written as loopback, by address or by name; whatever other names resolve to."""
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:  # a name
+        return host.partition(".")[0] in ("localhost", "ip6-localhost")
+
+
+def _listen_everywhere() -> socket.socket:
+    """On all addresses, IPv6 too where this host has it: which of them the others will use is theirs to find."""
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(OSError):
+            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+    return socket.create_server(("", 0), backlog=1024)

@@ -45,7 +45,7 @@ class Task:
         host: Its name.
         seconds: The limit.
         token: What other watchers say before they are answered.
-        peers: The other ranks' (address, port, token); None where a rank has no watcher.
+        peers: The other ranks' (address or name of the host, port, token); None where a rank has no watcher.
         main_thread: Of the rank's process.
         stack_signal: Makes the rank's process write its stacks to the file `stacks`.
         record, stacks, listener: File descriptors: the record, the file for stacks, a listening socket.
@@ -64,10 +64,15 @@ class Task:
 
 
 class Watcher:
-    """See the module's docstring."""
+    """See the module's docstring.
 
-    def __init__(self, task: Task):
-        self.task, self.record, self.parent = task, Record(task.record), os.getppid()
+    Args:
+        task: From the rank.
+        parent: The rank's process. Not os.getppid(), which is another's where the rank has ended by now.
+    """
+
+    def __init__(self, task: Task, parent: int):
+        self.task, self.record, self.parent = task, Record(task.record), parent
         self.end = ""  # how the rank came to its end
         self.last_words: dict[int, dict[str, Any]] = {}  # of ranks that came to their end
         self.state: tuple[int, ...] = ()
@@ -230,12 +235,20 @@ def _is_stopped(process: int) -> bool:
     return False
 
 
-def main(size: int) -> None:
-    """size: of the Task in JSON, the first bytes of standard input."""
+def main(size: int, parent: int) -> None:
+    """Read the task and watch; end without a word if the rank ended while it started this.
+
+    Args:
+        size: Of the Task in JSON, the first bytes of standard input.
+        parent: The rank's process.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends when its rank does
     text = b""
     while len(text) < size:
-        text += os.read(0, size - len(text)) or sys.exit(1)
+        if select.select([0], [], [], 0.5)[0]:
+            text += os.read(0, size - len(text)) or sys.exit(1)
+        elif os.getppid() != parent:  # some fork of the rank still holds the other end of the line
+            sys.exit(1)
     values = json.loads(text)
     values["peers"] = {int(rank): address for rank, address in values["peers"].items()}
-    Watcher(Task(**values)).run()
+    Watcher(Task(**values), parent).run()

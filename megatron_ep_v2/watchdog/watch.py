@@ -168,6 +168,12 @@ class Watch:
         if self.clock is not None:
             self.clock.close()
 
+    def leave_to_parent(self) -> None:
+        """In a forked child: from now on a call here is written into memory of its own, and the watcher stays with the
+        rank that it watches."""
+        self.record = Record(-1)
+        self.line.leave_to_parent()
+
     def _count_step(self, *_: Any) -> None:
         """After each optimizer's step; several without a MoE call between them are one."""
         self.step += self.moe_calls > 0
