@@ -7,15 +7,17 @@ default. `Settings.sources` says which it was, for the log and for `status()`.
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 from megatron_ep_v2.errors import SettingsError
 
 PREFIX = "MCORE_DEEPEP_V2_"
+TESTS_PREFIX = PREFIX + "TEST_"  # read by this package's own tests
 _SHOWN = re.compile(
     rf"(EP|NCCL|NVSHMEM|{PREFIX.rstrip('_')})_.+|CUDA_(HOME|PATH|VISIBLE_DEVICES|DEVICE_MAX_CONNECTIONS)"
 )
@@ -34,8 +36,8 @@ def _setting(
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Immutable settings. The environment variable of a field is MCORE_DEEPEP_V2_ and its name in capitals, but for
-    `num_max_tokens_per_rank`, which keeps the name that upstream's pull request introduced.
+    """Immutable settings. The environment variable of a field is MCORE_DEEPEP_V2_ and its name in capitals. For
+    `num_max_tokens_per_rank` it is the name that upstream's pull request introduced; the regular one is accepted, too.
 
     Raises:
         SettingsError: A value is not of the field's kind; the message names the source.
@@ -70,6 +72,7 @@ class Settings:
     )
     deterministic: bool = _setting(False, "bit-identical repeats: rows and sums in a fixed order")
     reuse_recompute_handle: bool = _setting(True, "a recomputed dispatch repeats the routing of the first")
+    reference_strict: bool = _setting(True, "the reference buffer refuses what DeepEP would refuse on GPUs")
     sl_idx: int = _setting(3, "RDMA service level")
     num_cpu_timeout_secs: int = _setting(300, "seconds until a host wait gives up")
     num_gpu_timeout_secs: int = _setting(100, "seconds until a kernel's wait gives up")
@@ -95,8 +98,13 @@ class Settings:
                 f"the setting {name} ({metadata['doc']}) cannot be {value!r}",
                 found=f"{value!r} from {self.source(name)}",
                 needed=needed,
-                fix=f"correct it where it was set, or unset {variable(name)}",
+                fix=f"correct it where it was set, or unset {self._variable(name)}",
             )
+
+    def _variable(self, name: str) -> str:
+        """The one that was used, else the usual one."""
+        source = self.source(name)
+        return source if source in variables(name) else variable(name)
 
     def source(self, name: str) -> str:
         """Where the value of a field came from: "install()", a variable's name, "Megatron's ..." or "default"."""
@@ -117,6 +125,11 @@ def variable(name: str) -> str:
     return PREFIX + (_METADATA[name]["variable"] or name.upper())
 
 
+def variables(name: str) -> tuple[str, ...]:
+    """All variables that are read for a setting, the usual one first."""
+    return tuple(dict.fromkeys((variable(name), PREFIX + name.upper())))
+
+
 def resolve(environ: Mapping[str, str] | None = None, **explicit: Any) -> Settings:
     """Settings from explicit values, then the environment, then defaults.
 
@@ -125,22 +138,49 @@ def resolve(environ: Mapping[str, str] | None = None, **explicit: Any) -> Settin
         **explicit: Fields by name; None counts as not given.
 
     Raises:
-        SettingsError: An unknown field, or a value that cannot be used.
+        SettingsError: An unknown field or variable, a value that cannot be used, or two variables of one setting with
+            different values.
     """
     environ = os.environ if environ is None else environ
-    unknown = sorted(set(explicit) - set(_DEFAULTS))
-    if unknown:
-        raise SettingsError(
-            f"unknown setting {unknown[0]!r}", needed="one of " + ", ".join(_DEFAULTS), fix="check the spelling"
-        )
+    _refuse_unknown(environ, explicit)
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for name in _DEFAULTS:
         if explicit.get(name) is not None:
             values[name], sources[name] = explicit[name], "install()"
-        elif environ.get(variable(name), "").strip():
-            values[name], sources[name] = _parse(name, environ[variable(name)].strip()), variable(name)
+            continue
+        given = {each: _parse(name, text) for each in variables(name) if (text := environ.get(each, "").strip())}
+        if len(set(given.values())) > 1:
+            raise SettingsError(
+                f"two variables of the setting {name} have different values",
+                found=", ".join(f"{each}={environ[each].strip()}" for each in given),
+                needed="one of them, or the same value in both",
+                fix=f"unset {list(given)[-1]}",
+            )
+        if given:
+            sources[name], values[name] = next(iter(given.items()))
     return Settings(**values, sources=sources)
+
+
+def _refuse_unknown(environ: Iterable[str], explicit: Iterable[str]) -> None:
+    """A misspelt name would have no effect, and nothing would say so."""
+    for name in sorted(set(explicit) - set(_DEFAULTS)):
+        needed, fix = _nearest(name, list(_DEFAULTS))
+        raise SettingsError(f"unknown setting {name!r}", needed=needed, fix=fix)
+    known = [each for name in _DEFAULTS for each in variables(name)]
+    for name in sorted(environ):
+        if name.startswith(PREFIX) and not name.startswith(TESTS_PREFIX) and name not in known:
+            needed, fix = _nearest(name, known)
+            raise SettingsError(f"unknown variable {name} in the environment", needed=needed, fix=fix)
+
+
+def _nearest(name: str, known: list[str]) -> tuple[str, str]:
+    """What is needed, and the fix: the nearest known name, compared without the prefix of variables; all if none is."""
+    short = {each.removeprefix(PREFIX).upper(): each for each in known}
+    nearest = difflib.get_close_matches(name.removeprefix(PREFIX).upper(), short, 1)
+    if nearest:
+        return short[nearest[0]], "correct the spelling"
+    return "one of " + ", ".join(known), "correct the spelling, or leave it out"
 
 
 def _parse(name: str, text: str) -> Any:
