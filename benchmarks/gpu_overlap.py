@@ -235,9 +235,9 @@ def _measure(case: str, options: argparse.Namespace, device: torch.device) -> li
             trace = options.traces / f"{case}_overlap_{name}.json.gz"
         shares = profiled(run, trace)
         values = torch.tensor([shares.step, shares.communication, shares.exposed], dtype=torch.float64, device=device)
-        by_rank = values.new_empty(dist.get_world_size() * 3)
-        dist.all_gather_into_tensor(by_rank, values)
-        step, communication, exposed = max(by_rank.view(-1, 3).tolist(), key=lambda row: row[2] / row[0])
+        by_rank = values.new_empty(dist.get_world_size(), 3)
+        dist.all_gather(list(by_rank), values)
+        step, communication, exposed = max(by_rank.tolist(), key=lambda row: row[2] / row[0])
         rows.append(
             {
                 "case": case,

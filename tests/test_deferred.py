@@ -82,14 +82,14 @@ def test_a_check_goes_with_its_owner() -> None:
 def violate_on_rank_one(group: Any) -> tuple[str, list[float], int]:
     """Runs in every rank: only rank 1 counts something, and only in the second of two checks."""
     gathers = 0
-    gather = torch.distributed.all_gather_into_tensor
+    gather = torch.distributed.all_gather
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         nonlocal gathers
         gathers += 1
         return gather(*args, **kwargs)
 
-    torch.distributed.all_gather_into_tensor = counted
+    torch.distributed.all_gather = counted
     try:
         quiet, check = make_check("quiet", group), make_check("full", group)
         optimizer, weight = make_optimizer()
@@ -101,7 +101,7 @@ def violate_on_rank_one(group: Any) -> tuple[str, list[float], int]:
             except EPError as error:
                 return str(error), weight.tolist(), gathers
     finally:
-        torch.distributed.all_gather_into_tensor = gather
+        torch.distributed.all_gather = gather
     return "", weight.tolist(), gathers
 
 

@@ -129,7 +129,7 @@ def _nan_bits(dtype: torch.dtype) -> int:
     """NaN as an integer of the same size; all ones for packs of UE8M0, whose NaN is 0xFF."""
     if not dtype.is_floating_point:
         return -1
-    return int(torch.tensor(float("nan")).to(dtype).view(_SAME_SIZE_INT[dtype.itemsize]))
+    return int(torch.tensor(float("nan"), dtype=dtype, device="cpu").view(_SAME_SIZE_INT[dtype.itemsize]))
 
 
 def _all_to_all(

@@ -99,7 +99,7 @@ class ExpertShards:
         state of FP8, here that of a model without it, an empty tensor. What is read of it is dropped."""
         return {
             f"{prefix}{name}._extra_state{i or ''}": make_sharded_object_for_checkpoint(
-                torch.empty(0, dtype=torch.uint8),
+                torch.empty(0, dtype=torch.uint8, device="cpu"),
                 self._key(f"{prefix}experts.", f"{name}._extra_state", i),
                 self._axes(i),
                 replica_id,

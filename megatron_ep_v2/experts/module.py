@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_exper
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import import_module
 
+from megatron_ep_v2.copies import deepcopy_sharing_groups, refuse_to_pickle_groups
 from megatron_ep_v2.errors import SettingsError
 from megatron_ep_v2.experts.checkpoint import ExpertShards, check_format, drop_extra_states
 from megatron_ep_v2.experts.gemm import Gemm, gemm
@@ -69,6 +70,8 @@ class Experts(MegatronModule):  # type: ignore[misc]
             with _random(config):
                 self.linear_fc1.initialize(config.init_method, first, number)
                 self.linear_fc2.initialize(config.output_layer_init_method, first, number)
+
+    __deepcopy__, __reduce_ex__ = deepcopy_sharing_groups, refuse_to_pickle_groups
 
     def forward(
         self, permuted_local_hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, permuted_probs: torch.Tensor
@@ -211,17 +214,32 @@ class StackedLinear(torch.nn.Module):
 
     def __init__(self, config: Any, num_local_experts: int, out_features: int, in_features: int):
         super().__init__()
-        device = (
-            torch.device("cpu") if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
-        )
+        # None, as Megatron's own linears have it: the CPU, unless the caller builds on another device ("meta").
+        device = None if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
         shape = (num_local_experts, out_features, in_features)
         self.weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
-        expert_groups = config.expert_model_parallel_size > 1 or config.tensor_model_parallel_size > 1  # ETP is 1 here
-        self.weight.allreduce = not expert_groups  # type: ignore[attr-defined]
+        # ETP is 1 here
+        self._own_groups = config.expert_model_parallel_size > 1 or config.tensor_model_parallel_size > 1
+        self._mark()
+        self.fuse_wgrad_accumulation = config.gradient_accumulation_fusion
+        self._drawn_alike = config.use_cpu_initialization  # see `_random`
+        self._register_load_state_dict_pre_hook(drop_extra_states, with_module=True)
+
+    def _mark(self) -> None:
+        self.weight.allreduce = not self._own_groups  # type: ignore[attr-defined]
         self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
         self.weight.stacked_experts = True  # type: ignore[attr-defined]
-        self.fuse_wgrad_accumulation = config.gradient_accumulation_fusion
-        self._register_load_state_dict_pre_hook(drop_extra_states, with_module=True)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> StackedLinear:
+        """As torch's, which makes another parameter, without marks, where one leaves the device "meta"."""
+        super()._apply(fn, recurse)
+        self._mark()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a copy: torch copies a parameter without its marks."""
+        super().__setstate__(state)
+        self._mark()
 
     def forward(
         self,
@@ -244,9 +262,8 @@ class StackedLinear(torch.nn.Module):
 
     @torch.no_grad()
     def initialize(self, method: Callable[[torch.Tensor], Any], first: int, number: int) -> None:
-        """Each expert by itself. On the CPU, where all ranks draw the same numbers, those of the others are skipped."""
-        on_cpu = self.weight.device.type == "cpu"
-        for expert in range(number) if on_cpu else range(first, first + len(self.weight)):
+        """Each expert by itself. Where all ranks draw the same numbers, those of the others are skipped."""
+        for expert in range(number) if self._drawn_alike else range(first, first + len(self.weight)):
             here = 0 <= expert - first < len(self.weight)
             method(self.weight[expert - first] if here else torch.empty_like(self.weight[0]))
 

@@ -1,0 +1,252 @@
+"""What real jobs met off the common path: models built on the device "meta", copies of layers, warnings of torch, hints
+that did not help, and two modes that cannot be had together."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import pickle
+import types
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import mcore
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_ranks
+from mcore import Shape, Split, megatron_ranks
+from moe import own_package
+from reports import Report, assert_report, attempt
+from test_elastic import GROUP, HANDLE, SPEC, FakeBuffer
+
+import megatron_ep_v2
+from megatron_ep_v2 import settings
+from megatron_ep_v2.buffers import elastic
+from megatron_ep_v2.deferred import DeviceCheck, read_all
+from megatron_ep_v2.errors import EPError, InputError, SettingsError
+from megatron_ep_v2.serving import PrepareFinalize
+
+SPLIT = Split(1, 2)
+SHAPE = Shape("fp32", topk=3, hidden=256)
+TOKENS, ROOM = 8, 12  # a rank's; there are rows that a sync-free dispatch leaves as they are
+MARKS = {"allreduce": False, "tensor_model_parallel": True, "stacked_experts": True}
+OF_LAYOUT: dict[str, dict[str, Any]] = {
+    "compact": {"layout": "compact"},
+    "expanded": {"layout": "expanded"},
+    "sync-free": {"sync_free": True, "experts": "grouped", "sync_free_rows_percent": 0},
+}
+
+
+@contextlib.contextmanager
+def default_device(device: str) -> Iterator[None]:
+    torch.set_default_device(device)
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+def make_layer(device: str = "cpu") -> Any:
+    """A MoE layer that is built on this device and materialised on the CPU, with the same weights every time."""
+    with default_device(device):
+        layer = mcore.make_moe_layer(SHAPE, SPLIT, moe_router_load_balancing_type="none", moe_aux_loss_coeff=0.0)
+    if device == "meta":
+        assert all(parameter.is_meta for parameter in layer.parameters()), "nothing was allocated"
+        layer.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(1 + dist.get_rank())
+    for _, parameter in sorted(layer.named_parameters()):
+        parameter.data.normal_(0.0, 0.1, generator=generator)
+    return layer
+
+
+def step(layer: Any, device: str = "cpu") -> list[torch.Tensor]:
+    """Output, gradients and expert load of one batch on the CPU, while another device is torch's default."""
+    x = mcore.make_hidden(SHAPE, TOKENS, 1).requires_grad_()
+    grad = mcore.make_hidden(SHAPE, TOKENS, 1, seed=1)
+    with default_device(device):
+        output = layer(x)[0]
+        output.backward(grad)
+        load = megatron_ep_v2.expert_load()[-1]  # of the youngest layer
+    gradients = [parameter.grad for _, parameter in sorted(layer.named_parameters())]
+    layer.zero_grad()
+    return [output.detach(), x.grad, *gradients, load]
+
+
+def equal(got: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
+    return [torch.equal(a, b) for a, b in zip(got, expected, strict=True)] == [True] * len(got)
+
+
+def marks(layer: Any) -> list[dict[str, Any]]:
+    """Of this package's experts, as Megatron's DDP, its gradient norm and checkpoints look for them."""
+    linears = [getattr(layer.experts, name, None) for name in ("linear_fc1", "linear_fc2")]
+    return [vars(linear.weight) for linear in linears if linear is not None]
+
+
+# ------------------------------------------------------------------------------------------------ other default devices
+
+
+@own_package
+def build_on_meta(group: Any) -> dict[str, tuple[bool, int, list[Any], set[str]]]:
+    """By layout: whether all is equal to a layer that was built as usual, the rows that its experts got, their marks,
+    and the devices of what a checkpoint of them keeps besides weights."""
+    found = {}
+    for name, more in OF_LAYOUT.items():
+        with megatron_ranks(SPLIT, num_max_tokens_per_rank=ROOM, **more):
+            layer = make_layer("meta")
+            got = step(layer, "meta")  # the buffer is made in it
+            with default_device("meta"):
+                state = layer.experts.sharded_state_dict() if marks(layer) else {}
+            kept = {part.data.device.type for name, part in state.items() if "_extra_state" in name}
+            found[name] = (equal(got, step(make_layer())), int(got[-1].sum()), marks(layer), kept)
+    return found
+
+
+def test_a_model_that_is_built_and_trained_while_another_device_is_the_default() -> None:
+    for found in run_ranks(2, build_on_meta):
+        for name, (same, rows, kept_marks, devices) in found.items():
+            assert same, name
+            assert rows == SPLIT.size * TOKENS * SHAPE.topk
+            assert kept_marks == [MARKS] * (2 * (name == "sync-free"))
+            assert devices <= {"cpu"} and bool(devices) == (name == "sync-free")
+
+
+# ----------------------------------------------------------------------------------------------------- copies of layers
+
+
+@own_package
+def copy_layers(group: Any) -> dict[str, dict[str, Any]]:
+    found = {}
+    for name, more in OF_LAYOUT.items():
+        with megatron_ranks(SPLIT, num_max_tokens_per_rank=ROOM, **more):
+            layer = make_layer()
+            expected = step(layer)
+            if name == "compact":  # Megatron's own manager keeps tensors of a step, which torch does not copy
+                layer = make_layer()
+            with pytest.raises(TypeError, match=r"cannot pickle .*ProcessGroup"):  # as with Megatron's own dispatchers
+                copy.deepcopy(layer)
+            groups = {id(known): known for known in dist.distributed_c10d._world.pg_map}
+            twin = copy.deepcopy(layer, groups)
+            got = step(twin)
+            with torch.no_grad():
+                layer(mcore.make_hidden(SHAPE, TOKENS, 1))
+            manager = twin.token_dispatcher._comm_manager
+            parts = [manager, manager.load]
+            found[name] = {
+                "equal": equal(got, expected),
+                "loads": [int(load.sum()) for load in megatron_ep_v2.expert_load()[-2:]],
+                "group": manager.group is layer.token_dispatcher._comm_manager.group,
+                "marks": marks(twin),
+            }
+            if marks(layer):
+                parts.append(copy.deepcopy(layer.experts))
+                found[name]["experts"] = equal([*parts[-1].parameters()], [*layer.experts.parameters()])
+            found[name]["pickled"] = [attempt(lambda part=part: pickle.dumps(part)) for part in parts]
+    return found
+
+
+def test_a_copy_of_a_layer_works_and_is_counted_by_itself() -> None:
+    """Given the process groups, which torch cannot copy."""
+    for found in run_ranks(2, copy_layers):
+        for name, of_layout in found.items():
+            assert of_layout["equal"] and of_layout["group"], name
+            assert of_layout["loads"] == [SPLIT.size * TOKENS * SHAPE.topk, 0]
+            assert of_layout["marks"] == [MARKS] * (2 * (name == "sync-free"))
+            assert of_layout.get("experts", True)
+            for report in of_layout["pickled"]:
+                assert_report(report, EPError, "of a MoE layer cannot be pickled", "process groups", "state_dict()")
+
+
+# -------------------------------------------------------------------------------------------------- warnings of torch
+
+
+@own_package
+def use_torch(group: Any) -> list[int]:
+    """A step of each layout, and a read of checks over the group, in which what torch has deprecated is an error, and
+    so is what else this package is warned of. (Megatron's own modules warn each other.)"""
+    rows = []
+    for more in OF_LAYOUT.values():
+        with megatron_ranks(SPLIT, num_max_tokens_per_rank=ROOM, **more):
+            layer = make_layer()
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", FutureWarning)
+                warnings.filterwarnings("error", category=DeprecationWarning, module="megatron_ep_v2")
+                rows.append(int(step(layer)[-1].sum()))
+                check = DeviceCheck(lambda counts: EPError(f"counted {counts}"), torch.device("cpu"), group)
+                check.add(torch.tensor(group.rank()))
+                with pytest.raises(EPError, match=r"counted \{1: 1\}"):
+                    read_all()
+    return rows
+
+
+def test_nothing_that_torch_deprecates_is_called() -> None:
+    assert run_ranks(2, use_torch) == [[SPLIT.size * TOKENS * SHAPE.topk] * len(OF_LAYOUT)] * 2
+
+
+# ----------------------------------------------------------------------------------------- hints of the serving pair
+
+LARGEST = 8
+RIGHT, LARGER = "bucket=bucket_of(most tokens of any rank), which is", "make PrepareFinalize with max_decode_tokens of"
+HINTS = {  # by tokens and bucket
+    (3, 6): f"{RIGHT} at least 4 here",
+    (5, 4): f"{RIGHT} at least 8 here",
+    (0, 0): f"{RIGHT} at least 1 here",
+    (3, 16): f"{LARGER} at least 16; else {RIGHT} at least 4 here",
+    (2, 100): f"{LARGER} at least 128; else {RIGHT} at least 2 here",
+    (9, 8): f"{LARGER} at least 16, or bring so many to prepare_prefill",
+    (9, 16): f"{LARGER} at least 16, or bring so many to prepare_prefill",
+}
+
+
+@own_package
+def bring_wrong_buckets(group: Any) -> list[Report | None]:
+    settings.activate(settings.resolve(buffer="reference"))
+    sizes = {"hidden": 256, "num_experts": 4, "num_topk": 1, "max_prefill_tokens": 16, "max_decode_tokens": LARGEST}
+    pair = PrepareFinalize(group, **sizes)
+    reports = []
+    for tokens, bucket in HINTS:
+        ids = torch.zeros(tokens, 1, dtype=torch.int64)
+        batch = torch.ones(tokens, 256, dtype=torch.bfloat16), ids, torch.ones(ids.shape)
+        reports.append(attempt(functools.partial(pair.prepare_decode, *batch, bucket=bucket)))
+    return reports
+
+
+def test_a_wrong_bucket_is_answered_with_one_that_would_do() -> None:
+    for (tokens, bucket), report in zip(HINTS, run_ranks(1, bring_wrong_buckets)[0], strict=True):
+        assert_report(report, InputError, f"{tokens} tokens cannot be decoded in a bucket of {bucket}", "up to 8 that")
+        assert report is not None and report.fix == HINTS[tokens, bucket]
+
+
+# ------------------------------------------------------------------------- deterministic and sync-free between hosts
+
+
+@pytest.mark.parametrize(
+    ("mode", "domains", "waits"), [("on", 2, True), ("on", 1, False), ("off", 2, False)], ids=["refused", "one", "off"]
+)
+def test_a_deterministic_dispatch_between_hosts_cannot_do_without_a_host_wait(
+    mode: str, domains: int, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Domains that NVLink connects. There is no such job on one machine, so deep_ep is a stand-in, which only notes
+    whether it is called to dispatch without a wait."""
+    called = []
+    monkeypatch.setattr(FakeBuffer, "num_scaleout_ranks", domains, raising=False)
+    monkeypatch.setattr(FakeBuffer, "dispatch", lambda self, x, **arguments: called.append(arguments["do_cpu_sync"]))
+    monkeypatch.setattr(elastic, "import_deep_ep", lambda: types.SimpleNamespace(ElasticBuffer=FakeBuffer))
+    monkeypatch.setattr(elastic, "check_group_open", lambda group: None)
+    monkeypatch.setattr(elastic, "_check_generation", lambda kind: None)
+    monkeypatch.setattr(elastic.ElasticBuffer, "_check_rows", lambda *_: None)  # these rows are on the CPU
+    hosts = ["a", "b"] if domains > 1 else ["a", "a"]
+    chosen = settings.resolve({}, deterministic=mode == "on", gin="on")
+    buffer = elastic.ElasticBuffer(GROUP, SPEC, chosen, hosts)
+    rows, ids = torch.zeros(3, 256, dtype=torch.bfloat16), torch.zeros(3, 2, dtype=torch.int64)
+    buffer.dispatch(rows, topk_idx=ids, num_experts=4)
+    buffer.dispatch(rows[:1], handle=HANDLE, do_expand=True)
+    report = attempt(lambda: buffer.dispatch(rows, topk_idx=ids, num_experts=4, do_cpu_sync=False))
+    assert called == [True, None, *([] if waits else [False])]
+    if waits:
+        words = ("waits on the host", "allow_hybrid_mode=true", "MCORE_DEEPEP_V2_SYNC_FREE", "ALLOW_HYBRID_MODE=off")
+        assert_report(report, SettingsError, *words)
+    else:
+        assert report is None
