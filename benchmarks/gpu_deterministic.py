@@ -81,7 +81,8 @@ def _layer(
     top = make(options.tokens, EXPERTS).topk(TOPK, dim=1)
     picks, probs = top.indices, top.values.contiguous().requires_grad_()
     x.requires_grad_()
-    mine = settings.resolve(buffer="reference" if options.cpu else "elastic", deterministic=deterministic)
+    kind = "reference" if options.cpu else "elastic"
+    mine = settings.resolve(buffer=kind, deterministic=deterministic, num_max_tokens_per_rank=options.tokens)
 
     def run() -> tuple[torch.Tensor, ...]:
         settings.activate(mine)

@@ -74,7 +74,7 @@ def measure(shape: str, options: argparse.Namespace) -> Iterator[list[dict[str, 
     grad = torch.randn(options.tokens, hidden, generator=generator, device="cuda").bfloat16()
     top = torch.rand(options.tokens, experts, generator=generator, device="cuda").topk(topk, dim=1)
     picks, probs = top.indices, top.values.contiguous()
-    settings.activate(chosen(("bf16", "bf16")))
+    settings.activate(chosen(("bf16", "bf16"), options.tokens))
     buffer = get_buffer(dist.group.WORLD, x, picks, experts)
 
     calls = raw_calls(buffer, x, picks, probs, experts)
@@ -103,9 +103,14 @@ def measure(shape: str, options: argparse.Namespace) -> Iterator[list[dict[str, 
     megatron_ep_v2.destroy_buffers()
 
 
-def chosen(wire: tuple[str, str]) -> settings.Settings:
-    """These dtypes by name. One buffer serves them all: it is sized for bf16 in any case."""
-    return settings.resolve(buffer="elastic", dispatch_dtype=wire[0], grad_dispatch_dtype=wire[1])
+def chosen(wire: tuple[str, str], tokens: int) -> settings.Settings:
+    """These dtypes by name, for so many tokens. One buffer serves them all: it is sized for bf16 in any case."""
+    return settings.resolve(
+        buffer="elastic",
+        num_max_tokens_per_rank=tokens,
+        dispatch_dtype=wire[0],
+        grad_dispatch_dtype=wire[1],
+    )
 
 
 def raw_calls(buffer: Any, x: torch.Tensor, picks: torch.Tensor, probs: torch.Tensor, experts: int) -> dict[str, Run]:
@@ -133,7 +138,7 @@ def layer(
     experts: int,
 ) -> Layer:
     """Forward and backward of dispatch and combine, quantisation included; experts pass rows through."""
-    plain, own_settings = fused_layer(x, grad, picks, probs, experts, True), chosen(wire)
+    plain, own_settings = fused_layer(x, grad, picks, probs, experts, True), chosen(wire, len(x))
 
     def forward() -> Any:
         settings.activate(own_settings)

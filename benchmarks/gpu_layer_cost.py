@@ -42,7 +42,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
-    settings.activate(settings.resolve(buffer="elastic"))
+    settings.activate(settings.resolve(buffer="elastic", num_max_tokens_per_rank=options.tokens))
 
     results = Results(options.out, "gpu_layer_cost.py")
     for shape in options.shapes:

@@ -43,9 +43,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     device = start(options.cpu)
-    settings.activate(settings.resolve(buffer="reference" if options.cpu else "elastic"))
     if options.cpu:
         options.tokens, options.layers, options.repeats = 64, 2, 3
+    kind = "reference" if options.cpu else "elastic"
+    settings.activate(settings.resolve(buffer=kind, num_max_tokens_per_rank=options.tokens))
 
     rows = [row for layout in options.layouts for row in _measure(layout, options, device)]
     if dist.get_rank() == 0:

@@ -95,7 +95,8 @@ def _make_step(name: str, options: argparse.Namespace) -> Callable[[], None]:
         optimizer.zero_grad()
         probs.grad = None
 
-    settings.activate(settings.resolve(buffer=BUFFER, watchdog_secs=VARIANTS[name]))
+    mine = {"buffer": BUFFER, "watchdog_secs": VARIANTS[name], "num_max_tokens_per_rank": options.tokens}
+    settings.activate(settings.resolve(**mine, reference_strict=False))  # rows on the CPU are fp32
     step()  # builds the buffer, which keeps its settings
     return step
 

@@ -77,6 +77,7 @@ def pretrain(options: Options, runtime: Runtime) -> dict[str, Any]:
     if options.dispatcher == "flex":
         names = ("buffer", "layout", "dispatch_dtype", "grad_dispatch_dtype", "sync_free")
         chosen = {name: getattr(options, name) for name in names}
+        chosen["num_max_tokens_per_rank"] = options.micro_batch_size(runtime.world) * options.shape.seq_length
         if options.experts == "deepgemm":  # then its experts take the rows as they come
             chosen["expert_alignment"] = CONTIGUOUS_ALIGNMENT
         runtime.together(lambda: megatron_ep_v2.install(**{k: v for k, v in chosen.items() if v is not None}))

@@ -18,7 +18,7 @@ import torch
 from megatron.core.transformer.moe import token_dispatcher
 
 from megatron_ep_v2 import settings
-from megatron_ep_v2.buffers import pool
+from megatron_ep_v2.buffers import capacity, pool
 from megatron_ep_v2.errors import SettingsError
 from megatron_ep_v2.fused_a2a import fused_dispatch
 from megatron_ep_v2.kernels.topk import top_k
@@ -69,6 +69,7 @@ class CompactManager(token_dispatcher._DeepepManager):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         follow_deterministic_mode(self.config, self.group)
         self.load = ExpertLoad(self.group, self.num_local_experts)
+        capacity.note_model(self.group, self.config)
 
     def dispatch(
         self, hidden_states: torch.Tensor, async_finish: bool = False, allocate_on_comm_stream: bool = False

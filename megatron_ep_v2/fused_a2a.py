@@ -91,6 +91,7 @@ class FusedDispatch(torch.autograd.Function):
         recv_x = from_wire(received, x.dtype)
         assert recv_probs is not None  # as token_probs were
         ctx.buffer, ctx.handle = buffer, handle
+        vars(handle)["carrier"] = buffer
         ctx.rows = recv_x.shape, recv_x.dtype, recv_x.device
         ctx.probs = recv_probs.shape, recv_probs.dtype, recv_x.device
         ctx.set_materialize_grads(False)  # else zeros are written for the outputs that have no gradient
@@ -127,7 +128,9 @@ class FusedCombine(torch.autograd.Function):
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> tuple[torch.Tensor, None]:
-        buffer = pool.find(group) or get_buffer(group, x, handle.topk_idx, handle.num_experts)
+        # The handle's own: the group may have another by now, to which the handle means nothing.
+        buffer = getattr(handle, "carrier", None) or pool.find(group)
+        buffer = buffer or get_buffer(group, x, handle.topk_idx, handle.num_experts)
         combined_x, _, _ = buffer.combine(x, handle, num_sms=handle.num_sms)
         ctx.buffer, ctx.handle = buffer, handle
         return combined_x, None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import sys
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -19,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_ep_v2 import fused_a2a, recompute
 from megatron_ep_v2 import settings as settings_module
-from megatron_ep_v2.buffers import pool
+from megatron_ep_v2.buffers import capacity, pool
 from megatron_ep_v2.errors import SeamError, SettingsError
 from megatron_ep_v2.experts.gemm import gemm
 from megatron_ep_v2.probe import Choice, choose, probe
@@ -94,7 +93,7 @@ def install(**explicit: Any) -> dict[str, Any]:
     for owner, name, ours in bindings:
         _bind(installation, owner, name, ours)
     if choice.kind != "megatron":
-        pool.set_expected_tokens(_tokens_per_rank_of_megatron)
+        pool.set_expected_tokens(capacity.expected)
     _installation = installation
     found = probe()
     logger.info("HAVE_DEEP_EP=%s HAVE_DEEP_EP_V2=%s; %s", found.have_legacy, found.have_elastic, found.describe())
@@ -109,7 +108,7 @@ def uninstall() -> None:
     """Destroy the buffers and give Megatron its own names back, except where somebody else has rebound them since."""
     global _installation
     pool.destroy_buffers()
-    pool.set_expected_tokens(int)
+    pool.set_expected_tokens(None)
     settings_module.activate(None)
     if _installation is None:
         return
@@ -317,13 +316,3 @@ def _destroy_buffers_before(destroy_process_group: Any) -> Any:
         destroy_process_group(group)
 
     return destroy
-
-
-def _tokens_per_rank_of_megatron() -> int:
-    """Tokens of a full micro-batch on one rank, from Megatron's own arguments; 0 outside Megatron's training loop."""
-    module = sys.modules.get("megatron.training.global_vars")
-    args = getattr(module, "_GLOBAL_ARGS", None)
-    if args is None or not getattr(args, "seq_length", None) or not getattr(args, "micro_batch_size", None):
-        return 0
-    shards = args.context_parallel_size * (args.tensor_model_parallel_size if args.sequence_parallel else 1)
-    return -(-args.seq_length // shards) * args.micro_batch_size

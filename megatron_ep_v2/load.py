@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_ep_v2.buffers.groups import registered
 from megatron_ep_v2.errors import GroupMismatchError
 from megatron_ep_v2.recompute import runs_again
 
@@ -86,7 +87,7 @@ def expert_load() -> list[torch.Tensor]:
     for group in dict.fromkeys(layer.group for layer in layers):
         members = [i for i, layer in enumerate(layers) if layer.group is group]
         by_rank: list[Any] = [None] * group.size()
-        dist.all_gather_object(by_rank, [layers[i].take().tolist() for i in members], group=group)
+        dist.all_gather_object(by_rank, [layers[i].take().tolist() for i in members], group=registered(group))
         if len({len(counts) for counts in by_rank}) > 1:
             raise GroupMismatchError(
                 f"rank {group.rank()}: the ranks count the load of different numbers of MoE layers",

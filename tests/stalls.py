@@ -137,6 +137,7 @@ def standard_error_in(path: Path) -> Iterator[None]:
 def start(seconds: int, **more: Any) -> None:
     """The next buffer is watched with this limit, and its watcher may take its time to end."""
     line.END_SECONDS = HANG
+    more = {"num_max_tokens_per_rank": TOKENS, **more}
     settings.activate(settings.resolve(buffer="reference", watchdog_secs=seconds, **more))
 
 

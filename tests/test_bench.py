@@ -175,14 +175,14 @@ def _sms_of_a_dispatch(group: Any) -> tuple[str, list[int], list[int | None]]:
     """The class that the bench finds in the pool, what the calls of two variants in turn go by, and what their rows
     say afterwards."""
     picks = torch.tensor([[0, 1]])
-    first = OurBuffer("elastic", "compact", None, group)  # whose run makes the buffer, with a choice of its own
+    first = OurBuffer("elastic", "compact", None, group, 1)  # whose run makes the buffer, with a choice of its own
     first.enter()
     settings.activate(settings.resolve(buffer="reference", num_max_tokens_per_rank=1))
     get_buffer(group, torch.ones(1, 8), picks, 4)
     first.live.num_sms = 14
     first.leave()
     seen = []
-    ours = [OurBuffer("elastic", "compact", sms, group) for sms in (24, 32)]  # its way to set them, on what is here
+    ours = [OurBuffer("elastic", "compact", sms, group, 1) for sms in (24, 32)]  # its way to set them, on what is here
     for variant in (*ours, *ours):
         variant.enter()
         seen.append(getattr(pool.find(group), "buffer", pool.find(group)).num_sms)

@@ -22,7 +22,7 @@ ROOT = Path(megatron_ep_v2.__file__).parent
 # A module may import those above it. Modules of one line may import each other, but not in a circle.
 LEVELS = [
     {"errors"},
-    {"settings", "seam", "buffers.contract", "links", "deferred"},
+    {"settings", "seam", "buffers.contract", "buffers.groups", "links", "deferred"},
     {"probe", "recompute", "gradients", "recipe"},
     {"load"},
     {"watchdog", "watchdog.*"},

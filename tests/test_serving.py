@@ -134,7 +134,7 @@ def test_refusals_name_the_remedy() -> None:
         assert_report(found["no power"], InputError, "bucket of 6")
         assert_report(found["nothing"], InputError, "nothing was prepared in slot 0")
         assert_report(found["mixed"], GroupMismatchError, "num_max_tokens_per_rank")
-        assert_report(found["small"], TokenCapacityError, "holds 4 tokens", "9, for prefill")
+        assert_report(found["small"], TokenCapacityError, "9 tokens", "num_max_tokens_per_rank=4")
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,14 @@ def _build(
         alike = [entry for entry in usable if (entry.variant.name, entry.sms) == (variant, sms)]
         with noted(*alike):
             dispatchers = DispatcherSet(
-                alike[0].variant, shape, DTYPES[trainer.options.dtype], sms, _LOAD, groups, layers=len(owners)
+                alike[0].variant,
+                shape,
+                DTYPES[trainer.options.dtype],
+                sms,
+                _LOAD,
+                groups,
+                tokens=batches[0][:, 1:].numel(),
+                layers=len(owners),
             )
             for entry in alike:
                 entry.layer = Stepper(dispatchers, experts[entry.experts], trainer, batches)

@@ -24,6 +24,7 @@ class DispatcherSet:
         sms: SM count, None = the library's own choice.
         load: Picks received by the busiest rank, as a multiple of the mean.
         groups: Where to take process groups from.
+        tokens: Most that a rank dispatches.
         layers: How many.
 
     Raises:
@@ -38,13 +39,14 @@ class DispatcherSet:
         sms: int | None,
         load: float,
         groups: Groups,
+        tokens: int,
         layers: int = 1,
     ):
         self.sms = sms
         self.backend = variant.backend if variant.kind == "flex" else ""
         # The legacy Buffer is built for its SM count; the others take it with each call.
         group = groups.get((variant.buffer or "megatron", sms if variant.buffer == "legacy" else None))
-        self.ours = OurBuffer(variant.buffer, variant.layout, sms, group) if variant.buffer else None
+        self.ours = OurBuffer(variant.buffer, variant.layout, sms, group, tokens) if variant.buffer else None
         config: dict[str, Any] = {}
         if self.ours is None and sms is not None:
             config[sms_field(variant.backend)] = sms
@@ -112,7 +114,7 @@ class DispatcherLayer(DispatcherSet):
     """
 
     def __init__(self, variant: Variant, batch: Batch, shape: Shape, sms: int | None, load: float, groups: Groups):
-        super().__init__(variant, shape, batch.hidden.dtype, sms, load, groups)
+        super().__init__(variant, shape, batch.hidden.dtype, sms, load, groups, len(batch.hidden))
         self.batch, self.dispatcher = batch, self.dispatchers[0]
         self.outputs: tuple[torch.Tensor | None, ...] = (None, None, None)
 

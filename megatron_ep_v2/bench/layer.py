@@ -66,14 +66,19 @@ class Groups:
 class OurBuffer:
     """What variants on this package's buffers share: which buffer, and on how many SMs.
 
+    Args:
+        tokens: Most that a rank dispatches. A setting, so that no dispatch asks the other ranks for theirs.
+
     Attributes:
         num_sms: SMs of this variant's calls; before the first one, what it asks for. The buffer itself knows only those
             of the variant that ran last.
     """
 
-    def __init__(self, kind: str, layout: str | None, sms: int | None, group: Any):
+    def __init__(self, kind: str, layout: str | None, sms: int | None, group: Any, tokens: int):
         self.group, self.kind, self.num_sms = group, kind, sms
-        self.settings: Settings = settings_module.resolve(buffer=kind, layout=layout, num_sms=sms)
+        self.settings: Settings = settings_module.resolve(
+            buffer=kind, layout=layout, num_sms=sms, num_max_tokens_per_rank=tokens
+        )
 
     @property
     def live(self) -> Any:

@@ -23,7 +23,8 @@ class RawLayer:
         assert variant.buffer is not None
         self.batch, self.num_experts = batch, shape.experts
         self.do_expand = variant.layout == "expanded"
-        self.ours = OurBuffer(variant.buffer, variant.layout, sms, groups.get((variant.buffer, None)))
+        group = groups.get((variant.buffer, None))
+        self.ours = OurBuffer(variant.buffer, variant.layout, sms, group, len(batch.hidden))
         choose(probe(), self.ours.settings, managed=True)  # raises where this buffer is not here
         self.outputs: tuple[torch.Tensor | None, ...] = ()
 

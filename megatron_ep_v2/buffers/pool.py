@@ -1,7 +1,12 @@
 """One buffer per process group, shared by all layers, micro-batches and pipeline chunks.
 
 The first dispatch of a group builds its buffer. That is the one moment when the ranks compare what must be equal and
-agree on a capacity; afterwards no rank changes it on its own.
+agree on a capacity; afterwards no rank changes it on its own. Where nothing but that first batch says how large batches
+get, the buffer is one that all ranks can make larger together (see `growing`).
+
+A buffer is kept under the group that torch.distributed knows, which is also what it is built on. Where the caller's is
+one that forwards to it (see `groups`) and gets another, the buffer of before is not found any more, and goes when the
+next one is built.
 """
 
 from __future__ import annotations
@@ -9,6 +14,7 @@ from __future__ import annotations
 import atexit
 import logging
 import socket
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,9 +22,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_ep_v2 import settings as settings_module
+from megatron_ep_v2.buffers.capacity import Expected, check_stated, choose_capacity
 from megatron_ep_v2.buffers.checks import check_dispatch, check_group_open, compare_over_group, raise_refusals
 from megatron_ep_v2.buffers.contract import Buffer, BufferSpec
 from megatron_ep_v2.buffers.elastic import ElasticBuffer
+from megatron_ep_v2.buffers.groups import find_registered, is_registered, registered
+from megatron_ep_v2.buffers.growing import GrowingBuffer
 from megatron_ep_v2.buffers.legacy import LegacyBuffer
 from megatron_ep_v2.buffers.reference import ReferenceBuffer
 from megatron_ep_v2.errors import EPError
@@ -36,14 +45,18 @@ _KINDS: dict[str, Callable[..., Buffer]] = {
     "reference": lambda group, spec, settings, hosts: ReferenceBuffer(group, spec),
 }
 
-_pool: dict[Any, Buffer] = {}  # by process group
-_capacity_source: dict[Any, str] = {}  # by process group
-_expected_tokens: Callable[[], int] = int  # int() == 0: unknown
+_pool: dict[Any, Buffer] = {}  # by process group, as torch.distributed knows it
+_capacity_source: dict[Any, str] = {}  # likewise
+_expected_tokens: Callable[[Any], Expected] | None = None
+# Of groups that forward: by the group that they forward to, and the capacity of the buffers that went.
+_callers: dict[Any, weakref.ref[Any]] = {}
+_reached: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 def find(group: Any) -> Buffer | None:
-    """The group's buffer, if it was built. Once a layer, so it is no more than a look-up."""
-    return _pool.get(group)
+    """The group's buffer, if it was built. Once a layer, so it is no more than a look-up; where the group forwards to
+    another, two and what leads there."""
+    return _pool.get(group) or _pool.get(find_registered(group))
 
 
 def get(
@@ -54,31 +67,38 @@ def get(
     num_experts: int,
     num_tokens: int,
     payload: str,
+    observed: bool = False,
     check: Callable[[], None] = lambda: None,
 ) -> Buffer:
     """The buffer of a group; built by the first call, which is collective. Later calls only look it up: a rank whose
     shape changes alone must meet the buffer's own checks, and not a collective that the other ranks are not in.
 
     Args:
-        group: Process group.
+        group: Process group, or one that forwards to it (see `groups.registered`).
         hidden: H of the payload.
         num_topk: K.
         num_experts: Experts in the whole group.
-        num_tokens: This rank's tokens now; they count towards the agreed capacity when the buffer is built.
+        num_tokens: Tokens of this rank; they count towards the agreed capacity when the buffer is built.
         payload: Name of the payload's dtype.
+        observed: They are those of one batch, and another may have more. Where nothing else says how many, the capacity
+            can grow.
         check: Raises an EPError if this rank's input cannot be dispatched. Called before a buffer is built, so that bad
             input never decides what it looks like; the other ranks are told.
 
     Raises:
         EPError: What `check` raised; on the other ranks PeerError.
         GroupMismatchError: On every rank, naming the rank whose value differs.
+        TokenCapacityError: The capacity of the settings is below `num_tokens`; on the other ranks PeerError.
         UnavailableError: No buffer can be built here.
         InputError: The buffer does not carry this shape.
-        ClosedError: The group was destroyed.
+        ClosedError: The group was destroyed, or forwards to none.
     """
-    buffer = _pool.get(group)
+    buffer = find(group)
     if buffer is None:
+        caller, group = group, registered(group)
         check_group_open(group)
+        _drop_closed()
+        expected = _expect(caller)
         settings = settings_module.active()
         if "auto" in (settings.dispatch_dtype, settings.grad_dispatch_dtype):
             settle_dispatch_dtypes("bf16", "no model told its recipe; in the expanded layout they do")
@@ -88,6 +108,7 @@ def get(
         try:
             kind = choose(found, settings, managed=True).kind
             check()
+            check_stated(group, num_tokens, settings)
         except EPError as error:  # the others are told before it is raised
             refusal = error
         beliefs: dict[str, Any] = {
@@ -100,9 +121,8 @@ def get(
             "NCCL": loaded_nccl_version() if found.cuda else None,
             **{name: getattr(settings, name) for name in settings_module.NAMES},
         }
-        expected = _expected_tokens()
         meeting = Meeting(group, settings.watchdog_secs)
-        mine = (refusal is not None, beliefs, max(num_tokens, expected), socket.gethostname(), meeting.address)
+        mine = (refusal is not None, beliefs, (num_tokens, expected), socket.gethostname(), meeting.address)
         meeting.await_everyone()
         # On NCCL this is also the first collective of the group: it makes the communicator that DeepEP borrows.
         told: list[Any] = [None] * group.size()
@@ -113,19 +133,28 @@ def get(
         raise_refusals(group, refused)
         compare_over_group("their buffer", {name: [each[name] for each in believed] for name in beliefs})
 
-        most = max(1, *tokens)
-        capacity = settings.num_max_tokens_per_rank or most
+        capacity, source, may_grow = choose_capacity(settings, tokens, observed)
         spec = BufferSpec(num_max_tokens_per_rank=capacity, hidden=hidden, num_topk=num_topk, num_experts=num_experts)
-        buffer = _pool[group] = watch(_KINDS[kind](group, spec, settings, list(hosts)), meeting, addresses, hosts)
-        _capacity_source[group] = (
-            settings.source("num_max_tokens_per_rank")
-            if settings.num_max_tokens_per_rank
-            else "Megatron's sequence length and micro-batch size"
-            if most == expected
-            else "the most tokens of any rank at its first dispatch"
-        )
+
+        def build(spec: BufferSpec) -> Buffer:
+            return _KINDS[kind](group, spec, settings, list(hosts))
+
+        own: Any = GrowingBuffer(build, spec) if may_grow else build(spec)
+        buffer = _pool[group] = watch(own, meeting, addresses, hosts)
+        _capacity_source[group] = source
+        if caller is not group:
+            _callers[group] = weakref.ref(caller)
         logger.info("%s", ", ".join(f"{name} {value}" for name, value in describe(buffer, settings).items()))
     return buffer
+
+
+def _expect(caller: Any) -> Expected:
+    """Of the caller's group, whose last buffer may have grown for good reason."""
+    expected = _expected_tokens(caller) if _expected_tokens else Expected()
+    before = _reached.get(caller, 0)
+    if before > expected.tokens:
+        return Expected(before, "the capacity of the buffer that went with the group before", varies=True)
+    return expected
 
 
 def get_buffer(
@@ -152,16 +181,23 @@ def get_buffer(
         num_experts=num_experts,
         num_tokens=num_tokens,
         payload=str(x.dtype),
+        observed=True,
         check=lambda: check_dispatch(x, token_indices, token_probs, num_experts, num_tokens, None, False, group),
     )
 
 
 def describe(buffer: Buffer, settings: Settings) -> dict[str, str]:
     """The live facts of a buffer, each with where it came from: the proof that it, and nothing else, is in use."""
+    carrier: Any = buffer
+    while hasattr(carrier, "buffer"):  # below the watchdog, and what lets it grow
+        carrier = carrier.buffer
+    source, grown_from = _capacity_source[buffer.group], getattr(buffer, "grown_from", 0)
+    if grown_from:
+        source = f"grown for a later batch; before, {grown_from}: {source}"
     return {
-        "class": type(getattr(buffer, "buffer", buffer)).__name__,
+        "class": type(carrier).__name__,
         "ranks": str(buffer.group.size()),
-        "num_max_tokens_per_rank": f"{buffer.num_max_tokens_per_rank} ({_capacity_source[buffer.group]})",
+        "num_max_tokens_per_rank": f"{buffer.num_max_tokens_per_rank} ({source})",
         "dispatch_dtype": settings.describe()["dispatch_dtype"],
         "grad_dispatch_dtype": settings.describe()["grad_dispatch_dtype"],
         "num_sms": _explain(buffer.num_sms, settings, "num_sms"),
@@ -174,8 +210,8 @@ def _explain(value: int, settings: Settings, name: str) -> str:
     return f"{value} ({settings.source(name) if getattr(settings, name) else 'chosen by the buffer'})"
 
 
-def set_expected_tokens(source: Callable[[], int]) -> None:
-    """Give a function that tells how many tokens a rank may dispatch, 0 if unknown (from Megatron's arguments)."""
+def set_expected_tokens(source: Callable[[Any], Expected] | None) -> None:
+    """Give a function that says how many tokens a rank of a group may dispatch (`capacity.expected`); None: unknown."""
     global _expected_tokens
     _expected_tokens = source
 
@@ -189,12 +225,29 @@ def destroy_buffers(group: Any = None) -> None:
     """Destroy the buffers of a group (None or the world: all), newest first. Called again, it does nothing.
 
     Must come before torch.distributed.destroy_process_group(); after `install()` that happens by itself.
+
+    Args:
+        group: Process group, or one that forwards to it.
     """
     everything = group is None or group is dist.group.WORLD
-    for member in reversed([member for member in _pool if everything or member is group]):
-        buffer = _pool.pop(member)
-        _capacity_source.pop(member)
-        buffer.destroy()
+    meant = (group, find_registered(group))
+    for member in reversed([member for member in _pool if everything or any(member is each for each in meant)]):
+        _destroy(member)
+
+
+def _destroy(group: Any) -> None:
+    buffer, caller = _pool.pop(group), _callers.pop(group, None)
+    _capacity_source.pop(group)
+    if caller is not None and caller() is not None:
+        _reached[caller()] = buffer.num_max_tokens_per_rank
+    buffer.destroy()
+
+
+def _drop_closed() -> None:
+    """Let go of the buffers of groups that were destroyed without our hook on `destroy_process_group`, and end their
+    watchers. Not collective: a buffer whose group is closed waits for nobody."""
+    for group in [group for group in _pool if not is_registered(group)]:
+        _destroy(group)
 
 
 atexit.register(destroy_buffers)

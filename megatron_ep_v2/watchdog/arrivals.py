@@ -19,6 +19,7 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_ep_v2.buffers import pool
+from megatron_ep_v2.buffers.groups import find_registered
 from megatron_ep_v2.errors import UnavailableError
 from megatron_ep_v2.watchdog.watch import WatchedBuffer
 
@@ -67,7 +68,8 @@ def stragglers(group: Any = None) -> Stragglers:
         UnavailableError: No dispatch of the group was watched.
     """
     watched = [buffer for buffer in pool.buffers() if isinstance(buffer, WatchedBuffer)]
-    chosen = next((buffer for buffer in watched if group in (None, buffer.group)), None)
+    known = find_registered(group)
+    chosen = next((buffer for buffer in watched if group is None or buffer.group is known), None)
     if chosen is None:
         raise UnavailableError(
             "no dispatch was watched, so nobody knows who came last",

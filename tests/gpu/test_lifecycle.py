@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 from harness import HANG, run_ranks
+from moe import own_package
 from progress import say
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.errors import EPError, GroupMismatchError, InputError
-from megatron_ep_v2.fused_a2a import fused_dispatch
+from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 
 JOBS = Path(__file__).parent / "jobs"
 RANKS = torch.cuda.device_count()
@@ -123,6 +124,52 @@ def unsupported(group: Any) -> str:
     with pytest.raises(InputError) as caught:
         fused_dispatch(x, picks, torch.ones(4, 1, device="cuda"), group.size(), group)
     return str(caught.value)
+
+
+@own_package
+def grow(group: Any) -> list[dict[str, Any]]:
+    """No capacity is set. A forward of 96 tokens is pending when rank 1 has 128: all ranks build a larger buffer. The
+    pending backward runs on the old one, which is destroyed in the next dispatch."""
+    settings.activate(settings.resolve(buffer="elastic", watchdog_secs=30))
+    pending = Layer(group, 96)
+    watched: Any = pool.find(group)
+    old, capacities = watched.buffer.buffer, [watched.num_max_tokens_per_rank]
+    errors = [Layer(group, 128 if group.rank() == CULPRIT else 32).errors()]
+    capacities.append(watched.num_max_tokens_per_rank)
+    alive = [old._buffer is not None]
+    errors.append(pending.errors())
+    errors.append(Layer(group, 128).errors())
+    alive.append(old._buffer is not None)
+    pool.destroy_buffers()
+    return [{"errors": errors, "capacities": capacities, "alive": alive}]
+
+
+class Layer:
+    """Dispatch and combine with experts that pass rows through, weighted; its backward has not run yet."""
+
+    def __init__(self, group: Any, tokens: int):
+        experts = 4 * group.size()
+        self.x = torch.randn(tokens, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        top = torch.rand(tokens, experts, device="cuda").topk(4, dim=1)
+        self.probs = top.values.clone().requires_grad_()
+        rows, _, row_probs, _, handle = fused_dispatch(self.x, top.indices, self.probs, experts, group, do_expand=True)
+        self.y = fused_combine((rows * row_probs[:, None]).bfloat16(), group, handle)[0]
+
+    def errors(self) -> list[float]:
+        """Run the backward. Relative L2 errors of y = x * sum(probs) and of its gradients, against fp64."""
+        self.y.sum().backward()
+        x, probs = (leaf.detach().double().requires_grad_() for leaf in (self.x, self.probs))
+        y = x * probs.sum(dim=1, keepdim=True)
+        y.sum().backward()
+        pairs = ((self.y, y), (self.x.grad, x.grad), (self.probs.grad, probs.grad))
+        return [float((mine.double() - wanted).norm() / wanted.norm()) for mine, wanted in pairs]
+
+
+def test_a_capacity_grows_while_a_backward_is_pending() -> None:
+    for [found] in run_ranks(RANKS, grow, backend="nccl"):
+        assert all(error < 2e-2 for errors in found["errors"] for error in errors), found
+        assert found["capacities"] == [96, 128]
+        assert found["alive"] == [True, False], "the old buffer goes once no rank has a handle of it"
 
 
 def test_a_hidden_size_that_the_kernels_do_not_carry() -> None:

@@ -32,7 +32,7 @@ AHEAD_CYCLES = 4_000_000  # about 2 ms: until all is queued, on every rank
 @own_package
 def compute_beside_calls(group: Any) -> dict[str, float]:
     """Call -> the part of its kernels' time in which a GEMM ran that was queued behind it, on a stream of its own."""
-    settings.activate(settings.resolve(buffer="elastic", watchdog_secs=30))
+    settings.activate(settings.resolve(buffer="elastic", watchdog_secs=30, num_max_tokens_per_rank=TOKENS))
     x = torch.randn(TOKENS, HIDDEN, device="cuda").bfloat16()
     top = torch.rand(TOKENS, EXPERTS, device="cuda").topk(TOPK, dim=1)
     weight = torch.randn(HIDDEN, 4 * HIDDEN, device="cuda").bfloat16()

@@ -36,6 +36,7 @@ FRESH_ROUNDS = int(os.environ.get("MCORE_DEEPEP_V2_TEST_FRESH_ROUNDS", "2"))
 
 
 def start(seconds: int, **more: Any) -> None:
+    more = {"num_max_tokens_per_rank": TOKENS, **more}
     settings.activate(settings.resolve(buffer="elastic", watchdog_secs=seconds, **more))
 
 

@@ -1,0 +1,162 @@
+"""How many tokens a rank may bring to a dispatch, as far as Megatron's configuration says it before the first one.
+
+Imports nothing of Megatron, and reads of it only what is imported already.
+
+What changes the size of a micro-batch (read in megatron-core 0.16.1 and 0.19.2): `--micro-batch-size`, and for
+evaluations `--eval-micro-batch-size`. `--rampup-batch-size`, `--step-batch-size-schedule` and
+`--decrease-batch-size-if-needed` change how many there are in a step. Evaluations have the sequence length of training;
+the decoder of a model with an encoder has `--decoder-seq-length`. With `--hybrid-context-parallel` a rank has up to
+`--max-seqlen-per-dp-cp-rank` tokens, whatever the context parallel size is.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ep_v2.buffers.checks import CAPACITY_VARIABLE
+from megatron_ep_v2.errors import TokenCapacityError
+from megatron_ep_v2.settings import Settings, is_first_rank
+
+logger = logging.getLogger("megatron_ep_v2")
+
+_OBSERVED = "the most tokens of any rank at its first dispatch"
+_warned = False
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a rank may bring to a dispatch.
+
+    Attributes:
+        tokens: Most tokens; 0 = unknown.
+        source: Where that comes from.
+        varies: Batches are of any length (`variable_seq_lengths`, or rollouts), so that it may also be more.
+    """
+
+    tokens: int = 0
+    source: str = ""
+    varies: bool = False
+
+
+# Process group -> the configurations of the models that live, by identity: they have no hash.
+_models: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[int, Any]] = weakref.WeakKeyDictionary()
+
+
+def note_model(group: Any, config: Any) -> None:
+    """Remember the configuration of a model.
+
+    Args:
+        group: Process group of its experts.
+        config: Megatron's TransformerConfig, or what a framework has derived from it. Megatron-Bridge's providers have
+            a `seq_length`; Megatron's own has none.
+    """
+    _models.setdefault(group, weakref.WeakValueDictionary())[id(config)] = config
+
+
+def expected(group: Any) -> Expected:
+    """The most tokens of one rank: from Megatron-LM's arguments; outside its training loop from the model's own
+    `seq_length` and the micro-batch size that was given to Megatron's calculator of micro-batches.
+
+    A model whose batches vary in length is not asked. Its `seq_length` is the longest that its positions allow then
+    (Megatron-Bridge takes it from Hugging Face's `max_position_embeddings`), which would make buffers far too large.
+
+    Args:
+        group: Process group of the experts.
+    """
+    args = getattr(sys.modules.get("megatron.training.global_vars"), "_GLOBAL_ARGS", None)
+    models = list(_models.get(group, {}).values())
+    varies = any(getattr(config, "variable_seq_lengths", False) for config in [args, *models])
+    varies = varies or bool(getattr(args, "perform_rl_step", False))
+    tokens = 0 if args is None else _of_arguments(args)
+    if tokens:
+        return Expected(tokens, "Megatron's sequence length and micro-batch size", varies)
+    tokens = 0 if varies else max((_of_model(config) for config in models), default=0)
+    return Expected(tokens, "the model's seq_length and the micro-batch size", varies)
+
+
+def _of_arguments(args: Any) -> int:
+    sequence = max(getattr(args, "seq_length", None) or 0, getattr(args, "decoder_seq_length", None) or 0)
+    batch = max(getattr(args, "micro_batch_size", None) or 0, getattr(args, "eval_micro_batch_size", None) or 0)
+    return _tokens_of_rank(args, sequence, batch)
+
+
+def _of_model(config: Any) -> int:
+    module = sys.modules.get("megatron.core.num_microbatches_calculator")
+    calculator = getattr(module, "_GLOBAL_NUM_MICROBATCHES_CALCULATOR", None)
+    batch = getattr(calculator, "micro_batch_size", None) or 0
+    return _tokens_of_rank(config, getattr(config, "seq_length", None) or 0, batch)
+
+
+def _tokens_of_rank(config: Any, sequence: int, batch: int) -> int:
+    """Of `batch` sequences, of which a rank has one part in context parallel and one in sequence parallel; 0 = unknown.
+
+    Args:
+        config: Arguments or configuration.
+        sequence: Tokens; 0 = unknown.
+        batch: Sequences; 0 = unknown.
+    """
+    if not sequence or not batch:
+        return 0
+    in_tensor_parallel = config.tensor_model_parallel_size if config.sequence_parallel else 1
+    tokens = -(-sequence // (config.context_parallel_size * in_tensor_parallel)) * batch
+    if getattr(config, "hybrid_context_parallel", False):
+        tokens = max(tokens, -(-(getattr(config, "max_seqlen_per_dp_cp_rank", None) or 0) // in_tensor_parallel))
+    return tokens
+
+
+def check_stated(group: Any, num_tokens: int, settings: Settings) -> None:
+    """Raise TokenCapacityError if the setting is below this rank's tokens."""
+    if 0 < settings.num_max_tokens_per_rank < num_tokens:
+        raise TokenCapacityError(
+            f"rank {group.rank()} has {num_tokens} tokens to dispatch, more than the setting num_max_tokens_per_rank",
+            found=f"num_max_tokens_per_rank={settings.describe()['num_max_tokens_per_rank']}",
+            fix=f"set {CAPACITY_VARIABLE}={num_tokens} or more (the same on every rank)",
+        )
+
+
+def choose_capacity(
+    settings: Settings, tokens: Sequence[tuple[int, Expected]], observed: bool
+) -> tuple[int, str, bool]:
+    """The capacity of a buffer; equal on every rank, as the arguments are.
+
+    A capacity that a later batch may exceed is logged, with what that costs and how to avoid it.
+
+    Args:
+        settings: The settings in force.
+        tokens: Of each rank of the group: the tokens that it has, and what is expected.
+        observed: The tokens that it has are those of one batch.
+
+    Returns:
+        `(capacity, where it comes from, whether the buffer may grow)`.
+    """
+    if settings.num_max_tokens_per_rank:
+        return settings.num_max_tokens_per_rank, settings.source("num_max_tokens_per_rank"), False
+    most = max(num_tokens for num_tokens, _ in tokens)
+    likely = max((each for _, each in tokens), key=lambda each: each.tokens)
+    capacity = max(1, most, likely.tokens)
+    if likely.tokens >= most:
+        source = likely.source
+    else:
+        source = _OBSERVED if observed else "the most tokens that a rank states for its calls"
+    exceeded = observed and (source == _OBSERVED or any(each.varies for _, each in tokens))
+    if exceeded:
+        global _warned
+        logger.log(
+            logging.WARNING if is_first_rank() and not _warned else logging.INFO,
+            "num_max_tokens_per_rank=%d is %s, and a later batch may have more tokens. %s. To avoid that, set %s to "
+            "the most that a rank will dispatch (the same on every rank)",
+            capacity,
+            source,
+            "Then the rank that has it raises, because sync-free dispatches do not wait for the other ranks"
+            if settings.sync_free
+            else "Then all ranks build a larger buffer, which takes seconds; and each forward dispatch begins with an "
+            "all-reduce of two numbers, for which the host waits, to find out",
+            CAPACITY_VARIABLE,
+        )
+        _warned = True  # once is enough, also where groups are made again and again
+    return capacity, source, exceeded and not settings.sync_free

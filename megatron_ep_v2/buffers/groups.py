@@ -1,0 +1,77 @@
+"""Which process group a buffer is built on, where the caller's own is a class that forwards to another.
+
+RL trainers that offload give Megatron groups of a subclass of `ProcessGroup`. It holds a real group in an attribute,
+destroys it while the rollout runs, and makes another one afterwards. Rank and size are forwarded; torch.distributed
+knows the real group only, and so do the names, stores and communicators that a buffer needs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_ep_v2.errors import ClosedError
+
+
+def registered(group: Any) -> Any:
+    """The process group that torch.distributed knows.
+
+    Args:
+        group: A process group; or one of a subclass of `ProcessGroup`, one of whose attributes holds that group.
+
+    Returns:
+        `group` itself, or the one that it forwards to. A plain group is returned also when it was destroyed: what is
+        done with it says so.
+
+    Raises:
+        ClosedError: None of its attributes, or more than one, holds a group that torch.distributed knows.
+    """
+    if is_registered(group) or type(group) is dist.ProcessGroup or not isinstance(group, dist.ProcessGroup):
+        return group
+    held = _held(group)
+    if len(held) == 1:
+        return next(iter(held.values()))
+    kind = type(group).__name__
+    groups = [name for name, value in _attributes(group).items() if isinstance(value, dist.ProcessGroup)]
+    found = (
+        f"{len(held)} of its attributes hold one: {', '.join(held)}"
+        if held
+        else f"of its attributes only {', '.join(groups)} holds a group, which was destroyed"
+        if groups
+        else f"none of its attributes holds a group ({', '.join(_attributes(group)) or 'it has none'})"
+    )
+    raise ClosedError(
+        f"a process group of class {kind} leads to no group that torch.distributed knows",
+        found=found,
+        needed="one attribute with a group of torch.distributed.new_group(), which is not destroyed",
+        fix=f"reload the groups that {kind} offloads before the model runs, or pass the group that it holds",
+    )
+
+
+def find_registered(group: Any) -> Any:
+    """As `registered`; None where it raises."""
+    try:
+        return registered(group)
+    except ClosedError:
+        return None
+
+
+def is_registered(group: Any) -> bool:
+    """Whether torch.distributed knows this very object. Its own table is asked, because frameworks with groups of their
+    own replace the functions of torch.distributed that could be asked."""
+    return group in dist.distributed_c10d._world.pg_map
+
+
+def _attributes(group: Any) -> dict[str, Any]:
+    return getattr(group, "__dict__", {})
+
+
+def _held(group: Any) -> dict[str, Any]:
+    """Attribute -> group that torch.distributed knows; each group once."""
+    by_group = {
+        value: name
+        for name, value in _attributes(group).items()
+        if isinstance(value, dist.ProcessGroup) and is_registered(value)
+    }
+    return {name: value for value, name in by_group.items()}

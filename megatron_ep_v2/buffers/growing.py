@@ -1,0 +1,178 @@
+"""A buffer whose capacity the ranks raise together, where only the batches themselves say how large they get.
+
+Packed fine-tuning and RL have micro-batches of any length, so the first one says little about the largest. Hence each
+forward dispatch that may wait on the host begins with one small all-reduce: the most tokens of any rank. If they are
+more than the buffer holds, all ranks build a larger one and go on. A handle belongs to the buffer that made it: its
+combine and both backwards still use that one. The all-reduce also says whether any rank has a handle of an old buffer.
+If none has, the old ones are destroyed, which is collective; else with the group's buffers.
+"""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_ep_v2 import settings
+from megatron_ep_v2.buffers.checks import CAPACITY_VARIABLE, check_group_open
+from megatron_ep_v2.buffers.contract import Buffer, BufferSpec, Payload
+
+logger = logging.getLogger("megatron_ep_v2")
+
+
+class GrowingBuffer:
+    """Calls of `contract.Buffer`, answered by the newest of a row of buffers, or by the one that made the handle.
+
+    Dispatches that must not wait (`do_cpu_sync=False`, a CUDA graph is captured) ask nobody: there a rank with too many
+    tokens is refused, as by any buffer. So are those that state a capacity of their own.
+
+    Args:
+        build: Makes a buffer; collective.
+        spec: Of the first one.
+
+    Attributes:
+        buffer: The newest.
+        grown_from: Capacity of the first one; 0 while it is the newest.
+        comm_stream: None: each buffer has a stream of its own, and the current one waits for it.
+    """
+
+    comm_stream: torch.cuda.Stream | None = None
+
+    def __init__(self, build: Callable[[BufferSpec], Buffer], spec: BufferSpec):
+        self._build, self._spec = build, spec
+        self._old: list[_Made] = []
+        self._newest = _Made(build(spec))
+        self._destroyed, self.grown_from = False, 0
+
+    @property
+    def buffer(self) -> Buffer:
+        return self._newest.buffer
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all that live."""
+        return sum(made.buffer.num_bytes for made in (*self._old, self._newest))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # so that one without attributes, as a copy begins, does not look for them for ever
+            raise AttributeError(name)
+        return getattr(self._newest.buffer, name)
+
+    def dispatch(self, x: Payload, **arguments: Any) -> Any:
+        """See `contract.Buffer.dispatch`.
+
+        Raises:
+            UnavailableError: A larger buffer cannot be built.
+        """
+        rows, handle = x[0] if isinstance(x, tuple) else x, arguments.get("handle")
+        captured = _captured(rows)
+        may_wait = arguments.get("do_cpu_sync", True) and not captured
+        if handle is None and may_wait and not arguments.get("num_max_tokens_per_rank") and not self._destroyed:
+            self._agree(rows)
+        made = self._newest if handle is None else self._maker(handle)
+        made.captured |= captured
+        answer = made.buffer.dispatch(x, **arguments)
+        made.note(answer[3])
+        return answer
+
+    def combine(self, x: torch.Tensor, handle: Any, topk_weights: torch.Tensor | None = None, **arguments: Any) -> Any:
+        """See `contract.Buffer.combine`."""
+        made = self._maker(handle)
+        made.captured |= _captured(x)
+        return made.buffer.combine(x, handle, topk_weights, **arguments)
+
+    def destroy(self) -> None:
+        """All of them, newest first. Collective, as for one."""
+        self._destroyed = True
+        self._newest.buffer.destroy()
+        self._destroy_old()
+
+    def _maker(self, handle: Any) -> _Made:
+        return getattr(handle, "maker", self._newest)
+
+    def _agree(self, rows: torch.Tensor) -> None:
+        """Build a larger buffer if a rank has more tokens, and destroy the old ones once no rank needs them."""
+        check_group_open(self.group)
+        most, old_needed = self._ask(rows, any(made.needed() for made in self._old))
+        if self._old and not old_needed:
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()  # the last kernels of an old buffer may still run
+            self._destroy_old()
+        if most > self._spec.num_max_tokens_per_rank:
+            self._grow(most)
+
+    def _ask(self, rows: torch.Tensor, old_needed: bool) -> tuple[int, bool]:
+        """The most tokens of any rank, and whether any needs an old buffer."""
+        num_tokens, buffer = rows.shape[0] if rows.dim() else 0, self._newest.buffer
+        tell = getattr(buffer, "tell_everyone", None)
+        if tell is not None:  # the reference's, which names a rank that is in another call
+            told = tell(2 * num_tokens + old_needed, rows.device)
+            return max(told) // 2, any(value % 2 for value in told)
+        stream = buffer.comm_stream
+        wanted = torch.tensor([num_tokens, int(old_needed)], device=stream.device if stream else rows.device)
+        dist.all_reduce(wanted, dist.ReduceOp.MAX, group=self.group)
+        most, needed = wanted.tolist()
+        return most, bool(needed)
+
+    def _grow(self, most: int) -> None:
+        before, capacity = self._spec.num_max_tokens_per_rank, round_up(most)
+        spec = replace(self._spec, num_max_tokens_per_rank=capacity)
+        grown = _Made(self._build(spec))
+        self._old.append(self._newest)
+        self._spec, self._newest, self.grown_from = spec, grown, self.grown_from or before
+        logger.log(
+            logging.WARNING if settings.is_first_rank() else logging.INFO,
+            "the expert-parallel group's num_max_tokens_per_rank grows from %d to %d, because a rank has %d tokens to "
+            "dispatch; %s=%d (the same on every rank) has it so from the start",
+            before,
+            capacity,
+            most,
+            CAPACITY_VARIABLE,
+            capacity,
+        )
+
+    def _destroy_old(self) -> None:
+        for made in reversed(self._old):
+            made.buffer.destroy()
+        self._old.clear()
+
+
+class _Made:
+    """A buffer, and who still needs it.
+
+    Attributes:
+        captured: A CUDA graph has recorded calls of it, and nobody says when that is replayed for the last time.
+    """
+
+    def __init__(self, buffer: Buffer):
+        self.buffer, self.captured = buffer, False
+        self._handles: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # they have no hash
+
+    def note(self, handle: Any) -> None:
+        """Keep in mind a handle that the buffer has made; a cached dispatch may answer with the one that it got."""
+        vars(handle)["maker"] = self
+        self._handles[id(handle)] = handle
+
+    def needed(self) -> bool:
+        return self.captured or len(self._handles) > 0
+
+
+def round_up(tokens: int) -> int:
+    """The next power of two, or three quarters of it.
+
+    Each growth costs seconds (a buffer is built, deep_ep compiles kernels for it), so it must not happen for each batch
+    that is a little larger. This way a capacity has doubled after two at most, and a third of the memory at most is not
+    needed. Few values also mean that kernels which an earlier job has compiled are found again.
+    """
+    power = 1 << max(0, tokens - 1).bit_length()
+    return power // 4 * 3 if tokens <= power // 4 * 3 else power
+
+
+def _captured(rows: torch.Tensor) -> bool:
+    """Whether a CUDA graph is recording what is done with these rows."""
+    return rows.is_cuda and torch.cuda.is_current_stream_capturing()
