@@ -152,8 +152,8 @@ subprocess.Popen(
 """
 
 
-@pytest.mark.parametrize("told", [False, True], ids=["before its task", "after its task"])
-def test_a_watcher_ends_whose_rank_was_killed_while_it_started(told: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_task", [False, True], ids=["before its task", "after its task"])
+def test_a_watcher_ends_whose_rank_was_killed_while_it_started(has_task: bool, tmp_path: Path) -> None:
     """The rank is gone before the watcher's first look at it, while another process (here: this one) holds the other
     end of its line, as a fork of the rank would."""
     with contextlib.ExitStack() as stack:
@@ -168,7 +168,7 @@ def test_a_watcher_ends_whose_rank_was_killed_while_it_started(told: bool, tmp_p
         words = json.dumps(dataclasses.asdict(task)).encode()
         (gate, open_gate), (task_end, line_end) = os.pipe(), os.pipe()
         stack.callback(os.close, line_end)
-        if told:
+        if has_task:
             os.write(line_end, words)
         program = line.program(len(words), 12345).replace("12345", "PARENT")
         command = [sys.executable, "-I", "-S", "-c", STARTS_A_WATCHER, program, *map(str, (gate, task_end, *files))]

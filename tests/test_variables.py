@@ -110,7 +110,7 @@ def test_two_values_for_the_capacity_are_refused() -> None:
     assert caught.value.fix == f"unset {ALIAS}"
 
 
-def test_a_wrong_value_of_the_second_name_is_told_with_that_name() -> None:
+def test_a_wrong_value_of_the_second_variable_names_that_variable() -> None:
     with pytest.raises(SettingsError) as caught:
         resolve({ALIAS: "4k"})
     assert f"'4k' from {ALIAS}" in str(caught.value) and f"or unset {ALIAS}" in str(caught.value)
