@@ -17,6 +17,8 @@ import sys
 import warnings
 from typing import Any
 
+import torch
+
 # Megatron-Core says at import, on every rank, which optional packages it does not find.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core")
 
@@ -24,7 +26,7 @@ from qwen3_moe import checkpoint, report
 from qwen3_moe.data import Samples, text_samples
 from qwen3_moe.indexed import indexed_samples
 from qwen3_moe.loop import train_until_done
-from qwen3_moe.model import torch_dtype
+from qwen3_moe.model import rows_dtype, torch_dtype
 from qwen3_moe.options import Options, parse_options
 from qwen3_moe.progress import Progress
 from qwen3_moe.runtime import AgreedExit, Runtime
@@ -69,15 +71,16 @@ def main() -> int:
 
 def pretrain(options: Options, runtime: Runtime) -> dict[str, Any]:
     """Train as the options say; what comes back is the summary of the run."""
-    asked, options = options.shape.hidden_size, options.on(runtime.device)
-    if options.shape.hidden_size != asked:
-        runtime.say(f"hidden size {options.shape.hidden_size} instead of {asked}, as DeepEP's kernels need it")
     runtime.together(lambda: options.check(runtime.world, runtime.device))
     _log_from_main(runtime)
     if options.dispatcher == "flex":
         names = ("buffer", "layout", "dispatch_dtype", "grad_dispatch_dtype", "sync_free")
         chosen = {name: getattr(options, name) for name in names}
         chosen["num_max_tokens_per_rank"] = options.micro_batch_size(runtime.world) * options.shape.seq_length
+        carried_by_reference = runtime.device.type == "cpu" or options.buffer == "reference"
+        if carried_by_reference and rows_dtype(options, runtime.device) != torch.bfloat16:
+            chosen["reference_strict"] = False
+            runtime.say("the reference buffer is not strict in this run: DeepEP would refuse rows in fp32 on GPUs")
         if options.experts == "deepgemm":  # then its experts take the rows as they come
             chosen["expert_alignment"] = CONTIGUOUS_ALIGNMENT
         runtime.together(lambda: megatron_ep_v2.install(**{k: v for k, v in chosen.items() if v is not None}))
@@ -129,12 +132,14 @@ def _report(
 def _describe(options: Options, runtime: Runtime, trainer: Trainer, samples: Samples) -> None:
     shape = options.shape
     total, active = trainer.num_parameters()
+    dtypes = [str(find(options, runtime.device)).removeprefix("torch.") for find in (torch_dtype, rows_dtype)]
     runtime.say(
         f"Qwen3-MoE {options.preset}: {shape.num_layers} layers, hidden {shape.hidden_size}, "
         f"top-{shape.topk} of {shape.num_experts} experts; {total / 1e6:.1f} M parameters, "
         f"{active / 1e6:.1f} M active per token\n"
         f"{runtime.world} processes on {runtime.device.type}, expert parallel {runtime.world}, "
-        f"{str(torch_dtype(options, runtime.device)).removeprefix('torch.')}, {options.dispatcher} dispatcher\n"
+        f"{dtypes[0]}{'' if dtypes[0] == dtypes[1] else f', rows to experts {dtypes[1]}'}, "
+        f"{options.dispatcher} dispatcher\n"
         f"data: {samples.description}"
     )
     if options.preset != "tiny" and shape.vocab_size == 256:

@@ -28,7 +28,7 @@ def steps_of_each_kind(group: Any, with_optimizer: bool) -> dict[str, Any]:
     kinds = ("grouped", "megatron", "sequential")
     with megatron_ranks(Split(1, 2)):
         recipe = dataclasses.replace(PRESETS["tiny"].recipe, global_batch_size=4, micro_batch_size=1)
-        options = Options(shape=MODEL, recipe=recipe, device="cpu", experts=owner(kinds))
+        options = Options(shape=MODEL, recipe=recipe, dtype="fp32", experts=owner(kinds))
         trainer = Trainer(options, torch.device("cpu"), with_optimizer)
         owners = [layer.experts for layer in trainer.moe_layers]
         sets = {kind: ExpertSet(kind, trainer, owners) for kind in kinds}

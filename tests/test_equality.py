@@ -76,7 +76,7 @@ def train(group: Any, variant: str) -> Run:
     ):
         if broken:
             patch.setattr(FusedDispatch, "backward", staticmethod(lose_half_of_the_gradient))
-        trainer = Trainer(Options(shape=SHAPE, recipe=RECIPE, dispatcher=kind, device="cpu"), torch.device("cpu"))
+        trainer = Trainer(Options(shape=SHAPE, recipe=RECIPE, dispatcher=kind, dtype="fp32"), torch.device("cpu"))
         batches = [make_batch(step, group.rank(), group.size()) for step in range(STEPS)]
         trainer.backward(batches[:1])
         gradients = {name: gradient.clone() for name, gradient in trainer.named_gradients().items()}

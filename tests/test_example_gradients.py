@@ -32,7 +32,7 @@ class Extension:
 
 
 def gradients(group: Any, experts: str) -> tuple[dict[str, torch.Tensor], Trainer]:
-    trainer = Trainer(Options(shape=SHAPE, recipe=RECIPE, device="cpu", experts=experts), torch.device("cpu"))
+    trainer = Trainer(Options(shape=SHAPE, recipe=RECIPE, dtype="fp32", experts=experts), torch.device("cpu"))
     generator = torch.Generator().manual_seed(group.rank())
     batches = torch.randint(SHAPE.vocab_size, (2, 1, SHAPE.seq_length + 1), generator=generator)
     for _ in range(2):  # the second says that the first has left nothing

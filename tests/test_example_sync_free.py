@@ -6,7 +6,7 @@ from pathlib import Path
 
 from test_example import losses, summary, train
 
-STEPS = ["--steps", "6", "--experts", "grouped"]
+STEPS = ["--steps", "6", "--experts", "grouped", "--dtype", "fp32"]
 TOLERANCE = 2e-4  # of fp32 losses after six steps; sums are in another order
 
 

@@ -109,7 +109,7 @@ def compare(group: Any, layout: str, experts: str, keep_rows: bool) -> tuple[dic
     """Relative L2 distance of each micro-batch's losses and each parameter's gradient, and how often the plan freed
     something. keep_rows: False = with the rule by which Megatron itself frees."""
     mode: dict[str, Any] = {"sync_free": True} if layout == "sync-free" else {"layout": layout}
-    options = Options(shape=SHAPE, recipe=RECIPE, experts=experts)
+    options = Options(shape=SHAPE, recipe=RECIPE, dtype="fp32", experts=experts)
     batches, grad = micro_batches(group.rank()), torch.full((1, TOKENS), 1 / (MICRO_BATCHES * TOKENS))
     with megatron_ranks(Split(1, RANKS), num_max_tokens_per_rank=TOKENS, **mode), pytest.MonkeyPatch.context() as patch:
         for module, name, theirs, _ in installer.bound():

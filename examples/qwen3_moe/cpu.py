@@ -1,4 +1,4 @@
-"""What Megatron-Core needs substituted on a machine without CUDA.
+"""What Megatron-Core needs substituted on a machine without CUDA, and rows in bf16 where the model computes in fp32.
 
 Three modules, placed through its public seams (layer spec, `MoESubmodules.router`, `model.rotary_pos_emb`). The flex
 dispatcher needs nothing; the alltoall dispatcher, which is here to compare with, asks `torch.cuda` where its two
@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer.moe import token_dispatcher
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 
 ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
@@ -50,6 +51,19 @@ class CpuRouter(TopKRouter):
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         dtype = ROUTER_DTYPES.get(self.config.moe_router_dtype, input.dtype)
         return F.linear(input.to(dtype), self.weight.to(dtype))
+
+
+def send_rows_as(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Let the rows that go to experts and come back be of this dtype, and the layers compute in fp32 as before.
+
+    DeepEP carries bf16 and nothing wider; but CPUs without bf16 instructions take nine times as long to multiply it.
+    """
+    for layer in model.modules():
+        if isinstance(layer, MoELayer):
+            layer.register_forward_pre_hook(lambda _, args: (args[0].to(dtype), *args[1:]))
+            layer.experts.register_forward_pre_hook(lambda _, args: (args[0].float(), *args[1:]))
+            layer.experts.register_forward_hook(lambda _, args, output: (output[0].to(dtype), *output[1:]))
+            layer.register_forward_hook(lambda _, args, output: (output[0].float(), *output[1:]))
 
 
 def substitute_alltoall_dispatcher() -> None:

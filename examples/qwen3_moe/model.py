@@ -40,6 +40,11 @@ def torch_dtype(options: Options, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
+def rows_dtype(options: Options, device: torch.device) -> torch.dtype:
+    """Of the rows that go to experts and come back: as the model, but on the CPU bf16 too unless fp32 was chosen."""
+    return torch.bfloat16 if options.dtype == "auto" else torch_dtype(options, device)
+
+
 def transformer_config(options: Options, device: torch.device, world: int) -> TransformerConfig:
     """The Qwen3-MoE architecture on `world` expert-parallel ranks, TP = PP = 1."""
     shape, dtype, on_gpu = options.shape, torch_dtype(options, device), device.type == "cuda"
@@ -153,6 +158,8 @@ def build_model(options: Options, device: torch.device, rank: int, world: int) -
             use_cpu_initialization=True,
         )
     model.to(device=device, dtype=torch_dtype(options, device))
+    if rows_dtype(options, device) != torch_dtype(options, device):
+        cpu.send_rows_as(model, rows_dtype(options, device))
     num_local_experts = options.shape.num_experts // world
     parameters = named_parameters(model, rank, num_local_experts)
     initialise(one_by_one(parameters, rank, num_local_experts), options)

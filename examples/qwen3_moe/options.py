@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import torch
 
-from megatron_ep_v2.buffers.elastic import HIDDEN_MULTIPLE
 from megatron_ep_v2.errors import SettingsError
 
 from .presets import PRESETS, ModelShape, Recipe
@@ -57,13 +56,6 @@ class Options:
     def num_micro_batches(self, world: int) -> int:
         """Forward passes of one step on each of `world` ranks."""
         return self.recipe.global_batch_size // (self.micro_batch_size(world) * world)
-
-    def on(self, device: torch.device) -> Options:
-        """The same, but that the preset made for a laptop becomes wide enough for DeepEP's kernels on GPUs."""
-        laptop = PRESETS["tiny"].shape.hidden_size
-        if device.type != "cuda" or self.preset != "tiny" or self.shape.hidden_size != laptop:
-            return self
-        return dataclasses.replace(self, shape=dataclasses.replace(self.shape, hidden_size=HIDDEN_MULTIPLE))
 
     def check(self, world: int, device: torch.device) -> None:
         """Refuse what cannot be trained on `world` ranks."""
@@ -155,7 +147,10 @@ def _parser() -> argparse.ArgumentParser:
     for f in dataclasses.fields(ModelShape):
         model.add_argument(_flag(f.name), type=int, metavar="N", help=f.metadata["help"])
     model.add_argument(
-        "--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 on GPUs, else fp32"
+        "--dtype",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="auto: bf16 on GPUs; on the CPU fp32, with rows to and from experts in bf16 as DeepEP carries them",
     )
     model.add_argument("--recompute", action=argparse.BooleanOptionalAction, help="recompute activations on GPUs")
 

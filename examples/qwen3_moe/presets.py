@@ -59,7 +59,7 @@ PRESETS = {
     "tiny": Preset(
         shape=ModelShape(
             num_layers=3,
-            hidden_size=128,
+            hidden_size=256,  # DeepEP's kernels need a multiple of it
             num_attention_heads=4,
             num_query_groups=2,
             kv_channels=32,
@@ -69,7 +69,7 @@ PRESETS = {
             topk=4,
             seq_length=128,
         ),
-        recipe=Recipe(steps=300, global_batch_size=16, lr=5e-3, min_lr=5e-4, warmup_steps=20, aux_loss_coeff=1e-2),
+        recipe=Recipe(steps=240, global_batch_size=16, lr=5e-3, min_lr=5e-4, warmup_steps=20, aux_loss_coeff=1e-2),
     ),
     "30b-a3b": Preset(
         shape=ModelShape(
