@@ -32,10 +32,11 @@ from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.contract import Buffer
 from megatron_ep_v2.deferred import DeviceCheck
-from megatron_ep_v2.errors import LayoutOverflowError
+from megatron_ep_v2.errors import InputError, LayoutOverflowError
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 from megatron_ep_v2.layouts import Places, gather_rows, gather_weights, place_contiguous, reduce_rows, rows_that_fit
 
+from megatron_ep_v2.buffers.checks import pass_on
 logger = logging.getLogger("megatron_ep_v2")
 
 
@@ -93,7 +94,14 @@ def sync_free_combine(rows: torch.Tensor, group: Any, handle: SyncFreeHandle) ->
     Returns:
         [T, H].
     """
-    return fused_combine(reduce_rows(rows, handle.places), group, handle.handle)[0]
+    try:
+        by_token = reduce_rows(rows, handle.places)
+    except InputError as refusal:
+        buffer = pool.find(group)
+        assert buffer is not None  # the dispatch has made it
+        buffer.combine(rows, handle.handle, **pass_on(buffer, refusal))
+        raise
+    return fused_combine(by_token, group, handle.handle)[0]
 
 
 def grow() -> list[int]:
@@ -102,6 +110,9 @@ def grow() -> list[int]:
 
     Returns:
         The room of each buffer that overflowed, in percent of an even share.
+
+    Raises:
+        EPError: See `fused_combine`.
     """
     grown = []
     for room in list(_rooms.values()):

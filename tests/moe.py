@@ -56,6 +56,7 @@ def own_package(fn: Callable[..., Any]) -> Callable[..., Any]:
             return fn(group, *args)
         finally:
             destroy_buffers()
+            settings.activate(None)
 
     return wrapper
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ep_v2.buffers.contract import MAX_TOPK, Payload
-from megatron_ep_v2.errors import ClosedError, GroupMismatchError, InputError, PeerError, TokenCapacityError
+from megatron_ep_v2.errors import ClosedError, EPError, GroupMismatchError, InputError, PeerError, TokenCapacityError
 
 CAPACITY_VARIABLE = "MCORE_DEEPEP_V2_MAX_TOKENS_PER_RANK"
 
@@ -112,7 +112,7 @@ def _check_picks(
             fix="lower --moe-router-topk (times the expert tensor parallel size)",
         )
     if topk_weights is not None:
-        wanted = (torch.float32, torch.float64) if dtype == torch.float64 else (torch.float32,)
+        wanted = _weight_dtypes(dtype)
         if topk_weights.shape != shape or topk_weights.dtype not in wanted:
             raise InputError(
                 f"rank {group.rank()}: topk_weights does not fit topk_idx",
@@ -173,11 +173,12 @@ def check_combine(x: torch.Tensor, handle: Any, topk_weights: torch.Tensor | Non
         )
     if topk_weights is not None:
         wanted = (num_rows,) if do_expand else (num_rows, handle.topk_idx.shape[1])
-        if topk_weights.shape != wanted or topk_weights.dtype not in (torch.float32, torch.float64):
+        dtypes = _weight_dtypes(x.dtype)
+        if topk_weights.shape != wanted or topk_weights.dtype not in dtypes:
             raise InputError(
                 f"rank {group.rank()}: the weights to combine are not those of the dispatch",
                 found=f"{topk_weights.dtype} {tuple(topk_weights.shape)}",
-                needed=f"torch.float32 {wanted} ({_layout(do_expand)} layout)",
+                needed=f"{dtypes[-1]} {wanted} ({_layout(do_expand)} layout)",
                 fix="pass the gradient of the weights that the dispatch delivered",
             )
 
@@ -186,15 +187,34 @@ def _layout(do_expand: bool) -> str:
     return "expanded" if do_expand else "compact"
 
 
-def raise_refusals(group: Any, refused: Sequence[Any]) -> None:
-    """Raise PeerError if another rank refused its input. refused: rank -> whether it did."""
+def pass_on(buffer: Any, refusal: EPError) -> dict[str, Any]:
+    """For a check of what goes to a buffer: the refusal as an argument of the refused call, which then tells the other
+    ranks and raises it. Raised here where the buffer cannot tell them."""
+    if getattr(buffer, "tells_refusals", False):
+        return {"refusal": refusal}
+    raise refusal
+
+
+def raise_refusals(group: Any, refused: Sequence[Any], call: str = "dispatch") -> None:
+    """Raise PeerError if another rank refused its input.
+
+    Args:
+        group: Process group.
+        refused: Rank -> whether it did.
+        call: "dispatch", "cached dispatch" or "combine".
+    """
     culprits = [rank for rank, flag in enumerate(refused) if flag]
     if culprits:
         raise PeerError(
-            f"rank {group.rank()}: this dispatch was given up because rank {culprits[0]} refused its own input",
+            f"rank {group.rank()}: this {call} was given up because rank {culprits[0]} refused its own input",
             found=f"refusing ranks of the group: {culprits}",
             fix=f"read the error of rank {culprits[0]}",
         )
+
+def _weight_dtypes(rows: torch.dtype) -> tuple[torch.dtype, ...]:
+    """What weights may be, next to rows of this dtype."""
+    return (torch.float32, torch.float64) if rows == torch.float64 else (torch.float32,)
+
 
 
 def compare_over_group(what: str, values: Mapping[str, Sequence[Any]]) -> None:

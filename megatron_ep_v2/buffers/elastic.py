@@ -14,20 +14,15 @@ from typing import Any
 import torch
 
 from megatron_ep_v2.buffers.checks import check_combine, check_dispatch, check_group_open
-from megatron_ep_v2.buffers.contract import MAX_TOPK, BufferSpec, Payload
+from megatron_ep_v2.buffers.contract import BufferSpec, Payload
 from megatron_ep_v2.buffers.fill import memory_left_as_it_is
+from megatron_ep_v2.buffers.limits import check_limits, check_rows, check_selections
 from megatron_ep_v2.buffers.teardown import everyone_arrives
 from megatron_ep_v2.errors import ClosedError, InputError, UnavailableError
 from megatron_ep_v2.probe import import_deep_ep, probe
 from megatron_ep_v2.settings import Settings, environment, gin_disabled_by_user
 
 logger = logging.getLogger("megatron_ep_v2")
-
-# The combine reads rows in 16-byte pieces, 32 lanes at a time, and refuses a remainder at compile time
-# (deep_ep 2.1.0, impls/combine_utils.cuh: kHiddenVec % 32 == 0): 512 bytes, so 256 elements of bf16.
-HIDDEN_MULTIPLE = 256
-# deep_ep 2.1.0, csrc and layout.cuh: limits of its workspace.
-MAX_RANKS, MAX_EXPERTS, MAX_LOCAL_EXPERTS = 1024, 2048, 256
 
 _RDMA_DEVICES = Path("/sys/class/infiniband")
 
@@ -51,7 +46,7 @@ class ElasticBuffer:
     supports_expand = supports_cached_weights = True
 
     def __init__(self, group: Any, spec: BufferSpec, settings: Settings, hosts: list[str]):
-        _check_limits(group, spec)
+        check_limits(group, spec)
         self.group, self.spec = group, spec
         self.num_max_tokens_per_rank = spec.num_max_tokens_per_rank
         kind = import_deep_ep().ElasticBuffer
@@ -121,13 +116,7 @@ class ElasticBuffer:
             self._check_rows(x[0], torch.float8_e4m3fn)
         else:
             self._check_rows(x, torch.bfloat16)
-        if topk_idx is not None and topk_idx.shape[1] != self.spec.num_topk:
-            raise InputError(
-                f"rank {self.group.rank()}: the group's ElasticBuffer was built for another top-k",
-                found=f"topk_idx {tuple(topk_idx.shape)}",
-                needed=f"[{len(topk_idx)}, {self.spec.num_topk}]",
-                fix="use one top-k for all layers of a group, or megatron_ep_v2.destroy_buffers() on all ranks between",
-            )
+        check_selections(self.group, self.spec, topk_idx, topk_weights, num_experts)
         num_sms = num_sms or (self.num_sms if handle is None else handle.num_sms)
         return memory_left_as_it_is(self._buffer.dispatch)(
             x,
@@ -185,32 +174,7 @@ class ElasticBuffer:
             raise ClosedError("this ElasticBuffer was destroyed", fix="ask get_buffer() for a new one")
 
     def _check_rows(self, rows: torch.Tensor, dtype: torch.dtype) -> None:
-        if rows.dtype != dtype or not rows.is_cuda or rows.shape[1] != self.spec.hidden:
-            raise InputError(
-                f"rank {self.group.rank()}: ElasticBuffer cannot carry these rows",
-                found=f"{rows.dtype} {tuple(rows.shape)} on {rows.device}",
-                needed=f"{dtype} [rows, {self.spec.hidden}] on a CUDA device",
-                fix="train in bf16 (--bf16), or set MCORE_DEEPEP_V2_BUFFER=reference for other dtypes",
-            )
-
-
-def _check_limits(group: Any, spec: BufferSpec) -> None:
-    num_local = spec.num_experts // group.size()
-    limits = (
-        (spec.hidden % HIDDEN_MULTIPLE == 0, f"hidden={spec.hidden}", f"a multiple of {HIDDEN_MULTIPLE}"),
-        (1 <= spec.num_topk <= MAX_TOPK, f"top-k={spec.num_topk}", f"1 to {MAX_TOPK}"),
-        (group.size() <= MAX_RANKS, f"{group.size()} ranks", f"at most {MAX_RANKS}"),
-        (spec.num_experts <= MAX_EXPERTS, f"{spec.num_experts} experts", f"at most {MAX_EXPERTS}"),
-        (num_local <= MAX_LOCAL_EXPERTS, f"{num_local} experts a rank", f"at most {MAX_LOCAL_EXPERTS}"),
-    )
-    for good, found, needed in limits:
-        if not good:
-            raise InputError(
-                "deep_ep's ElasticBuffer does not carry this shape",
-                found=found,
-                needed=needed,
-                fix="change the model's shape, or set MCORE_DEEPEP_V2_BUFFER=reference to run without DeepEP's kernels",
-            )
+        check_rows(self.group, self.spec, rows, dtype)
 
 
 def _check_generation(kind: Any) -> None:

@@ -7,9 +7,10 @@ It is what a laptop trains with and what the other buffers are compared against,
   the payload's dtype as the wire carries it, then the ranks in order.
 - Rows that deep_ep leaves uninitialised are NaN here, with ids that look real, so that code which reads them fails on
   every machine.
-- A rank that refuses its input tells the others in the exchange of counts, and every rank raises: nobody waits on.
+- A rank that refuses its input, in whatever call, tells the others in the call's header, and every rank raises at once.
+- What DeepEP would refuse on GPUs is refused here too, unless the setting `reference_strict` is off (see `limits`).
 
-Two collectives per first dispatch (header; rows with their picks and weights), one per cached dispatch and per combine.
+Two collectives a call: the header, for which the host waits on every device, and the rows with what belongs to them.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from typing import Any
 
 import torch
 
+from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers.checks import check_combine, check_dispatch, check_group_open
 from megatron_ep_v2.buffers.contract import BufferSpec, Payload
+from megatron_ep_v2.buffers.limits import check_contiguous, check_limits, check_rows, check_selections
 from megatron_ep_v2.buffers.reference_handle import ReferenceHandle, forget_counts, make_handle
-from megatron_ep_v2.buffers.route import agree_on_route
+from megatron_ep_v2.buffers.route import agree_on_route, agree_to_repeat, check_distinct, check_dtype, tell_everyone
 from megatron_ep_v2.buffers.rows import exchange_rows, expand_rows, sum_rows, with_garbage
-from megatron_ep_v2.errors import ClosedError
+from megatron_ep_v2.errors import ClosedError, EPError
 
 
 class CompletedEvent:
@@ -39,16 +42,27 @@ class ReferenceBuffer:
     Args:
         group: Process group; its backend must carry the payload's device.
         spec: What the buffer is built for.
+
+    Attributes:
+        strict: As the setting `reference_strict` was when the buffer was built.
+        tells_refusals: A refusal of the caller's own goes to the other ranks as the argument `refusal` of the refused
+            call: see `checks.pass_on`.
+
+    Raises:
+        InputError: Strict, and ElasticBuffer is not built for this shape.
     """
 
-    supports_expand = supports_cached_weights = True
+    supports_expand = supports_cached_weights = tells_refusals = True
     num_bytes = num_sms = num_qps = 0  # it holds nothing between calls
     comm_stream: torch.cuda.Stream | None = None
 
     def __init__(self, group: Any, spec: BufferSpec):
-        self.group = group
+        self.group, self.spec, self.strict = group, spec, settings.active().reference_strict
+        if self.strict:
+            check_limits(group, spec, simulated=True)
         self.num_max_tokens_per_rank = spec.num_max_tokens_per_rank
         self.num_ranks, self.rank = group.size(), group.rank()
+        self._num_dispatches = 0
         self._destroyed = False
 
     def capture(self) -> CompletedEvent:
@@ -59,6 +73,11 @@ class ReferenceBuffer:
 
     def destroy(self) -> None:
         self._destroyed = True
+
+    def tell_everyone(self, value: int, device: torch.device) -> list[int]:
+        """One number of each rank, before a dispatch with rows on this device. Collective; errors as of `dispatch`."""
+        self._check_open()
+        return tell_everyone(self.group, self._num_dispatches + 1, value, device)
 
     def dispatch(
         self,
@@ -77,25 +96,47 @@ class ReferenceBuffer:
         do_cpu_sync: bool = True,
         do_expand: bool = False,
         do_zero_padding: bool = False,
+        refusal: EPError | None = None,
     ) -> tuple[Payload, torch.Tensor | None, torch.Tensor | None, ReferenceHandle, CompletedEvent]:
         """See `contract.Buffer.dispatch`. With an fp64 payload, fp64 weights are carried too.
+
+        Args:
+            refusal: Raised instead of a dispatch, once the other ranks have been told.
 
         Raises:
             InputError, TokenCapacityError: This rank's input is refused.
             PeerError: Another rank refused its own.
-            GroupMismatchError: The ranks disagree on sizes, dtypes, capacity or layout.
+            GroupMismatchError: The ranks disagree on sizes, dtypes, capacity, layout, or on the call itself.
             ClosedError: The buffer or its group was destroyed.
         """
         self._check_open()
         values = list(x) if isinstance(x, tuple) else [x]
+        capacity, alignment = num_max_tokens_per_rank or self.num_max_tokens_per_rank, expert_alignment or 1
+        try:
+            if refusal is None:
+                check_dispatch(
+                    x, topk_idx, topk_weights, num_experts, capacity, handle, do_expand, self.group, do_cpu_sync
+                )
+                self._check_carried(x, topk_idx, topk_weights, num_experts)
+        except EPError as error:
+            refusal = error
         if handle is not None:
-            check_dispatch(x, topk_idx, topk_weights, None, self.num_max_tokens_per_rank, handle, do_expand, self.group)
+            agree_to_repeat(self.group, "cached dispatch", handle, x, topk_weights, refusal)
             route, picks = handle.route, []
         else:
-            capacity = num_max_tokens_per_rank or self.num_max_tokens_per_rank
-            alignment = expert_alignment or 1
+            self._num_dispatches += 1
             route = agree_on_route(
-                self.group, x, topk_idx, topk_weights, num_experts, capacity, alignment, do_expand, do_cpu_sync
+                self.group,
+                self._num_dispatches,
+                x,
+                topk_idx,
+                topk_weights,
+                num_experts,
+                capacity,
+                alignment,
+                do_expand,
+                do_cpu_sync,
+                refusal,
             )
             assert topk_idx is not None
             token = torch.arange(len(topk_idx), device=topk_idx.device)[:, None]
@@ -135,15 +176,27 @@ class ReferenceBuffer:
         previous_event: Any = None,
         async_with_compute_stream: bool = False,
         allocate_on_comm_stream: bool = False,
+        refusal: EPError | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, CompletedEvent]:
-        """See `contract.Buffer.combine`.
+        """See `contract.Buffer.combine`. refusal: As of `dispatch`.
 
         Raises:
             InputError: Shapes or dtypes do not fit the handle.
+            PeerError: Another rank refused its own rows.
+            GroupMismatchError: The ranks disagree on hidden size, dtypes, or on the call itself.
             ClosedError: The buffer or its group was destroyed.
         """
         self._check_open()
-        check_combine(x, handle, topk_weights, self.group)
+        try:
+            if refusal is None:
+                check_combine(x, handle, topk_weights, self.group)
+                check_dtype(x, self.rank)
+                if self.strict:
+                    check_rows(self.group, self.spec, x, torch.bfloat16, simulated=True)
+                    check_contiguous(self.group, topk_weights, "topk_weights", simulated=True)
+        except EPError as error:
+            refusal = error
+        agree_to_repeat(self.group, "combine", handle, x, topk_weights, refusal)
         real = sum(handle.route.recv_counts)  # fewer than x has, where the dispatch did not wait for the count
         columns, weights = [x[:real]], topk_weights
         if handle.do_expand:
@@ -168,6 +221,18 @@ class ReferenceBuffer:
         combined_weights = topk_weights.new_zeros(num_tokens, num_topk)
         combined_weights[route.send_tokens[row], pick] = returned[1][row, pick]
         return combined_x, combined_weights, CompletedEvent()
+
+    def _check_carried(
+        self, x: Payload, topk_idx: torch.Tensor | None, topk_weights: torch.Tensor | None, num_experts: int | None
+    ) -> None:
+        """What the reference does not take; and, where it is strict, what ElasticBuffer would not."""
+        rows, dtype = (x[0], torch.float8_e4m3fn) if isinstance(x, tuple) else (x, torch.bfloat16)
+        check_dtype(rows, self.rank)
+        if self.strict:
+            check_rows(self.group, self.spec, rows, dtype, simulated=True)
+            check_selections(self.group, self.spec, topk_idx, topk_weights, num_experts, simulated=True)
+        if topk_idx is not None:
+            check_distinct(topk_idx, self.rank)
 
     def _check_open(self) -> None:
         if self._destroyed:

@@ -113,8 +113,8 @@ def run_rank(rank: int, ranks: int, folder: Path) -> Facts:
         torch.cuda.set_device(device)
     store, limit = dist.FileStore(str(folder / "store"), ranks), datetime.timedelta(seconds=SECONDS)
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks, timeout=limit)
-    installed = megatron_ep_v2.install()
-    dtype = torch.bfloat16 if cuda else torch.float32
+    dtype = torch.bfloat16 if cuda else torch.float32  # on the reference a wrong result shows best in fp32
+    installed = megatron_ep_v2.install(reference_strict=dtype == torch.bfloat16)
     with torch.compiler.set_stance("force_eager"):  # Megatron compiles small functions, which is not on trial
         errors = _compare(rank, ranks, device, dtype)
     dist.barrier()

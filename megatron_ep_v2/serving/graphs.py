@@ -46,9 +46,9 @@ class DecodeGraphs:
         call with this bucket overwrites.
 
         Raises:
-            InputError: No such bucket, or more tokens than it holds.
+            InputError: What `prepare_decode` refuses.
         """
-        self.pair.check_bucket(len(x), bucket)
+        self.pair.check_tokens(x, topk_idx, topk_weights, bucket)
         self.capture([bucket])
         captured, tokens = self._by_bucket[bucket], len(x)
         captured.x[:tokens].copy_(x)

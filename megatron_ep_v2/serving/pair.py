@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from megatron_ep_v2.buffers import pool
-from megatron_ep_v2.buffers.elastic import HIDDEN_MULTIPLE
-from megatron_ep_v2.errors import InputError, TokenCapacityError
+from megatron_ep_v2.buffers.checks import check_dispatch, pass_on
+from megatron_ep_v2.buffers.limits import HIDDEN_MULTIPLE
+from megatron_ep_v2.errors import EPError, InputError, TokenCapacityError
 
 MAX_DECODE_TOKENS = 512  # the largest bucket unless asked otherwise
 
@@ -125,8 +126,16 @@ class PrepareFinalize:
             topk_idx: [T, K] int64 global ids, -1 = no pick.
             topk_weights: [T, K] fp32.
             slot: Of this micro-batch.
+
+        Raises:
+            InputError, TokenCapacityError: This rank's input is refused: another hidden size, top-k or dtype than
+                this object's, too many tokens, a slot that is taken. Nothing was sent.
+            EPError: See `buffers.contract.Buffer.dispatch`.
         """
         self._check_free(slot)
+        refusal = self._wrong_tokens(x, topk_idx, None)
+        if refusal is not None:
+            self._refuse(refusal, x, None)
         rows, _, weights, handle, _ = self.buffer.dispatch(
             self._widen(x),
             topk_idx=topk_idx,
@@ -150,9 +159,15 @@ class PrepareFinalize:
             x: [T, H], T <= bucket.
             topk_idx, topk_weights, slot: As for `prepare_prefill`.
             bucket: `bucket_of` the most tokens of any rank; the same on every rank.
+
+        Raises:
+            InputError: As for `prepare_prefill`; or no such bucket, or more tokens than it holds.
+            EPError: See `buffers.contract.Buffer.dispatch`.
         """
-        self.check_bucket(len(x), bucket)
         self._check_free(slot)
+        refusal = self._wrong_tokens(x, topk_idx, bucket)
+        if refusal is not None:
+            self._refuse(refusal, x, bucket)
         rows, ids, weights, handle, _ = self.buffer.dispatch(
             self._widen(x),
             topk_idx=topk_idx,
@@ -182,30 +197,100 @@ class PrepareFinalize:
 
         Returns:
             [T, H].
+
+        Raises:
+            InputError: Nothing was prepared in this slot; or rows of another number, hidden size or dtype. Then the slot
+                keeps what was prepared, also on the ranks that got a PeerError: pass the right rows, or `abandon` it.
+            EPError: See `buffers.contract.Buffer.combine`.
         """
-        handle, self._handles[slot] = self._handles[slot], None
+        handle = self._handles[slot]
         if handle is None:
             raise InputError(
                 f"rank {self.group.rank()}: nothing was prepared in slot {slot}",
                 fix="one finalize for each prepare, with the same slot",
             )
-        return self.buffer.combine(self._widen(rows), handle)[0][:, : self.hidden]
+        refusal = self._wrong_rows(rows, "return rows of the hidden size and dtype that prepare has delivered")
+        if refusal is None:
+            combined = self.buffer.combine(self._widen(rows), handle)[0]
+        else:
+            combined = self.buffer.combine(rows, handle, **pass_on(self.buffer, refusal))[0]
+        self._handles[slot] = None
+        return combined[:, : self.hidden]
 
-    def check_bucket(self, num_tokens: int, bucket: int) -> None:
-        """Raise InputError unless this is one of the buckets and holds so many tokens."""
-        if bucket not in self.buckets or num_tokens > bucket:
-            raise InputError(
-                f"rank {self.group.rank()}: {num_tokens} tokens cannot be decoded in a bucket of {bucket}",
-                needed=f"a power of two up to {self.buckets[-1]} that holds the tokens of every rank",
-                fix=f"bucket=bucket_of(most tokens of any rank); here at least {bucket_of(num_tokens)}",
+    def abandon(self, slot: int = 0) -> None:
+        """Give up what was prepared in a slot, after an error; it can be prepared again. No rank waits for another."""
+        self._handles[slot] = None
+
+    def check_tokens(
+        self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, bucket: int | None = None
+    ) -> None:
+        """Refuse what `prepare_decode` would refuse, or without a bucket `prepare_prefill`. A refusal takes the place of
+        that call: where the buffer can tell the other ranks, which are in it, they raise too.
+
+        Raises:
+            InputError: See there.
+        """
+        refusal: EPError | None = self._wrong_tokens(x, topk_idx, bucket)
+        if refusal is None:
+            most = self.buffer.num_max_tokens_per_rank
+            try:
+                check_dispatch(x, topk_idx, topk_weights, self.num_experts, most, None, False, self.group)
+            except EPError as error:
+                refusal = error
+        if refusal is not None:
+            self._refuse(refusal, x, bucket)
+
+    def _refuse(self, refusal: EPError, x: torch.Tensor, bucket: int | None) -> None:
+        """In place of the dispatch that the other ranks are in, or come to."""
+        decode: dict[str, Any] = {} if bucket is None else {"num_max_tokens_per_rank": bucket, "do_cpu_sync": False}
+        self.buffer.dispatch(x, **decode, **pass_on(self.buffer, refusal))
+
+    def _wrong_tokens(self, x: torch.Tensor, topk_idx: torch.Tensor, bucket: int | None) -> InputError | None:
+        refusal = self._wrong_rows(x, "make PrepareFinalize with hidden and dtype of the model's hidden states")
+        if refusal is not None:
+            return refusal
+        rank, num_tokens = self.group.rank(), len(x)
+        if topk_idx.dim() != 2 or topk_idx.shape[1] != self.num_topk:
+            return InputError(
+                f"rank {rank}: these selections are not those that the serving pair was made for",
+                found=f"topk_idx {tuple(topk_idx.shape)}",
+                needed=f"[{num_tokens}, {self.num_topk}]",
+                fix="make PrepareFinalize with num_topk of the model",
             )
+        if bucket is not None and (bucket not in self.buckets or num_tokens > bucket):
+            return InputError(
+                f"rank {rank}: {num_tokens} tokens cannot be decoded in a bucket of {bucket}",
+                needed=f"a power of two up to {self.buckets[-1]} that holds the tokens of every rank",
+                fix=self._better_bucket(num_tokens, bucket),
+            )
+        return None
+
+    def _better_bucket(self, num_tokens: int, bucket: int) -> str:
+        """The hint for a bucket that is none of this object's, or too small for the tokens."""
+        largest, enough = self.buckets[-1], bucket_of(num_tokens)
+        right = f"bucket=bucket_of(most tokens of any rank), which is at least {enough} here"
+        if max(bucket, num_tokens) <= largest:
+            return right
+        larger = f"make PrepareFinalize with max_decode_tokens of at least {max(bucket_of(bucket), enough)}"
+        return larger + (", or bring so many to prepare_prefill" if enough > largest else f"; else {right}")
+
+    def _wrong_rows(self, rows: torch.Tensor, fix: str) -> InputError | None:
+        if rows.dim() == 2 and rows.shape[1] == self.hidden and rows.dtype == self.dtype:
+            return None
+        return InputError(
+            f"rank {self.group.rank()}: these rows are not those that the serving pair was made for",
+            found=f"{rows.dtype} {tuple(rows.shape)}",
+            needed=f"{self.dtype} [rows, {self.hidden}]",
+            fix=fix,
+        )
 
     def _check_free(self, slot: int) -> None:
         """Before a dispatch: one that is refused behind it would leave the other ranks with half a layer."""
         if self._handles[slot] is not None:
             raise InputError(
                 f"rank {self.group.rank()}: slot {slot} still holds a micro-batch that was not finalized",
-                fix=f"finalize it first, or give each micro-batch a slot of its own (slots={len(self._handles) + 1})",
+                fix="finalize it first (or abandon it, after an error), or give each micro-batch a slot of its own "
+                f"(slots={len(self._handles) + 1})",
             )
 
     def _widen(self, rows: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,9 @@ from exercise import Layout
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers.contract import BufferSpec
-from megatron_ep_v2.buffers.elastic import HIDDEN_MULTIPLE, ElasticBuffer
+from megatron_ep_v2.buffers.elastic import ElasticBuffer
 from megatron_ep_v2.buffers.legacy import LegacyBuffer
+from megatron_ep_v2.buffers.limits import HIDDEN_MULTIPLE
 
 HIDDEN = 2 * HIDDEN_MULTIPLE
 
