@@ -30,13 +30,13 @@ import torch
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
+from megatron_ep_v2.buffers.checks import pass_on
 from megatron_ep_v2.buffers.contract import Buffer
 from megatron_ep_v2.deferred import DeviceCheck
 from megatron_ep_v2.errors import InputError, LayoutOverflowError
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 from megatron_ep_v2.layouts import Places, gather_rows, gather_weights, place_contiguous, reduce_rows, rows_that_fit
 
-from megatron_ep_v2.buffers.checks import pass_on
 logger = logging.getLogger("megatron_ep_v2")
 
 
@@ -93,6 +93,9 @@ def sync_free_combine(rows: torch.Tensor, group: Any, handle: SyncFreeHandle) ->
 
     Returns:
         [T, H].
+
+    Raises:
+        EPError: See `fused_combine`.
     """
     try:
         by_token = reduce_rows(rows, handle.places)
@@ -110,9 +113,6 @@ def grow() -> list[int]:
 
     Returns:
         The room of each buffer that overflowed, in percent of an even share.
-
-    Raises:
-        EPError: See `fused_combine`.
     """
     grown = []
     for room in list(_rooms.values()):

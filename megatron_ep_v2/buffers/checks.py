@@ -183,6 +183,11 @@ def check_combine(x: torch.Tensor, handle: Any, topk_weights: torch.Tensor | Non
             )
 
 
+def _weight_dtypes(rows: torch.dtype) -> tuple[torch.dtype, ...]:
+    """What weights may be, next to rows of this dtype."""
+    return (torch.float32, torch.float64) if rows == torch.float64 else (torch.float32,)
+
+
 def _layout(do_expand: bool) -> str:
     return "expanded" if do_expand else "compact"
 
@@ -210,11 +215,6 @@ def raise_refusals(group: Any, refused: Sequence[Any], call: str = "dispatch") -
             found=f"refusing ranks of the group: {culprits}",
             fix=f"read the error of rank {culprits[0]}",
         )
-
-def _weight_dtypes(rows: torch.dtype) -> tuple[torch.dtype, ...]:
-    """What weights may be, next to rows of this dtype."""
-    return (torch.float32, torch.float64) if rows == torch.float64 else (torch.float32,)
-
 
 
 def compare_over_group(what: str, values: Mapping[str, Sequence[Any]]) -> None:
