@@ -11,21 +11,46 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe import token_dispatcher
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import capacity, pool
-from megatron_ep_v2.errors import SettingsError
-from megatron_ep_v2.fused_a2a import fused_dispatch
+from megatron_ep_v2.copies import deepcopy_sharing_groups, refuse_to_pickle_groups
+from megatron_ep_v2.errors import ClosedError, SettingsError
+from megatron_ep_v2.fused_a2a import fused_dispatch, set_deepep_num_sms
 from megatron_ep_v2.kernels.topk import top_k
 from megatron_ep_v2.load import ExpertLoad
 from megatron_ep_v2.recipe import dtype_of_recipe, settle_dispatch_dtypes
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Installed:
+    """What layers are built for; each `install()` makes one.
+
+    Attributes:
+        layout: compact, expanded or sync-free.
+        experts: The setting.
+    """
+
+    layout: str
+    experts: str
+
+    def __str__(self) -> str:
+        return f"layout={self.layout}, experts={self.experts}"
+
+
+# Bound by `install()` with Megatron's names, so that who rebinds those (see `installer.bound`) rebinds it with them.
+installed: Installed | None = None
+
+managers: weakref.WeakSet[CompactManager] = weakref.WeakSet()  # of the layers that are alive
 
 
 @functools.cache
@@ -57,52 +82,109 @@ def follow_deterministic_mode(config: Any, group: Any) -> None:
 
 
 class CompactManager(token_dispatcher._DeepepManager):  # type: ignore[misc]
-    """`_DeepepManager` as it is; it only says whether the model is deterministic, and counts.
+    """`_DeepepManager`, which also says what Megatron's configuration decides, counts, and runs only on what it was
+    built for.
 
     Attributes:
         load: Tokens that this rank's experts got in this layer.
     """
 
+    token_probs: torch.Tensor
     tokens_per_expert: torch.Tensor
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        follow_deterministic_mode(self.config, self.group)
+        self._follow_config()
+        self._built_for = installed
         self.load = ExpertLoad(self.group, self.num_local_experts)
         capacity.note_model(self.group, self.config)
+        managers.add(self)
 
-    def dispatch(
-        self, hidden_states: torch.Tensor, async_finish: bool = False, allocate_on_comm_stream: bool = False
-    ) -> torch.Tensor:
-        """As Megatron's."""
-        rows: torch.Tensor = super().dispatch(hidden_states, async_finish, allocate_on_comm_stream)
-        self.load.add(self.tokens_per_expert)
-        return rows
+    __reduce_ex__ = refuse_to_pickle_groups
 
-
-class ExpandedManager(CompactManager):
-    """`_DeepepManager` with the permutation done by the dispatch itself."""
-
-    token_probs: torch.Tensor
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        settle_dispatch_dtypes(*dtype_of_recipe(self.config))
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompactManager:
+        """For a copy of the layer, on the same group and so the same buffer."""
+        copied = deepcopy_sharing_groups(self, memo)
+        managers.add(copied)
+        return copied
 
     def setup_metadata(self, routing_map: torch.Tensor, probs: torch.Tensor) -> None:
-        """The picks of each token, in any order: dispatch sorts rows by expert, so sorting here would be lost work.
+        """The selections of each token, in any order: dispatch or Megatron's permutation sorts rows by expert.
+
+        One of probability 0 adds nothing to output or gradients, so it is none: padding that was taken out of the
+        routing map, what the capacity factor dropped, and experts that a replayed routing names twice do not travel and
+        are not counted.
 
         Args:
             routing_map: [T, ...] bool over the group's experts; unused, the probabilities say the same.
             probs: [T, ...], dense over the group's experts.
 
-        Sets `token_probs` [T, K] and `token_indices` [T, K] int64, -1 where the capacity factor dropped a pick.
+        Sets `token_probs` [T, K] and `token_indices` [T, K] int64, -1 where the probability is 0.
         """
         if probs.dim() != 2:
             probs = probs.reshape(len(probs), self.num_experts)
         self.token_probs, self.token_indices = top_k(probs, self.router_topk)
-        if self.capacity_factor is not None:
-            self.token_indices = self.token_indices.masked_fill(self.token_probs == 0, -1)
+
+    def dispatch(
+        self, hidden_states: torch.Tensor, async_finish: bool = False, allocate_on_comm_stream: bool = False
+    ) -> torch.Tensor:
+        """As Megatron's.
+
+        Raises:
+            ClosedError: After `uninstall()`.
+            SettingsError: Another layout, or other experts, are installed now than when this layer was built.
+            EPError: See `fused_dispatch`.
+        """
+        self._check_installed()
+        rows: torch.Tensor = super().dispatch(hidden_states, async_finish, allocate_on_comm_stream)
+        self.load.add(self.tokens_per_expert)
+        return rows
+
+    def combine(
+        self, hidden_states: torch.Tensor, async_finish: bool = False, allocate_on_comm_stream: bool = False
+    ) -> torch.Tensor:
+        """As Megatron's. Raises what `dispatch` raises."""
+        self._check_installed()
+        combined: torch.Tensor = super().combine(hidden_states, async_finish, allocate_on_comm_stream)
+        return combined
+
+    def _check_installed(self) -> None:
+        """Before every dispatch and combine, so it is cheap where nothing has changed. All ranks have called the same
+        `install()`, so they raise alike."""
+        if installed is not self._built_for:
+            self._continue_on(installed)
+
+    def _follow_config(self) -> None:
+        """Offer what Megatron's configuration says to the settings in force: when the layer is built, and when it goes
+        on after another `install()`."""
+        for name in ("moe_flex_dispatcher_num_sms", "moe_deepep_num_sms"):  # from 0.19 on, and before
+            if num_sms := getattr(self.config, name, None):
+                set_deepep_num_sms(num_sms)  # as Megatron's own constructor has done
+                break
+        follow_deterministic_mode(self.config, self.group)
+
+    def _continue_on(self, now: Installed | None) -> None:
+        """Go on after another `install()`, if it was for the same."""
+        if now is None:
+            raise ClosedError(
+                "this MoE layer was built on megatron_ep_v2, which is not installed any more",
+                found=f"built for {self._built_for}; installed: Megatron's own dispatcher, as after uninstall()",
+                needed="what it was built for",
+                fix="call install() again with the settings of before, or build the model again",
+            )
+        if now != self._built_for:
+            raise SettingsError(
+                "this MoE layer was built for something else than what is installed now",
+                found=f"built for {self._built_for}; installed: {now}",
+                needed="one layout and one kind of experts from when the model is built",
+                fix="call install() once, before the model is built; or build the model again",
+            )
+        self._follow_config()
+        self._built_for = now
+
+
+class ExpandedManager(CompactManager):
+    """`_DeepepManager` with the permutation done by the dispatch itself."""
 
     def dispatch(
         self, hidden_states: torch.Tensor, async_finish: bool = False, allocate_on_comm_stream: bool = False
@@ -110,7 +192,11 @@ class ExpandedManager(CompactManager):
         """Send [T, H]; receive [P, H] sorted by local expert.
 
         Sets `dispatched_probs` [P] fp32, `tokens_per_expert` [L] int64 on the CPU, and `handle` for the combine.
+
+        Raises:
+            EPError: See `CompactManager.dispatch`.
         """
+        self._check_installed()
         self.token_probs, alignment = self._probs_in_fp32(), self._expert_alignment()
         hidden_states, _, self.dispatched_probs, tokens_per_expert, self.handle = fused_dispatch(
             hidden_states,
@@ -151,18 +237,24 @@ class ExpandedManager(CompactManager):
         """The rows as they are."""
         return hidden_states
 
+    def _follow_config(self) -> None:
+        super()._follow_config()
+        settle_dispatch_dtypes(*dtype_of_recipe(self.config))
+
     def _probs_in_fp32(self) -> torch.Tensor:
         if self.token_probs.dtype in (torch.bfloat16, torch.float16):
             _warn_of_half_precision(self.token_probs.dtype)
         return self.token_probs.float()
 
     def _expert_alignment(self) -> int:
-        """Megatron's own rule for quantised GEMMs, where a quantised recipe or the padding option asks for it; and the
-        setting's, which other GEMMs want."""
+        """Megatron's own rule, where a quantised recipe or the padding option asks for it, or its experts leave the
+        padding to the dispatcher (grouped tensors, on Megatron's main); and the setting's, which other GEMMs want."""
         config = self.config
         wants_padding = config.fp8 or getattr(config, "fp4", None) or config.moe_router_padding_for_quantization
-        of_recipe = int(token_dispatcher.get_align_size_for_quantization(config)) if wants_padding else 1
-        return math.lcm(of_recipe, settings.active().expert_alignment or 1)
+        if not wants_padding and (padded_before := getattr(moe_utils, "skip_routed_expert_padding", None)):
+            wants_padding = padded_before(config)
+        of_megatron = int(token_dispatcher.get_align_size_for_quantization(config)) if wants_padding else 1
+        return math.lcm(of_megatron or 1, settings.active().expert_alignment or 1)
 
 
 def preprocess(theirs: Callable[..., Any]) -> Callable[..., Any]:
@@ -179,6 +271,13 @@ def preprocess(theirs: Callable[..., Any]) -> Callable[..., Any]:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         manager = self._comm_manager
         if not isinstance(manager, CompactManager):
+            if type(manager) is CompactManager.__base__:  # it would call ours, compact whatever is installed
+                raise SettingsError(
+                    "this MoE layer was built before megatron_ep_v2.install()",
+                    found=f"Megatron's own {type(manager).__name__}; installed: {installed}",
+                    needed="install() before the model is built",
+                    fix="call install() earlier, or build the model again",
+                )
             return theirs(self, hidden_states, routing_map, probs)  # type: ignore[no-any-return]
         self.hidden_shape = hidden_states.shape
         if self.tp_size > 1:

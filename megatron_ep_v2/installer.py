@@ -7,8 +7,10 @@ Megatron's `token_dispatcher` imports `fused_dispatch` and its kin by name, so t
 from __future__ import annotations
 
 import functools
+import gc
 import inspect
 import logging
+import sys
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
@@ -22,6 +24,7 @@ from megatron_ep_v2.buffers import capacity, pool
 from megatron_ep_v2.errors import SeamError, SettingsError
 from megatron_ep_v2.experts.gemm import gemm
 from megatron_ep_v2.probe import Choice, choose, probe
+from megatron_ep_v2.recipe import keep_offers
 from megatron_ep_v2.seam import (
     DIST_CHECKPOINTING,
     FUSED_A2A,
@@ -56,7 +59,9 @@ _installation: _Installation | None = None
 def install(**explicit: Any) -> dict[str, Any]:
     """Make Megatron-Core's flex token dispatcher (backend "deepep") run on this package. Call it before the model is
     built. A second call without arguments changes nothing; with arguments, it replaces the first (and if it fails then,
-    Megatron is as it was before both).
+    Megatron is as it was before both). Models that are alive then go on: what Megatron's configuration decided for them
+    holds, unless it is given a value now; but a layer that was built for another layout or other experts raises a
+    SettingsError before it dispatches.
 
     With only the legacy deep_ep installed, Megatron's own dispatcher is left exactly as it is, and the log says so.
     Other experts than Megatron's are bound whatever carries the tokens.
@@ -76,6 +81,8 @@ def install(**explicit: Any) -> dict[str, Any]:
     if _installation is not None and not explicit:
         return status()
     settings = settings_module.resolve(**explicit)
+    if _installation is not None and _has_layers():
+        settings = keep_offers(settings, settings_module.active())
     choice = choose(probe(), settings)
     layout, layout_reason = _choose_layout(settings, choice)
     _check_experts(settings)
@@ -87,7 +94,7 @@ def install(**explicit: Any) -> dict[str, Any]:
     settings_module.activate(settings)
     bindings = []
     if choice.kind != "megatron":
-        bindings += _bindings(modules, layout)
+        bindings += _bindings(modules, layout, settings.experts)
     if choice.kind != "megatron" or settings.experts != "megatron":
         bindings += _bindings_of_experts(version, settings.experts)
     for owner, name, ours in bindings:
@@ -105,7 +112,8 @@ def install(**explicit: Any) -> dict[str, Any]:
 
 
 def uninstall() -> None:
-    """Destroy the buffers and give Megatron its own names back, except where somebody else has rebound them since."""
+    """Destroy the buffers and give Megatron its own names back, except where somebody else has rebound them since. A
+    layer that is alive raises a ClosedError before it dispatches, until the same is installed again."""
     global _installation
     pool.destroy_buffers()
     pool.set_expected_tokens(None)
@@ -231,7 +239,16 @@ def _choose_layout(settings: settings_module.Settings, choice: Choice) -> tuple[
     return "expanded", "this buffer sorts rows by expert itself, so nothing is permuted"
 
 
-def _bindings(modules: dict[str, ModuleType], layout: str) -> list[tuple[Any, str, Any]]:
+def _has_layers() -> bool:
+    """Whether a layer that was built here is alive."""
+    dispatcher = sys.modules.get("megatron_ep_v2.dispatcher")  # not there where nothing was bound
+    if dispatcher is None or not dispatcher.managers:
+        return False
+    gc.collect()  # a model that was given up lives on in cycles until then
+    return bool(dispatcher.managers)
+
+
+def _bindings(modules: dict[str, ModuleType], layout: str, experts: str) -> list[tuple[Any, str, Any]]:
     """Everything to bind: module or class, name, our object."""
     ours: list[tuple[Any, str, Any]] = [
         (modules[FUSED_A2A], "HAVE_DEEP_EP", probe().have_legacy or probe().have_elastic),
@@ -242,11 +259,13 @@ def _bindings(modules: dict[str, ModuleType], layout: str) -> list[tuple[Any, st
         for name in ("fused_dispatch", "fused_combine", "set_deepep_num_sms"):
             ours.append((module, name, getattr(fused_a2a, name)))
     # They import Megatron, whose seam is checked by now.
+    from megatron_ep_v2 import dispatcher
     from megatron_ep_v2.dispatcher import CompactManager, ExpandedManager, keep_rows, preprocess
     from megatron_ep_v2.sync_free_dispatcher import SyncFreeManager
 
     managers = {"compact": CompactManager, "expanded": ExpandedManager, "sync-free": SyncFreeManager}
     ours.append((modules[TOKEN_DISPATCHER], "_DeepepManager", managers[layout]))
+    ours.append((dispatcher, "installed", dispatcher.Installed(layout, experts)))
     flex = modules[TOKEN_DISPATCHER].MoEFlexTokenDispatcher
     ours.append((flex, "dispatch_preprocess", preprocess(flex.dispatch_preprocess)))
     if layout != "compact":

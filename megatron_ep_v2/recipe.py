@@ -1,4 +1,6 @@
-"""What rows travel as where `dispatch_dtype=auto` follows the model: its FP8 recipe decides, once for the process."""
+"""What Megatron's configuration decides. What rows travel as where `dispatch_dtype=auto` follows the model: its FP8
+recipe decides, once for the process. And another `install()` keeps what was decided.
+"""
 
 from __future__ import annotations
 
@@ -55,3 +57,13 @@ def settle_dispatch_dtypes(dtype: settings.DispatchDtype, reason: str) -> None:
                 needed="one value for the whole process",
                 fix=f"set {settings.variable(name)} to one of " + ", ".join(settings.DISPATCH_DTYPES[1:]),
             )
+
+
+def keep_offers(new: settings.Settings, before: settings.Settings) -> settings.Settings:
+    """`new`, with what the models of `before` have decided where nobody gives it a value now."""
+    kept: dict[str, Any] = {}
+    for name in settings.NAMES:
+        by_model = before.source(name).startswith(("Megatron's ", "auto: the model"))
+        if by_model and (new.source(name) == "default" or getattr(new, name) == "auto"):
+            kept[name] = getattr(before, name)
+    return replace(new, **kept, sources={**new.sources, **{name: before.source(name) for name in kept}})

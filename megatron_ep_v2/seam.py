@@ -15,6 +15,7 @@ from megatron_ep_v2.errors import SeamError
 
 FUSED_A2A = "megatron.core.transformer.moe.fused_a2a"
 TOKEN_DISPATCHER = "megatron.core.transformer.moe.token_dispatcher"
+MOE_UTILS = "megatron.core.transformer.moe.moe_utils"  # which TOKEN_DISPATCHER imports
 CHECKPOINT = "megatron.core.tensor_parallel.random"
 MOE_LAYER = "megatron.core.transformer.moe.moe_layer"
 OPTIMIZER = "megatron.core.optimizer.distrib_optimizer"
@@ -83,6 +84,8 @@ def find_seam() -> tuple[str, dict[str, ModuleType]]:
         modules[name] = _import(name)
         for dotted, parameters in symbols.items():
             _check_symbol(modules[name], dotted, parameters, version)
+    if hasattr(sys.modules.get(MOE_UTILS), "skip_routed_expert_padding"):  # from 0.19 on
+        _check_symbol(sys.modules[MOE_UTILS], "skip_routed_expert_padding", ("config",), version)
     modules[SCHEDULE] = _import_schedule()
     # 0.17 has added a parameter, which is handed on.
     _check_symbol(modules[SCHEDULE], "should_free_input", ("name", "is_moe", "config"), version, more=True)

@@ -27,6 +27,12 @@ class CountsOnDevice(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> CountsOnDevice:
+        """For a copy of the layer; torch copies tensors only whose operations give the subclass."""
+        copied = self.clone().as_subclass(CountsOnDevice)
+        copied.alignment = self.alignment
+        return copied
+
     def tolist(self) -> Any:
         """What Megatron's own experts ask for."""
         raise SettingsError(
@@ -48,7 +54,11 @@ class SyncFreeManager(ExpandedManager):
         """Send [T, H]; receive [M, H] sorted by local expert, zero on padding.
 
         Sets `dispatched_probs` [M] fp32, `tokens_per_expert` [L] int32 on the device, and `handle` for the combine.
+
+        Raises:
+            EPError: See `CompactManager.dispatch` and `sync_free_dispatch`.
         """
+        self._check_installed()
         self.token_probs = self._probs_in_fp32()
         hidden_states, self.dispatched_probs, counts, self.handle = sync_free_dispatch(
             hidden_states,
@@ -68,6 +78,7 @@ class SyncFreeManager(ExpandedManager):
         self, hidden_states: torch.Tensor, async_finish: bool = False, allocate_on_comm_stream: bool = False
     ) -> torch.Tensor:
         """Send [M, H] back; receive [T, H]."""
+        self._check_installed()
         assert self.handle is not None  # of the dispatch
         combined = sync_free_combine(hidden_states, self.group, self.handle)
         self._forget()

@@ -52,7 +52,9 @@ def test_the_compact_layout_leaves_the_work_to_megatrons_manager() -> None:
     status = megatron_ep_v2.install(layout="compact")
     assert rebound(before) == BOUND
     manager = token_dispatcher._DeepepManager
-    assert manager.__name__ == "CompactManager" and manager.setup_metadata is MANAGER.setup_metadata
+    assert manager.__name__ == "CompactManager"
+    for name in ("get_permuted_hidden_states_by_experts", "get_restored_hidden_states_by_experts"):
+        assert getattr(manager, name) is getattr(MANAGER, name)
     assert status["layout"] == "compact" and status["layout_reason"] == "asked for by install()"
 
 

@@ -131,6 +131,12 @@ def test_a_helper_of_the_expanded_manager_has_moved(clean: pytest.MonkeyPatch) -
     assert not rebound(before) and settings.active().num_sms == 0
 
 
+def test_a_changed_rule_of_who_pads_rows(clean: pytest.MonkeyPatch) -> None:
+    """Asked at each dispatch, where Megatron has it."""
+    clean.setattr(moe_utils, "skip_routed_expert_padding", other_parameters, raising=False)
+    assert_refused(f"{moe_utils.__name__}.skip_routed_expert_padding")
+
+
 def test_the_rule_of_the_1f1b_schedule_has_moved(clean: pytest.MonkeyPatch) -> None:
     clean.delattr(SCHEDULE_MODULE, "should_free_input")
     assert_refused("megatron.core.models.gpt.fine_grained_callables.should_free_input")

@@ -20,10 +20,16 @@ def test_on_a_cpu_it_is_pytorchs() -> None:
         values, indices = top_k(leaf, topk)
         expected = probs.gather(1, picked(probs, topk))
         assert values.detach().sort(1).values.allclose(expected.sort(1).values, rtol=0, atol=0, equal_nan=True), name
-        values.nansum().backward()
+        assert indices.dtype == torch.int64 and (indices < 0).equal(values == 0), name
+        selected = indices >= 0
+        (values * selected).nansum().backward()  # dispatch gives no gradient either to what was not selected
         assert leaf.grad is not None
         if not probs.isnan().any():
-            assert leaf.grad.equal(torch.zeros_like(probs).scatter(1, indices, 1.0)), name
+            rows = torch.arange(len(probs))[:, None].expand_as(indices)
+            wanted = torch.zeros_like(probs)
+            wanted[rows[selected], indices[selected]] = 1.0
+            assert leaf.grad.equal(wanted), name
+            assert probs[rows[selected], indices[selected]].equal(values[selected]), name
 
 
 def test_the_kernels_gradient_by_autograd(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ def cases(seed: int = 0) -> Iterator[tuple[str, torch.Tensor, int]]:
     inf = float("inf")
     odd = [[0.0] * 8, [-0.0] * 8, [-inf] * 8, [inf, 1e-45, 0, -1e-45, -inf, 3.4e38, -3.4e38, 1], [float("nan"), 1] * 4]
     yield "odd numbers", torch.tensor(odd), 3
+    yield "the smallest numbers are not 0", torch.tensor([[0.0, 1e-45, 0.0, 0.0], [-1e-45, -1.0, -0.0, -2.0]]), 3
     yield "capacity dropped most", torch.tensor([[0, 0.5, 0, 0], [0, 0, 0, 0], [0.1, 0, 0, 0.2]]), 3
 
 
@@ -33,16 +34,20 @@ def picked(probs: torch.Tensor, topk: int) -> torch.Tensor:
 
 
 def wrong(kernels: Any, device: str) -> list[str]:
-    """Names of cases in which `pick` or `spread` differs."""
+    """Names of cases in which `pick` or `spread` differs. Values of 0 have no column; their gradient goes nowhere."""
     found = []
     for name, probs, topk in cases():
         values, indices = kernels.pick(probs.to(device), topk)
-        expected = picked(probs, topk)
-        same = indices.dtype == torch.int64 and indices.cpu().equal(expected)
-        bits = values.cpu().view(torch.int32).equal(probs.gather(1, expected).view(torch.int32))
+        columns = picked(probs, topk)
+        taken = np.take_along_axis(probs.numpy(), columns.numpy(), axis=1)
+        expected = columns.numpy().copy()
+        expected[taken == 0] = -1
+        same = indices.dtype == torch.int64 and np.array_equal(indices.cpu().numpy(), expected)
+        bits = np.array_equal(values.cpu().numpy().view(np.int32), taken.view(np.int32))
         grad = torch.arange(1.0, 1 + values.numel()).view(values.shape)
         back = kernels.spread(grad.to(device), indices, probs.shape[1])
         dense = np.zeros(probs.shape, dtype=np.float32)
-        np.put_along_axis(dense, expected.numpy(), grad.numpy(), axis=1)
+        for row, k in zip(*np.nonzero(expected >= 0), strict=True):
+            dense[row, expected[row, k]] = grad[row, k]
         found += [name] * (not (same and bits and np.array_equal(back.cpu().numpy(), dense)))
     return found

@@ -23,18 +23,24 @@ MAX_TOPK = 16  # a kernel's time grows with the top-k; of more than 8 it was not
 
 
 def top_k(probs: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest entries of each row, in any order, differentiable once.
+    """The largest entries of each row, in any order, differentiable once. An entry of 0 selects nothing.
 
     Args:
         probs: [T, E] of a floating dtype.
         topk: At most E.
 
     Returns:
-        Values [T, K] in probs' dtype, and their columns [T, K] int64, all different. NaN counts as the largest.
+        Values [T, K] in probs' dtype, and their columns [T, K] int64: those of values that are not 0 all different, and
+        -1 for each value of 0 (0.0 or -0.0). NaN counts as the largest.
+
+    The gradient of a value of 0 must be 0, as dispatch's is for a column of -1: the kernels do not read it, PyTorch's
+    top-k hands it to one of the row's entries of 0.
     """
     if _suits_kernels(probs, topk) and _kernels() is not None:
         return _TopK.apply(probs, topk)  # type: ignore[no-any-return]
-    return torch.topk(probs, topk, dim=-1, sorted=False)
+    values, columns = torch.topk(probs, topk, dim=-1, sorted=False)
+    # In a copy: the gradient needs the columns. Not torch.where, which copies its -1 to the GPU and waits for that.
+    return values, columns.masked_fill(values == 0, -1)
 
 
 def _suits_kernels(probs: torch.Tensor, topk: int) -> bool:

@@ -14,14 +14,15 @@ ELEMENTS = 2048  # of a program: four warps with 16 each a thread
 
 
 def pick(probs: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest entries of each row, the largest first; of equals, that of the lowest column first.
+    """The largest entries of each row, the largest first; of equals, that of the lowest column first. An entry of 0
+    selects nothing.
 
     Args:
         probs: [T, E] fp32, contiguous.
         topk: At most E.
 
     Returns:
-        Values [T, K] fp32 and columns [T, K] int64.
+        Values [T, K] fp32 and columns [T, K] int64, -1 where the value is 0.0 or -0.0.
     """
     tokens, experts = probs.shape
     values = torch.empty(tokens, topk, dtype=probs.dtype, device=probs.device)
@@ -32,11 +33,11 @@ def pick(probs: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def spread(grad: torch.Tensor, indices: torch.Tensor, experts: int) -> torch.Tensor:
-    """torch.zeros(T, E).scatter(1, indices, grad).
+    """torch.zeros(T, E).scatter(1, indices, grad), without the columns of -1: their gradient is written nowhere.
 
     Args:
         grad: [T, K] fp32, contiguous.
-        indices: [T, K] int64, those of a row all different.
+        indices: [T, K] int64, those of a row all different but for -1.
         experts: E.
     """
     tokens, topk = indices.shape
@@ -79,8 +80,11 @@ def _pick(  # type: ignore[no-untyped-def]
     for k in tl.static_range(TOPK):
         best = tl.max(keys, axis=1)
         expert = WIDTH - 1 - (best & 0xFFFFFFFF)
-        tl.store(indices + row.to(tl.int64) * TOPK + k, expert, mask=here)
-        tl.store(values + row.to(tl.int64) * TOPK + k, tl.load(probs + start + expert, mask=here), mask=here)
+        value = tl.load(probs + start + expert, mask=here)
+        # By its bits: a comparison of numbers may take the smallest of them for 0.
+        zero = (value.to(tl.int32, bitcast=True) & 0x7FFFFFFF) == 0
+        tl.store(indices + row.to(tl.int64) * TOPK + k, tl.where(zero, -1, expert), mask=here)
+        tl.store(values + row.to(tl.int64) * TOPK + k, value, mask=here)
         keys = tl.where(keys == best[:, None], lowest, keys)
 
 
