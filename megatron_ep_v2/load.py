@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ep_v2.buffers.groups import registered
+from megatron_ep_v2.copies import refuse_to_pickle_groups
 from megatron_ep_v2.errors import GroupMismatchError
 from megatron_ep_v2.recompute import runs_again
 
@@ -34,9 +35,16 @@ class ExpertLoad:
 
     def __init__(self, group: Any, num_local_experts: int):
         self.group = group
-        self._host = torch.zeros(num_local_experts, dtype=torch.int64)
+        self._host = torch.zeros(num_local_experts, dtype=torch.int64, device="cpu")  # whatever the default device is
         self._device: torch.Tensor | None = None
         _layers[next(_numbers)] = self
+
+    __reduce_ex__ = refuse_to_pickle_groups
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertLoad:
+        """For a copy of the layer, which is another layer: it is counted by itself, from 0, in the same group."""
+        memo[id(self)] = copied = ExpertLoad(self.group, len(self._host))
+        return copied
 
     def add(self, counts: torch.Tensor) -> None:
         """Add the counts of a dispatch, unless a checkpoint recomputes. Does not wait. Before a CUDA graph captures it,
@@ -83,7 +91,7 @@ def expert_load() -> list[torch.Tensor]:
         GroupMismatchError: The ranks have different numbers of MoE layers.
     """
     layers = [layer for _, layer in sorted(_layers.items())]
-    loads: list[torch.Tensor] = [torch.empty(0)] * len(layers)
+    loads: list[torch.Tensor] = [torch.empty(0, device="cpu")] * len(layers)
     for group in dict.fromkeys(layer.group for layer in layers):
         members = [i for i, layer in enumerate(layers) if layer.group is group]
         by_rank: list[Any] = [None] * group.size()
@@ -96,7 +104,7 @@ def expert_load() -> list[torch.Tensor]:
                 fix="call expert_load() on all ranks while they hold the same model",
             )
         for n, i in enumerate(members):
-            loads[i] = torch.tensor([count for counts in by_rank for count in counts[n]])
+            loads[i] = torch.tensor([count for counts in by_rank for count in counts[n]], device="cpu")
     return loads
 
 

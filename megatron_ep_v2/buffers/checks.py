@@ -7,7 +7,7 @@ good call builds no text, and asks each tensor for its shape once: `tensor.shape
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,23 @@ from megatron_ep_v2.errors import ClosedError, EPError, GroupMismatchError, Inpu
 
 CAPACITY_VARIABLE = "MCORE_DEEPEP_V2_MAX_TOKENS_PER_RANK"
 
+_of_parent: set[Any] = set()  # in a forked child: the groups whose buffers belong to its parent
+
+
+def leave_to_parent(groups: Iterable[Any]) -> None:
+    """In a forked child: refuse these groups from now on. Their connections, and what the store says of their ranks,
+    are those of the process that it was forked from."""
+    _of_parent.update(groups)
+
 
 def check_group_open(group: Any) -> None:
-    """Raise ClosedError if the process group was destroyed."""
+    """Raise ClosedError if the process group was destroyed, or belongs to the process that this one was forked from."""
+    if _of_parent and group in _of_parent:
+        raise ClosedError(
+            "this process was forked from a rank, and the process group of this expert-parallel call is that rank's",
+            needed="calls from the rank's own process",
+            fix="use no model in forked workers, or start them with multiprocessing's spawn and groups of their own",
+        )
     try:
         dist.get_process_group_ranks(group)
     except (KeyError, ValueError, RuntimeError) as error:

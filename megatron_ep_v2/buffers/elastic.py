@@ -18,7 +18,7 @@ from megatron_ep_v2.buffers.contract import BufferSpec, Payload
 from megatron_ep_v2.buffers.fill import memory_left_as_it_is
 from megatron_ep_v2.buffers.limits import check_limits, check_rows, check_selections
 from megatron_ep_v2.buffers.teardown import everyone_arrives
-from megatron_ep_v2.errors import ClosedError, InputError, UnavailableError
+from megatron_ep_v2.errors import ClosedError, SettingsError, UnavailableError
 from megatron_ep_v2.probe import import_deep_ep, probe
 from megatron_ep_v2.settings import Settings, environment, gin_disabled_by_user
 
@@ -81,6 +81,8 @@ class ElasticBuffer:
         self.num_qps = int(self._buffer.num_allocated_qps)
         self.comm_stream: torch.cuda.Stream | None = self._buffer.get_comm_stream()
         self.num_sms = settings.num_sms or self.get_theoretical_num_sms(spec.num_experts, spec.num_topk)
+        # deep_ep 2.1.0, deterministic_sort: in hybrid mode between hosts it looks for the valid entries of a list.
+        self._sort_waits = settings.deterministic and getattr(self._buffer, "num_scaleout_ranks", 1) > 1
 
     def capture(self) -> Any:
         return self._buffer.capture()
@@ -110,6 +112,8 @@ class ElasticBuffer:
         self._check_ready()
         if handle is None:
             check_group_open(self.group)
+            if not do_cpu_sync and self._sort_waits:
+                raise _sort_would_wait(self.group.rank())
         capacity = num_max_tokens_per_rank or self.num_max_tokens_per_rank
         check_dispatch(x, topk_idx, topk_weights, num_experts, capacity, handle, do_expand, self.group, do_cpu_sync)
         if isinstance(x, tuple):
@@ -175,6 +179,17 @@ class ElasticBuffer:
 
     def _check_rows(self, rows: torch.Tensor, dtype: torch.dtype) -> None:
         check_rows(self.group, self.spec, rows, dtype)
+
+
+def _sort_would_wait(rank: int) -> SettingsError:
+    return SettingsError(
+        f"rank {rank}: deep_ep's deterministic dispatch between hosts waits on the host, and this one must not wait",
+        found="deterministic=true and allow_hybrid_mode=true in a group that spans hosts, and a dispatch of sync-free "
+        "mode or of a decode",
+        needed="one of the two modes, or a group inside one NVLink domain",
+        fix="leave MCORE_DEEPEP_V2_SYNC_FREE off, or set MCORE_DEEPEP_V2_DETERMINISTIC=off, or "
+        "MCORE_DEEPEP_V2_ALLOW_HYBRID_MODE=off",
+    )
 
 
 def _check_generation(kind: Any) -> None:

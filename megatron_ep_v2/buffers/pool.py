@@ -12,7 +12,9 @@ next one is built.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import logging
+import os
 import socket
 import weakref
 from collections.abc import Callable
@@ -23,7 +25,13 @@ import torch.distributed as dist
 
 from megatron_ep_v2 import settings as settings_module
 from megatron_ep_v2.buffers.capacity import Expected, check_stated, choose_capacity
-from megatron_ep_v2.buffers.checks import check_dispatch, check_group_open, compare_over_group, raise_refusals
+from megatron_ep_v2.buffers.checks import (
+    check_dispatch,
+    check_group_open,
+    compare_over_group,
+    leave_to_parent,
+    raise_refusals,
+)
 from megatron_ep_v2.buffers.contract import Buffer, BufferSpec
 from megatron_ep_v2.buffers.elastic import ElasticBuffer
 from megatron_ep_v2.buffers.groups import find_registered, is_registered, registered
@@ -35,7 +43,7 @@ from megatron_ep_v2.probe import choose, loaded_nccl_version, probe
 from megatron_ep_v2.recipe import settle_dispatch_dtypes
 from megatron_ep_v2.settings import Settings
 from megatron_ep_v2.watchdog.meeting import Meeting
-from megatron_ep_v2.watchdog.watch import watch
+from megatron_ep_v2.watchdog.watch import WatchedBuffer, watch
 
 logger = logging.getLogger("megatron_ep_v2")
 
@@ -250,4 +258,19 @@ def _drop_closed() -> None:
         _destroy(group)
 
 
+def _leave_to_parent() -> None:
+    """In a forked child: buffers and watchers, and the vote in a teardown, are its parent's. Nothing finds them here
+    any more, neither `destroy_buffers` at the child's exit nor a dispatch; and one reference stays for good, so that no
+    destructor of theirs runs, even when the interpreter ends."""
+    of_parent = list(_pool.values())
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(of_parent))
+    leave_to_parent([*_pool, *(buffer.group for buffer in of_parent)])
+    _pool.clear()
+    _capacity_source.clear()
+    for buffer in of_parent:
+        if isinstance(buffer, WatchedBuffer):
+            buffer.watch.leave_to_parent()
+
+
 atexit.register(destroy_buffers)
+os.register_at_fork(after_in_child=_leave_to_parent)
