@@ -26,10 +26,10 @@ from typing import Any
 
 import torch
 
-from megatron_ep_v2 import recompute, settings
+from megatron_ep_v2 import recompute, routing_guard, settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.pool import get_buffer
-from megatron_ep_v2.gradients import take_handle, whole_gradient
+from megatron_ep_v2.gradients import first_order, save_handle, share_handle, take_handle, whole_gradient
 from megatron_ep_v2.kernels.wire import from_wire, to_wire
 from megatron_ep_v2.probe import probe
 
@@ -69,6 +69,7 @@ class FusedDispatch(torch.autograd.Function):
         """`(recv_x, recv_indices, recv_probs, handle)`; see `fused_dispatch`."""
         buffer = pool.find(group) or get_buffer(group, x, token_indices, num_experts, token_probs)
         active, first = settings.active(), recompute.take()
+        sent_probs, routings = token_probs, None
         payload = to_wire(x, active.dispatch_dtype)
         zero = do_expand and expert_alignment > 1
         if first is None:
@@ -83,31 +84,41 @@ class FusedDispatch(torch.autograd.Function):
                 do_zero_padding=zero,
             )
         else:
-            received, recv_idx, recv_probs, handle, _ = recompute.replay(
-                buffer, first, payload, token_indices, token_probs, do_expand, zero
+            sent_probs = routing_guard.as_first(first, token_indices, token_probs, buffer)
+            routings = first.topk_idx, token_indices
+            received, recv_idx, recv_probs, handle, _ = buffer.dispatch(
+                payload,
+                topk_weights=sent_probs,
+                handle=first,
+                num_sms=first.num_sms,
+                do_expand=do_expand,
+                do_zero_padding=zero,
             )
         if active.reuse_recompute_handle:
-            recompute.note(buffer, handle)
+            recompute.note(buffer, handle, sent_probs)
         recv_x = from_wire(received, x.dtype)
         assert recv_probs is not None  # as token_probs were
-        ctx.buffer, ctx.handle = buffer, handle
-        vars(handle)["carrier"] = buffer
+        ctx.buffer = vars(handle)["carrier"] = buffer
+        save_handle(ctx, handle, routings)
         ctx.rows = recv_x.shape, recv_x.dtype, recv_x.device
         ctx.probs = recv_probs.shape, recv_probs.dtype, recv_x.device
         ctx.set_materialize_grads(False)  # else zeros are written for the outputs that have no gradient
         return recv_x, recv_idx, recv_probs, handle
 
     @staticmethod
+    @first_order(linear=True)
     def backward(
         ctx: Any, grad_rows: torch.Tensor | None, _idx: Any, grad_probs: torch.Tensor | None, _handle: Any
     ) -> Any:
-        handle = take_handle(ctx)
+        handle, routings = take_handle(ctx)
         grad_x, grad_token_probs, _ = ctx.buffer.combine(
             whole_gradient(grad_rows, *ctx.rows),
             handle,
             whole_gradient(grad_probs, *ctx.probs),
             num_sms=handle.num_sms,
         )
+        if routings is not None:
+            grad_token_probs = routing_guard.grad_of_own(*routings, grad_token_probs)
         return (
             grad_x,  # x
             None,  # token_indices
@@ -132,12 +143,14 @@ class FusedCombine(torch.autograd.Function):
         buffer = getattr(handle, "carrier", None) or pool.find(group)
         buffer = buffer or get_buffer(group, x, handle.topk_idx, handle.num_experts)
         combined_x, _, _ = buffer.combine(x, handle, num_sms=handle.num_sms)
-        ctx.buffer, ctx.handle = buffer, handle
+        ctx.buffer = buffer
+        share_handle(ctx, handle)
         return combined_x, None
 
     @staticmethod
+    @first_order(linear=True)
     def backward(ctx: Any, grad: torch.Tensor, _event: Any) -> Any:
-        handle = take_handle(ctx)
+        handle, _ = take_handle(ctx)
         received, _, _, _, _ = ctx.buffer.dispatch(
             to_wire(grad.contiguous(), settings.active().grad_dispatch_dtype),
             handle=handle,
@@ -145,8 +158,13 @@ class FusedCombine(torch.autograd.Function):
             do_expand=handle.do_expand,
             do_zero_padding=handle.do_expand and handle.expert_alignment > 1,
         )
+        rows = from_wire(received, grad.dtype)
+        if torch.is_anomaly_enabled() and not handle.num_recv_tokens_per_expert_list:
+            # Rows past those received are garbage that is not read, and would be taken for the NaN that is looked for.
+            num_recv = handle.psum_num_recv_tokens_per_scaleup_rank[-1]
+            rows.masked_fill_(torch.arange(len(rows), device=rows.device)[:, None] >= num_recv, 0)
         return (
-            from_wire(received, grad.dtype),  # x
+            rows,  # x
             *[None] * 4,  # group, handle, async_finish, allocate_on_comm_stream
         )
 

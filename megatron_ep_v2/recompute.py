@@ -10,8 +10,7 @@ nothing will be recomputed (no_grad), and with the autograd graph where a step i
 `install()` binds `wrapped` around the two checkpoints that Megatron uses: its own CheckpointFunction, and
 TransformerEngine's. For torch's, pass `Replayed(function)` yourself.
 
-Whether the second run chose the same experts is compared on the device. Before the optimizer's step, every rank of the
-group raises if it did not (see `deferred`); on a CPU at once.
+The second run uses the selections of the first and its own probabilities for them; `routing_guard` sees to that.
 """
 
 from __future__ import annotations
@@ -24,10 +23,6 @@ from typing import Any
 
 import torch
 
-from megatron_ep_v2.buffers.contract import Payload
-from megatron_ep_v2.deferred import DeviceCheck
-from megatron_ep_v2.errors import RoutingChangedError
-
 
 class _Runs(threading.local):
     """The checkpointed functions that run on this thread now, the innermost last: (function, whether it runs again).
@@ -38,7 +33,6 @@ class _Runs(threading.local):
 
 
 _runs = _Runs()
-_checks: weakref.WeakKeyDictionary[Any, DeviceCheck] = weakref.WeakKeyDictionary()  # by buffer
 
 
 class Replayed:
@@ -109,58 +103,23 @@ def take() -> Any:
     return None
 
 
-def note(buffer: Any, handle: Any) -> None:
+def runs_first() -> bool:
+    """Whether a checkpoint runs its function for the first time now, on this thread, to run it again in backward."""
+    return any(not again for _, again in _runs.stack)
+
+
+def note(buffer: Any, handle: Any, topk_weights: torch.Tensor) -> None:
     """Keep a handle for the second run of each checkpoint that is in its first run now.
 
     Args:
         buffer: Of the handle; one that cannot repeat a dispatch with weights keeps none.
+        handle: Of the dispatch.
+        topk_weights: [T, K], its probabilities; kept with the handle.
     """
     if not _runs.stack or not buffer.supports_cached_weights:
         return
     for run, again in reversed(_runs.stack):
         if again:
             return
+        vars(handle)["topk_weights"] = topk_weights.detach()
         run.note(handle)
-
-
-def replay(
-    buffer: Any,
-    handle: Any,
-    x: Payload,
-    topk_idx: torch.Tensor,
-    topk_weights: torch.Tensor,
-    do_expand: bool,
-    do_zero_padding: bool,
-) -> Any:
-    """The second run's dispatch, by the handle of the first: arguments and answer as of `contract.Buffer.dispatch`. The
-    picks that differ from the handle's are counted, with no host wait on a GPU.
-
-    Raises:
-        EPError: See the buffer's own `dispatch`.
-        RoutingChangedError: On a CPU here and on every rank; on a GPU before the optimizer's step.
-    """
-    answer = buffer.dispatch(
-        x,
-        topk_weights=topk_weights,
-        handle=handle,
-        num_sms=handle.num_sms,
-        do_expand=do_expand,
-        do_zero_padding=do_zero_padding,
-    )
-    check = _checks.get(buffer)
-    if check is None:
-        check = _checks[buffer] = DeviceCheck(_routing_changed, topk_idx.device, buffer.group)
-    check.add(topk_idx != handle.topk_idx)
-    if topk_idx.is_cpu:
-        check.read()
-    return answer
-
-
-def _routing_changed(picks: dict[int, int]) -> RoutingChangedError:
-    return RoutingChangedError(
-        f"the recomputed forward chose other experts than the first on rank(s) {sorted(picks)} of the group",
-        found=f"picks that differ, by rank: {picks}",
-        needed="the same picks, because a recomputed dispatch repeats the routing of the first",
-        fix="find what makes the router's input differ between the two forwards (randomness outside Megatron's "
-        "generators, state that changes); or set MCORE_DEEPEP_V2_REUSE_RECOMPUTE_HANDLE=off",
-    )

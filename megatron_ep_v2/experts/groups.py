@@ -69,6 +69,19 @@ class Groups:
         behind = ends[-1] if used < len(rows) else None
         return cls(ends=ends, sizes=sizes, alignment=alignment, used=behind, num_rows=len(rows))
 
+    def of_run(self, ends: torch.Tensor) -> Groups:
+        """These groups with the ends that a backward was given: those of the run whose rows it was given, which is not
+        the first one under a checkpoint without reentry."""
+        if ends is self.ends:
+            return self
+        return Groups(
+            ends=ends,
+            sizes=None,
+            alignment=self.alignment,
+            used=None if self.used is None else ends[-1],
+            num_rows=self.num_rows,
+        )
+
     @functools.cached_property
     def m_indices(self) -> torch.Tensor:
         """[P] int32, the expert of each row; -1 = nobody's. Unlike those of `Places`, padding inside an expert's rows

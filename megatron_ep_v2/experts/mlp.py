@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from megatron_ep_v2.errors import InputError, UnavailableError
 from megatron_ep_v2.experts.gemm import Gemm, gemm
 from megatron_ep_v2.experts.groups import Groups
+from megatron_ep_v2.gradients import first_order
 from megatron_ep_v2.kernels import swiglu, wgrad
 from megatron_ep_v2.layouts.places import place_contiguous, rows_that_fit
 from megatron_ep_v2.layouts.rows import gather_rows, gather_weights, reduce_rows
@@ -184,7 +184,7 @@ class _Linear(torch.autograd.Function):
         *activation: torch.Tensor,
     ) -> torch.Tensor:
         x = x.contiguous()
-        ctx.save_for_backward(w, *(activation or (x,)))
+        ctx.save_for_backward(w, groups.ends, *(activation or (x,)))
         ctx.groups, ctx.gemm, ctx.last = groups, multiply, last
         # The parameter itself: what saved-tensor hooks (activation offload) give back may be a copy without attributes.
         ctx.parameter, ctx.main_grad = (w, main_grad) if main_grad is not None else (None, None)
@@ -192,20 +192,21 @@ class _Linear(torch.autograd.Function):
         return _kernels(y).zero_tail_(y, groups.used) if last else y  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        w, *kept = ctx.saved_tensors
+        w, ends, *kept = ctx.saved_tensors
+        groups = ctx.groups.of_run(ends)
         grad, grad_x, grad_w = grad.contiguous(), None, None
         if ctx.needs_input_grad[0]:
-            grad_x = ctx.gemm.dgrad(grad, w, ctx.groups)
+            grad_x = ctx.gemm.dgrad(grad, w, groups)
             if not ctx.last:
-                grad_x = _kernels(grad_x).zero_tail_(grad_x, ctx.groups.used)
+                grad_x = _kernels(grad_x).zero_tail_(grad_x, groups.used)
         if ctx.needs_input_grad[1]:
-            x = kept[0] if len(kept) == 1 else _kernels(grad).forward(*kept, ctx.groups.used)
+            x = kept[0] if len(kept) == 1 else _kernels(grad).forward(*kept, groups.used)
             if ctx.main_grad is None:
-                grad_w = ctx.gemm.wgrad(grad, x, ctx.groups)
+                grad_w = ctx.gemm.wgrad(grad, x, groups)
             else:
-                wgrad.add_(ctx.main_grad, grad, x, ctx.groups.ends)
+                wgrad.add_(ctx.main_grad, grad, x, groups.ends)
                 _mark_added(ctx.parameter)
         return (
             grad_x,  # x
@@ -234,15 +235,14 @@ class _WeightedSwiglu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h: torch.Tensor, probs: torch.Tensor, used: torch.Tensor | None) -> torch.Tensor:
         probs = probs.contiguous()
-        ctx.save_for_backward(h, probs)
-        ctx.used = used
+        ctx.save_for_backward(h, probs, used)
         return _kernels(h).forward(h, probs, used)  # type: ignore[no-any-return]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        h, probs = ctx.saved_tensors
-        grad_h, grad_probs = _kernels(h).backward(grad.contiguous(), h, probs, ctx.used)
+        h, probs, used = ctx.saved_tensors
+        grad_h, grad_probs = _kernels(h).backward(grad.contiguous(), h, probs, used)
         return (
             grad_h,  # h
             grad_probs,  # probs

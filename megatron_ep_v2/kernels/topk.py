@@ -11,7 +11,8 @@ import logging
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
+
+from megatron_ep_v2.gradients import first_order
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +64,7 @@ class _TopK(torch.autograd.Function):
         return values, indices
 
     @staticmethod
-    @once_differentiable
+    @first_order(linear=True)
     def backward(ctx: Any, grad: torch.Tensor | None, _: Any) -> Any:
         (indices,) = ctx.saved_tensors
         return (

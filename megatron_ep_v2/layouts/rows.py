@@ -1,4 +1,7 @@
-"""Rows and weights to their places and back, with gradients. Each is one kernel, forward and backward."""
+"""Rows and weights to their places and back, with gradients. Each is one kernel, forward and backward.
+
+Places are saved as activations are, so that a checkpoint that places rows again gives the backward both of one run.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 import torch
 
 from megatron_ep_v2.errors import InputError
+from megatron_ep_v2.gradients import first_order
 from megatron_ep_v2.layouts.choose import kernels_of
 from megatron_ep_v2.layouts.places import Places
 
@@ -60,13 +64,15 @@ def reduce_rows(y: torch.Tensor, places: Places, weights: torch.Tensor | None = 
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, places: Places) -> torch.Tensor:
-        ctx.slots = places.slots
+        ctx.save_for_backward(places.slots)
         return kernels_of(x)[1].gather(x.contiguous(), places.rows)  # type: ignore[no-any-return]
 
     @staticmethod
+    @first_order(linear=True)
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        (slots,) = ctx.saved_tensors
         return (
-            kernels_of(grad)[1].reduce(grad.contiguous(), ctx.slots, None),  # x
+            kernels_of(grad)[1].reduce(grad.contiguous(), slots, None),  # x
             None,  # places
         )
 
@@ -74,13 +80,15 @@ class _Gather(torch.autograd.Function):
 class _Take(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weights: torch.Tensor, places: Places) -> torch.Tensor:
-        ctx.slots = places.slots
+        ctx.save_for_backward(places.slots)
         return kernels_of(weights)[1].take(weights.contiguous(), places.sources)  # type: ignore[no-any-return]
 
     @staticmethod
+    @first_order(linear=True)
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        (slots,) = ctx.saved_tensors
         return (
-            kernels_of(grad)[1].take(grad.contiguous(), ctx.slots),  # weights
+            kernels_of(grad)[1].take(grad.contiguous(), slots),  # weights
             None,  # places
         )
 
@@ -88,13 +96,15 @@ class _Take(torch.autograd.Function):
 class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: torch.Tensor, places: Places) -> torch.Tensor:
-        ctx.rows = places.rows
+        ctx.save_for_backward(places.rows)
         return kernels_of(y)[1].reduce(y.contiguous(), places.slots, None)  # type: ignore[no-any-return]
 
     @staticmethod
+    @first_order(linear=True)
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        (rows,) = ctx.saved_tensors
         return (
-            kernels_of(grad)[1].gather(grad.contiguous(), ctx.rows),  # y
+            kernels_of(grad)[1].gather(grad.contiguous(), rows),  # y
             None,  # places
         )
 
@@ -103,14 +113,14 @@ class _WeightedReduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: torch.Tensor, weights: torch.Tensor, places: Places) -> torch.Tensor:
         y, weights = y.contiguous(), weights.contiguous()
-        ctx.save_for_backward(y, weights)
-        ctx.rows, ctx.sources = places.rows, places.sources
+        ctx.save_for_backward(y, weights, places.rows, places.sources)
         return kernels_of(y)[1].reduce(y, places.slots, weights)  # type: ignore[no-any-return]
 
     @staticmethod
+    @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        y, weights = ctx.saved_tensors
-        grad_y, grad_weights = kernels_of(grad)[1].spread(grad.contiguous(), y, ctx.rows, ctx.sources, weights)
+        y, weights, rows, sources = ctx.saved_tensors
+        grad_y, grad_weights = kernels_of(grad)[1].spread(grad.contiguous(), y, rows, sources, weights)
         return (
             grad_y,  # y
             grad_weights,  # weights

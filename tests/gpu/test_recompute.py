@@ -11,10 +11,13 @@ from harness import run_ranks
 from moe_layer import GPU, build_layer, hidden_states, make_layer, megatron, step, use
 from progress import say
 from recompute_rounds import WHOLE_LAYER, alive, recorded
+from replay_oracle import wrong
+from torch.utils.checkpoint import checkpoint
 from waits import traced
 
 import megatron_ep_v2
 from megatron_ep_v2.buffers.elastic import ElasticBuffer
+from megatron_ep_v2.deferred import read_all
 from megatron_ep_v2.errors import RoutingChangedError
 
 RANKS = torch.cuda.device_count()
@@ -67,6 +70,44 @@ def test_the_replay_waits_for_nothing() -> None:
         # What Megatron's compact path waits for itself, it waits for again when it recomputes.
         assert not found["expanded"]["waits"], f"rank {rank}: {found['expanded']['waits']}"
         print(f"rank {rank}: waits in the replay, compact: {found['compact']['waits']}")
+
+
+def checkpoints_of_torch(group: Any) -> dict[str, float]:
+    """The largest relative distance of a gradient under torch's checkpoint, without `Replayed`, from a plain step's;
+    and that of another plain step. deep_ep orders rows differently in each dispatch."""
+    found = {}
+    with megatron(GPU):
+        hidden = hidden_states(GPU, GPU.tokens)
+        for layout in ("compact", "expanded", "sync-free"):
+            say(f"{layout}: torch's checkpoint", group)
+            layer = make_layer(GPU, "flex", layout, "grouped" if layout == "sync-free" else None)
+
+            def train(reentrant: bool | None, layer: Any = layer) -> dict[str, torch.Tensor]:
+                layer.zero_grad(set_to_none=True)
+                x = hidden.clone().requires_grad_()
+                run = lambda h: layer(h)[0]  # noqa: E731
+                y = run(x) if reentrant is None else checkpoint(run, x, use_reentrant=reentrant)
+                y.backward(torch.linspace(-1, 1, y.numel(), device="cuda").view_as(y).to(y.dtype))
+                read_all()
+                return {"x": x.grad, **{name: p.grad for name, p in layer.named_parameters()}}
+
+            plain = train(None)
+            for name, reentrant in {"again": None, "reentrant": True, "without reentry": False}.items():
+                actual = train(reentrant)
+                found[f"{layout}, {name}"] = max(_distance(actual[key], plain[key]) for key in plain)
+    return found
+
+
+def test_the_kernels_compare_routings_as_in_plain_loops() -> None:
+    from megatron_ep_v2.kernels import replay, replay_triton
+
+    assert wrong(replay_triton, "cuda") == [] and wrong(replay, "cuda") == []
+
+
+def test_torchs_checkpoint_is_right_by_itself() -> None:
+    for rank, found in enumerate(run_ranks(RANKS, checkpoints_of_torch, backend="nccl")):
+        print(f"rank {rank}: {found}")
+        assert max(found.values()) < 1.5e-2, found  # with the rows of another dispatch it is above 1
 
 
 def change(group: Any) -> tuple[str, bool]:

@@ -1,0 +1,79 @@
+"""Recompute that comes by saved-tensor hooks, as torch's checkpoint without reentry does it, on a buffer that orders
+rows differently in each dispatch: the gradients are those of a step without it."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from harness import run_ranks
+from moe_layer import CPU, hidden_states, make_layer, megatron
+from shuffled import shuffled
+from torch.utils.checkpoint import checkpoint
+
+from megatron_ep_v2 import gradients
+from megatron_ep_v2.deferred import read_all
+from megatron_ep_v2.recompute import Replayed
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+
+
+def offloaded(forward: Forward, x: torch.Tensor) -> torch.Tensor:
+    with torch.autograd.graph.save_on_cpu():
+        return forward(x)
+
+
+WAYS: dict[str, Callable[[Forward, torch.Tensor], torch.Tensor]] = {
+    "again": lambda forward, x: forward(x),
+    "reentrant": lambda forward, x: checkpoint(forward, x, use_reentrant=True),
+    "without reentry": lambda forward, x: checkpoint(forward, x, use_reentrant=False),
+    "one inside the other": lambda forward, x: checkpoint(
+        lambda y: checkpoint(forward, y, use_reentrant=False), x, use_reentrant=False
+    ),
+    "replayed": lambda forward, x: checkpoint(Replayed(forward), x, use_reentrant=False),
+    "offloaded": offloaded,
+}
+
+
+def compare(group: Any, layout: str) -> dict[str, float]:
+    """Way -> the largest relative distance of a gradient from that of a plain step. What is frozen has none."""
+    found = {}
+    with megatron(CPU), shuffled():
+        experts = "grouped" if layout == "sync-free" else None
+        layer = make_layer(CPU, "flex", layout, experts)
+        hidden = hidden_states(CPU, CPU.tokens)
+
+        def step(way: Callable[[Forward, torch.Tensor], torch.Tensor], frozen: bool) -> dict[str, torch.Tensor]:
+            layer.zero_grad(set_to_none=True)
+            layer.router.requires_grad_(not frozen)
+            x = hidden.clone().requires_grad_(not frozen)
+            y = way(lambda h: layer(h)[0], x)
+            y.backward(torch.linspace(-1, 1, y.numel()).view_as(y))
+            read_all()
+            found = {"x": x.grad, **{name: p.grad for name, p in layer.named_parameters()}}
+            return {name: grad for name, grad in found.items() if grad is not None}
+
+        for frozen in (False, True):
+            wanted = step(WAYS["again"], frozen)
+            for name, way in WAYS.items():
+                if frozen and name == "reentrant":
+                    continue  # torch asks for an input with a gradient
+                actual = step(way, frozen)
+                assert actual.keys() == wanted.keys()
+                found[f"{name}, frozen={frozen}"] = max(
+                    float((actual[key] - wanted[key]).norm() / wanted[key].norm().clamp(min=1e-30)) for key in wanted
+                )
+        gc.collect()
+        found["handles left"] = float(len(gradients._marked))
+    return found
+
+
+@pytest.mark.parametrize("layout", ["compact", "expanded", "sync-free"])
+def test_gradients_are_those_of_a_plain_step(layout: str) -> None:
+    for found in run_ranks(2, compare, layout):
+        assert found.pop("handles left") == 0
+        assert len(found) == 2 * len(WAYS) - 1
+        assert max(found.values()) < 1e-5, found
