@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ep_v2 import fused_a2a, recompute
+from megatron_ep_v2 import fused_a2a, optimizer_step, recompute
 from megatron_ep_v2 import settings as settings_module
 from megatron_ep_v2.buffers import capacity, pool
 from megatron_ep_v2.errors import SeamError, SettingsError
@@ -272,6 +272,7 @@ def _bindings(modules: dict[str, ModuleType], layout: str, experts: str) -> list
         ours.append((modules[SCHEDULE], "should_free_input", keep_rows(modules[SCHEDULE].should_free_input)))
     for function in checkpoints(modules):
         ours.append((function, "forward", recompute.wrapped(function.forward)))
+    ours += optimizer_step.bindings()
     for module in (dist, dist.distributed_c10d):
         ours.append((module, "destroy_process_group", _destroy_buffers_before(module.destroy_process_group)))
     return ours

@@ -19,6 +19,7 @@ MOE_UTILS = "megatron.core.transformer.moe.moe_utils"  # which TOKEN_DISPATCHER 
 CHECKPOINT = "megatron.core.tensor_parallel.random"
 MOE_LAYER = "megatron.core.transformer.moe.moe_layer"
 OPTIMIZER = "megatron.core.optimizer.distrib_optimizer"
+OPTIMIZERS = "megatron.core.optimizer.optimizer"
 DIST_CHECKPOINTING = "megatron.core.dist_checkpointing"
 TE_CHECKPOINT = "transformer_engine.pytorch.distributed"
 SCHEDULE = "megatron.core ... schedule"  # for the one of SCHEDULES that decides what 1F1B frees
@@ -54,6 +55,7 @@ _SEAM: dict[str, dict[str, tuple[str, ...] | None]] = {
         "get_align_size_for_quantization": ("config",),
     },
     CHECKPOINT: {"CheckpointFunction.forward": ("ctx", "run_function", "distribute_saved_activations", "args")},
+    OPTIMIZERS: {"ChainedOptimizer.step": (), "MixedPrecisionOptimizer.step": (), "FP32Optimizer.step": ()},
 }
 # What other experts than Megatron's bind to; further parameters may follow.
 _EXPERTS_SEAM: dict[str, dict[str, tuple[str, ...]]] = {

@@ -14,13 +14,19 @@ optimizer's step, on every rank of the group alike:
     except LayoutOverflowError:
         sync_free.grow()  # then zero the gradients and run the same batch again; graphs have to be captured again
 
-Where a model has several such groups, all of them have to repeat the step: docs/sync_free.md has the loop.
+Where a model has several such groups, all of them repeat the step: Megatron's optimizers raise on every rank, other
+loops ask with `deferred.read_all(group of all ranks)`. docs/sync_free.md has the loop.
+
+An evaluation (a forward without gradients) has no step that could be refused. So it waits on the host, as other layouts
+do, and makes room for what has come. Where a CUDA graph captures it, it cannot: then the overflow is counted by a check
+of its own, whose error says that it was an evaluation.
 
 Everything here can be captured in a CUDA graph, forward and backward. docs/sync_free.md says what it costs and needs.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import weakref
 from dataclasses import dataclass
@@ -28,7 +34,7 @@ from typing import Any
 
 import torch
 
-from megatron_ep_v2 import settings
+from megatron_ep_v2 import recompute, settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.checks import pass_on
 from megatron_ep_v2.buffers.contract import Buffer
@@ -78,7 +84,11 @@ def sync_free_dispatch(
     num_recv = handle.psum_num_recv_tokens_per_scaleup_rank[-1:]
     num_rows = rows_that_fit(room.num_picks, num_local, expert_alignment)
     places = place_contiguous(recv_idx, num_recv, num_local, num_rows, expert_alignment)
-    room.watch(places)
+    training = torch.is_grad_enabled() or recompute.runs_first()
+    if training or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        room.watch(places, training)
+    elif (needed := int(places.needed)) > num_rows:
+        places = place_contiguous(recv_idx, num_recv, num_local, needed, expert_alignment)
     rows, row_probs = gather_rows(recv_x, places), gather_weights(recv_probs, places)
     counts = places.counts if expert_alignment == 1 else places.padded_counts
     return rows, row_probs, counts, SyncFreeHandle(handle, places)
@@ -140,16 +150,19 @@ class _Room:
         percent = settings.active().sync_free_rows_percent
         self.num_picks = min(self.most, -(-self.even_share * percent // 100)) if percent else self.most
         self.needed = 0
-        own = weakref.ref(self)  # or the check, which each step asks, would outlive the buffer
-        self.check = DeviceCheck(lambda excess: _to_error(own(), excess), device, buffer.group)
+        own = weakref.ref(self)  # or the checks, which each step asks, would outlive the buffer
+        self.checks = [
+            DeviceCheck(functools.partial(_to_error, own, training), device, buffer.group) for training in (False, True)
+        ]
 
     def percent(self, num_picks: int) -> int:
         return -(-100 * num_picks // self.even_share)
 
-    def watch(self, places: Places) -> None:
+    def watch(self, places: Places, training: bool) -> None:
         """Note on the device by how many rows a dispatch exceeded its room; the largest excess of the step counts."""
-        torch.maximum(self.check.count, places.needed - places.num_rows, out=self.check.count)
-        self.check.touch()
+        check = self.checks[training]
+        torch.maximum(check.count, places.needed - places.num_rows, out=check.count)
+        check.touch()
 
 
 _rooms: weakref.WeakKeyDictionary[Buffer, _Room] = weakref.WeakKeyDictionary()
@@ -161,17 +174,25 @@ def _room(buffer: Buffer, num_topk: int, num_experts: int, device: torch.device)
     return _rooms[buffer]
 
 
-def _to_error(room: _Room | None, excess: dict[int, int]) -> LayoutOverflowError:
+def _to_error(own: weakref.ref[_Room], training: bool, excess: dict[int, int]) -> LayoutOverflowError:
     """excess: rank -> rows beyond its room; every rank of the group gets the same."""
+    room = own()
     assert room is not None  # it owns the check
     worst = max(excess, key=lambda rank: excess[rank])
-    room.needed = room.num_picks + excess[worst]
+    room.needed = max(room.needed, room.num_picks + excess[worst])
     percent = room.percent(room.needed)
+    what = (
+        f"rank {worst} was sent more rows in this step than its experts have room for; the step must not be applied"
+        if training
+        else f"rank {worst} was sent more rows in a captured evaluation than its experts have room for; the result of "
+        "the evaluation is wrong, the training step is not concerned"
+    )
+    grow = "call megatron_ep_v2.sync_free.grow(), zero the gradients and run the step again"
     return LayoutOverflowError(
-        f"rank {worst} was sent more rows in this step than its experts have room for; the step must not be applied",
+        what,
         found=f"{room.needed} rows for {room.num_picks} places ({room.percent(room.num_picks)} % of an even share); "
         f"too many on ranks {sorted(excess)}",
         needed=f"sync_free_rows_percent={percent} or more for this routing",
-        fix="call megatron_ep_v2.sync_free.grow(), zero the gradients and run the step again, "
+        fix=f"{grow if training else 'call megatron_ep_v2.sync_free.grow(), capture and evaluate again'}, "
         f"or set {settings.variable('sync_free_rows_percent')}={percent} (the same on every rank)",
     )

@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel.random import CheckpointFunction
 from megatron.core.transformer.moe import fused_a2a, token_dispatcher
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from megatron_ep_v2 import installer, settings
+from megatron_ep_v2 import installer, optimizer_step, settings
 from megatron_ep_v2.probe import probe
 from megatron_ep_v2.seam import SCHEDULE, find_seam
 
@@ -29,7 +29,8 @@ MODULES = (fused_a2a, token_dispatcher, dist, dist.distributed_c10d, SCHEDULE_MO
 MODULES += (optimizer, muon, planner, resharding)
 MANAGER = token_dispatcher._DeepepManager  # Megatron's own, taken before any test runs
 FLEX = token_dispatcher.MoEFlexTokenDispatcher
-CLASSES = (MANAGER, FLEX, CheckpointFunction, DistributedOptimizer, MoELayer)
+STEPS = tuple((owner, name) for owner, name, _ in optimizer_step.bindings())  # imports what has them
+CLASSES = (MANAGER, FLEX, CheckpointFunction, DistributedOptimizer, MoELayer, *(owner for owner, _ in STEPS))
 CALLS = ("fused_dispatch", "fused_combine", "set_deepep_num_sms")  # that both modules hold
 
 

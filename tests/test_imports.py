@@ -22,15 +22,16 @@ ROOT = Path(megatron_ep_v2.__file__).parent
 # A module may import those above it. Modules of one line may import each other, but not in a circle.
 LEVELS = [
     {"errors"},
-    {"settings", "seam", "buffers.contract", "buffers.groups", "links", "deferred"},
+    {"settings", "seam", "buffers.contract", "buffers.groups", "links", "deferred", "copies"},
     {"probe", "recompute", "gradients", "recipe"},
     {"load"},
     {"watchdog", "watchdog.*"},
     {"buffers", "buffers.*", "kernels", "kernels.*"},
+    {"routing_guard"},
     {"fused_a2a", "watchdog.arrivals", "layouts", "layouts.*"},
     {"experts", "experts.*", "sync_free"},
     {"dispatcher", "serving", "serving.*"},
-    {"sync_free_dispatcher"},
+    {"sync_free_dispatcher", "optimizer_step"},
     {"installer"},
     {""},  # the package's __init__
     {"bench", "bench.*", "doctor", "doctor.*"},
@@ -40,7 +41,15 @@ LEVELS = [
 MAY_IMPORT_DEEP_EP = {"probe", "buffers.elastic", "buffers.legacy"}
 # The bench and the doctor's trial make Megatron's own dispatchers.
 MAY_IMPORT_MEGATRON = {
-    *("seam", "experts.module", "experts.checkpoint", "dispatcher", "sync_free_dispatcher", "installer"),
+    *(
+        "seam",
+        "experts.module",
+        "experts.checkpoint",
+        "dispatcher",
+        "sync_free_dispatcher",
+        "optimizer_step",
+        "installer",
+    ),
     "doctor.trial",
     *("bench.variants", "bench.dispatchers", "bench.on_cpu"),
 }

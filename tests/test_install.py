@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron.core import __version__ as megatron_version
 from megatron.core.optimizer import muon
 from megatron.core.transformer.moe import fused_a2a, token_dispatcher
-from seam import CALLS, FLEX, MANAGER, SCHEDULE_MODULE, clean, names, rebound, set_cuda, set_deep_ep
+from seam import CALLS, FLEX, MANAGER, SCHEDULE_MODULE, STEPS, clean, names, rebound, set_cuda, set_deep_ep
 
 import megatron_ep_v2
 from megatron_ep_v2 import fused_a2a as ours
@@ -29,6 +29,7 @@ BOUND = {
     *((module, "destroy_process_group") for module in ("distributed", "distributed_c10d")),
     ("MoEFlexTokenDispatcher", "dispatch_preprocess"),
     ("CheckpointFunction", "forward"),
+    *((owner.__name__, name) for owner, name in STEPS),
     ("token_dispatcher", "_DeepepManager"),
     # What would take stacked experts for something else.
     ("DistributedOptimizer", "sharded_param_state_dp_reshardable"),

@@ -87,6 +87,20 @@ def layers(group: Any) -> dict[str, Any]:
     read_all()
     found["replayed"] = errors(replayed, layer.step(layer.expanded))
 
+    say("evaluation", group)
+    sync_free._rooms.clear()  # as little room as at first
+    with torch.no_grad():
+        wanted = {"output": layer.expanded()}
+        found["evaluation"] = errors({"output": layer.sync_free()}, wanted)
+        read_all()  # it has made room, and nothing is left to say
+        evaluation = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(evaluation, capture_error_mode="thread_local"):
+            layer.sync_free()
+        evaluation.replay()
+        found["captured evaluation"] = overflow()
+        found["grown after an evaluation"] = sync_free.grow()
+    del evaluation
+
     say("poison", group)
     layer.fill(4)
     clean = layer.step(layer.expanded)
@@ -161,6 +175,7 @@ def test_the_host_waits_for_nothing(found: list[dict[str, Any]]) -> None:
         "eager",
         *(f"graph{beside}, batch {n}" for beside in ("", " beside eager") for n in (1, 2)),
         "replayed",
+        "evaluation",
         "poisoned",
     ],
 )
@@ -179,6 +194,12 @@ def test_megatrons_whole_layer_waits_for_nothing_and_can_be_captured() -> None:
         for name in ("eager", "graph"):
             for tensor, error in answer[name].items():
                 assert error < TOLERANCE, f"rank {rank}, {name}, {tensor}: relative L2 {error:.1e}"
+
+
+def test_a_captured_evaluation_without_room_is_named_as_one(found: list[dict[str, Any]]) -> None:
+    for answer in found:
+        assert "in a captured evaluation" in answer["captured evaluation"]
+        assert answer["grown after an evaluation"][0] > 180
 
 
 @pytest.mark.parametrize("name", ["overflow", "overflow in a graph"])

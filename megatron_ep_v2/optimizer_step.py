@@ -1,0 +1,81 @@
+"""Megatron's optimizer steps, before which all ranks of the model read their deferred checks and decide together.
+
+Megatron steps the optimizers of all its ranks once an iteration, through a ChainedOptimizer or a single optimizer, and
+with `--optimizer-cuda-graph` (0.19) through a wrapper that replays the step. `install()` binds all of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_ep_v2 import deferred, settings
+from megatron_ep_v2.buffers import pool
+from megatron_ep_v2.seam import OPTIMIZERS
+
+GRAPH_WRAPPER = "megatron.core.optimizer.optimizer_cuda_graph"
+
+_stepping = False  # inside another of these functions
+
+
+def bindings() -> list[tuple[Any, str, Any]]:
+    """Class, name, our function, for each way in which Megatron steps."""
+    module = importlib.import_module(OPTIMIZERS)
+    steps = [
+        (getattr(module, name), "step") for name in ("ChainedOptimizer", "MixedPrecisionOptimizer", "FP32Optimizer")
+    ]
+    if importlib.util.find_spec(GRAPH_WRAPPER) is not None:
+        steps.append((importlib.import_module(GRAPH_WRAPPER).OptimizerCudaGraphWrapper, "__call__"))
+    return [(owner, name, deciding_first(getattr(owner, name))) for owner, name in steps]
+
+
+def deciding_first(step: Callable[..., Any]) -> Callable[..., Any]:
+    """A step of Megatron's, which raises on every rank of the model if any rank's check counted something."""
+
+    @functools.wraps(step)
+    def decide_and_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        global _stepping
+        if _stepping or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            return step(self, *args, **kwargs)
+        deferred.read_all(*_groups())
+        _stepping = True
+        try:
+            with deferred.read_by_caller():
+                return step(self, *args, **kwargs)
+        finally:
+            _stepping = False
+
+    return decide_and_step
+
+
+def _groups() -> tuple[Any, ...]:
+    """Groups that together reach every rank of the model, one after the other; none where that is not needed: where no
+    rank can have a check, or all are in one expert-parallel group. Every rank comes to the same answer."""
+    from megatron.core import parallel_state
+
+    active = settings.active()
+    if not (active.sync_free or (active.reuse_recompute_handle and _may_recompute())):
+        return ()
+    if not parallel_state.model_parallel_is_initialized():  # process groups of the user's own, see `deferred`
+        return ()
+    buffers = pool.buffers()
+    if buffers and all(buffer.group.size() == dist.get_world_size() for buffer in buffers):
+        return ()
+    groups = (
+        parallel_state.get_model_parallel_group(),
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )
+    return tuple(group for group in groups if group.size() > 1)
+
+
+def _may_recompute() -> bool:
+    """Whether Megatron's arguments turn recompute on; outside its training loop, it may be."""
+    args = getattr(sys.modules.get("megatron.training.global_vars"), "_GLOBAL_ARGS", None)
+    return args is None or bool(getattr(args, "recompute_granularity", None))

@@ -1,0 +1,216 @@
+"""Who decides that a step is not applied: all ranks of the model together, in Megatron's own optimizers, with two
+expert-parallel groups of which only one has something to refuse; also where the optimizer's step is replayed from a
+CUDA graph; and what loops of one's own do."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import run_ranks
+from megatron_training import Job, Setup, expert_parallel, on_cpu
+from moe_layer import CPU, build_layer, hidden_states, megatron, step
+from recompute_rounds import WHOLE_LAYER
+
+import megatron_ep_v2
+from megatron_ep_v2 import deferred, optimizer_step, sync_free
+from megatron_ep_v2.errors import EPError, GroupMismatchError, LayoutOverflowError, PeerError, RoutingChangedError
+
+GRAPH_WRAPPER = importlib.util.find_spec(optimizer_step.GRAPH_WRAPPER)
+
+
+def routers(job: Job) -> list[torch.nn.Parameter]:
+    return [p for name, p in job.model.named_parameters() if "router.weight" in name]
+
+
+def change_routing_in_one_group(world: Any, distributed: bool) -> dict[str, Any]:
+    """Rank 3's routers change between the forward and its recompute, in the second step."""
+    with on_cpu(), expert_parallel(2):
+        job = Job(Setup(distributed=distributed, more=tuple(WHOLE_LAYER.items())))
+        job.step()
+        before = job.weights()
+        kept = [p.detach().clone() for p in routers(job)]
+
+        def negate(*_: Any) -> None:
+            for p in routers(job) if world.rank() == 3 else []:
+                p.data.neg_()
+
+        hook = job.ddp.register_forward_hook(negate)
+        found: dict[str, Any] = {"said": ""}
+        try:
+            job.step(1)
+        except EPError as error:
+            found["said"] = f"{type(error).__name__}: {error}"
+        hook.remove()
+        for p, value in zip(routers(job), kept, strict=True):
+            p.data.copy_(value)
+        found["untouched"] = all(torch.equal(value, before[name]) for name, value in job.weights().items())
+        found["norm"] = job.step()[1]
+        found["moved"] = any(not torch.equal(value, before[name]) for name, value in job.weights().items())
+    return found
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_a_routing_changed_in_one_group_stops_every_rank(distributed: bool) -> None:
+    ranks = run_ranks(4, change_routing_in_one_group, distributed)
+    for rank, found in enumerate(ranks):
+        assert found["said"].startswith("RoutingChangedError: ")
+        assert ("on rank(s) [1] of the group" if rank > 1 else "another expert-parallel group") in found["said"]
+        assert found["untouched"] and found["moved"]
+        assert found["norm"] == ranks[0]["norm"]
+
+
+def overflow_in_one_group(world: Any, percent: int) -> tuple[list[float], int, dict[str, torch.Tensor]]:
+    """Steps with room for `percent` of an even share, where the second group's tokens all go to three experts: losses,
+    how often a step was repeated, weights."""
+    with (
+        mock.patch.dict("os.environ", MCORE_DEEPEP_V2_SYNC_FREE_ROWS_PERCENT=str(percent)),
+        on_cpu(),
+        expert_parallel(2),
+    ):
+        job = Job(Setup(experts="grouped"))
+        if world.rank() > 1:
+            job.ddp.register_forward_pre_hook(lambda *_: [p.data.zero_() for p in routers(job)] and None)
+        losses, repeats = [], 0
+        while len(losses) < 2:
+            try:
+                losses.append(job.step()[0])
+            except LayoutOverflowError:
+                repeats += 1
+                sync_free.grow()
+        return losses, repeats, job.weights()
+
+
+def test_an_overflow_in_one_group_repeats_the_step_on_every_rank() -> None:
+    env = {"MCORE_DEEPEP_V2_SYNC_FREE": "1"}
+    wanted = run_ranks(4, overflow_in_one_group, 0, env=env)
+    for (losses, repeats, weights), (wanted_losses, none, wanted_weights) in zip(
+        run_ranks(4, overflow_in_one_group, 190, env=env), wanted, strict=True
+    ):
+        assert repeats == 1 and none == 0
+        assert losses == wanted_losses
+        assert all(torch.equal(weights[name], wanted_weights[name]) for name in wanted_weights)
+
+
+class Graph:
+    """Stands for a CUDA graph of SGD's step: a replay updates the parameters and runs no Python of the optimizer's."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter]):
+        self.parameters = parameters
+
+    def replay(self) -> None:
+        for p in self.parameters:
+            if p.grad is not None:
+                p.data.sub_(p.grad)
+
+
+@contextlib.contextmanager
+def graphs(parameters: list[torch.nn.Parameter]) -> Iterator[list[bool]]:
+    """CUDA as far as a wrapper around an optimizer's step asks for it. Yields whether a capture is under way."""
+    capturing: list[bool] = []
+
+    @contextlib.contextmanager
+    def graph(*_: Any, **__: Any) -> Iterator[None]:
+        capturing.append(True)
+        yield
+        capturing.pop()
+
+    with (
+        mock.patch.multiple(torch.cuda, CUDAGraph=lambda: Graph(parameters), graph=graph, synchronize=lambda: None),
+        mock.patch.multiple(torch.cuda, is_current_stream_capturing=lambda: bool(capturing), is_available=lambda: True),
+    ):
+        yield capturing
+
+
+def replay_steps(group: Any) -> list[tuple[str, bool]]:
+    """--optimizer-cuda-graph: an ordinary step, the capture, and replays, of which the second has an overflow: what
+    each said, and whether it changed the weights."""
+    module = importlib.import_module(optimizer_step.GRAPH_WRAPPER)
+    with megatron(CPU):
+        megatron_ep_v2.install(
+            buffer="reference", num_max_tokens_per_rank=CPU.tokens, sync_free=True, sync_free_rows_percent=60
+        )
+        layer = build_layer(CPU, "flex", "grouped")
+        optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+        with (
+            mock.patch.multiple(module, get_shared_capture_stream=lambda: None, get_graph_pool=lambda *_: None),
+            graphs(list(layer.parameters())),
+        ):
+            wrapper = module.OptimizerCudaGraphWrapper(optimizer.step, cuda_graph_warmup_steps=1)
+            found = []
+            for tokens in (4, 4, 4, CPU.tokens, 4):
+                with mock.patch.object(torch.cuda, "is_available", lambda: False):
+                    step(layer, hidden_states(CPU, tokens))
+                before, said = layer.experts.linear_fc1.weight.detach().clone(), ""
+                try:
+                    wrapper()
+                except EPError as error:
+                    said = type(error).__name__
+                found.append((said, not torch.equal(before, layer.experts.linear_fc1.weight)))
+    return found
+
+
+@pytest.mark.skipif(GRAPH_WRAPPER is None, reason="this Megatron-Core has no --optimizer-cuda-graph (0.19 has)")
+def test_a_replayed_step_is_refused_before_it_changes_a_weight() -> None:
+    for found in run_ranks(2, replay_steps):
+        assert found == [("", True), ("", True), ("", True), ("LayoutOverflowError", False), ("", True)]
+
+
+def test_a_captured_step_that_nobody_reads_for_is_refused() -> None:
+    check = deferred.DeviceCheck(lambda counts: EPError(f"full: {counts}"), torch.device("cpu"))
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    with graphs([weight]) as capturing:
+        capturing.append(True)
+        with pytest.raises(EPError, match="captured into a CUDA graph") as caught:
+            optimizer.step()
+        assert "read_by_caller" in str(caught.value)
+        with deferred.read_by_caller():
+            optimizer.step()
+    check.add(torch.tensor([True]))
+    with pytest.raises(EPError, match="full"):
+        optimizer.step()
+    assert weight.tolist() == [0.0] * 2  # stepped once
+
+
+KINDS: list[type[EPError]] = [GroupMismatchError, LayoutOverflowError, RoutingChangedError]
+
+
+def decide(world: Any, kinds: list[int]) -> tuple[str, list[str]]:
+    """kinds: for each rank an index into KINDS, -1 = no error. The error's class, its text and notes."""
+    mine = kinds[world.rank()]
+    check = deferred.DeviceCheck(lambda _: KINDS[mine]("own"), torch.device("cpu"))
+    check.add(torch.tensor([mine >= 0]))
+    try:
+        deferred.read_all(dist.group.WORLD)
+    except EPError as error:
+        return type(error).__name__, [str(error).splitlines()[0], *getattr(error, "__notes__", [])]
+    return "", []
+
+
+def test_the_gravest_error_is_everybodys() -> None:
+    elsewhere = "this rank must not step, because another expert-parallel group of the job has an error"
+    assert run_ranks(3, decide, [-1, -1, -1]) == [("", [])] * 3
+    assert run_ranks(3, decide, [1, -1, 1]) == [
+        ("LayoutOverflowError", ["own"]),
+        ("LayoutOverflowError", [elsewhere]),
+        ("LayoutOverflowError", ["own"]),
+    ]
+    assert run_ranks(3, decide, [1, 2, 0]) == [
+        ("RoutingChangedError", [elsewhere, "own"]),
+        ("RoutingChangedError", ["own"]),
+        ("RoutingChangedError", [elsewhere, "own"]),
+    ]
+    assert run_ranks(3, decide, [-1, 0, -1]) == [
+        (PeerError.__name__, [elsewhere]),
+        (GroupMismatchError.__name__, ["own"]),
+        (PeerError.__name__, [elsewhere]),
+    ]
