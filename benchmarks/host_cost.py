@@ -73,6 +73,9 @@ def make_stub(given: Tensors) -> Any:
         def get_theoretical_num_sms(self, num_experts: int, num_topk: int) -> int:
             return 14
 
+        def get_comm_stream(self) -> None:
+            """None: its calls run on the current stream."""
+
         def dispatch(  # with deep_ep's parameters, since taking them costs something too
             self,
             x: Any,

@@ -80,6 +80,7 @@ class OurBuffer:
             buffer=kind,
             layout=layout,
             num_sms=sms,
+            num_max_tokens_per_rank=tokens,
             reference_strict=False,  # fp32, in which a wrong result shows best, and any hidden size
         )
 
