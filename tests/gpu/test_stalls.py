@@ -222,11 +222,19 @@ def fresh_round(group: Any, how: str, first: bool, folder: str) -> None:
         torch.cuda.synchronize()
 
 
+# Of two ranks that do different things, neither is the odd one: the report names both calls.
+SKIPPED = (
+    [f"rank {CULPRIT} took another way: its call 13 is backward of the combine"]
+    if RANKS > 2
+    else ["took another way: its call 13 is ", "forward dispatch (step 1, MoE call 5", "backward of the combine"]
+)
+
+
 @pytest.mark.parametrize(
     ("how", "words"),
     [
         ("exits", [f"rank {CULPRIT} has not arrived", "after backward of the dispatch (", "then its process ended"]),
-        ("skips a layer", [f"rank {CULPRIT} took another way: its call 13 is backward of the combine"]),
+        ("skips a layer", SKIPPED),
     ],
 )
 def test_a_rank_that_exits_or_goes_another_way(how: str, words: list[str], tmp_path: Path) -> None:
