@@ -26,6 +26,10 @@ def meet(group: Any, delay: float | None, seconds: float, barrier: bool = True) 
         group.get_group_store().wait(others, timedelta(seconds=HANG))
     elif group.rank() == LATE:
         time.sleep(delay)
+    if group.rank() != LATE:  # those who come do so together
+        others, store = [rank for rank in range(group.size()) if rank != LATE], group.get_group_store()
+        store.set(f"{group.rank()} comes", "")
+        store.wait([f"{rank} comes" for rank in others], timedelta(seconds=HANG))
     decided = everyone_arrives(group, "test", seconds)
     if group.rank() != LATE and delay is None:
         group.get_group_store().set(f"{group.rank()} has left", "")

@@ -16,14 +16,14 @@ import pytest
 import stalls
 from harness import HANG, run_ranks
 from moe import own_package
-from stalls import CULPRIT, HEAD, RANKS, STALLS, layer, rows, standard_error_in, start
+from stalls import CULPRIT, HEAD, RANKS, STALLS, layer, rows, standard_error_in, start, until
 
 import megatron_ep_v2
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.reference import ReferenceBuffer
 
-LIMIT = 2  # seconds; no call takes so long by itself. `python tests/stall_rounds.py` runs the same with the default
+LIMIT = 4  # seconds; no call takes so long by itself. `python tests/stall_rounds.py` runs the same with the default
 
 
 # ------------------------------------------------------------------------------------------------- injected stalls
@@ -51,21 +51,25 @@ def test_another_capacity_is_named_on_every_rank() -> None:
 @own_package
 def wait_with_the_lock(group: Any, folder: str) -> str:
     """As deep_ep's dispatch does. What had been printed when the waiting rank could run again."""
-    file = Path(folder, str(group.rank()))
-    with standard_error_in(file):
+    files = [Path(folder, str(rank)) for rank in range(RANKS)]
+    pipe = os.open(Path(folder, f"{group.rank()} goes on"), os.O_RDWR)
+    with standard_error_in(files[group.rank()]):
         start(1)
         layer(group, rows())
-        original, libc, store = ReferenceBuffer.dispatch, ctypes.PyDLL(None), group.get_group_store()
+        original, libc = ReferenceBuffer.dispatch, ctypes.PyDLL(None)
 
         def dispatch(self: Any, *args: Any, **arguments: Any) -> Any:
-            libc.usleep(6_000_000)
-            printed.append(file.read_text())
-            store.set(f"{group.rank()} has read", "")
+            libc.read(pipe, ctypes.create_string_buffer(1), 1)
+            printed.append(files[group.rank()].read_text())
             return original(self, *args, **arguments)
 
         printed: list[str] = []
         if group.rank() == CULPRIT:
-            store.wait([f"{rank} has read" for rank in range(RANKS) if rank != CULPRIT], timedelta(seconds=HANG))
+            waiting = [file for rank, file in enumerate(files) if rank != CULPRIT]
+            for _ in until(lambda: all(HEAD in file.read_text() for file in waiting)):
+                time.sleep(0.05)
+            for file in waiting:
+                Path(f"{file} goes on").write_bytes(b"!")
         else:
             ReferenceBuffer.dispatch = dispatch  # type: ignore[method-assign]
         try:
@@ -73,10 +77,14 @@ def wait_with_the_lock(group: Any, folder: str) -> str:
         finally:
             ReferenceBuffer.dispatch = original  # type: ignore[method-assign]
         pool.destroy_buffers()
+    os.close(pipe)
     return "".join(printed)
 
 
 def test_a_rank_that_waits_with_pythons_lock_still_reports(tmp_path: Path) -> None:
+    for rank in range(RANKS):
+        (tmp_path / str(rank)).touch()
+        os.mkfifo(tmp_path / f"{rank} goes on")
     texts = run_ranks(RANKS, wait_with_the_lock, str(tmp_path))
     for rank in set(range(RANKS)) - {CULPRIT}:
         assert f"rank {CULPRIT} has not arrived" in texts[rank] and "in wait_with_the_lock" in texts[rank]
@@ -112,13 +120,12 @@ def test_a_rank_that_does_not_come_to_the_first_dispatch_is_named() -> None:
 
 @own_package
 def pause_everywhere(group: Any, folder: str) -> list[bool]:
-    """Long pauses outside of calls, on all ranks; and whether the watcher was there, and is gone after it."""
+    """A long pause outside of calls, on all ranks; and whether the watcher was there, and is gone after it."""
     with standard_error_in(Path(folder, str(group.rank()))):
         start(LIMIT)
-        for _ in range(2):
-            y = layer(group, rows())
-            time.sleep(LIMIT + 0.5)
-            y.sum().backward()
+        y = layer(group, rows())
+        time.sleep(LIMIT + 0.5)
+        y.sum().backward()
         process = pool.find(group).watch.line.process  # type: ignore[union-attr]
         alive = process.poll() is None
         pool.destroy_buffers()
@@ -134,10 +141,7 @@ def test_no_report_of_a_run_in_which_nobody_is_late(tmp_path: Path) -> None:
 def stall_unwatched(group: Any, folder: str) -> str:
     with standard_error_in(Path(folder, str(group.rank()))):
         start(0)
-        for number in range(2):
-            if number and group.rank() == CULPRIT:
-                time.sleep(2)
-            layer(group, rows())
+        layer(group, rows())
     return type(pool.find(group)).__name__
 
 

@@ -33,7 +33,7 @@ from megatron_ep_v2.watchdog.record import (
 )
 from megatron_ep_v2.watchdog.report import STACK_FRAMES, choose_threads, find_late
 
-LIMIT = 2  # seconds; no call takes so long by itself
+LIMIT = 4  # seconds; no call takes so long by itself
 
 
 # --------------------------------------------------------------------------------------------------- details of calls
