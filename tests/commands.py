@@ -41,7 +41,8 @@ def python(
     """Run a script, or a module after -m, on the CPU, without settings of this package.
 
     Args:
-        ranks: 0 = one process; else so many, as torchrun starts them. Once one has failed, the others are ended.
+        ranks: 0 = one process; else so many, as torchrun starts them. Once one has failed, the others get GRACE
+            seconds.
         first: A top-level function of an importable module, called before the command.
         variables: Environment variables.
 
@@ -81,8 +82,6 @@ def _first_failure(processes: list, arguments: tuple[str, ...]) -> int:
             raise TimeoutExpired(list(arguments), HANG)
         if not status and (failed := [process.exitcode for process in processes if process.exitcode]):
             status, deadline = failed[0], time.monotonic() + GRACE
-            for process in running:
-                process.terminate()
     return status or next((process.exitcode for process in processes if process.exitcode), 0)
 
 

@@ -59,15 +59,18 @@ def test_a_resumed_run_continues_exactly(tmp_path: Path) -> None:
     steps = ["--steps", "100000"]  # more than there is time for
     save = [*steps, "--save", str(parts / "save"), "--save-interval", "2"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    torchrun += ["--nproc-per-node", "2", str(SCRIPT), *SMALL, "--out", str(parts / "out"), *save]
+    waits, wait_in_step = tmp_path / "waits", Path(__file__).parent / "jobs" / "wait_in_step.py"
+    torchrun += ["--nproc-per-node", "2", str(wait_in_step), "3", str(waits)]
+    torchrun += [str(SCRIPT), *SMALL, "--out", str(parts / "out"), *save]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(torchrun, stdout=log, stderr=log)
     try:
         deadline = time.monotonic() + HANG
-        while not list((parts / "save").glob("*latest*")):
+        while not waits.exists():
             assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "log").read_text()[-3000:]
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)  # torchrun hands it on
+        waits.unlink()
         process.wait(HANG)
     finally:
         process.kill()
