@@ -112,7 +112,7 @@ def sync_free_combine(rows: torch.Tensor, group: Any, handle: SyncFreeHandle) ->
     except InputError as refusal:
         buffer = pool.find(group)
         assert buffer is not None  # the dispatch has made it
-        buffer.combine(rows, handle.handle, **pass_on(buffer, refusal))
+        buffer.combine(rows, handle.handle, **pass_on(buffer, [refusal]))
         raise
     return fused_combine(by_token, group, handle.handle)[0]
 

@@ -117,6 +117,7 @@ def test_megatrons_own_data_files(tmp_path: Path) -> None:
     builder.finalize(f"{prefix}.idx")
     result = summary(train(tmp_path, "--steps", "2", "--data-path", str(prefix), "--vocab-size", "300"))
     assert result["steps"] == 2 and 0 < result["val_loss"] < 10
+    assert result["status"]["settings"]["reference_strict"] == "True (default)", "it must run as on GPUs"
 
 
 def test_both_dispatchers_tell_the_same_load(tmp_path: Path) -> None:

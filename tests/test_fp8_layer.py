@@ -54,7 +54,7 @@ def train_over(group: Any, case: Case, layouts: list[Layout], wires: list[Wire])
     """Runs in every rank."""
     steps = {}
     for wire in wires:
-        settings.activate(settings.resolve({}, dispatch_dtype=wire[0], grad_dispatch_dtype=wire[1]))
+        settings.activate(settings.resolve(dispatch_dtype=wire[0], grad_dispatch_dtype=wire[1]))
         for layout in layouts:
             steps[layout, wire] = train_step(case, layout, group)
         pool.destroy_buffers()
@@ -125,7 +125,7 @@ def receive_padding(group: Any) -> list[int]:
     batch = make_batch(case, group.rank())
     counts = []
     for dtype in ("fp8", "mxfp8"):
-        settings.activate(settings.resolve({}, dispatch_dtype=dtype))
+        settings.activate(settings.resolve(dispatch_dtype=dtype))
         rows, _, _, padded, handle = fused_dispatch(
             batch.x, batch.topk_idx, batch.topk_weights, case.experts, group, do_expand=True, expert_alignment=16
         )
@@ -150,7 +150,7 @@ def test_padding_arrives_as_zeros() -> None:
 
 @own_package
 def differ(group: Any, name: str) -> Report | None:
-    settings.activate(settings.resolve({}, **{name: "fp8" if group.rank() == 1 else "mxfp8"}))
+    settings.activate(settings.resolve(**{name: "fp8" if group.rank() == 1 else "mxfp8"}))
     batch = make_batch(CASES[2], group.rank())
     return attempt(lambda: fused_dispatch(batch.x, batch.topk_idx, batch.topk_weights, 12, group))
 
@@ -163,7 +163,7 @@ def test_a_rank_that_differs_is_named_on_every_rank(name: str) -> None:
 
 @own_package
 def refuse(group: Any) -> Report | None:
-    settings.activate(settings.resolve({}, dispatch_dtype="fp8"))
+    settings.activate(settings.resolve(dispatch_dtype="fp8"))
     batch = make_batch(replace(CASES[0], tokens=(5, 5)), group.rank())
     fused_dispatch(batch.x, batch.topk_idx, batch.topk_weights, 6, group)
     cube = batch.x.view(5, 1, 130)

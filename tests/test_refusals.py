@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -122,7 +124,23 @@ def refuse(group: Any, do_expand: bool) -> dict[str, tuple[Report | None, bool]]
     for name, (different, _) in DIFFERENT.items():
         report = attempt(functools.partial(different if mine else COMBINE, layer))
         found[name] = report, torch.allclose(layer.combine(layer.rows)[0], expected, rtol=1e-14)
+    found["rows are freed"] = None, refused_rows_are_freed(layer)
     return found
+
+
+def refused_rows_are_freed(layer: Layer) -> bool:
+    """At once, and not when the garbage collector comes by."""
+    gc.disable()
+    try:
+        alive = []
+        for call, rows in ((layer.combine, layer.rows[1:].clone()), (layer.again, layer.hidden[1:].clone())):
+            alive.append(weakref.ref(rows))
+            report = attempt(functools.partial(call, rows))
+            assert report is not None
+            del rows
+        return [rows() for rows in alive] == [None, None]
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("do_expand", [False, True], ids=["compact", "expanded"])

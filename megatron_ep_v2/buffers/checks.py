@@ -206,12 +206,16 @@ def _layout(do_expand: bool) -> str:
     return "expanded" if do_expand else "compact"
 
 
-def pass_on(buffer: Any, refusal: EPError) -> dict[str, Any]:
-    """For a check of what goes to a buffer: the refusal as an argument of the refused call, which then tells the other
-    ranks and raises it. Raised here where the buffer cannot tell them."""
+def pass_on(buffer: Any, refusals: list[EPError]) -> dict[str, Any]:
+    """For checks of what goes to a buffer: an error as an argument of the refused call, which then tells the others
+    and raises it. Raised here where the buffer cannot tell them.
+
+    Args:
+        refusals: The error. Whoever raises it takes it out, so that no frame on its way holds it, and with it the rows.
+    """
     if getattr(buffer, "tells_refusals", False):
-        return {"refusal": refusal}
-    raise refusal
+        return {"refusals": refusals}
+    raise refusals.pop()
 
 
 def raise_refusals(group: Any, refused: Sequence[Any], call: str = "dispatch") -> None:

@@ -45,7 +45,7 @@ class ReferenceBuffer:
 
     Attributes:
         strict: As the setting `reference_strict` was when the buffer was built.
-        tells_refusals: A refusal of the caller's own goes to the other ranks as the argument `refusal` of the refused
+        tells_refusals: A refusal of the caller's own goes to the other ranks as the argument `refusals` of the refused
             call: see `checks.pass_on`.
 
     Raises:
@@ -96,12 +96,12 @@ class ReferenceBuffer:
         do_cpu_sync: bool = True,
         do_expand: bool = False,
         do_zero_padding: bool = False,
-        refusal: EPError | None = None,
+        refusals: list[EPError] | None = None,
     ) -> tuple[Payload, torch.Tensor | None, torch.Tensor | None, ReferenceHandle, CompletedEvent]:
         """See `contract.Buffer.dispatch`. With an fp64 payload, fp64 weights are carried too.
 
         Args:
-            refusal: Raised instead of a dispatch, once the other ranks have been told.
+            refusals: An error to raise instead of a dispatch, once the other ranks have been told.
 
         Raises:
             InputError, TokenCapacityError: This rank's input is refused.
@@ -112,16 +112,17 @@ class ReferenceBuffer:
         self._check_open()
         values = list(x) if isinstance(x, tuple) else [x]
         capacity, alignment = num_max_tokens_per_rank or self.num_max_tokens_per_rank, expert_alignment or 1
+        refusals = refusals or []
         try:
-            if refusal is None:
+            if not refusals:
                 check_dispatch(
                     x, topk_idx, topk_weights, num_experts, capacity, handle, do_expand, self.group, do_cpu_sync
                 )
                 self._check_carried(x, topk_idx, topk_weights, num_experts)
         except EPError as error:
-            refusal = error
+            refusals.append(error)
         if handle is not None:
-            agree_to_repeat(self.group, "cached dispatch", handle, x, topk_weights, refusal)
+            agree_to_repeat(self.group, "cached dispatch", handle, x, topk_weights, refusals)
             route, picks = handle.route, []
         else:
             self._num_dispatches += 1
@@ -136,7 +137,7 @@ class ReferenceBuffer:
                 alignment,
                 do_expand,
                 do_cpu_sync,
-                refusal,
+                refusals,
             )
             assert topk_idx is not None
             token = torch.arange(len(topk_idx), device=topk_idx.device)[:, None]
@@ -176,9 +177,9 @@ class ReferenceBuffer:
         previous_event: Any = None,
         async_with_compute_stream: bool = False,
         allocate_on_comm_stream: bool = False,
-        refusal: EPError | None = None,
+        refusals: list[EPError] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, CompletedEvent]:
-        """See `contract.Buffer.combine`. refusal: As of `dispatch`.
+        """See `contract.Buffer.combine`. refusals: As of `dispatch`.
 
         Raises:
             InputError: Shapes or dtypes do not fit the handle.
@@ -187,16 +188,17 @@ class ReferenceBuffer:
             ClosedError: The buffer or its group was destroyed.
         """
         self._check_open()
+        refusals = refusals or []
         try:
-            if refusal is None:
+            if not refusals:
                 check_combine(x, handle, topk_weights, self.group)
                 check_dtype(x, self.rank)
                 if self.strict:
                     check_rows(self.group, self.spec, x, torch.bfloat16, simulated=True)
                     check_contiguous(self.group, topk_weights, "topk_weights", simulated=True)
         except EPError as error:
-            refusal = error
-        agree_to_repeat(self.group, "combine", handle, x, topk_weights, refusal)
+            refusals.append(error)
+        agree_to_repeat(self.group, "combine", handle, x, topk_weights, refusals)
         real = sum(handle.route.recv_counts)  # fewer than x has, where the dispatch did not wait for the count
         columns, weights = [x[:real]], topk_weights
         if handle.do_expand:

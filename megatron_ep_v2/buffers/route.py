@@ -49,18 +49,18 @@ def agree_on_route(
     alignment: int,
     do_expand: bool,
     do_cpu_sync: bool,
-    refusal: EPError | None,
+    refusals: list[EPError],
 ) -> Route:
-    """The header of a first dispatch. number: See `Route`. refusal: What this rank raises instead of sending rows.
+    """The header of a first dispatch. number: See `Route`. refusals: What this rank raises instead of sending rows,
+    which is taken out of the list; empty = nothing.
 
     Raises:
-        EPError: `refusal`, once the other ranks have it; PeerError on those.
+        EPError: That, once the other ranks have it; PeerError on those.
         GroupMismatchError: On every rank, if they differ in what they dispatch.
     """
     num_ranks = group.size()
-    rows = x[0] if isinstance(x, tuple) else x
-    counts = torch.zeros(num_ranks, dtype=torch.int64, device=rows.device)
-    if refusal is None:
+    rows, counts = x[0] if isinstance(x, tuple) else x, None
+    if not refusals:
         assert topk_idx is not None and num_experts is not None  # or they would have been refused
         selected_rank = torch.where(topk_idx >= 0, topk_idx // (num_experts // num_ranks), num_ranks)
         goes_to = torch.zeros(len(topk_idx), num_ranks + 1, dtype=torch.bool, device=rows.device)
@@ -69,14 +69,15 @@ def agree_on_route(
     facts = _facts(
         "dispatch", number, x, topk_idx, topk_weights, num_experts, capacity, alignment, do_expand, do_cpu_sync
     )
-    recv_counts = _exchange(group, counts, facts, refusal)
+    recv_counts = _exchange(group, rows.device, facts, refusals, counts)
+    assert counts is not None  # as it is raised otherwise
     return Route(number, goes_to.t().nonzero()[:, 1], counts.tolist(), recv_counts)
 
 
 def agree_to_repeat(
-    group: Any, call: str, handle: Any, x: Payload, topk_weights: torch.Tensor | None, refusal: EPError | None
+    group: Any, call: str, handle: Any, x: Payload, topk_weights: torch.Tensor | None, refusals: list[EPError]
 ) -> None:
-    """The header of a call by a handle. call: "cached dispatch" or "combine". refusal, errors: As `agree_on_route`."""
+    """The header of a call by a handle. call: "cached dispatch" or "combine". refusals, errors: As `agree_on_route`."""
     rows = x[0] if isinstance(x, tuple) else x
     facts = _facts(
         call,
@@ -90,7 +91,7 @@ def agree_to_repeat(
         handle.do_expand,
         do_cpu_sync=True,
     )
-    _exchange(group, torch.zeros(group.size(), dtype=torch.int64, device=rows.device), facts, refusal)
+    _exchange(group, rows.device, facts, refusals)
 
 
 def tell_everyone(group: Any, number: int, value: int, device: torch.device) -> list[int]:
@@ -103,7 +104,7 @@ def tell_everyone(group: Any, number: int, value: int, device: torch.device) -> 
         device: Of the rows that the dispatch will carry.
     """
     facts = _facts("dispatch", number, torch.empty(0), None, None, 0, 0, 0, do_expand=False, do_cpu_sync=True)
-    return _exchange(group, torch.full((group.size(),), value, device=device), facts, None)
+    return _exchange(group, device, facts, [], torch.full((group.size(),), value, device=device))
 
 
 def _facts(
@@ -136,15 +137,19 @@ def _facts(
     }
 
 
-def _exchange(group: Any, counts: torch.Tensor, facts: dict[str, int], refusal: EPError | None) -> list[int]:
-    """counts: [ranks] int64, rows that go to each. The rows that come from each; or what anyone refuses is raised."""
-    mine = [int(refusal is not None), *facts.values()]
-    outgoing = torch.cat([counts[:, None], torch.tensor(mine, device=counts.device).expand(len(counts), -1)], dim=1)
+def _exchange(
+    group: Any, device: torch.device, facts: dict[str, int], refusals: list[EPError], counts: torch.Tensor | None = None
+) -> list[int]:
+    """The rows that come from each rank; or what any of them refuses is raised. counts: [ranks], rows that go there."""
+    mine = [len(refusals), *facts.values()]
+    outgoing = torch.tensor([0, *mine], device=device).repeat(group.size(), 1)
+    if counts is not None:
+        outgoing[:, 0] = counts
     incoming = torch.empty_like(outgoing)
     dist.all_to_all_single(incoming, outgoing, group=group)
     by_rank = incoming.tolist()
-    if refusal is not None:
-        raise refusal
+    if refusals:
+        raise refusals.pop()
     if any(told[1:] != mine for told in by_rank):
         _, refused, *columns = zip(*by_rank, strict=True)
         call = _CALLS[facts["call"]]

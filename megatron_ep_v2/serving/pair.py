@@ -133,9 +133,10 @@ class PrepareFinalize:
             EPError: See `buffers.contract.Buffer.dispatch`.
         """
         self._check_free(slot)
-        refusal = self._wrong_tokens(x, topk_idx, None)
-        if refusal is not None:
-            self._refuse(refusal, x, None)
+        try:
+            self._check_fit(x, topk_idx, None)
+        except InputError as error:
+            self._refuse([error], x, None)
         rows, _, weights, handle, _ = self.buffer.dispatch(
             self._widen(x),
             topk_idx=topk_idx,
@@ -165,9 +166,10 @@ class PrepareFinalize:
             EPError: See `buffers.contract.Buffer.dispatch`.
         """
         self._check_free(slot)
-        refusal = self._wrong_tokens(x, topk_idx, bucket)
-        if refusal is not None:
-            self._refuse(refusal, x, bucket)
+        try:
+            self._check_fit(x, topk_idx, bucket)
+        except InputError as error:
+            self._refuse([error], x, bucket)
         rows, ids, weights, handle, _ = self.buffer.dispatch(
             self._widen(x),
             topk_idx=topk_idx,
@@ -199,8 +201,8 @@ class PrepareFinalize:
             [T, H].
 
         Raises:
-            InputError: Nothing was prepared in this slot; or rows of another number, hidden size or dtype. Then the slot
-                keeps what was prepared, also on the ranks that got a PeerError: pass the right rows, or `abandon` it.
+            InputError: Nothing was prepared in this slot; or rows of another number, hidden size or dtype. In that case
+                the slot keeps what was prepared, after a PeerError too: pass the right rows, or `abandon` it.
             EPError: See `buffers.contract.Buffer.combine`.
         """
         handle = self._handles[slot]
@@ -209,11 +211,11 @@ class PrepareFinalize:
                 f"rank {self.group.rank()}: nothing was prepared in slot {slot}",
                 fix="one finalize for each prepare, with the same slot",
             )
-        refusal = self._wrong_rows(rows, "return rows of the hidden size and dtype that prepare has delivered")
-        if refusal is None:
-            combined = self.buffer.combine(self._widen(rows), handle)[0]
-        else:
-            combined = self.buffer.combine(rows, handle, **pass_on(self.buffer, refusal))[0]
+        try:
+            self._check_rows(rows, "return rows of the hidden size and dtype that prepare has delivered")
+        except InputError as error:
+            self.buffer.combine(rows, handle, **pass_on(self.buffer, [error]))
+        combined = self.buffer.combine(self._widen(rows), handle)[0]
         self._handles[slot] = None
         return combined[:, : self.hidden]
 
@@ -224,46 +226,40 @@ class PrepareFinalize:
     def check_tokens(
         self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, bucket: int | None = None
     ) -> None:
-        """Refuse what `prepare_decode` would refuse, or without a bucket `prepare_prefill`. A refusal takes the place of
-        that call: where the buffer can tell the other ranks, which are in it, they raise too.
+        """Refuse what `prepare_decode` would refuse, or without a bucket `prepare_prefill`. A refusal takes the place
+        of that call: where the buffer can tell the other ranks, which are in it, they raise too.
 
         Raises:
             InputError: See there.
         """
-        refusal: EPError | None = self._wrong_tokens(x, topk_idx, bucket)
-        if refusal is None:
+        try:
+            self._check_fit(x, topk_idx, bucket)
             most = self.buffer.num_max_tokens_per_rank
-            try:
-                check_dispatch(x, topk_idx, topk_weights, self.num_experts, most, None, False, self.group)
-            except EPError as error:
-                refusal = error
-        if refusal is not None:
-            self._refuse(refusal, x, bucket)
+            check_dispatch(x, topk_idx, topk_weights, self.num_experts, most, None, False, self.group)
+        except InputError as error:
+            self._refuse([error], x, bucket)
 
-    def _refuse(self, refusal: EPError, x: torch.Tensor, bucket: int | None) -> None:
+    def _refuse(self, refusals: list[EPError], x: torch.Tensor, bucket: int | None) -> None:
         """In place of the dispatch that the other ranks are in, or come to."""
         decode: dict[str, Any] = {} if bucket is None else {"num_max_tokens_per_rank": bucket, "do_cpu_sync": False}
-        self.buffer.dispatch(x, **decode, **pass_on(self.buffer, refusal))
+        self.buffer.dispatch(x, **decode, **pass_on(self.buffer, refusals))
 
-    def _wrong_tokens(self, x: torch.Tensor, topk_idx: torch.Tensor, bucket: int | None) -> InputError | None:
-        refusal = self._wrong_rows(x, "make PrepareFinalize with hidden and dtype of the model's hidden states")
-        if refusal is not None:
-            return refusal
+    def _check_fit(self, x: torch.Tensor, topk_idx: torch.Tensor, bucket: int | None) -> None:
+        self._check_rows(x, "make PrepareFinalize with hidden and dtype of the model's hidden states")
         rank, num_tokens = self.group.rank(), len(x)
         if topk_idx.dim() != 2 or topk_idx.shape[1] != self.num_topk:
-            return InputError(
+            raise InputError(
                 f"rank {rank}: these selections are not those that the serving pair was made for",
                 found=f"topk_idx {tuple(topk_idx.shape)}",
                 needed=f"[{num_tokens}, {self.num_topk}]",
                 fix="make PrepareFinalize with num_topk of the model",
             )
         if bucket is not None and (bucket not in self.buckets or num_tokens > bucket):
-            return InputError(
+            raise InputError(
                 f"rank {rank}: {num_tokens} tokens cannot be decoded in a bucket of {bucket}",
                 needed=f"a power of two up to {self.buckets[-1]} that holds the tokens of every rank",
                 fix=self._better_bucket(num_tokens, bucket),
             )
-        return None
 
     def _better_bucket(self, num_tokens: int, bucket: int) -> str:
         """The hint for a bucket that is none of this object's, or too small for the tokens."""
@@ -274,15 +270,14 @@ class PrepareFinalize:
         larger = f"make PrepareFinalize with max_decode_tokens of at least {max(bucket_of(bucket), enough)}"
         return larger + (", or bring so many to prepare_prefill" if enough > largest else f"; else {right}")
 
-    def _wrong_rows(self, rows: torch.Tensor, fix: str) -> InputError | None:
-        if rows.dim() == 2 and rows.shape[1] == self.hidden and rows.dtype == self.dtype:
-            return None
-        return InputError(
-            f"rank {self.group.rank()}: these rows are not those that the serving pair was made for",
-            found=f"{rows.dtype} {tuple(rows.shape)}",
-            needed=f"{self.dtype} [rows, {self.hidden}]",
-            fix=fix,
-        )
+    def _check_rows(self, rows: torch.Tensor, fix: str) -> None:
+        if rows.dim() != 2 or rows.shape[1] != self.hidden or rows.dtype != self.dtype:
+            raise InputError(
+                f"rank {self.group.rank()}: these rows are not those that the serving pair was made for",
+                found=f"{rows.dtype} {tuple(rows.shape)}",
+                needed=f"{self.dtype} [rows, {self.hidden}]",
+                fix=fix,
+            )
 
     def _check_free(self, slot: int) -> None:
         """Before a dispatch: one that is refused behind it would leave the other ranks with half a layer."""
