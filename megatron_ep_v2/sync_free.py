@@ -181,18 +181,21 @@ def _to_error(own: weakref.ref[_Room], training: bool, excess: dict[int, int]) -
     worst = max(excess, key=lambda rank: excess[rank])
     room.needed = max(room.needed, room.num_picks + excess[worst])
     percent = room.percent(room.needed)
-    what = (
-        f"rank {worst} was sent more rows in this step than its experts have room for; the step must not be applied"
-        if training
-        else f"rank {worst} was sent more rows in a captured evaluation than its experts have room for; the result of "
-        "the evaluation is wrong, the training step is not concerned"
-    )
-    grow = "call megatron_ep_v2.sync_free.grow(), zero the gradients and run the step again"
-    return LayoutOverflowError(
-        what,
-        found=f"{room.needed} rows for {room.num_picks} places ({room.percent(room.num_picks)} % of an even share); "
+    facts = {
+        "found": f"{room.needed} rows for {room.num_picks} places ({room.percent(room.num_picks)} % of an even share); "
         f"too many on ranks {sorted(excess)}",
-        needed=f"sync_free_rows_percent={percent} or more for this routing",
-        fix=f"{grow if training else 'call megatron_ep_v2.sync_free.grow(), capture and evaluate again'}, "
-        f"or set {settings.variable('sync_free_rows_percent')}={percent} (the same on every rank)",
+        "needed": f"sync_free_rows_percent={percent} or more for this routing",
+    }
+    setting = f"or set {settings.variable('sync_free_rows_percent')}={percent} (the same on every rank)"
+    if training:
+        return LayoutOverflowError(
+            f"rank {worst} was sent more rows in this step than its experts have room for; "
+            "the step must not be applied",
+            **facts,
+            fix=f"call megatron_ep_v2.sync_free.grow(), zero the gradients and run the step again, {setting}",
+        )
+    return LayoutOverflowError(
+        f"rank {worst} was sent more rows in a captured evaluation than its experts have room for; its result is wrong",
+        **facts,
+        fix=f"call megatron_ep_v2.sync_free.grow(), capture and evaluate again, {setting}; training is not concerned",
     )
