@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ep_v2.buffers.groups import registered
+from megatron_ep_v2.buffers.groups import find_registered, is_registered, registered
 from megatron_ep_v2.copies import refuse_to_pickle_groups
 from megatron_ep_v2.errors import GroupMismatchError
 from megatron_ep_v2.recompute import runs_again
@@ -31,12 +31,17 @@ class ExpertLoad:
     Args:
         group: Process group of the experts.
         num_local_experts: Experts of this rank.
+
+    Attributes:
+        used: Whether it may have counted something since the last reading; equal on all ranks of the group.
     """
 
     def __init__(self, group: Any, num_local_experts: int):
         self.group = group
+        self._dispatched = self._captured = False
         self._host = torch.zeros(num_local_experts, dtype=torch.int64, device="cpu")  # whatever the default device is
         self._device: torch.Tensor | None = None
+        self.num_local_experts = num_local_experts
         _layers[next(_numbers)] = self
 
     __reduce_ex__ = refuse_to_pickle_groups
@@ -55,16 +60,24 @@ class ExpertLoad:
         """
         if runs_again():
             return
+        self._dispatched = True
         if not counts.is_cuda:
             self._host += counts
             return
         if self._device is None:
             with torch.inference_mode(False):  # one made there could not be written to in training
                 self._device = torch.zeros(len(self._host), dtype=torch.int64, device=counts.device)
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            self._captured = True  # and may be replayed at any time
         self._device += counts
+
+    @property
+    def used(self) -> bool:
+        return self._dispatched or self._captured
 
     def take(self) -> torch.Tensor:
         """[local experts] int64 on the host, and begin anew. Waits for the device where counts are there."""
+        self._dispatched = False
         counts = self._host.clone()
         self._host.zero_()
         if self._device is not None:
@@ -82,18 +95,23 @@ def local_expert_load() -> list[torch.Tensor]:
 
 
 def expert_load() -> list[torch.Tensor]:
-    """For each MoE layer of this process: [experts of the group] int64, the tokens since the last reading.
+    """For each MoE layer of this process: [experts of the group] int64, the tokens since the last reading. Layers whose
+    group was destroyed are left out.
 
     Collective over the experts' group (one exchange for all layers): all its ranks call it at the same step. Other
     groups, those of data parallel replicas, count their own tokens.
 
     Raises:
-        GroupMismatchError: The ranks have different numbers of MoE layers.
+        GroupMismatchError: The ranks have used different numbers of MoE layers.
     """
-    layers = [layer for _, layer in sorted(_layers.items())]
-    loads: list[torch.Tensor] = [torch.empty(0, device="cpu")] * len(layers)
-    for group in dict.fromkeys(layer.group for layer in layers):
-        members = [i for i, layer in enumerate(layers) if layer.group is group]
+    layers = [layer for _, layer in sorted(_layers.items()) if is_registered(find_registered(layer.group))]
+    loads = [
+        torch.zeros(layer.group.size() * layer.num_local_experts, dtype=torch.int64, device="cpu") for layer in layers
+    ]
+    # Layers that were not used are left out: a model that was given up lives until Python finds its cycles, on some
+    # ranks longer than on others. All ranks of a group have used the same ones, because a dispatch is collective.
+    for group in dict.fromkeys(layer.group for layer in layers if layer.used):
+        members = [i for i, layer in enumerate(layers) if layer.group is group and layer.used]
         by_rank: list[Any] = [None] * group.size()
         dist.all_gather_object(by_rank, [layers[i].take().tolist() for i in members], group=registered(group))
         if len({len(counts) for counts in by_rank}) > 1:

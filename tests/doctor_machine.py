@@ -134,6 +134,15 @@ class DistributedOptimizer:
     def sharded_param_state_dp_reshardable(self, model_sharded_state_dict, is_loading, metadata): ...
 """
 
+OPTIMIZERS = """
+class ChainedOptimizer:
+    def step(self): ...
+
+class MixedPrecisionOptimizer(ChainedOptimizer): ...
+
+class FP32Optimizer(ChainedOptimizer): ...
+"""
+
 DIST_CHECKPOINTING = "def load(sharded_state_dict, checkpoint_dir, strict=None): ...\n"
 
 SCHEDULE = "def should_free_input(name, is_moe, config, num_local_experts): ...\n"
@@ -188,6 +197,7 @@ class Machine:
             "megatron/core/models/common/utils.py": SCHEDULE,
             "megatron/core/transformer/moe/moe_layer.py": MOE_LAYER,
             "megatron/core/optimizer/distrib_optimizer.py": OPTIMIZER,
+            "megatron/core/optimizer/optimizer.py": OPTIMIZERS,
             "megatron/core/dist_checkpointing/__init__.py": DIST_CHECKPOINTING,
         }
     )

@@ -103,6 +103,11 @@ def test_local_counts_need_no_other_rank() -> None:
 @own_package
 def disagree(group: Any) -> str:
     layers = [load.ExpertLoad(group, 2) for _ in range(1 + group.rank())]
+    layers[0].add(torch.tensor([1, 2]))
+    # What only rank 1 has was not used: a model that was given up, and not yet found by Python's collector.
+    assert [each.tolist() for each in load.expert_load()] == [[1, 2, 1, 2], [0] * 4][: len(layers)]
+    for layer in layers:
+        layer.add(torch.tensor([1, 2]))
     try:
         load.expert_load()
     except GroupMismatchError as error:

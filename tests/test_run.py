@@ -135,13 +135,13 @@ def test_under_torchrun(tmp_path: Path) -> None:
     assert done.stderr.count("bound to the reference buffer") == 1
 
 
-def test_ranks_of_tests_have_torchruns_variables() -> None:
+def test_ranks_of_tests_have_torchruns_variables(tmp_path: Path) -> None:
     """Those of commands.py, where tests start ranks without torchrun."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
-    show = ["--nproc-per-node", "2", "--no-python", "sh", "-c", "env | tr '\\n' ' '; echo"]
-    done = subprocess.run([*torchrun, *show], capture_output=True, text=True, timeout=HANG, check=True)
-    theirs = [dict(pair.split("=", 1) for pair in line.split() if "=" in pair) for line in done.stdout.splitlines()]
-    theirs.sort(key=lambda variables: variables["RANK"])
+    show = ["--nproc-per-node", "2", "--no-python", "sh", "-c", f"env > '{tmp_path}'/$RANK"]  # not into one pipe
+    subprocess.run([*torchrun, *show], capture_output=True, timeout=HANG, check=True)
+    lines = [file.read_text().splitlines() for file in sorted(tmp_path.iterdir())]
+    theirs = [dict(line.split("=", 1) for line in each if "=" in line) for each in lines]
     for rank, variables in enumerate(theirs):
         ours = launched(rank, 2, int(variables["MASTER_PORT"]))
         assert ours == {name: variables[name] for name in ours}
