@@ -35,16 +35,18 @@ endif
 # Without this, a megatron-core that is installed below a git checkout takes our commit for its own: 0.19.2+<our commit>.
 export NO_VCS_VERSION := 1
 
+PYTEST = export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1; exec "$(PY)" -m pytest -n $(WORKERS) --dist worksteal
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install train test lint format bench hooks clean distclean check-python
+.PHONY: help install train test test-fast lint format bench hooks clean distclean check-python
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo '  PYTHON=python3.12     another interpreter, in its own environment (tested: 3.11 and 3.12)'
 	@echo '  INSTALL=no            use PYTHON as it is and install nothing'
-	@echo '  ARGS="--steps 50"     passed on to train, test and bench'
+	@echo '  ARGS="--steps 50"     passed on to train, test, test-fast and bench'
 	@echo '  NPROC=4  WORKERS=1    processes of train; workers of test'
 
 install: $(READY)  ## create the environment and install everything, versions from constraints.txt
@@ -58,7 +60,10 @@ train: $(READY)  ## train a small Qwen3-MoE: on all GPUs, or on the CPU with two
 	  examples/pretrain_qwen3_moe.py $(ARGS)
 
 test: $(READY)  ## run the tests on the CPU
-	@export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1; exec "$(PY)" -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+	@$(PYTEST) $(ARGS)
+
+test-fast: $(READY)  ## run those that take no long
+	@$(PYTEST) -m 'not slow and not gpu and not multinode' $(ARGS)
 
 lint: $(READY)  ## ruff (rules and format) and mypy
 	"$(PY)" -m ruff check .

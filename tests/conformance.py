@@ -97,7 +97,9 @@ class BufferConformance:
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "layout" in metafunc.fixturenames:
             runs = list(self.runs())
-            metafunc.parametrize(("case", "layout"), runs, ids=[f"{case}-{layout}" for case, layout in runs])
+            marks = [() if layout in (LAYOUTS[0], LAYOUTS[4]) else pytest.mark.slow for _, layout in runs]
+            params = [pytest.param(*run, marks=mark, id=f"{run[0]}-{run[1]}") for run, mark in zip(runs, marks)]
+            metafunc.parametrize(("case", "layout"), params)
 
     def test_handle_describes_the_batch(self, case: Case, layout: Layout) -> None:
         for rank, trace in enumerate(self.traces(case, layout)):

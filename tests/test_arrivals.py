@@ -61,6 +61,7 @@ def straggle(group: Any) -> tuple[list[Arrival], str]:
     return list(first.arrivals), str(caught.value)
 
 
+@pytest.mark.slow
 def test_stragglers_are_named_on_demand() -> None:
     answers = run_ranks(RANKS, straggle)
     assert all(answer == answers[0] for answer in answers)

@@ -41,6 +41,7 @@ def document(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_table_on_two_ranks_that_it_starts(tmp_path: Path) -> None:
     """In interpreters of its own."""
     out = tmp_path / "rows.jsonl"

@@ -37,6 +37,7 @@ def write(path: Path, rows: list[dict[str, Any]], **more: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_every_picture_from_the_rows_of_two_environments(tmp_path: Path) -> None:
     unavailable = {"status": "unavailable", "variant": "hybridep", "reason": "not here"}
     first = [layer("alltoall", 500.0), layer("alltoall", 900.0, tokens=8192), unavailable]

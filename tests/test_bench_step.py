@@ -25,6 +25,7 @@ SMALL = ["--shapes", "custom", "--hidden", "128", "--topk", "3", "--expert-ffn",
 SMALL += ["--tokens", "48", "--layers", "2", "--repeats", "4", "--micro-batches", "2"]
 
 
+@pytest.mark.slow
 def test_whole_steps_of_every_dispatcher_here_end_with_settings_to_copy(tmp_path: Path) -> None:
     done = bench(*SMALL, "--experts", "8", "--step", "--tune", "--out", str(tmp_path / "rows.jsonl"), ranks=2)
     assert done.returncode == 0, done.stderr
@@ -46,6 +47,7 @@ def test_whole_steps_of_every_dispatcher_here_end_with_settings_to_copy(tmp_path
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1 + len(rows)
 
 
+@pytest.mark.slow
 def test_whole_steps_with_every_kind_of_experts() -> None:
     """On one set of weights: all of them train the same. What cannot run here says why, once for all dispatchers."""
     kinds = ["megatron", "grouped", "sequential", "deepgemm", "megatron-opfuser"]

@@ -114,6 +114,7 @@ def run_sources(group: Any) -> dict[str, tuple[str, float]]:
     return {name: run_source(group, name) for name in SOURCES}
 
 
+@pytest.mark.slow
 def test_the_configuration_says_how_many_tokens_a_rank_may_have() -> None:
     for answers in run_ranks(2, run_sources):
         for name, (said, error) in answers.items():

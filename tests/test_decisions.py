@@ -57,6 +57,7 @@ def change_routing_in_one_group(world: Any, distributed: bool) -> dict[str, Any]
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("distributed", [False, True])
 def test_a_routing_changed_in_one_group_stops_every_rank(distributed: bool) -> None:
     ranks = run_ranks(4, change_routing_in_one_group, distributed)
@@ -88,6 +89,7 @@ def overflow_in_one_group(world: Any, percent: int) -> tuple[list[float], int, d
         return losses, repeats, job.weights()
 
 
+@pytest.mark.slow
 def test_an_overflow_in_one_group_repeats_the_step_on_every_rank() -> None:
     env = {"MCORE_DEEPEP_V2_SYNC_FREE": "1"}
     wanted = run_ranks(4, overflow_in_one_group, 0, env=env)

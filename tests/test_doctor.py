@@ -293,6 +293,7 @@ FAULTS: dict[str, tuple[Change, dict[str, str], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_changes_its_own_check(fault: str, tmp_path: Path) -> None:
     change, expected, said = FAULTS[fault]

@@ -43,6 +43,7 @@ USABLE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "environment", "expected"), USABLE)
 def test_what_is_usable(source: str | None, environment: dict[str, str], expected: str, tmp_path: Path) -> None:
     machine = Machine(tmp_path)
@@ -104,6 +105,7 @@ facts._run = run_in_short
 """
 
 
+@pytest.mark.slow
 def test_an_import_that_hangs_is_given_up(tmp_path: Path) -> None:
     machine = Machine(tmp_path, site=SHORT)
     usable, code, found = run_anew(machine, "import time; time.sleep(3600)")

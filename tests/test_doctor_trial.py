@@ -20,6 +20,7 @@ from megatron_ep_v2.doctor import trial
 ROOT = Path(megatron_ep_v2.__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_the_real_command(tmp_path: Path) -> None:
     """Everything real: this machine without its GPUs, its torch and Megatron, two processes."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -75,6 +76,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return run
 
 
+@pytest.mark.slow
 def test_a_rank_that_raises(run: Any) -> None:
     check, found = run("os.environ['MCORE_DEEPEP_V2_LAYOUT'] = 'sorted'")
     assert (check.name, check.status) == ("trial", "fail")
@@ -83,6 +85,7 @@ def test_a_rank_that_raises(run: Any) -> None:
     assert "rank 0: " in check.found and "stderr" in found["0"], "what it made of its peer's end"
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_and_one_that_waits_for_it(run: Any) -> None:
     check, found = run("os.kill(os.getpid(), signal.SIGSEGV)", GRACE_SECONDS=2)
     assert check.status == "fail"
@@ -90,6 +93,7 @@ def test_a_rank_that_dies_and_one_that_waits_for_it(run: Any) -> None:
     assert "most recent call first" in found["0"]["stderr"] and "in run_rank" in found["0"]["stderr"]
 
 
+@pytest.mark.slow
 def test_a_rank_that_never_comes(run: Any) -> None:
     check, found = run("time.sleep(3600)", SECONDS=2)
     assert check.status == "fail"

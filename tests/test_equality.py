@@ -22,6 +22,8 @@ from qwen3_moe.train import Trainer
 
 from megatron_ep_v2.fused_a2a import FusedDispatch
 
+pytestmark = pytest.mark.slow
+
 STEPS = 20
 LOSS_TOLERANCE = 1e-5  # absolute, in nats
 GRADIENT_TOLERANCE = 2e-6  # relative L2, each parameter by itself

@@ -53,6 +53,7 @@ def stop_later() -> None:
     loop.train_batches = train_batches
 
 
+@pytest.mark.slow
 def test_a_resumed_run_continues_exactly(tmp_path: Path) -> None:
     """After a signal to torchrun, and after a signal to one rank; the one run here that torchrun starts."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -120,6 +121,7 @@ def test_megatrons_own_data_files(tmp_path: Path) -> None:
     assert result["status"]["settings"]["reference_strict"] == "True (default)", "it must run as on GPUs"
 
 
+@pytest.mark.slow
 def test_both_dispatchers_tell_the_same_load(tmp_path: Path) -> None:
     """Counted by what is dispatched, and by what the router says; the first step of both is the same one."""
     balance = {}

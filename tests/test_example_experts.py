@@ -8,6 +8,7 @@ import pytest
 from test_example import losses, summary, train
 
 
+@pytest.mark.slow
 def test_all_experts_learn_the_same(tmp_path: Path) -> None:
     """From the same initial weights. A checkpoint of stacked experts is not one of Megatron's, and both say so."""
     found = {}

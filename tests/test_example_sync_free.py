@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from test_example import losses, summary, train
 
 STEPS = ["--steps", "6", "--experts", "grouped", "--dtype", "fp32"]
 TOLERANCE = 2e-4  # of fp32 losses after six steps; sums are in another order
 
 
+@pytest.mark.slow
 def test_steps_without_room_are_repeated_and_losses_stay_the_same(tmp_path: Path) -> None:
     expanded, sync_free = tmp_path / "expanded", tmp_path / "sync-free"
     assert summary(train(expanded, *STEPS))["status"]["layout"] == "expanded"

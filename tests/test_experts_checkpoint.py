@@ -26,6 +26,8 @@ import megatron_ep_v2
 from megatron_ep_v2.errors import SettingsError
 from megatron_ep_v2.experts.module import Experts
 
+pytestmark = pytest.mark.slow
+
 KINDS = ("megatron", "grouped", "sequential")
 SIZES = (1, 2, 4)
 # Written at this expert-parallel size by this kind, read at that size by that kind. Grouped and sequential experts have
@@ -106,7 +108,6 @@ def all_resumed() -> list[dict[str, dict[Any, tuple[str, float]]]]:
     return run_ranks(4, resumed)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMATS)
 def test_training_goes_on_with_any_kind_and_size(form: str) -> None:
     """Between expert-parallel size 1 and others, Megatron cannot match an optimizer's state, whatever the experts: it

@@ -49,6 +49,7 @@ def differences(group: Any, overlap: bool) -> dict[str, tuple[float, float, floa
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overlap", [False, True])
 def test_training_is_that_of_megatrons_experts(overlap: bool) -> None:
     """2 micro-batches, clipping, AdamW; gradients reduced and parameters gathered beside compute, or not. The control:

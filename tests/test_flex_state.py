@@ -160,6 +160,7 @@ def run_uneven_ranks(group: Any, layout: str, tokens: tuple[int, ...]) -> None:
         assert buffer.num_max_tokens_per_rank == max(tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [(13, 5), (0, 8), (8, 0), (3, 0, 17, 1)], ids=str)
 def test_ranks_with_different_numbers_of_tokens(layout: str, tokens: tuple[int, ...]) -> None:
     run_ranks(len(tokens), run_uneven_ranks, layout, tokens)

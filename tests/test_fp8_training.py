@@ -5,11 +5,13 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
+import pytest
 from test_example import losses, summary, train
 
 STEPS = 30
 
 
+@pytest.mark.slow
 def test_losses_stay_together(tmp_path: Path) -> None:
     curves = {}
     for dtype in ("bf16", "fp8"):

@@ -90,6 +90,7 @@ def run_gradcheck(group: Any, case: Case, layout: Layout) -> bool:
     return torch.autograd.gradcheck(fn, (x, probs), rtol=1e-5, atol=1e-7, check_undefined_grad=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_gradcheck(layout: Layout) -> None:
     assert run_ranks(2, run_gradcheck, TINY, layout) == [True, True]
@@ -132,6 +133,7 @@ def differentiate(group: Any, case: Case, layout: Layout) -> list[tuple[torch.Te
     return list(zip(analytic, numerical, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("case", [TINY_UNEVEN, TINY_EMPTY], ids=["uneven", "one-empty-rank"])
 def test_numerical_gradients_of_uneven_ranks(case: Case, layout: Layout) -> None:

@@ -103,6 +103,7 @@ def test_a_rank_that_dies_is_named_and_frees_the_others(short_grace: None) -> No
     assert "die_on_one" in caught.value.reports[0], "the stack of the rank that was stuck"
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_shows_its_stack() -> None:
     with pytest.raises(RanksError) as caught:
         run_ranks(2, sleep_for_ever, timeout=5.0)

@@ -169,6 +169,7 @@ def test_importing_the_command_line_touches_nothing() -> None:
     assert witness(f"{PACKAGE}.__main__") == nothing
 
 
+@pytest.mark.slow
 def test_importing_the_installer_touches_nothing_yet() -> None:
     """It imports all modules but those that need Megatron."""
     nothing = {"changed environment": [], "packages": [], "cuda": False, "group": False, "torch": True}

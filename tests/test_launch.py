@@ -74,11 +74,13 @@ def parsed() -> dict[str, dict[str, Any]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", WANTED)
 def test_megatrons_own_parser_reads_the_flags(config: str, parsed: dict[str, dict[str, Any]]) -> None:
     assert {name: parsed[config].get(name, "missing") for name in WANTED[config]} == WANTED[config]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", WANTED)
 def test_the_model_has_the_size_of_its_name(config: str, parsed: dict[str, dict[str, Any]]) -> None:
     model = SimpleNamespace(**parsed[config])

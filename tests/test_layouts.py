@@ -96,6 +96,7 @@ def test_rows_there_and_back(kind: str, layout: str, dtype: torch.dtype) -> None
     torch.testing.assert_close(weighted.double(), oracle.reduced(rows, found, weights), **close)
 
 
+@pytest.mark.slow
 @each_kind
 @pytest.mark.parametrize("layout", ["aligned", "overflow", "masked overflow"])
 def test_gradients_by_differences(kind: str, layout: str) -> None:

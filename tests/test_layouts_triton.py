@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from test_quantize import child, needs_triton
 
 INTERPRET = """
@@ -24,6 +25,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_kernels_equal_the_references_in_tritons_interpreter() -> None:
     found = child(INTERPRET, TRITON_INTERPRET="1")
@@ -45,6 +47,7 @@ except UnavailableError as error:
 """
 
 
+@pytest.mark.slow
 @needs_triton
 def test_an_old_triton_is_refused_with_the_version_needed() -> None:
     said = child(OLD)
@@ -108,6 +111,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_kernels_compile_for_gpus_and_move_rows_16_bytes_at_a_time(tmp_path: Path) -> None:
     """And no kernel has an atomic in it: what is added up, is added up in a fixed order."""

@@ -93,6 +93,7 @@ print(json.dumps(wrong(replay_triton, "cpu")))
 """
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_kernels_do_the_same_in_tritons_interpreter() -> None:
     assert child(INTERPRET, TRITON_INTERPRET="1") == []

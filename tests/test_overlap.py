@@ -133,6 +133,7 @@ def compare(group: Any, layout: str, experts: str, keep_rows: bool) -> tuple[dic
         return {name: relative_error(found[name], tensor) for name, tensor in wanted.items()}, len(freed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "experts"),
     [

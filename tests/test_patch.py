@@ -123,6 +123,7 @@ def wheel(version: str, folder: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_released_megatron(version: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     """Apply, train a layer without a call of install(), revert to the same bytes."""
@@ -152,6 +153,7 @@ def test_a_released_megatron(version: str, tmp_path: Path, request: pytest.Fixtu
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_without_the_package_a_patched_megatron_is_stock(tmp_path: Path) -> None:
     """The same error without deep_ep; with a legacy one the same calls, outputs and gradients, bit for bit."""
     shutil.copytree(installed_megatron() / "megatron", tmp_path / "megatron")

@@ -205,6 +205,7 @@ print(json.dumps({"wrong": wrong, "empty": list(kernels.dequantize(*empty, torch
 """
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_kernels_equal_the_reference_in_tritons_interpreter() -> None:
     assert child(INTERPRET, TRITON_INTERPRET="1") == {"wrong": [], "empty": [0, 256]}
@@ -233,6 +234,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_kernels_compile_for_gpus_and_move_16_bytes_at_a_time(tmp_path: Path) -> None:
     """Rows in and out; only the scales, 4 bytes for 128 columns, go one by one."""

@@ -29,6 +29,7 @@ class TestReference(BufferConformance):
     accepts_strided = True
 
 
+@pytest.mark.slow
 class TestReferenceOnEightRanks(BufferConformance):
     factory = staticmethod(make_reference)
     sizes = (8,)
@@ -49,6 +50,7 @@ def run(case: Case) -> list[dict[Layout, Trace]]:
     return run_ranks(case.size, exercise, make_reference, "cpu", case, LAYOUTS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_two_runs_agree_bit_for_bit(dtype: torch.dtype) -> None:
     case = replace(CASES["random-large"], dtype=dtype)

@@ -70,6 +70,7 @@ seen["bound"] = token_dispatcher.fused_dispatch.__module__
 """
 
 
+@pytest.mark.slow
 def test_a_script_runs_as_if_python_had_started_it(tmp_path: Path) -> None:
     """Its own argv, name and folder; everything bound before; its exit status is the command's."""
     write(tmp_path / "job", "pretrain.py", WITNESS + BOUND + "print(json.dumps(seen), flush=True)\nsys.exit(7)")
@@ -135,6 +136,7 @@ def test_under_torchrun(tmp_path: Path) -> None:
     assert done.stderr.count("bound to the reference buffer") == 1
 
 
+@pytest.mark.slow
 def test_ranks_of_tests_have_torchruns_variables(tmp_path: Path) -> None:
     """Those of commands.py, where tests start ranks without torchrun."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
@@ -177,6 +179,7 @@ def test_usage(arguments: list[str], tmp_path: Path) -> None:
     assert done.returncode == 0 and "run SCRIPT ARGS..." in done.stdout
 
 
+@pytest.mark.slow
 def test_a_megatron_beside_the_script_comes_first_and_must_fit(tmp_path: Path) -> None:
     """The script does not run on a Megatron that it would use and that cannot be bound to."""
     write(tmp_path / "job", "pretrain.py", "print('ran')")

@@ -236,6 +236,7 @@ def flex_bodies(group: Any, split: mcore.Split) -> None:
     run_bodies(group, split, "sync-free")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", [mcore.Split(1, 2), mcore.Split(1, 4), mcore.Split(2, 2)], ids=str)
 def test_under_megatrons_flex_dispatcher(split: mcore.Split) -> None:
     run_ranks(split.size, flex_bodies, split)

@@ -7,6 +7,7 @@ import time
 from datetime import timedelta
 from typing import Any
 
+import pytest
 import torch.distributed as dist
 from harness import HANG, run_ranks
 
@@ -43,6 +44,7 @@ def test_everyone_comes() -> None:
     assert run_ranks(4, meet, 0.3, HANG) == [(True, "")] * 4
 
 
+@pytest.mark.slow
 def test_a_late_rank_is_named_and_finds_that_the_others_gave_up() -> None:
     answers = run_ranks(4, meet, None, 3.0)
     assert not any(decided for decided, _ in answers), "all or none may enter the collective"

@@ -82,6 +82,7 @@ print(json.dumps([topk._kernels() is None, topk._kernels() is None, records]))
 """
 
 
+@pytest.mark.slow
 @needs_triton
 def test_without_a_new_enough_triton_it_is_said_once() -> None:
     first, second, said = child(OLD)
@@ -97,6 +98,7 @@ print(json.dumps(wrong(topk_triton, "cpu")))
 """
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_kernels_equal_a_stable_sort_in_tritons_interpreter() -> None:
     assert child(INTERPRET, TRITON_INTERPRET="1") == []
@@ -121,6 +123,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_kernels_compile_for_gpus_and_move_16_bytes_at_a_time(tmp_path: Path) -> None:
     found = child(COMPILE, TRITON_CACHE_DIR=str(tmp_path))

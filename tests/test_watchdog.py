@@ -29,6 +29,7 @@ LIMIT = 4  # seconds; no call takes so long by itself. `python tests/stall_round
 # ------------------------------------------------------------------------------------------------- injected stalls
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", STALLS)
 def test_a_stall_is_reported_on_every_waiting_rank(name: str) -> None:
     stall = STALLS[name]
@@ -110,6 +111,7 @@ def come_late(group: Any) -> str:
     return " ".join(said)
 
 
+@pytest.mark.slow
 def test_a_rank_that_does_not_come_to_the_first_dispatch_is_named() -> None:
     for rank, said in enumerate(run_ranks(RANKS, come_late)):
         assert (f"waits for rank(s) [{CULPRIT}]" in said) == (rank != CULPRIT), said
@@ -132,6 +134,7 @@ def pause_everywhere(group: Any, folder: str) -> list[bool]:
     return [alive, process.poll() == 0]
 
 
+@pytest.mark.slow
 def test_no_report_of_a_run_in_which_nobody_is_late(tmp_path: Path) -> None:
     assert run_ranks(RANKS, pause_everywhere, str(tmp_path)) == [[True, True]] * RANKS
     assert [file.read_text() for file in tmp_path.iterdir()] == [""] * RANKS
@@ -169,6 +172,7 @@ time.sleep(3600)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["forgets to destroy", "is interrupted"])
 def test_watchers_end_with_their_job_and_say_nothing(how: str, tmp_path: Path) -> None:
     script = SCRIPT.format(tests=str(Path(__file__).parent), store=str(tmp_path / "store"))

@@ -107,6 +107,7 @@ def stick_on_the_gpu(group: Any, folder: str) -> str:
     return printed
 
 
+@pytest.mark.slow
 def test_a_call_that_the_gpu_has_not_finished(tmp_path: Path) -> None:
     texts = run_ranks(RANKS, stick_on_the_gpu, str(tmp_path))
     call = f"MoE call {1 + 2 * RING + 1}"

@@ -132,6 +132,7 @@ print(json.dumps({"wrong": wrong, "done": done}))
 """
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_kernel_equals_the_reference_in_tritons_interpreter() -> None:
     """Sizes that are no multiples of a tile, NaN in rows of nobody, bits of idle experts that an addition changes."""
@@ -159,6 +160,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_kernel_compiles_for_tensor_cores_that_add_up_in_fp32(tmp_path: Path) -> None:
     found = child(COMPILE, TRITON_CACHE_DIR=str(tmp_path))
