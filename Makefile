@@ -11,7 +11,8 @@ INSTALL ?= yes
 ARGS    ?=
 # Training processes; by default one per GPU, or two where there are fewer than two GPUs.
 NPROC   ?=
-CPUS    := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+# nproc takes OMP_NUM_THREADS for the number of cores where it is set.
+CPUS    := $(shell env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 # Test workers. A test starts up to 8 processes of its own, so more than 8 workers only fight for memory.
 WORKERS ?= $(shell n=$(CPUS); echo $$((n < 8 ? n : 8)))
 
