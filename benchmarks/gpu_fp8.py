@@ -34,7 +34,7 @@ from gpu_layer_cost import SHAPES, Layer, fused_layer, time_variants
 import megatron_ep_v2
 from megatron_ep_v2 import links, settings
 from megatron_ep_v2.fused_a2a import get_buffer
-from megatron_ep_v2.kernels.wire import from_wire, to_wire
+from megatron_ep_v2.wire.quantize import from_wire, to_wire
 
 DTYPES = ("bf16", "fp8", "mxfp8")
 WIRES = (("bf16", "bf16"), ("fp8", "bf16"), ("fp8", "fp8"), ("mxfp8", "mxfp8"))  # of the rows, of the gradients
@@ -198,7 +198,7 @@ def measure_kernels(shape: str, inputs: dict[str, torch.Tensor], repeats: int) -
             target = torch.empty_like(source)
             runs: dict[str, Run] = {
                 "quantize": lambda x=x, dtype=dtype: to_wire(x, dtype),
-                "dequantize": lambda payload=payload: from_wire(payload, torch.bfloat16),
+                "dequantize": lambda payload=payload, dtype=dtype: from_wire(payload, dtype, torch.bfloat16),
                 "copy": lambda source=source, target=target: target.copy_(source),
             }
             eager, times = median_times(runs, repeats), graph_times(runs, repeats)

@@ -33,11 +33,11 @@ import torch.distributed as dist
 from common import Results, graph_times
 from gpu_layer_cost import time_variants
 from layout_layers import Batch, Model, check, expected_rows, variants
+from megatron_ep_v2.layouts.choose import kernels_of
 
 import megatron_ep_v2
 from megatron_ep_v2 import settings
 from megatron_ep_v2.fused_a2a import get_buffer
-from megatron_ep_v2.kernels.wire import to_wire
 from megatron_ep_v2.layouts import (
     Places,
     gather_payload,
@@ -48,7 +48,7 @@ from megatron_ep_v2.layouts import (
     reduce_rows,
     rows_that_fit,
 )
-from megatron_ep_v2.layouts.choose import kernels_of
+from megatron_ep_v2.wire.quantize import to_wire
 
 SHAPES = {"qwen3-30b-a3b": (2048, 128, 8), "deepseek-v3": (7168, 256, 8)}  # hidden, experts, top-k
 LAYER = {"hidden": 2048, "ffn": 768, "experts": 128, "topk": 8}  # Qwen3-30B-A3B

@@ -32,7 +32,7 @@ from common import Results, start, time_layers
 from exposed import profiled
 
 import megatron_ep_v2
-from megatron_ep_v2.experts.module import use_experts
+from megatron_ep_v2.megatron.experts import use_experts
 
 HIDDEN, FFN, EXPERTS, TOPK = 2048, 768, 128, 8  # Qwen3-30B-A3B
 SHARED_FFN = 4096  # Qwen3 has no shared expert: as much work for a token as its 8 chosen ones have, rounded down

@@ -25,7 +25,7 @@ from common import environment, start, time_layers, torchrun, write_rows
 from torch.utils.checkpoint import checkpoint
 
 import megatron_ep_v2
-from megatron_ep_v2 import deferred, settings
+from megatron_ep_v2 import device_checks, settings
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 from megatron_ep_v2.recompute import Replayed
 
@@ -68,7 +68,7 @@ def _measure(layout: str, options: argparse.Namespace, device: torch.device) -> 
         for mine, theirs in zip(result, results["no recompute"], strict=True):
             error = (mine.double() - theirs.double()).norm() / theirs.double().norm()
             assert error < 1e-2, f"{layout}, {variant}: a result is off by {error:.1e}"
-    deferred.read_all()  # the routing was the same
+    device_checks.read_all()  # the routing was the same
     del results
     memory = {variant: stack.memory(variant) for variant in VARIANTS}
     times = time_layers(variants, options.repeats, device)

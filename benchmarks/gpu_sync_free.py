@@ -27,7 +27,7 @@ from common import Results
 
 import megatron_ep_v2
 from megatron_ep_v2 import settings
-from megatron_ep_v2.deferred import read_all
+from megatron_ep_v2.device_checks import read_all
 from megatron_ep_v2.layouts import gather_rows, gather_weights, place_contiguous, reduce_rows, rows_that_fit
 from megatron_ep_v2.serving import Decode, DecodeGraphs, PrepareFinalize
 

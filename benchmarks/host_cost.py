@@ -35,8 +35,8 @@ from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import elastic, pool
 from megatron_ep_v2.buffers.contract import BufferSpec
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
-from megatron_ep_v2.watchdog.meeting import Meeting
-from megatron_ep_v2.watchdog.watch import watch
+from megatron_ep_v2.watchdog.rendezvous import Meeting
+from megatron_ep_v2.watchdog.watched_buffer import watch
 
 TOKENS, HIDDEN, TOPK, EXPERTS, LOCAL_EXPERTS, ROWS = 4096, 2048, 8, 128, 16, 32768  # of one rank of eight
 SPEC = BufferSpec(num_max_tokens_per_rank=TOKENS, hidden=HIDDEN, num_topk=TOPK, num_experts=EXPERTS)

@@ -29,7 +29,7 @@ import megatron_ep_v2
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
-from megatron_ep_v2.watchdog.watch import WatchedBuffer
+from megatron_ep_v2.watchdog.watched_buffer import WatchedBuffer
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE, BUFFER = ("cuda", torch.bfloat16, "elastic") if GPU else ("cpu", torch.float32, "reference")

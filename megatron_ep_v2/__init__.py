@@ -18,31 +18,31 @@ __all__ = [
 
 
 def install(**settings: Any) -> dict[str, Any]:
-    """Bind this package to Megatron-Core; see `installer.install`."""
-    from megatron_ep_v2 import installer
+    """Bind this package to Megatron-Core; see `megatron.binding.install`."""
+    from megatron_ep_v2.megatron import binding
 
-    return installer.install(**settings)
+    return binding.install(**settings)
 
 
 def moe_submodules(submodules: Any) -> Any:
     """`install()`, and Megatron's MoESubmodules with the experts that are installed: what a patched Megatron calls."""
-    from megatron_ep_v2 import installer
+    from megatron_ep_v2.megatron import binding
 
-    return installer.moe_submodules(submodules)
+    return binding.moe_submodules(submodules)
 
 
 def uninstall() -> None:
-    """Undo `install()`; see `installer.uninstall`."""
-    from megatron_ep_v2 import installer
+    """Undo `install()`; see `megatron.binding.uninstall`."""
+    from megatron_ep_v2.megatron import binding
 
-    installer.uninstall()
+    binding.uninstall()
 
 
 def status() -> dict[str, Any]:
-    """What is installed and active, as JSON-able values; see `installer.status`."""
-    from megatron_ep_v2 import installer
+    """What is installed and active, as JSON-able values; see `megatron.binding.status`."""
+    from megatron_ep_v2.megatron import binding
 
-    return installer.status()
+    return binding.status()
 
 
 def destroy_buffers() -> None:
@@ -53,21 +53,21 @@ def destroy_buffers() -> None:
 
 
 def stragglers(group: Any = None) -> Any:
-    """Which rank arrives last at its dispatches, and by how much. Collective; see `watchdog.arrivals.stragglers`."""
-    from megatron_ep_v2.watchdog import arrivals
+    """Which rank arrives last at its dispatches, and by how much. Collective; see `watchdog.stragglers.stragglers`."""
+    from megatron_ep_v2.watchdog import stragglers
 
-    return arrivals.stragglers(group)
+    return stragglers.stragglers(group)
 
 
 def expert_load() -> Any:
-    """Tokens of each expert since the last reading, for each MoE layer. Collective; see `load.expert_load`."""
-    from megatron_ep_v2 import load
+    """Tokens of each expert since the last reading, by MoE layer. Collective; see `megatron.expert_load`."""
+    from megatron_ep_v2.megatron import expert_load
 
-    return load.expert_load()
+    return expert_load.expert_load()
 
 
 def log_expert_load(iteration: int) -> dict[str, float]:
-    """The same as scalars, written to Megatron's loggers. Collective; see `load.log_expert_load`."""
-    from megatron_ep_v2 import load
+    """The same as scalars, written to Megatron's loggers. Collective; see `megatron.expert_load.log_expert_load`."""
+    from megatron_ep_v2.megatron import expert_load
 
-    return load.log_expert_load(iteration)
+    return expert_load.log_expert_load(iteration)

@@ -26,12 +26,12 @@ from typing import Any
 
 import torch
 
-from megatron_ep_v2 import recompute, routing_guard, settings
+from megatron_ep_v2 import recompute, settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.pool import get_buffer
 from megatron_ep_v2.gradients import first_order, save_handle, share_handle, take_handle, whole_gradient
-from megatron_ep_v2.kernels.wire import from_wire, to_wire
 from megatron_ep_v2.probe import probe
+from megatron_ep_v2.wire.quantize import from_wire, to_wire
 
 HAVE_DEEP_EP: bool  # deep_ep imports here and has the legacy `Buffer`
 HAVE_DEEP_EP_V2: bool  # deep_ep imports here and has `ElasticBuffer`
@@ -43,9 +43,9 @@ MEGATRON_DEFAULT_NUM_SMS = 20
 def __getattr__(name: str) -> Any:
     """HAVE_DEEP_EP and HAVE_DEEP_EP_V2, found out at first use: importing this module imports no deep_ep."""
     if name == "HAVE_DEEP_EP":
-        return probe().have_legacy
+        return probe().have_deep_ep
     if name == "HAVE_DEEP_EP_V2":
-        return probe().have_elastic
+        return probe().have_deep_ep_v2
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
@@ -84,7 +84,7 @@ class FusedDispatch(torch.autograd.Function):
                 do_zero_padding=zero,
             )
         else:
-            sent_probs = routing_guard.as_first(first, token_indices, token_probs, buffer)
+            sent_probs = recompute.as_first(first, token_indices, token_probs, buffer)
             routings = first.topk_idx, token_indices
             received, recv_idx, recv_probs, handle, _ = buffer.dispatch(
                 payload,
@@ -96,7 +96,7 @@ class FusedDispatch(torch.autograd.Function):
             )
         if active.reuse_recompute_handle:
             recompute.note(buffer, handle, sent_probs)
-        recv_x = from_wire(received, x.dtype)
+        recv_x = from_wire(received, active.dispatch_dtype, x.dtype)
         assert recv_probs is not None  # as token_probs were
         ctx.buffer = vars(handle)["carrier"] = buffer
         save_handle(ctx, handle, routings)
@@ -118,7 +118,7 @@ class FusedDispatch(torch.autograd.Function):
             num_sms=handle.num_sms,
         )
         if routings is not None:
-            grad_token_probs = routing_guard.grad_of_own(*routings, grad_token_probs)
+            grad_token_probs = recompute.grad_of_own(*routings, grad_token_probs)
         return (
             grad_x,  # x
             None,  # token_indices
@@ -151,14 +151,15 @@ class FusedCombine(torch.autograd.Function):
     @first_order(linear=True)
     def backward(ctx: Any, grad: torch.Tensor, _event: Any) -> Any:
         handle, _ = take_handle(ctx)
+        sent_as = settings.active().grad_dispatch_dtype
         received, _, _, _, _ = ctx.buffer.dispatch(
-            to_wire(grad.contiguous(), settings.active().grad_dispatch_dtype),
+            to_wire(grad.contiguous(), sent_as),
             handle=handle,
             num_sms=handle.num_sms,
             do_expand=handle.do_expand,
             do_zero_padding=handle.do_expand and handle.expert_alignment > 1,
         )
-        rows = from_wire(received, grad.dtype)
+        rows = from_wire(received, sent_as, grad.dtype)
         if torch.is_anomaly_enabled() and not handle.num_recv_tokens_per_expert_list:
             # Rows past those received are garbage that is not read, and would be taken for the NaN that is looked for.
             num_recv = handle.psum_num_recv_tokens_per_scaleup_rank[-1]

@@ -12,6 +12,7 @@ from types import ModuleType
 
 import torch
 
+from megatron_ep_v2.buffers.carriers import CARRIERS, MEGATRONS_OWN, REFERENCE
 from megatron_ep_v2.errors import UnavailableError
 from megatron_ep_v2.settings import Settings
 
@@ -25,35 +26,35 @@ class Probe:
     """What was found.
 
     Attributes:
-        have_legacy: deep_ep imports and has `Buffer`.
-        have_elastic: deep_ep imports and has `ElasticBuffer`.
+        carriers: Names in `CARRIERS` of those whose class deep_ep has, in that order.
         have_hybrid: deep_ep imports and has `HybridEPBuffer` (its hybrid-ep branch).
-        version: deep_ep's own version string, or None. Told, never decided by.
+        version: deep_ep's own version string, or None. Reported, never decided by.
         failure: Why `import deep_ep` failed, or None.
         cuda: A CUDA device is usable.
     """
 
-    have_legacy: bool
-    have_elastic: bool
+    carriers: tuple[str, ...]
     have_hybrid: bool
     version: str | None
     failure: str | None
     cuda: bool
 
+    @property
+    def have_deep_ep(self) -> bool:
+        """HAVE_DEEP_EP: deep_ep has the class that Megatron's own dispatcher calls."""
+        return MEGATRONS_OWN in self.carriers
+
+    @property
+    def have_deep_ep_v2(self) -> bool:
+        """HAVE_DEEP_EP_V2: deep_ep has a class of its second generation."""
+        return any(CARRIERS[name].is_v2 for name in self.carriers)
+
     def describe(self) -> str:
         """One line: deep_ep as found."""
         if self.failure is not None:
             return f"deep_ep cannot be imported: {self.failure}"
-        names = [
-            name
-            for name, here in (
-                ("ElasticBuffer", self.have_elastic),
-                ("Buffer", self.have_legacy),
-                ("HybridEPBuffer", self.have_hybrid),
-            )
-            if here
-        ]
-        return f"deep_ep {self.version or 'of unknown version'} with {', '.join(names) or 'no known buffer'}"
+        names = [CARRIERS[name].deep_ep_class for name in self.carriers] + ["HybridEPBuffer"] * self.have_hybrid
+        return f"deep_ep {self.version or 'of unknown version'} with {', '.join(map(str, names)) or 'no known buffer'}"
 
 
 def import_deep_ep() -> ModuleType:
@@ -69,10 +70,9 @@ def probe() -> Probe:
         deep_ep = import_deep_ep()
     except _IMPORT_FAILURES as error:
         failure = f"{type(error).__name__}: {error}"
-        return Probe(have_legacy=False, have_elastic=False, have_hybrid=False, version=None, failure=failure, cuda=cuda)
+        return Probe(carriers=(), have_hybrid=False, version=None, failure=failure, cuda=cuda)
     return Probe(
-        have_legacy=hasattr(deep_ep, "Buffer"),
-        have_elastic=hasattr(deep_ep, "ElasticBuffer"),
+        carriers=tuple(c.name for c in CARRIERS.values() if c.deep_ep_class and hasattr(deep_ep, c.deep_ep_class)),
         have_hybrid=hasattr(deep_ep, "HybridEPBuffer"),
         version=getattr(deep_ep, "__version__", None) or _installed_version(),
         failure=None,
@@ -92,7 +92,7 @@ class Choice:
     """Which buffer carries the tokens, and why.
 
     Attributes:
-        kind: "elastic", "legacy", "reference", or "megatron": Megatron's own legacy path, left alone.
+        kind: A name of `CARRIERS`, or "megatron": Megatron's own legacy path, left alone.
         reason: For the log.
     """
 
@@ -112,25 +112,25 @@ def choose(found: Probe, settings: Settings, *, managed: bool = False) -> Choice
         UnavailableError: What was asked for is not here, or nothing is and a GPU run would have to fall back silently.
     """
     asked, source = settings.buffer, settings.source("buffer")
-    if asked == "reference":
-        return Choice("reference", f"asked for by {source}")
-    if asked in ("elastic", "legacy"):
-        here = found.have_elastic if asked == "elastic" else found.have_legacy
-        if here and found.cuda:
-            return Choice(asked, f"asked for by {source}; {found.describe()}")
-        raise UnavailableError(
-            f"the {asked} buffer, asked for by {source}, cannot be used",
-            found=found.describe() if not here else "no CUDA device",
-            needed="deep_ep >= 2.1 with ElasticBuffer" if asked == "elastic" else "deep_ep with Buffer",
-            fix="install deep_ep from its own repository on a machine with GPUs, or ask for buffer=reference",
-        )
-    if found.cuda and found.have_elastic:
-        return Choice("elastic", f"{found.describe()}; V2 is preferred")
-    if found.cuda and found.have_legacy:
-        if managed:
-            return Choice("legacy", f"{found.describe()}; called directly, without Megatron")
-        return Choice("megatron", f"{found.describe()}; without V2, Megatron's own path stays as it is")
-    if found.cuda:
+    if asked == "auto":
+        return _choose_automatically(found, managed)
+    carrier = CARRIERS[asked]
+    if not carrier.needs_cuda:
+        return Choice(asked, f"asked for by {source}")
+    if asked in found.carriers and found.cuda:
+        return Choice(asked, f"asked for by {source}; {found.describe()}")
+    raise UnavailableError(
+        f"the {asked} buffer, asked for by {source}, cannot be used",
+        found="no CUDA device" if asked in found.carriers else found.describe(),
+        needed=carrier.requirement,
+        fix="install deep_ep from its own repository on a machine with GPUs, or ask for buffer=reference",
+    )
+
+
+def _choose_automatically(found: Probe, managed: bool) -> Choice:
+    if not found.cuda:
+        return Choice(REFERENCE, f"no CUDA device here; {found.describe()}")
+    if not found.carriers:
         raise UnavailableError(
             "no DeepEP buffer can be used on this GPU machine",
             found=found.describe(),
@@ -138,7 +138,10 @@ def choose(found: Probe, settings: Settings, *, managed: bool = False) -> Choice
             fix="install deep_ep from its own repository; to run the slow reference on purpose, "
             "set MCORE_DEEPEP_V2_BUFFER=reference",
         )
-    return Choice("reference", f"no CUDA device here; {found.describe()}")
+    carrier = CARRIERS[found.carriers[0]]
+    if carrier.name == MEGATRONS_OWN and not managed:
+        return Choice("megatron", f"{found.describe()}; without V2, Megatron's own path stays as it is")
+    return Choice(carrier.name, f"{found.describe()}; {carrier.advantage}")
 
 
 def loaded_nccl_version() -> str | None:

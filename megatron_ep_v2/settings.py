@@ -12,20 +12,17 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any
 
+from megatron_ep_v2.buffers.carriers import CARRIERS
 from megatron_ep_v2.errors import SettingsError
+from megatron_ep_v2.wire.formats import DISPATCH_DTYPES, NOT_CARRIED
 
 PREFIX = "MCORE_DEEPEP_V2_"
 TESTS_PREFIX = PREFIX + "TEST_"  # read by this package's own tests
 _SHOWN = re.compile(
     rf"(EP|NCCL|NVSHMEM|{PREFIX.rstrip('_')})_.+|CUDA_(HOME|PATH|VISIBLE_DEVICES|DEVICE_MAX_CONNECTIONS)"
 )
-
-# What rows travel as. auto: as the model's recipe says; bf16: as they are; fp8, mxfp8: see `kernels.quantize`.
-DispatchDtype: TypeAlias = Literal["auto", "bf16", "fp8", "mxfp8"]
-DISPATCH_DTYPES: tuple[str, ...] = get_args(DispatchDtype)
-_NO_NVFP4 = " (nvfp4 is not carried: deep_ep takes 8-bit values with 4-byte packs of scales, and NVFP4 has neither)"
 
 
 def _setting(
@@ -43,13 +40,13 @@ class Settings:
         SettingsError: A value is not of the field's kind; the message names the source.
     """
 
-    buffer: str = _setting("auto", "what carries the tokens", choices=("auto", "elastic", "legacy", "reference"))
+    buffer: str = _setting("auto", "what carries the tokens", choices=("auto", *CARRIERS))
     layout: str = _setting("auto", "rows as the experts get them", choices=("auto", "compact", "expanded"))
     dispatch_dtype: str = _setting(
-        "auto", "what rows travel as to the experts", choices=DISPATCH_DTYPES, note=_NO_NVFP4
+        "auto", "what rows travel as to the experts", choices=DISPATCH_DTYPES, note=f" ({NOT_CARRIED})"
     )
     grad_dispatch_dtype: str = _setting(
-        "auto", "what gradients of rows travel as to the experts", choices=DISPATCH_DTYPES, note=_NO_NVFP4
+        "auto", "what gradients of rows travel as to the experts", choices=DISPATCH_DTYPES, note=f" ({NOT_CARRIED})"
     )
     num_max_tokens_per_rank: int = _setting(
         0, "most tokens that a rank may dispatch; 0 = agreed by the group", variable="MAX_TOKENS_PER_RANK"
@@ -217,6 +214,40 @@ def offer(name: str, value: Any, source: str) -> None:
     current = active()
     if current.source(name) in ("default", source) and value != getattr(current, name):
         _active = replace(current, **{name: value}, sources={**current.sources, name: source})
+
+
+def settle_dispatch_dtypes(dtype: str, reason: str) -> None:
+    """Give both dispatch dtypes that are still "auto" a value, once: a settled one does not change any more.
+
+    Args:
+        dtype: What the recipe of a model says, for both directions.
+        reason: Why; becomes the source, as "auto: reason".
+
+    Raises:
+        SettingsError: "auto" was settled before, as something else.
+    """
+    for name in ("dispatch_dtype", "grad_dispatch_dtype"):
+        current = active()
+        if getattr(current, name) == "auto":
+            value: dict[str, Any] = {name: dtype}
+            activate(replace(current, **value, sources={**current.sources, name: f"auto: {reason}"}))
+        elif current.source(name).startswith("auto: ") and getattr(current, name) != dtype:
+            raise SettingsError(
+                f"{name}=auto cannot follow two models of one process that differ",
+                found=f"{current.describe()[name]}, and now {dtype} (auto: {reason})",
+                needed="one value for the whole process",
+                fix=f"set {variable(name)} to one of " + ", ".join(DISPATCH_DTYPES[1:]),
+            )
+
+
+def keep_offers(new: Settings, before: Settings) -> Settings:
+    """`new`, with what the models of `before` have decided where nobody gives it a value now."""
+    kept: dict[str, Any] = {}
+    for name in NAMES:
+        by_model = before.source(name).startswith(("Megatron's ", "auto: the model"))
+        if by_model and (new.source(name) == "default" or getattr(new, name) == "auto"):
+            kept[name] = getattr(before, name)
+    return replace(new, **kept, sources={**new.sources, **{name: before.source(name) for name in kept}})
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ optimizer's step, on every rank of the group alike:
         sync_free.grow()  # then zero the gradients and run the same batch again; graphs have to be captured again
 
 Where a model has several such groups, all of them repeat the step: Megatron's optimizers raise on every rank, other
-loops ask with `deferred.read_all(group of all ranks)`. docs/sync_free.md has the loop.
+loops ask with `device_checks.read_all(group of all ranks)`. docs/sync_free.md has the loop.
 
 An evaluation (a forward without gradients) has no step that could be refused. So it waits on the host, as other layouts
 do, and makes room for what has come. Where a CUDA graph captures it, it cannot: then the overflow is counted by a check
@@ -38,7 +38,7 @@ from megatron_ep_v2 import recompute, settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.checks import pass_on
 from megatron_ep_v2.buffers.contract import Buffer
-from megatron_ep_v2.deferred import DeviceCheck
+from megatron_ep_v2.device_checks import DeviceCheck
 from megatron_ep_v2.errors import InputError, LayoutOverflowError
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 from megatron_ep_v2.layouts import Places, gather_rows, gather_weights, place_contiguous, reduce_rows, rows_that_fit

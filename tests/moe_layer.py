@@ -23,7 +23,7 @@ from qwen3_moe import cpu
 
 import megatron_ep_v2
 from megatron_ep_v2.buffers.pool import buffers
-from megatron_ep_v2.experts.module import EXPERTS
+from megatron_ep_v2.megatron.experts import EXPERTS
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def make_layer(
 
 def build_layer(machine: Machine, dispatcher: str, experts: str | None = None, **more: Any) -> Any:
     """A MoELayer with the same weights every time, on the buffer that is there. experts: one of
-    `experts.module.EXPERTS`; None = Megatron's own."""
+    `megatron.experts.EXPERTS`; None = Megatron's own."""
     values: dict[str, Any] = {
         "num_layers": 1,
         "hidden_size": machine.hidden,

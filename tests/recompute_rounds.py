@@ -19,7 +19,7 @@ from test_fused_graph import SMALL
 from torch.utils.checkpoint import checkpoint
 
 import megatron_ep_v2
-from megatron_ep_v2 import deferred
+from megatron_ep_v2 import device_checks
 from megatron_ep_v2.buffers import reference
 from megatron_ep_v2.errors import EPError
 from megatron_ep_v2.recompute import Replayed
@@ -175,7 +175,7 @@ def two_layers(group: Any, wrap: str, layout: Layout, interleaved: bool) -> tupl
             y.backward(grad_output(case, rank))
         gradients = [y.detach() for y in outputs] + [value.grad for pair in inputs for value in pair]
         left = alive(handles)  # while the user keeps the outputs
-        assert not [check for check in deferred._live.values() if check.count.item()]
+        assert not [check for check in device_checks._live.values() if check.count.item()]
         return gradients, calls, left
 
 

@@ -20,9 +20,10 @@ from megatron.core.tensor_parallel.random import CheckpointFunction
 from megatron.core.transformer.moe import fused_a2a, token_dispatcher
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from megatron_ep_v2 import installer, optimizer_step, settings
+from megatron_ep_v2 import settings
+from megatron_ep_v2.megatron import binding, optimizer_step
+from megatron_ep_v2.megatron.symbols import SCHEDULE, find_seam
 from megatron_ep_v2.probe import probe
-from megatron_ep_v2.seam import SCHEDULE, find_seam
 
 SCHEDULE_MODULE = find_seam()[1][SCHEDULE]
 MODULES = (fused_a2a, token_dispatcher, dist, dist.distributed_c10d, SCHEDULE_MODULE, dist_checkpointing)
@@ -52,12 +53,12 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     """No installation, no settings, no deep_ep and no CUDA, whatever this machine has; nothing is left behind."""
     for name in settings.NAMES:
         monkeypatch.delenv(settings.variable(name), raising=False)
-    installer.uninstall()
+    binding.uninstall()
     megatrons_own = [(module, dict(vars(module))) for module in MODULES]
     set_cuda(monkeypatch, False)
     set_deep_ep(monkeypatch)
     yield monkeypatch
-    installer.uninstall()
+    binding.uninstall()
     monkeypatch.undo()
     probe.cache_clear()
     for module, held in megatrons_own:

@@ -23,10 +23,10 @@ from harness import HANG, RanksError, run_ranks
 from moe import own_package
 
 from megatron_ep_v2 import settings
-from megatron_ep_v2.buffers import pool, route
+from megatron_ep_v2.buffers import pool, reference
 from megatron_ep_v2.errors import EPError, GroupMismatchError
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
-from megatron_ep_v2.watchdog import line
+from megatron_ep_v2.watchdog import client
 
 RANKS, CULPRIT = 4, 2
 STEPS, LAYERS, HIDDEN, EXPERTS, TOPK, TOKENS = 3, 3, 16, 8, 3, 40
@@ -136,7 +136,7 @@ def standard_error_in(path: Path) -> Iterator[None]:
 
 def start(seconds: int, **more: Any) -> None:
     """The next buffer is watched with this limit, and its watcher may take its time to end."""
-    line.END_SECONDS = HANG
+    client.END_SECONDS = HANG
     more = {"num_max_tokens_per_rank": TOKENS, **more}
     settings.activate(settings.resolve(buffer="reference", watchdog_secs=seconds, **more))
 
@@ -156,7 +156,7 @@ def train(group: Any, name: str | None, seconds: int, pause: float, folder: str)
     """Three steps of three layers; the culprit stalls in the second. Returns the steps that it took."""
     with standard_error_in(Path(folder, str(group.rank()))), contextlib.ExitStack() as stack:
         if name == "skips a layer":  # with deep_ep, ranks do not see in a header that they are in different calls
-            stack.enter_context(mock.patch.object(route, "compare_over_group"))
+            stack.enter_context(mock.patch.object(reference, "compare_over_group"))
         start(seconds)
         side = dist.new_group(timeout=datetime.timedelta(seconds=pause))
         weight = torch.ones(HIDDEN, requires_grad=True)

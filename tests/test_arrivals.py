@@ -16,8 +16,8 @@ import megatron_ep_v2
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.reference import ReferenceBuffer
 from megatron_ep_v2.errors import UnavailableError
-from megatron_ep_v2.watchdog.arrivals import Arrival, summarize
-from megatron_ep_v2.watchdog.clocks import GpuClock, HostClock
+from megatron_ep_v2.watchdog.completion import GpuClock, HostClock
+from megatron_ep_v2.watchdog.stragglers import Arrival, summarize
 
 
 def test_the_summary_of_arrivals() -> None:

@@ -20,8 +20,9 @@ from moe_layer import CPU, build_layer, hidden_states, megatron, step
 from recompute_rounds import WHOLE_LAYER
 
 import megatron_ep_v2
-from megatron_ep_v2 import deferred, optimizer_step, sync_free
+from megatron_ep_v2 import device_checks, sync_free
 from megatron_ep_v2.errors import EPError, GroupMismatchError, LayoutOverflowError, PeerError, RoutingChangedError
+from megatron_ep_v2.megatron import optimizer_step
 
 GRAPH_WRAPPER = importlib.util.find_spec(optimizer_step.GRAPH_WRAPPER)
 
@@ -166,7 +167,7 @@ def test_a_replayed_step_is_refused_before_it_changes_a_weight() -> None:
 
 
 def test_a_captured_step_that_nobody_reads_for_is_refused() -> None:
-    check = deferred.DeviceCheck(lambda counts: EPError(f"full: {counts}"), torch.device("cpu"))
+    check = device_checks.DeviceCheck(lambda counts: EPError(f"full: {counts}"), torch.device("cpu"))
     weight = torch.nn.Parameter(torch.ones(2))
     weight.grad = torch.ones(2)
     optimizer = torch.optim.SGD([weight], lr=1.0)
@@ -175,7 +176,7 @@ def test_a_captured_step_that_nobody_reads_for_is_refused() -> None:
         with pytest.raises(EPError, match="captured into a CUDA graph") as caught:
             optimizer.step()
         assert "read_by_caller" in str(caught.value)
-        with deferred.read_by_caller():
+        with device_checks.read_by_caller():
             optimizer.step()
     check.add(torch.tensor([True]))
     with pytest.raises(EPError, match="full"):
@@ -189,10 +190,10 @@ KINDS: list[type[EPError]] = [GroupMismatchError, LayoutOverflowError, RoutingCh
 def decide(world: Any, kinds: list[int]) -> tuple[str, list[str]]:
     """kinds: for each rank an index into KINDS, -1 = no error. The error's class, its text and notes."""
     mine = kinds[world.rank()]
-    check = deferred.DeviceCheck(lambda _: KINDS[mine]("own"), torch.device("cpu"))
+    check = device_checks.DeviceCheck(lambda _: KINDS[mine]("own"), torch.device("cpu"))
     check.add(torch.tensor([mine >= 0]))
     try:
-        deferred.read_all(dist.group.WORLD)
+        device_checks.read_all(dist.group.WORLD)
     except EPError as error:
         return type(error).__name__, [str(error).splitlines()[0], *getattr(error, "__notes__", [])]
     return "", []

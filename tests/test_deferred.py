@@ -9,14 +9,14 @@ import pytest
 import torch
 from harness import run_ranks
 
-from megatron_ep_v2 import deferred
+from megatron_ep_v2 import device_checks
 from megatron_ep_v2.errors import EPError
 
 CPU = torch.device("cpu")
 
 
-def make_check(name: str = "full", group: Any = None) -> deferred.DeviceCheck:
-    return deferred.DeviceCheck(lambda counts: EPError(f"{name}: {counts}"), CPU, group)
+def make_check(name: str = "full", group: Any = None) -> device_checks.DeviceCheck:
+    return device_checks.DeviceCheck(lambda counts: EPError(f"{name}: {counts}"), CPU, group)
 
 
 def make_optimizer() -> tuple[torch.optim.Optimizer, torch.Tensor]:
@@ -48,18 +48,18 @@ def test_nothing_counted_raises_nothing() -> None:
 def test_a_loop_of_ones_own_reads_by_name() -> None:
     check = make_check()
     check.count += 2  # as a kernel does
-    deferred.read_all()  # nobody touched it
+    device_checks.read_all()  # nobody touched it
     check.touch()
     with pytest.raises(EPError, match="full"):
-        deferred.read_all()
-    deferred.read_all()
+        device_checks.read_all()
+    device_checks.read_all()
 
 
 def test_reset_forgets() -> None:
     check = make_check()
     check.add(torch.tensor([True]))
     check.reset()
-    deferred.read_all()
+    device_checks.read_all()
 
 
 def test_several_checks_are_told_at_once() -> None:
@@ -67,7 +67,7 @@ def test_several_checks_are_told_at_once() -> None:
     second.add(torch.tensor([True]))
     first.add(torch.tensor([True]))
     with pytest.raises(EPError, match="first") as caught:
-        deferred.read_all()
+        device_checks.read_all()
     assert caught.value.__notes__ == ["second: {0: 1}"]
 
 
@@ -76,7 +76,7 @@ def test_a_check_goes_with_its_owner() -> None:
     check.add(torch.tensor([True]))
     del check
     gc.collect()
-    deferred.read_all()
+    device_checks.read_all()
 
 
 def violate_on_rank_one(group: Any) -> tuple[str, list[float], int]:
@@ -138,4 +138,4 @@ def test_a_check_made_in_inference_mode_serves_training() -> None:
         check.add(torch.tensor([True]))
     check.add(torch.tensor([True]))
     with pytest.raises(EPError, match=r"full: \{0: 2\}"):
-        deferred.read_all()
+        device_checks.read_all()

@@ -13,8 +13,8 @@ from moe_layer import CPU, hidden_states, make_layer, megatron, step
 
 import megatron_ep_v2
 from megatron_ep_v2 import destroy_buffers, settings
-from megatron_ep_v2.dispatcher import follow_deterministic_mode
 from megatron_ep_v2.errors import SettingsError
+from megatron_ep_v2.megatron.managers import follow_deterministic_mode
 
 BY_MEGATRON = "True (Megatron's --deterministic-mode)"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from doctor_machine import FUSED_A2A, HYBRID_EP, V1, V2_1, Machine
 
-from megatron_ep_v2 import seam
 from megatron_ep_v2.errors import SeamError
+from megatron_ep_v2.megatron import symbols
 
 DEEP_EP = "deep_ep/__init__.py"
 REFERENCE = {"MCORE_DEEPEP_V2_BUFFER": "reference"}
@@ -91,7 +91,7 @@ def test_install_says_what_comes_through_megatrons_import(tmp_path: Path, monkey
     for name in [name for name in sys.modules if name.partition(".")[0] in ("megatron", "deep_ep")]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(SeamError, match="fused_a2a cannot be imported: AssertionError: Duplicate NCCL runtime"):
-        seam.find_seam()
+        symbols.find_seam()
 
 
 # Five seconds for the process that imports deep_ep only.

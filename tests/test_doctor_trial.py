@@ -113,10 +113,10 @@ def compare(group: Any, layout: str, fault: str) -> dict[str, float]:
     """Runs in every rank."""
     from megatron.core.transformer.moe import token_dispatcher
 
-    from megatron_ep_v2 import dispatcher
+    from megatron_ep_v2.megatron import managers
 
     megatron_ep_v2.install(buffer="reference", layout=layout)
-    module = dispatcher if layout == "expanded" else token_dispatcher
+    module = managers if layout == "expanded" else token_dispatcher
     dispatch, combine = module.fused_dispatch, token_dispatcher.fused_combine
 
     def broken_dispatch(x: Any, indices: Any, probs: Any, *arguments: Any, **options: Any) -> Any:

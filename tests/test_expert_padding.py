@@ -13,7 +13,7 @@ from mcore import Layer, Shape, Split, make_hidden, megatron_ranks, relative_err
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
 import megatron_ep_v2
-from megatron_ep_v2.deferred import read_all
+from megatron_ep_v2.device_checks import read_all
 
 ALIGNMENT = 32  # on main 256
 SHAPE, EP2 = Shape("fp32", 3, hidden=64), Split(1, 2)

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 import megatron_ep_v2
 from megatron_ep_v2.errors import SettingsError
-from megatron_ep_v2.experts.module import Experts
+from megatron_ep_v2.megatron.experts import Experts
 
 pytestmark = pytest.mark.slow
 

@@ -35,10 +35,10 @@ from seam import clean, names, rebound, set_cuda, set_deep_ep
 from test_install import BOUND, BOUND_EXPANDED
 
 import megatron_ep_v2
-from megatron_ep_v2 import installer
 from megatron_ep_v2.errors import SeamError, SettingsError, UnavailableError
 from megatron_ep_v2.experts import gemm
-from megatron_ep_v2.experts.module import _NEEDED, EXPERTS, GroupedExperts, use_experts, with_experts
+from megatron_ep_v2.megatron import binding
+from megatron_ep_v2.megatron.experts import _NEEDED, EXPERTS, GroupedExperts, use_experts, with_experts
 
 __all__ = ["clean"]  # a fixture
 
@@ -213,12 +213,12 @@ def test_experts_of_somebody_else_are_refused_before_anything_is_built(theirs: A
 @pytest.mark.parametrize("kind", EXPERTS)
 def test_what_a_patched_megatron_asks_for_is_the_same(kind: str, clean: pytest.MonkeyPatch) -> None:
     submodules = submodules_of(get_moe_module_spec(use_te=False, num_experts=8))
-    assert installer.moe_submodules(submodules) is submodules, "nobody asked for others"
+    assert binding.moe_submodules(submodules) is submodules, "nobody asked for others"
     megatron_ep_v2.uninstall()
     clean.setenv(VARIABLE, kind)
     clean.setattr(gemm.GEMMS["deepgemm"], "require", lambda device: None, raising=False)
-    assert installer.moe_submodules(submodules).experts is EXPERTS[kind] and submodules.experts is not EXPERTS[kind]
-    assert with_experts(installer.moe_submodules(submodules), "grouped").experts is EXPERTS[kind]
+    assert binding.moe_submodules(submodules).experts is EXPERTS[kind] and submodules.experts is not EXPERTS[kind]
+    assert with_experts(binding.moe_submodules(submodules), "grouped").experts is EXPERTS[kind]
 
 
 # ------------------------------------------------------------------------------------- configurations of other experts
@@ -533,7 +533,7 @@ def bridged(group: Any) -> tuple[list[bool], list[Any]]:
         said.append(attempt(lambda: bridge.build_conversion_tasks(None, [layer])))
         said.append(attempt(lambda: bridge.build_conversion_tasks(None, megatron_model=layer)))
         said.append(bridge.build_conversion_tasks(None, [torch.nn.Linear(4, 4)]))
-        bound = [name for owner, name, _, _ in installer.bound() if owner is MegatronModelBridge]
+        bound = [name for owner, name, _, _ in binding.bound() if owner is MegatronModelBridge]
         megatron_ep_v2.uninstall()
         look()
         said.append(bridge.build_conversion_tasks(None, [layer]))

@@ -16,7 +16,7 @@ from moe_layer import CPU, hidden_states, make_layer, megatron, step
 
 import megatron_ep_v2
 from megatron_ep_v2.errors import SettingsError
-from megatron_ep_v2.experts.module import EXPERTS, Experts
+from megatron_ep_v2.megatron.experts import EXPERTS, Experts
 
 NAN = float("nan")
 

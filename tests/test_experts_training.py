@@ -11,7 +11,7 @@ import torch
 from harness import run_ranks
 from megatron_training import Job, Setup, expert_parallel, on_cpu
 
-from megatron_ep_v2.experts.module import Experts, StackedLinear
+from megatron_ep_v2.megatron.experts import Experts, StackedLinear
 
 STEPS = 5
 OURS = (Setup(experts="grouped"), Setup(experts="grouped", fusion=True), Setup(experts="sequential", fusion=True))

@@ -14,11 +14,12 @@ from moe import own_package
 from reports import Report, assert_report, attempt
 
 import megatron_ep_v2
-from megatron_ep_v2 import load, settings
+from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.errors import ClosedError
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
-from megatron_ep_v2.watchdog.arrivals import stragglers
+from megatron_ep_v2.megatron import expert_load
+from megatron_ep_v2.watchdog.stragglers import stragglers
 
 EXPERTS, TOKENS, HIDDEN = 4, 5, 16
 WATCHED = {"MCORE_DEEPEP_V2_WATCHDOG_SECS": "30"}
@@ -86,9 +87,9 @@ def offload_and_reload(kind: type[Forwarding], destroy: Callable[[Any], None], r
     """What comes of a group that is offloaded and reloaded. destroy: Destroys the inner one."""
     wrapper = kind(dist.new_group())
     found: dict[str, Any] = {"first": layer(wrapper), "same": pool.find(wrapper) is pool.find(wrapper.inner)}
-    counted = load.ExpertLoad(wrapper, EXPERTS // 2)
+    counted = expert_load.ExpertLoad(wrapper, EXPERTS // 2)
     counted.add(torch.full((EXPERTS // 2,), 1 + rank))
-    found["load"] = [each.tolist() for each in load.expert_load()]
+    found["load"] = [each.tolist() for each in expert_load.expert_load()]
     found["dispatches"] = stragglers(wrapper).dispatches
     layer(wrapper, 2 * TOKENS)  # the capacity grows
     watcher = watchers()[0]

@@ -15,7 +15,7 @@ from shuffled import shuffled
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ep_v2 import gradients
-from megatron_ep_v2.deferred import read_all
+from megatron_ep_v2.device_checks import read_all
 from megatron_ep_v2.recompute import Replayed
 
 Forward = Callable[[torch.Tensor], torch.Tensor]

@@ -16,9 +16,9 @@ from moe_layer import CPU, hidden_states, make_layer, megatron, step
 from test_fused_graph import SMALL
 
 import megatron_ep_v2
-from megatron_ep_v2 import load
 from megatron_ep_v2.errors import GroupMismatchError
 from megatron_ep_v2.fused_a2a import fused_dispatch
+from megatron_ep_v2.megatron import expert_load
 
 
 def picked(group: Any, layers: list[Any], hidden: list[torch.Tensor]) -> list[list[int]]:
@@ -62,7 +62,7 @@ def test_the_counts_are_those_of_the_routers(layout: str, padded: bool) -> None:
 @own_package
 def log(group: Any) -> Any:
     """One even layer, one where the first expert gets all, one that nobody used."""
-    layers = [load.ExpertLoad(group, 2) for _ in range(3)]
+    layers = [expert_load.ExpertLoad(group, 2) for _ in range(3)]
     layers[0].add(torch.tensor([3, 3]))
     layers[1].add(torch.tensor([8 * (group.rank() == 0), 0], dtype=torch.int32))
     written: list[Any] = []
@@ -90,26 +90,26 @@ def test_scalars_for_megatrons_loggers() -> None:
 
 
 def test_local_counts_need_no_other_rank() -> None:
-    layer = load.ExpertLoad(None, 2)
+    layer = expert_load.ExpertLoad(None, 2)
     layer.add(torch.tensor([1, 2]))
-    assert load.local_expert_load()[-1].tolist() == [1, 2]
-    assert load.local_expert_load()[-1].tolist() == [0, 0]
-    number = len(load.local_expert_load())
+    assert expert_load.local_expert_load()[-1].tolist() == [1, 2]
+    assert expert_load.local_expert_load()[-1].tolist() == [0, 0]
+    number = len(expert_load.local_expert_load())
     del layer
     gc.collect()
-    assert len(load.local_expert_load()) == number - 1
+    assert len(expert_load.local_expert_load()) == number - 1
 
 
 @own_package
 def disagree(group: Any) -> str:
-    layers = [load.ExpertLoad(group, 2) for _ in range(1 + group.rank())]
+    layers = [expert_load.ExpertLoad(group, 2) for _ in range(1 + group.rank())]
     layers[0].add(torch.tensor([1, 2]))
     # What only rank 1 has was not used: a model that was given up, and not yet found by Python's collector.
-    assert [each.tolist() for each in load.expert_load()] == [[1, 2, 1, 2], [0] * 4][: len(layers)]
+    assert [each.tolist() for each in expert_load.expert_load()] == [[1, 2, 1, 2], [0] * 4][: len(layers)]
     for layer in layers:
         layer.add(torch.tensor([1, 2]))
     try:
-        load.expert_load()
+        expert_load.expert_load()
     except GroupMismatchError as error:
         return f"{len(layers)} {error}"
     return "nothing was raised"
@@ -146,7 +146,7 @@ class OnDevice(torch.Tensor):
 
 def test_counts_begun_in_inference_mode_go_on_in_training() -> None:
     """A rollout may be the first to dispatch."""
-    layer = load.ExpertLoad(None, 2)
+    layer = expert_load.ExpertLoad(None, 2)
     with torch.inference_mode():
         layer.add(torch.tensor([1, 2]).as_subclass(OnDevice))
     layer.add(torch.tensor([3, 4]).as_subclass(OnDevice))

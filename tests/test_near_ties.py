@@ -19,7 +19,7 @@ from test_fused_graph import SMALL
 from test_quantize import child, needs_triton
 from torch.utils.checkpoint import checkpoint
 
-from megatron_ep_v2 import deferred, routing_guard
+from megatron_ep_v2 import device_checks, recompute
 from megatron_ep_v2.errors import RoutingChangedError
 from megatron_ep_v2.kernels import replay as kernels
 from megatron_ep_v2.recompute import Replayed
@@ -35,14 +35,14 @@ def replay(idx: list[list[int]], weights: list[list[float]], again: list[list[in
     """What a second run sends that selects `again` with `new` probabilities; and the buffer, which owns the counts."""
     first = SimpleNamespace(topk_idx=torch.tensor(idx), topk_weights=torch.tensor(weights))
     buffer = Buffer()
-    return routing_guard.as_first(first, torch.tensor(again), torch.tensor(new), buffer).tolist(), buffer
+    return recompute.as_first(first, torch.tensor(again), torch.tensor(new), buffer).tolist(), buffer
 
 
 def test_columns_in_another_order_are_the_same_routing(caplog: pytest.LogCaptureFixture) -> None:
     sent, _buffer = replay([[4, 7, -1]], [[0.5, 0.25, 0.0]], [[-1, 4, 7]], [[0.0, 0.625, 0.375]])
     assert sent == [[0.625, 0.375, 0.0]]
     with caplog.at_level(logging.WARNING):
-        deferred.read_all()
+        device_checks.read_all()
     assert not caplog.records
 
 
@@ -51,15 +51,15 @@ def test_a_near_tie_is_counted_and_trained_on(caplog: pytest.LogCaptureFixture) 
     sent, buffer = replay(idx, weights, [[9, 4], [1, 2]], [[0.251, 0.75], [0.5, 0.5]])
     assert sent == [[0.75, pytest.approx(0.251)], [0.5, 0.5]]
     with caplog.at_level(logging.WARNING):
-        deferred.read_all()
+        device_checks.read_all()
         (record,) = caplog.records
         assert "1 selections" in record.getMessage() and "near ties" in record.getMessage()
         assert "random" not in record.getMessage()
-        routing_guard.as_first(
+        recompute.as_first(
             SimpleNamespace(topk_idx=torch.tensor(idx), topk_weights=torch.tensor(weights)),
             *(torch.tensor([[4, 9], [1, 2]]), torch.tensor(weights), buffer),
         )
-        deferred.read_all()
+        device_checks.read_all()
     assert len(caplog.records) == 1  # the next one at ten
 
 
@@ -74,9 +74,9 @@ def test_a_near_tie_is_counted_and_trained_on(caplog: pytest.LogCaptureFixture) 
 def test_a_changed_routing_is_refused(again: list[list[int]], new: list[list[float]]) -> None:
     _, _buffer = replay([[4, 7], [1, 2]], [[0.75, 0.25], [0.5, 0.5]], again, new)
     if again[1] == [1, 3]:  # 2 of 4 are more than a quarter
-        assert routing_guard.MOST_CHANGED < 0.5
+        assert recompute.MOST_CHANGED < 0.5
     with pytest.raises(RoutingChangedError, match="chose other experts") as caught:
-        deferred.read_all()
+        device_checks.read_all()
     assert "REUSE_RECOMPUTE_HANDLE=off" in str(caught.value) and "random" not in str(caught.value)
 
 
@@ -123,7 +123,7 @@ def in_another_order(group: Any, layout: Layout) -> dict[str, list[torch.Tensor]
         else:
             y = tensor_parallel.checkpoint(Replayed(layer), False, x, dense)
         y.backward(grad_output(case, rank))
-        deferred.read_all()
+        device_checks.read_all()
         found[way] = [x.grad, dense.grad[:, : case.experts]]
     return found
 

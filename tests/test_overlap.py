@@ -22,8 +22,8 @@ from qwen3_moe.model import build_model, named_parameters
 from qwen3_moe.options import Options
 from qwen3_moe.presets import PRESETS
 
-from megatron_ep_v2 import installer
-from megatron_ep_v2.deferred import read_all
+from megatron_ep_v2.device_checks import read_all
+from megatron_ep_v2.megatron import binding
 
 RANKS, LAYERS, MICRO_BATCHES, TOKENS, VOCABULARY = 2, 2, 3, 32, 64
 SHAPE = dataclasses.replace(
@@ -112,7 +112,7 @@ def compare(group: Any, layout: str, experts: str, keep_rows: bool) -> tuple[dic
     options = Options(shape=SHAPE, recipe=RECIPE, dtype="fp32", experts=experts)
     batches, grad = micro_batches(group.rank()), torch.full((1, TOKENS), 1 / (MICRO_BATCHES * TOKENS))
     with megatron_ranks(Split(1, RANKS), num_max_tokens_per_rank=TOKENS, **mode), pytest.MonkeyPatch.context() as patch:
-        for module, name, theirs, _ in installer.bound():
+        for module, name, theirs, _ in binding.bound():
             if name == "should_free_input" and not keep_rows:
                 patch.setattr(module, name, theirs)
         model = build_model(options, torch.device("cpu"), group.rank(), RANKS)

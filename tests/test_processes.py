@@ -26,14 +26,14 @@ from moe import own_package
 from stalls import HEAD, rows, standard_error_in
 
 from megatron_ep_v2.buffers import pool
+from megatron_ep_v2.buffers.deep_ep import everyone_arrives
 from megatron_ep_v2.buffers.reference import ReferenceBuffer
-from megatron_ep_v2.buffers.teardown import everyone_arrives
-from megatron_ep_v2.deferred import DeviceCheck
+from megatron_ep_v2.device_checks import DeviceCheck
 from megatron_ep_v2.errors import EPError
 from megatron_ep_v2.fused_a2a import fused_dispatch
-from megatron_ep_v2.watchdog import line, meeting
-from megatron_ep_v2.watchdog.process import Task
-from megatron_ep_v2.watchdog.record import ENTERED, LEFT, RECORD_BYTES
+from megatron_ep_v2.watchdog import client, rendezvous
+from megatron_ep_v2.watchdog.call_log import ENTERED, LEFT, RECORD_BYTES
+from megatron_ep_v2.watchdog.watcher import Task
 
 LIMIT = 60  # seconds; no call is late here
 CHILD_SECONDS = 60  # for a forked child that hangs
@@ -171,7 +171,7 @@ def test_a_watcher_ends_whose_rank_was_killed_while_it_started(has_task: bool, t
         stack.callback(os.close, line_end)
         if has_task:
             os.write(line_end, words)
-        program = line.program(len(words), 12345).replace("12345", "PARENT")
+        program = client.program(len(words), 12345).replace("12345", "PARENT")
         command = [sys.executable, "-I", "-S", "-c", STARTS_A_WATCHER, program, *map(str, (gate, task_end, *files))]
         rank = subprocess.Popen(command, stdout=subprocess.PIPE, pass_fds=[gate, task_end, *files])
         os.close(gate)
@@ -205,7 +205,7 @@ def test_a_host_whose_name_is_loopback_announces_its_name(
     monkeypatch.setattr(NamedStore, "host", name)
     store = NamedStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     group = SimpleNamespace(size=lambda: 2, get_group_store=lambda: dist.PrefixStore("group", store))
-    rank = meeting.Meeting(group, LIMIT)
+    rank = rendezvous.Meeting(group, LIMIT)
     assert rank.address is not None
     address, port, _ = rank.address
     with rank.listener:

@@ -15,8 +15,8 @@ import torch
 from fp8_oracle import GROUPS, PACK, arrived, codes, error_bound, scales
 from harness import HANG
 
-from megatron_ep_v2.kernels.quantize import dequantize, quantize
-from megatron_ep_v2.kernels.wire import from_wire, to_wire
+from megatron_ep_v2.wire.formats import FORMATS
+from megatron_ep_v2.wire.quantize import dequantize, from_wire, quantize, to_wire
 
 ROOT = Path(__file__).resolve().parent.parent
 HIDDEN = [1, 32, 100, 128, 130, 512, 1000]
@@ -44,7 +44,7 @@ def rows(hidden: int, dtype: torch.dtype, num: int = 40, seed: int = 0) -> torch
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float32], ids=str)
 def test_values_are_the_nearest_and_scales_the_smallest(dtype: str, hidden: int, kind: torch.dtype) -> None:
     x = rows(hidden, kind)
-    values, packs = quantize(x, GROUPS[dtype])
+    values, packs = quantize(x, FORMATS[dtype])
     assert values.dtype == torch.float8_e4m3fn and values.shape == x.shape and values.is_contiguous()
     assert packs.shape == (len(x), -(-hidden // PACK)) and packs.element_size() == 4 and packs.is_contiguous()
     by_group = scales(x, dtype)
@@ -62,9 +62,9 @@ def test_the_scale_at_its_edges(dtype: str) -> None:
     """448 times a power of two still fits; the next number does not."""
     edges = 448.0 * 2.0 ** torch.arange(-110.0, 110.0, 10.0)
     for x, amax in ((edges, 448.0), (edges.nextafter(torch.tensor(torch.inf)), 224.0)):
-        values, packs = quantize(x[:, None].expand(-1, GROUPS[dtype]).contiguous(), GROUPS[dtype])
+        values, packs = quantize(x[:, None].expand(-1, GROUPS[dtype]).contiguous(), FORMATS[dtype])
         assert (values.float() == amax).all()
-        assert torch.equal(dequantize(values, packs, torch.float32)[:, 0], edges)
+        assert torch.equal(dequantize(values, packs, FORMATS[dtype], torch.float32)[:, 0], edges)
 
 
 @each_dtype
@@ -73,7 +73,7 @@ def test_the_scale_at_its_edges(dtype: str) -> None:
 def test_what_arrives_is_exact_and_within_the_bound(dtype: str, hidden: int, kind: torch.dtype) -> None:
     x = rows(hidden, kind)
     for out in (torch.bfloat16, torch.float32):
-        y = from_wire(to_wire(x, dtype), out)
+        y = from_wire(to_wire(x, dtype), dtype, out)
         assert y.dtype == out and torch.equal(y.double(), arrived(x, dtype)), "no rounding but e4m3's"
     error = (y.double() - x.double()).abs()
     assert (error <= error_bound(x, dtype)).all()
@@ -84,13 +84,13 @@ def test_what_arrives_is_exact_and_within_the_bound(dtype: str, hidden: int, kin
 @each_dtype
 def test_quantising_what_arrived_changes_nothing(dtype: str) -> None:
     """So the experts' own quantisation, with the same groups and scales, is exact."""
-    y = from_wire(to_wire(rows(1000, torch.bfloat16), dtype), torch.bfloat16)
-    assert torch.equal(from_wire(to_wire(y, dtype), torch.bfloat16), y)
+    y = from_wire(to_wire(rows(1000, torch.bfloat16), dtype), dtype, torch.bfloat16)
+    assert torch.equal(from_wire(to_wire(y, dtype), dtype, torch.bfloat16), y)
 
 
 def test_every_code_comes_back() -> None:
     values = torch.arange(256, dtype=torch.uint8).view(2, 128).view(torch.float8_e4m3fn)
-    y = dequantize(values, torch.tensor([[0.5], [2.0**100]]), torch.float32)
+    y = dequantize(values, torch.tensor([[0.5], [2.0**100]]), FORMATS["fp8"], torch.float32)
     expected = codes().view(2, 128) * torch.tensor([[0.5], [2.0**100]], dtype=torch.float64)
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=0, equal_nan=True)
 
@@ -99,13 +99,13 @@ def test_every_code_comes_back() -> None:
 @pytest.mark.parametrize("num", [0, 1])
 def test_few_rows(dtype: str, num: int) -> None:
     x = rows(130, torch.bfloat16)[:num]
-    y = from_wire(to_wire(x, dtype), torch.bfloat16)
+    y = from_wire(to_wire(x, dtype), dtype, torch.bfloat16)
     assert torch.equal(y.double(), arrived(x, dtype).view(num, 130))
 
 
 def test_bf16_travels_as_it_is() -> None:
     x = rows(128, torch.bfloat16)
-    assert to_wire(x, "bf16") is x and from_wire(x, torch.bfloat16) is x
+    assert to_wire(x, "bf16") is x and from_wire(x, "bf16", torch.bfloat16) is x
 
 
 def test_the_wire_carries_about_half() -> None:
@@ -122,9 +122,11 @@ def test_the_wire_carries_about_half() -> None:
 @each_dtype
 def test_zeros_and_padding_are_zeros(dtype: str) -> None:
     zeros = torch.zeros(5, 300, dtype=torch.bfloat16)
-    values, packs = quantize(zeros, GROUPS[dtype])
-    assert not dequantize(values, packs, torch.bfloat16).any()
-    assert not dequantize(values, torch.zeros_like(packs), torch.bfloat16).any(), "as a buffer zeroes padding"
+    values, packs = quantize(zeros, FORMATS[dtype])
+    assert not dequantize(values, packs, FORMATS[dtype], torch.bfloat16).any()
+    assert not dequantize(values, torch.zeros_like(packs), FORMATS[dtype], torch.bfloat16).any(), (
+        "as a buffer zeroes padding"
+    )
     assert (scales(zeros, dtype) == 2.0**-117).all()
 
 
@@ -133,7 +135,7 @@ def test_zeros_and_padding_are_zeros(dtype: str) -> None:
 def test_tiny_groups(dtype: str, exponent: int) -> None:
     """Down to bf16's subnormal numbers: the step does not fall below 2**-126, so nothing that arrives is subnormal."""
     x = (rows(128, torch.float64).sign() * torch.linspace(1, 2, 128)).mul(2.0**exponent).to(torch.bfloat16)
-    y = from_wire(to_wire(x, dtype), torch.bfloat16).double()
+    y = from_wire(to_wire(x, dtype), dtype, torch.bfloat16).double()
     assert ((y - x.double()).abs() <= torch.maximum(2.0**-4 * x.double().abs(), torch.tensor(2.0**-127))).all()
     assert ((y == 0) | (y.abs() >= 2.0**-126)).all()
 
@@ -141,12 +143,12 @@ def test_tiny_groups(dtype: str, exponent: int) -> None:
 @each_dtype
 def test_huge_values(dtype: str) -> None:
     x = torch.tensor([[3.28e38, -1e38, 1.0, 0.0] + [2.0**100] * 124], dtype=torch.bfloat16)
-    y = from_wire(to_wire(x, dtype), torch.bfloat16)
+    y = from_wire(to_wire(x, dtype), dtype, torch.bfloat16)
     assert y.isfinite().all()
     assert ((y - x).abs().double() <= error_bound(x, dtype)).all()
     for largest in (BF16_MAX, -BF16_MAX):
         x[0, 0] = largest
-        y = from_wire(to_wire(x, dtype), torch.bfloat16)
+        y = from_wire(to_wire(x, dtype), dtype, torch.bfloat16)
         assert y[0, 0] == (INF if largest > 0 else -INF), "e4m3 rounds it up to 2**128"
         assert y[0, 1:].isfinite().all()
 
@@ -156,9 +158,9 @@ def test_huge_values(dtype: str) -> None:
 @pytest.mark.parametrize("column", [0, 77, 299])
 def test_a_group_that_is_not_finite_arrives_as_nan(dtype: str, bad: float, column: int) -> None:
     x = rows(300, torch.bfloat16, num=6)
-    clean = from_wire(to_wire(x, dtype), torch.bfloat16)
+    clean = from_wire(to_wire(x, dtype), dtype, torch.bfloat16)
     x[2, column] = bad
-    y = from_wire(to_wire(x, dtype), torch.bfloat16)
+    y = from_wire(to_wire(x, dtype), dtype, torch.bfloat16)
     group = GROUPS[dtype]
     hit = torch.zeros(x.shape, dtype=torch.bool)
     hit[2, column // group * group : (column // group + 1) * group] = True
@@ -183,25 +185,26 @@ def child(source: str, **environ: str) -> Any:
 INTERPRET = """
 import json, torch
 from test_quantize import HIDDEN, rows
-from megatron_ep_v2.kernels import quantize as reference, quantize_triton as kernels
+from megatron_ep_v2.wire import quantize as reference, quantize_triton as kernels
+from megatron_ep_v2.wire.formats import FORMATS
 
 wrong = []
 for hidden in HIDDEN:
-    for group in (128, 32):
+    for name, sent in FORMATS.items():
         # Triton's interpreter does not round to e4m3 as a GPU does: give it what needs no rounding.
-        x = reference.dequantize(*reference.quantize(rows(hidden, torch.bfloat16), group), torch.bfloat16)
+        x = reference.dequantize(*reference.quantize(rows(hidden, torch.bfloat16), sent), sent, torch.bfloat16)
         x[5, 0], x[6, -1], x[7] = float("nan"), -float("inf"), 2.0**-130
-        x[7] = reference.dequantize(*reference.quantize(x[7:8], group), torch.bfloat16)
+        x[7] = reference.dequantize(*reference.quantize(x[7:8], sent), sent, torch.bfloat16)
         for kind in (torch.bfloat16, torch.float32):
-            ours, theirs = reference.quantize(x.to(kind), group), kernels.quantize(x.to(kind), group)
+            ours, theirs = reference.quantize(x.to(kind), sent), kernels.quantize(x.to(kind), sent)
             same = all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(ours, theirs))
             same = same and ours[1].dtype == theirs[1].dtype and ours[0].dtype == theirs[0].dtype
-            back = [module.dequantize(*ours, kind) for module in (reference, kernels)]
+            back = [module.dequantize(*ours, sent, kind) for module in (reference, kernels)]
             same = same and torch.equal(back[0].isnan(), back[1].isnan())
             if not same or not torch.equal(back[0].nan_to_num(), back[1].nan_to_num()):
-                wrong.append([hidden, group, str(kind)])
-empty = kernels.quantize(torch.empty(0, 256, dtype=torch.bfloat16), 128)
-print(json.dumps({"wrong": wrong, "empty": list(kernels.dequantize(*empty, torch.bfloat16).shape)}))
+                wrong.append([hidden, name, str(kind)])
+empty = kernels.quantize(torch.empty(0, 256, dtype=torch.bfloat16), FORMATS["fp8"])
+print(json.dumps({"wrong": wrong, "empty": list(kernels.dequantize(*empty, FORMATS["fp8"], torch.bfloat16).shape)}))
 """
 
 
@@ -216,7 +219,7 @@ import json, re
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from megatron_ep_v2.kernels import quantize_triton as kernels
+from megatron_ep_v2.wire import quantize_triton as kernels
 
 found = {}
 pointers = {"_quantize": ("*bf16", "*u8", "*i32"), "_dequantize": ("*u8", "*i32", "*bf16")}

@@ -20,9 +20,10 @@ from moe_layer import CPU, build_layer, hidden_states, megatron, step, use
 from reports import Report, assert_report, attempt
 
 import megatron_ep_v2
-from megatron_ep_v2 import installer, settings
+from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.errors import ClosedError, SettingsError
+from megatron_ep_v2.megatron import binding
 
 WIDE = replace(CPU, hidden=128)  # a group of 8-bit columns
 DECIDED = {
@@ -181,7 +182,7 @@ def change_between_two(group: Any) -> dict[str, list[float]]:
         hidden, layers = hidden_states(CPU, CPU.tokens), {}
         for layout in ("compact", "expanded"):
             use(CPU, "flex", layout)
-            layers[layout] = build_layer(CPU, "flex"), installer.bound()
+            layers[layout] = build_layer(CPU, "flex"), binding.bound()
         megatron_ep_v2.uninstall()
         outputs: dict[str, list[torch.Tensor]] = {layout: [] for layout in layers}
         for layout in ("compact", "expanded", "compact"):

@@ -16,8 +16,8 @@ from seam import CALLS, MANAGER, SCHEDULE_MODULE, clean, names, rebound
 import megatron_ep_v2
 from megatron_ep_v2 import settings
 from megatron_ep_v2.errors import SeamError
+from megatron_ep_v2.megatron.symbols import TE_CHECKPOINT
 from megatron_ep_v2.recompute import Replayed
-from megatron_ep_v2.seam import TE_CHECKPOINT
 
 __all__ = ["clean"]  # a fixture
 
@@ -123,7 +123,7 @@ def test_a_helper_of_the_expanded_manager_has_moved(clean: pytest.MonkeyPatch) -
     """The manager's own module is imported by `install()`, and only then is this helper looked for."""
     clean.delattr(moe_utils, "get_align_size_for_quantization")
     clean.delattr(token_dispatcher, "get_align_size_for_quantization")
-    clean.delitem(sys.modules, "megatron_ep_v2.dispatcher", raising=False)
+    clean.delitem(sys.modules, "megatron_ep_v2.megatron.managers", raising=False)
     before = names()
     with pytest.raises(SeamError, match="get_align_size_for_quantization") as caught:
         megatron_ep_v2.install(num_sms=24, layout="expanded")

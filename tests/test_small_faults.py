@@ -25,7 +25,7 @@ from test_elastic import GROUP, HANDLE, SPEC, FakeBuffer
 import megatron_ep_v2
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import elastic
-from megatron_ep_v2.deferred import DeviceCheck, read_all
+from megatron_ep_v2.device_checks import DeviceCheck, read_all
 from megatron_ep_v2.errors import EPError, InputError, SettingsError
 from megatron_ep_v2.serving import PrepareFinalize
 

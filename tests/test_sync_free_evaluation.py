@@ -10,7 +10,7 @@ from moe_layer import CPU, build_layer, hidden_states, make_layer, megatron, ste
 from torch.utils.checkpoint import checkpoint
 
 import megatron_ep_v2
-from megatron_ep_v2.deferred import read_all
+from megatron_ep_v2.device_checks import read_all
 from megatron_ep_v2.errors import LayoutOverflowError
 from megatron_ep_v2.sync_free import sync_free_combine, sync_free_dispatch
 

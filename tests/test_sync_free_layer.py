@@ -17,7 +17,7 @@ from oracle import Experts
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ep_v2 import recompute, settings, sync_free
-from megatron_ep_v2.deferred import read_all
+from megatron_ep_v2.device_checks import read_all
 from megatron_ep_v2.errors import LayoutOverflowError
 from megatron_ep_v2.recompute import Replayed
 from megatron_ep_v2.sync_free import sync_free_combine, sync_free_dispatch

@@ -14,10 +14,10 @@ from moe_layer import CPU, FEATURES, build_layer, hidden_states, make_layer, meg
 from reports import Report, assert_report, attempt
 
 import megatron_ep_v2
-from megatron_ep_v2 import load
-from megatron_ep_v2.deferred import read_all
+from megatron_ep_v2.device_checks import read_all
 from megatron_ep_v2.errors import SettingsError
 from megatron_ep_v2.experts.groups import Groups
+from megatron_ep_v2.megatron import expert_load
 
 
 def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -39,9 +39,9 @@ def compare(group: Any) -> dict[str, dict[str, float]]:
             by_layout, loads = {}, {}
             for layout in ("expanded", "sync-free"):
                 layer = make_layer(CPU, "flex", layout, "grouped", **more)
-                load.local_expert_load()
+                expert_load.local_expert_load()
                 by_layout[layout] = step(layer, hidden, micro_batches)
-                loads[layout] = [counts.tolist() for counts in load.local_expert_load()][-1:]
+                loads[layout] = [counts.tolist() for counts in expert_load.local_expert_load()][-1:]
                 with torch.no_grad():
                     by_layout[layout]["eval"] = layer.eval()(hidden)[0]
                 read_all()
@@ -151,11 +151,11 @@ def test_experts_that_would_wait_are_refused() -> None:
 
 @pytest.mark.parametrize("wanted", [{"layout": "compact"}, {"buffer": "legacy"}], ids=str)
 def test_what_cannot_be_sync_free_is_refused_at_once(wanted: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from megatron_ep_v2 import installer
+    from megatron_ep_v2.megatron import binding
     from megatron_ep_v2.probe import Choice
 
     kind = wanted.get("buffer", "reference")
-    monkeypatch.setattr(installer, "choose", lambda *_: Choice(kind, "asked for"))
+    monkeypatch.setattr(binding, "choose", lambda *_: Choice(kind, "asked for"))
     report = attempt(lambda: megatron_ep_v2.install(sync_free=True, **wanted))
     assert_report(report, SettingsError, "sync-free mode needs", f"the {kind} buffer", "MCORE_DEEPEP_V2_SYNC_FREE")
     assert not megatron_ep_v2.status()["installed"]

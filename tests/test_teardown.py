@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 from harness import HANG, run_ranks
 
-from megatron_ep_v2.buffers.teardown import everyone_arrives
+from megatron_ep_v2.buffers.deep_ep import everyone_arrives
 
 LATE = 1
 

@@ -15,7 +15,7 @@ from recompute_rounds import WHOLE_LAYER
 
 import megatron_ep_v2
 from megatron_ep_v2.buffers import pool
-from megatron_ep_v2.deferred import read_all
+from megatron_ep_v2.device_checks import read_all
 
 TOKENS = 12
 AUX = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.1}

@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import pytest
 
 import megatron_ep_v2
-from megatron_ep_v2 import installer, settings
+from megatron_ep_v2 import settings
 from megatron_ep_v2.doctor import host, software
 from megatron_ep_v2.errors import SettingsError
+from megatron_ep_v2.megatron import binding
 from megatron_ep_v2.settings import PREFIX, resolve
 
 USUAL, ALIAS = PREFIX + "MAX_TOKENS_PER_RANK", PREFIX + "NUM_MAX_TOKENS_PER_RANK"
@@ -72,7 +73,7 @@ def test_a_misspelt_argument_is_refused_with_the_nearest_name(wrong: str, right:
     assert caught.value.what == f"unknown setting {wrong!r}" and caught.value.needed == right
     with pytest.raises(SettingsError, match="needed: one of buffer, layout, "):
         megatron_ep_v2.install(color="red")
-    assert not installer.bound()
+    assert not binding.bound()
 
 
 def test_install_and_doctor_say_the_same_about_a_misspelt_variable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +81,7 @@ def test_install_and_doctor_say_the_same_about_a_misspelt_variable(monkeypatch: 
     monkeypatch.setenv(PREFIX + "BUFFER", "reference")
     with pytest.raises(SettingsError) as caught:
         megatron_ep_v2.install(buffer="reference")
-    assert not installer.bound()
+    assert not binding.bound()
     facts = host.read_host()
     check, error = software.check_settings(facts), caught.value
     assert (check.status, check.found, check.needed, check.fix) == ("fail", error.what, error.needed, error.fix)

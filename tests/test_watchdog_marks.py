@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from megatron_ep_v2.errors import UnavailableError
-from megatron_ep_v2.watchdog import clocks, watch
-from megatron_ep_v2.watchdog.record import (
+from megatron_ep_v2.watchdog import completion, watched_buffer
+from megatron_ep_v2.watchdog.call_log import (
     DONE,
     ENTERED,
     FORWARD_COMBINE,
@@ -109,7 +109,7 @@ class Driver:
         monkeypatch.setattr(torch.cuda, "Stream", Stream)
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-        monkeypatch.setattr(clocks.ctypes, "CDLL", lambda name: SimpleNamespace(cuMemcpyDtoHAsync_v2=self))
+        monkeypatch.setattr(completion.ctypes, "CDLL", lambda name: SimpleNamespace(cuMemcpyDtoHAsync_v2=self))
 
     def __call__(self, to: int, source: int, size: int, stream: int) -> int:
         if self.code == 0:
@@ -123,7 +123,7 @@ def test_the_gpu_writes_the_number_of_a_call_when_its_kernels_are_done(
     comm_stream: Any, record: Record, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver = Driver(monkeypatch)
-    clock = clocks.GpuClock(record, comm_stream)
+    clock = completion.GpuClock(record, comm_stream)
     assert driver.queued == [("copy", 55, 0), ("the host waits", 55)]
     for number in (7, NUMBERS + 9):
         driver.queued.clear()
@@ -141,8 +141,8 @@ def test_the_gpu_writes_the_number_of_a_call_when_its_kernels_are_done(
 def test_what_the_gpu_still_has_to_write_to_stays_registered(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver(monkeypatch)
     kept: list[Any] = []
-    monkeypatch.setattr(clocks, "_unfinished", kept)
-    clock = clocks.GpuClock(record)
+    monkeypatch.setattr(completion, "_unfinished", kept)
+    clock = completion.GpuClock(record)
     record.cells[LEFT] = record.enter(FORWARD_COMBINE, 1, 1, 40)
     clock.mark(1)
     record.cells[DONE] = 0  # not yet
@@ -157,13 +157,13 @@ def test_calls_are_marked_behind_the_kernels_of_the_buffer(record: Record, monke
     """And not in the stream that is the current one."""
     made: list[tuple[Any, ...]] = []
     clock = SimpleNamespace(every=7, mark=lambda number: None)
-    monkeypatch.setattr(watch, "GpuClock", lambda *arguments: made.append(arguments) or clock)
+    monkeypatch.setattr(watched_buffer, "GpuClock", lambda *arguments: made.append(arguments) or clock)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    rank = object.__new__(watch.Watch)
+    rank = object.__new__(watched_buffer.Watch)
     rank.clock, rank.record, rank.step = None, record, 1
     buffer: Any = SimpleNamespace(comm_stream="deep_ep's", combine=lambda *arguments: "an answer")
     rows: Any = SimpleNamespace(is_cuda=True)
-    watched = watch.WatchedBuffer(buffer, rank)
+    watched = watched_buffer.WatchedBuffer(buffer, rank)
     assert [watched.combine(rows, None) for _ in range(2)] == ["an answer"] * 2
     assert made == [(record, "deep_ep's")]
 
@@ -194,13 +194,13 @@ def test_a_gpu_that_cannot_write(registered: int, code: int, record: Record, mon
     driver = Driver(monkeypatch, registered)
     driver.code = code
     with pytest.raises(UnavailableError, match=f"cannot write .* answers {registered or code}"):
-        clocks.GpuClock(record)
+        completion.GpuClock(record)
     assert not driver.registered
 
 
 def test_a_machine_without_the_driver(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver(monkeypatch)
-    monkeypatch.setattr(clocks.ctypes, "CDLL", lambda name: SimpleNamespace())
+    monkeypatch.setattr(completion.ctypes, "CDLL", lambda name: SimpleNamespace())
     with pytest.raises(UnavailableError, match="cannot write to the watchdog's record"):
-        clocks.GpuClock(record)
+        completion.GpuClock(record)
     assert not driver.registered

@@ -20,17 +20,8 @@ from stalls import CULPRIT, HEAD, RANKS, layer, rows, standard_error_in, start, 
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.errors import EPError
 from megatron_ep_v2.fused_a2a import fused_dispatch
-from megatron_ep_v2.watchdog.clocks import HostClock
-from megatron_ep_v2.watchdog.record import (
-    DONE,
-    ENTERED,
-    LEFT,
-    MARKED,
-    NUMBERS,
-    RING,
-    SYNC_FREE_DISPATCH,
-    Record,
-)
+from megatron_ep_v2.watchdog.call_log import DONE, ENTERED, LEFT, MARKED, NUMBERS, RING, SYNC_FREE_DISPATCH, Record
+from megatron_ep_v2.watchdog.completion import HostClock
 from megatron_ep_v2.watchdog.report import STACK_FRAMES, choose_threads, find_late
 
 LIMIT = 4  # seconds; no call takes so long by itself

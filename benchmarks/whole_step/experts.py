@@ -17,7 +17,7 @@ from qwen3_moe.train import Trainer
 
 from megatron_ep_v2.errors import UnavailableError
 from megatron_ep_v2.experts.gemm import gemm
-from megatron_ep_v2.experts.module import EXPERTS
+from megatron_ep_v2.megatron.experts import EXPERTS
 
 # Megatron's own experts: how the layer's configuration differs, and the environment that they need.
 MEGATRON: dict[str, Mapping[str, Any]] = {

@@ -20,7 +20,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ep_v2.experts.module import use_experts
+from megatron_ep_v2.megatron.experts import use_experts
 
 from . import cpu
 from .options import Options

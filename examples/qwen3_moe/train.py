@@ -12,9 +12,9 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-from megatron_ep_v2.deferred import read_all
+from megatron_ep_v2.device_checks import read_all
 from megatron_ep_v2.errors import EPError
-from megatron_ep_v2.load import ExpertLoad
+from megatron_ep_v2.megatron.expert_load import ExpertLoad
 
 from .data import check_token_ids
 from .model import build_model, named_parameters

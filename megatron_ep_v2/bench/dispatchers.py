@@ -8,7 +8,7 @@ import torch
 
 from megatron_ep_v2.bench.layer import Groups, OurBuffer, named_results
 from megatron_ep_v2.bench.shapes import Batch, Shape
-from megatron_ep_v2.bench.variants import Variant, make_dispatchers, sms_field
+from megatron_ep_v2.bench.variants import Variant, make_dispatchers
 
 # Received picks of the busiest rank, as a multiple of the mean, get this much room in buffers of a fixed size.
 _HEADROOM = 1.05
@@ -42,6 +42,8 @@ class DispatcherSet:
         tokens: int,
         layers: int = 1,
     ):
+        from megatron_ep_v2.megatron import standalone
+
         self.sms = sms
         self.backend = variant.backend if variant.kind == "flex" else ""
         # The legacy Buffer is built for its SM count; the others take it with each call.
@@ -49,7 +51,7 @@ class DispatcherSet:
         self.ours = OurBuffer(variant.buffer, variant.layout, sms, group, tokens) if variant.buffer else None
         config: dict[str, Any] = {}
         if self.ours is None and sms is not None:
-            config[sms_field(variant.backend)] = sms
+            config[standalone.sms_field(variant.backend)] = sms
         if variant.backend == "ncclep":
             config["moe_expert_rank_capacity_factor"] = _HEADROOM * load
         self.dispatchers, self._bindings = make_dispatchers(
@@ -65,7 +67,7 @@ class DispatcherSet:
         )
         self._hybrid_buffers = groups.hybrid_buffers
         if variant.kind == "allgather":
-            _ensure_global_memory_buffer()
+            standalone.ensure_global_memory_buffer()
 
     @property
     def num_sms(self) -> int | None:
@@ -77,7 +79,7 @@ class DispatcherSet:
         return buffer.num_bytes if buffer else None
 
     def enter(self) -> None:
-        from megatron.core.transformer.moe import fused_a2a, token_dispatcher
+        from megatron_ep_v2.megatron.standalone import fused_a2a, token_dispatcher
 
         for owner, name, _, ours in self._bindings:
             setattr(owner, name, ours)
@@ -89,7 +91,7 @@ class DispatcherSet:
             token_dispatcher.set_deepep_num_sms(self.sms or 20)
 
     def leave(self) -> None:
-        from megatron.core.transformer.moe import fused_a2a
+        from megatron_ep_v2.megatron.standalone import fused_a2a
 
         for owner, name, theirs, _ in reversed(self._bindings):
             setattr(owner, name, theirs)
@@ -101,7 +103,7 @@ class DispatcherSet:
     def close(self) -> None:
         self._hybrid_buffers.clear()
         if self.backend == "ncclep":
-            from megatron.core.transformer.moe import fused_a2a
+            from megatron_ep_v2.megatron.standalone import fused_a2a
 
             fused_a2a.nccl_ep_finalize()
 
@@ -147,11 +149,3 @@ class DispatcherLayer(DispatcherSet):
 
     def expected(self) -> dict[str, torch.Tensor]:
         return self.batch.expected()
-
-
-def _ensure_global_memory_buffer() -> None:
-    """The allgather dispatcher receives into a buffer that Megatron makes together with its parallel state."""
-    from megatron.core import parallel_state
-
-    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
-        parallel_state._set_global_memory_buffer()

@@ -11,7 +11,7 @@ from megatron_ep_v2 import settings as settings_module
 from megatron_ep_v2.bench.shapes import Batch
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.settings import Settings
-from megatron_ep_v2.watchdog.watch import WatchedBuffer
+from megatron_ep_v2.watchdog.watched_buffer import WatchedBuffer
 
 
 class Layer(Protocol):

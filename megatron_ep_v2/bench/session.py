@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 import megatron_ep_v2
-from megatron_ep_v2.bench import on_cpu, ranks
+from megatron_ep_v2.bench import ranks
 from megatron_ep_v2.settings import Launch
 
 
@@ -24,7 +24,9 @@ def session(place: Launch) -> Iterator[torch.device]:
     warnings.filterwarnings("ignore")  # Megatron says at import, on every rank, what optional packages it misses
     device = ranks.join(place)
     try:
-        with on_cpu.substitutions() if device.type == "cpu" else _compiled_as_in_training():
+        from megatron_ep_v2.megatron.standalone import on_cpu
+
+        with on_cpu() if device.type == "cpu" else _compiled_as_in_training():
             yield device
     finally:
         megatron_ep_v2.destroy_buffers()

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import typing
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 import megatron_ep_v2
-from megatron_ep_v2 import installer
-from megatron_ep_v2.errors import UnavailableError
+from megatron_ep_v2.buffers.carriers import CARRIERS
 
 _FUSED = {"moe_permute_fusion": True}
 
@@ -43,17 +40,25 @@ class Variant:
     takes_sms: bool = True
 
 
-def _ours(name: str, buffer: str, layout: str, kind: str = "flex", config: Mapping[str, Any] | None = None) -> Variant:
-    return Variant(name, kind, buffer=buffer, layout=layout, config=config or {}, takes_sms=buffer != "reference")
+def _ours(kind: str = "flex") -> Iterator[Variant]:
+    """Those on this package's carriers: one for each layout in which rows are given to Megatron's experts."""
+    for carrier in reversed(CARRIERS.values()):
+        layouts = [layout for layout in ("compact", "expanded") if layout in carrier.layouts]
+        for layout in layouts:
+            name = carrier.row_prefix + layout if len(layouts) > 1 else carrier.name
+            row = Variant(name, kind, buffer=carrier.name, layout=layout, takes_sms=carrier.needs_cuda)
+            if kind == "flex":
+                yield row
+                if layout == "compact" and carrier.needs_cuda:
+                    yield replace(row, name=f"{name}+fused-permute", config=_FUSED)
+            elif len(layouts) > 1:  # the contract's own calls need no adapter
+                yield replace(row, name=f"raw-{name}")
 
 
 VARIANTS = {
     variant.name: variant
     for variant in (
-        _ours("raw-compact", "elastic", "compact", "raw"),
-        _ours("raw-expanded", "elastic", "expanded", "raw"),
-        _ours("raw-reference-compact", "reference", "compact", "raw"),
-        _ours("raw-reference-expanded", "reference", "expanded", "raw"),
+        *_ours("raw"),
         Variant("allgather", "allgather", takes_sms=False),
         Variant("alltoall", "alltoall", takes_sms=False),
         Variant("alltoall+fused-permute", "alltoall", config=_FUSED, takes_sms=False),
@@ -64,13 +69,7 @@ VARIANTS = {
         Variant("hybridep", "flex", "hybridep"),
         Variant("hybridep+fused-permute", "flex", "hybridep", config=_FUSED),
         Variant("hybridep+permute-inside", "flex", "hybridep", config={"moe_permute_fusion_into_hybridep": True}),
-        _ours("reference-compact", "reference", "compact"),
-        _ours("reference-expanded", "reference", "expanded"),
-        _ours("legacy", "legacy", "compact"),
-        _ours("legacy+fused-permute", "legacy", "compact", config=_FUSED),
-        _ours("compact", "elastic", "compact"),
-        _ours("compact+fused-permute", "elastic", "compact", config=_FUSED),
-        _ours("expanded", "elastic", "expanded"),
+        *_ours(),
         Variant("ncclep", "flex", "ncclep"),  # the last: where it does not start, NCCL itself has refused it
     )
 }
@@ -103,64 +102,16 @@ def make_dispatchers(
     Raises:
         EPError, ImportError, ValueError, AssertionError: This environment does not offer it.
     """
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.transformer.moe import token_dispatcher
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron_ep_v2.megatron import binding, standalone
 
-    known = {item.name: item for item in dataclasses.fields(TransformerConfig)}
-    backends = typing.get_args(known["moe_flex_dispatcher_backend"].type)
-    if variant.kind == "flex" and variant.backend not in backends:
-        raise UnavailableError(
-            f"this megatron-core has no backend {variant.backend}",
-            found=", ".join(backends) or "no list of backends",
-            fix="measure it with a Megatron-Core that has it",
-        )
-    config = {**variant.config, **config}
-    missing = sorted(set(config) - set(known))
-    if missing:
-        raise UnavailableError(
-            f"this megatron-core has no {missing[0]}", fix="measure it with a Megatron-Core that has it"
-        )
-    classes: dict[str, Callable[..., Any]] = {
-        "allgather": token_dispatcher.MoEAllGatherTokenDispatcher,
-        "alltoall": token_dispatcher.MoEAlltoAllTokenDispatcher,
-        "flex": token_dispatcher.MoEFlexTokenDispatcher,
-    }
-    values = {
-        "num_layers": 1,
-        "hidden_size": hidden,
-        "num_attention_heads": 8,
-        "num_moe_experts": experts,
-        "moe_router_topk": topk,
-        "moe_token_dispatcher_type": variant.kind,
-        "moe_flex_dispatcher_backend": variant.backend,
-        "moe_router_dtype": "fp32",
-        "expert_model_parallel_size": group.size(),
-        "use_cpu_initialization": not torch.cuda.is_available(),
-        "add_bias_linear": False,
-        "params_dtype": dtype,
-        "bf16": dtype == torch.bfloat16,
-    }
-    num_local = experts // group.size()
-    local = list(range(group.rank() * num_local, (group.rank() + 1) * num_local))
-    groups = ProcessGroupCollection()
-    groups.ep = groups.tp_ep = group
-    groups.tp = groups.expt_tp = alone
     if variant.buffer:
         megatron_ep_v2.install(buffer=variant.buffer, layout=variant.layout)
     try:
-        made = [
-            classes[variant.kind](num_local, local, TransformerConfig(**values | config), groups) for _ in range(count)
-        ]
-        return made, [binding for binding in installer.bound() if binding[1] != "destroy_process_group"]
+        made = standalone.make_dispatchers(
+            *(variant.kind, variant.backend, count, group, alone),
+            **{"hidden": hidden, "experts": experts, "topk": topk, "dtype": dtype, **variant.config, **config},
+        )
+        return made, [each for each in binding.bound() if each[1] != "destroy_process_group"]
     finally:
         if variant.buffer:
             megatron_ep_v2.uninstall()
-
-
-def sms_field(backend: str) -> str:
-    """The field of TransformerConfig that takes an SM count for a backend of Megatron's own."""
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    names = {item.name for item in dataclasses.fields(TransformerConfig)}
-    return "moe_flex_dispatcher_num_sms" if "moe_flex_dispatcher_num_sms" in names else f"moe_{backend}_num_sms"

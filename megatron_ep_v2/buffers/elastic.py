@@ -15,9 +15,8 @@ import torch
 
 from megatron_ep_v2.buffers.checks import check_combine, check_dispatch, check_group_open
 from megatron_ep_v2.buffers.contract import BufferSpec, Payload
-from megatron_ep_v2.buffers.fill import memory_left_as_it_is
+from megatron_ep_v2.buffers.deep_ep import everyone_arrives, memory_left_as_it_is
 from megatron_ep_v2.buffers.limits import check_limits, check_rows, check_selections
-from megatron_ep_v2.buffers.teardown import everyone_arrives
 from megatron_ep_v2.errors import ClosedError, SettingsError, UnavailableError
 from megatron_ep_v2.probe import import_deep_ep, probe
 from megatron_ep_v2.settings import Settings, environment, gin_disabled_by_user

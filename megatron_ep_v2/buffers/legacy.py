@@ -13,8 +13,7 @@ import torch
 
 from megatron_ep_v2.buffers.checks import check_combine, check_dispatch, check_group_open
 from megatron_ep_v2.buffers.contract import BufferSpec, Payload
-from megatron_ep_v2.buffers.fill import memory_left_as_it_is
-from megatron_ep_v2.buffers.teardown import everyone_arrives
+from megatron_ep_v2.buffers.deep_ep import everyone_arrives, memory_left_as_it_is
 from megatron_ep_v2.errors import ClosedError, InputError, SettingsError, UnavailableError
 from megatron_ep_v2.probe import import_deep_ep
 from megatron_ep_v2.settings import Settings

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import importlib
 import logging
 import os
 import socket
@@ -25,6 +26,7 @@ import torch.distributed as dist
 
 from megatron_ep_v2 import settings as settings_module
 from megatron_ep_v2.buffers.capacity import Expected, check_stated, choose_capacity
+from megatron_ep_v2.buffers.carriers import CARRIERS
 from megatron_ep_v2.buffers.checks import (
     check_dispatch,
     check_group_open,
@@ -33,25 +35,15 @@ from megatron_ep_v2.buffers.checks import (
     raise_refusals,
 )
 from megatron_ep_v2.buffers.contract import Buffer, BufferSpec
-from megatron_ep_v2.buffers.elastic import ElasticBuffer
 from megatron_ep_v2.buffers.groups import find_registered, is_registered, registered
 from megatron_ep_v2.buffers.growing import GrowingBuffer
-from megatron_ep_v2.buffers.legacy import LegacyBuffer
-from megatron_ep_v2.buffers.reference import ReferenceBuffer
 from megatron_ep_v2.errors import EPError
 from megatron_ep_v2.probe import choose, loaded_nccl_version, probe
-from megatron_ep_v2.recipe import settle_dispatch_dtypes
 from megatron_ep_v2.settings import Settings
-from megatron_ep_v2.watchdog.meeting import Meeting
-from megatron_ep_v2.watchdog.watch import WatchedBuffer, watch
+from megatron_ep_v2.watchdog.rendezvous import Meeting
+from megatron_ep_v2.watchdog.watched_buffer import WatchedBuffer, watch
 
 logger = logging.getLogger("megatron_ep_v2")
-
-_KINDS: dict[str, Callable[..., Buffer]] = {
-    "elastic": ElasticBuffer,
-    "legacy": LegacyBuffer,
-    "reference": lambda group, spec, settings, hosts: ReferenceBuffer(group, spec),
-}
 
 _pool: dict[Any, Buffer] = {}  # by process group, as torch.distributed knows it
 _capacity_source: dict[Any, str] = {}  # likewise
@@ -109,7 +101,7 @@ def get(
         expected = _expect(caller)
         settings = settings_module.active()
         if "auto" in (settings.dispatch_dtype, settings.grad_dispatch_dtype):
-            settle_dispatch_dtypes("bf16", "no model told its recipe; in the expanded layout they do")
+            settings_module.settle_dispatch_dtypes("bf16", "no model told its recipe; in the expanded layout they do")
             settings = settings_module.active()
         found = probe()
         kind, refusal = "", None
@@ -145,7 +137,9 @@ def get(
         spec = BufferSpec(num_max_tokens_per_rank=capacity, hidden=hidden, num_topk=num_topk, num_experts=num_experts)
 
         def build(spec: BufferSpec) -> Buffer:
-            return _KINDS[kind](group, spec, settings, list(hosts))
+            module, name = CARRIERS[kind].path
+            made: Buffer = getattr(importlib.import_module(module), name)(group, spec, settings, list(hosts))
+            return made
 
         own: Any = GrowingBuffer(build, spec) if may_grow else build(spec)
         buffer = _pool[group] = watch(own, meeting, addresses, hosts)

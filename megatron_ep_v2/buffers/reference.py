@@ -15,18 +15,25 @@ Two collectives a call: the header, for which the host waits on every device, an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 
-from megatron_ep_v2 import settings
-from megatron_ep_v2.buffers.checks import check_combine, check_dispatch, check_group_open
+from megatron_ep_v2.buffers.checks import (
+    check_combine,
+    check_dispatch,
+    check_group_open,
+    compare_over_group,
+    raise_refusals,
+)
 from megatron_ep_v2.buffers.contract import BufferSpec, Payload
 from megatron_ep_v2.buffers.limits import check_contiguous, check_limits, check_rows, check_selections
-from megatron_ep_v2.buffers.reference_handle import ReferenceHandle, forget_counts, make_handle
-from megatron_ep_v2.buffers.route import agree_on_route, agree_to_repeat, check_distinct, check_dtype, tell_everyone
-from megatron_ep_v2.buffers.rows import exchange_rows, expand_rows, sum_rows, with_garbage
-from megatron_ep_v2.errors import ClosedError, EPError
+from megatron_ep_v2.errors import ClosedError, EPError, InputError
+from megatron_ep_v2.settings import Settings, active
 
 
 class CompletedEvent:
@@ -42,6 +49,8 @@ class ReferenceBuffer:
     Args:
         group: Process group; its backend must carry the payload's device.
         spec: What the buffer is built for.
+        settings: None = those in force.
+        hosts: Unused: one row of `carriers.CARRIERS` is built as the other.
 
     Attributes:
         strict: As the setting `reference_strict` was when the buffer was built.
@@ -56,8 +65,8 @@ class ReferenceBuffer:
     num_bytes = num_sms = num_qps = 0  # it holds nothing between calls
     comm_stream: torch.cuda.Stream | None = None
 
-    def __init__(self, group: Any, spec: BufferSpec):
-        self.group, self.spec, self.strict = group, spec, settings.active().reference_strict
+    def __init__(self, group: Any, spec: BufferSpec, settings: Settings | None = None, hosts: Sequence[str] = ()):
+        self.group, self.spec, self.strict = group, spec, (settings or active()).reference_strict
         if self.strict:
             check_limits(group, spec, simulated=True)
         self.num_max_tokens_per_rank = spec.num_max_tokens_per_rank
@@ -240,3 +249,405 @@ class ReferenceBuffer:
         if self._destroyed:
             raise ClosedError("this reference buffer was destroyed", fix="ask get_buffer() for a new one")
         check_group_open(self.group)
+
+
+# ----------------------------------------------------------------------------------------------------- header of a call
+#
+# Who sends how many rows to whom, and whether every rank agrees. It is of one size for all calls, and comes before
+# any row does. So a rank that refuses its rows tells the others in it, whatever is wrong with them; and where ranks
+# differ in what they are about to send, or in the call itself, all of them raise before a message arrives that is not
+# of the size they wait for.
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn)
+_CALLS = ("dispatch", "cached dispatch", "combine")
+
+
+@dataclass(frozen=True)
+class Route:
+    """Who sends what to whom, for one batch.
+
+    Attributes:
+        number: Of the dispatch, counted by its buffer; the same on every rank.
+        send_tokens: [S] int64, the token of each row that this rank sends, by (destination rank, token).
+        send_counts: Rows sent to each rank.
+        recv_counts: Rows received from each rank.
+    """
+
+    number: int
+    send_tokens: torch.Tensor
+    send_counts: list[int]
+    recv_counts: list[int]
+
+
+def agree_on_route(
+    group: Any,
+    number: int,
+    x: Payload,
+    topk_idx: torch.Tensor | None,
+    topk_weights: torch.Tensor | None,
+    num_experts: int | None,
+    capacity: int,
+    alignment: int,
+    do_expand: bool,
+    do_cpu_sync: bool,
+    refusals: list[EPError],
+) -> Route:
+    """The header of a first dispatch. number: See `Route`. refusals: What this rank raises instead of sending rows,
+    which is taken out of the list; empty = nothing.
+
+    Raises:
+        EPError: That, once the other ranks have it; PeerError on those.
+        GroupMismatchError: On every rank, if they differ in what they dispatch.
+    """
+    num_ranks = group.size()
+    rows, counts = x[0] if isinstance(x, tuple) else x, None
+    if not refusals:
+        assert topk_idx is not None and num_experts is not None  # or they would have been refused
+        selected_rank = torch.where(topk_idx >= 0, topk_idx // (num_experts // num_ranks), num_ranks)
+        goes_to = torch.zeros(len(topk_idx), num_ranks + 1, dtype=torch.bool, device=rows.device)
+        goes_to = goes_to.scatter_(1, selected_rank, True)[:, :num_ranks]
+        counts = goes_to.sum(dim=0)
+    facts = _facts(
+        "dispatch", number, x, topk_idx, topk_weights, num_experts, capacity, alignment, do_expand, do_cpu_sync
+    )
+    recv_counts = _exchange(group, rows.device, facts, refusals, counts)
+    assert counts is not None  # as it is raised otherwise
+    return Route(number, goes_to.t().nonzero()[:, 1], counts.tolist(), recv_counts)
+
+
+def agree_to_repeat(
+    group: Any, call: str, handle: Any, x: Payload, topk_weights: torch.Tensor | None, refusals: list[EPError]
+) -> None:
+    """The header of a call by a handle. call: "cached dispatch" or "combine". refusals, errors: As `agree_on_route`."""
+    rows = x[0] if isinstance(x, tuple) else x
+    facts = _facts(
+        call,
+        handle.route.number,
+        x,
+        handle.topk_idx,
+        topk_weights,
+        handle.num_experts,
+        handle.num_max_tokens_per_rank,
+        handle.expert_alignment,
+        handle.do_expand,
+        do_cpu_sync=True,
+    )
+    _exchange(group, rows.device, facts, refusals)
+
+
+def tell_everyone(group: Any, number: int, value: int, device: torch.device) -> list[int]:
+    """The header with nothing to send: one number of each rank. It begins a dispatch, so a rank that is in another call
+    is named.
+
+    Args:
+        number: Of the dispatch.
+        value: Of this rank, 0 or more.
+        device: Of the rows that the dispatch will carry.
+    """
+    facts = _facts("dispatch", number, torch.empty(0), None, None, 0, 0, 0, do_expand=False, do_cpu_sync=True)
+    return _exchange(group, device, facts, [], torch.full((group.size(),), value, device=device))
+
+
+def _facts(
+    call: str,
+    number: int,
+    x: Payload,
+    topk_idx: torch.Tensor | None,
+    topk_weights: torch.Tensor | None,
+    num_experts: int | None,
+    capacity: int,
+    alignment: int,
+    do_expand: bool,
+    do_cpu_sync: bool,
+) -> dict[str, int]:
+    """What must be equal on every rank, of any call: as many numbers in each."""
+    rows, scales = x if isinstance(x, tuple) else (x, None)
+    return {
+        "call": _CALLS.index(call),
+        "number of the dispatch": number,
+        "hidden": rows.shape[-1] if rows.dim() else 0,
+        "top-k": topk_idx.shape[-1] if topk_idx is not None and topk_idx.dim() else 0,
+        "num_experts": num_experts or 0,
+        "payload dtype": _DTYPES.index(rows.dtype) if rows.dtype in _DTYPES else -1,
+        "scales per token": scales.shape[-1] if scales is not None and scales.dim() else 0,
+        "bytes per weight": 0 if topk_weights is None else topk_weights.element_size(),
+        "num_max_tokens_per_rank": capacity,
+        "expert_alignment": alignment,
+        "do_expand": int(do_expand),
+        "do_cpu_sync": int(do_cpu_sync),
+    }
+
+
+def _exchange(
+    group: Any, device: torch.device, facts: dict[str, int], refusals: list[EPError], counts: torch.Tensor | None = None
+) -> list[int]:
+    """The rows that come from each rank; or what any of them refuses is raised. counts: [ranks], rows that go there."""
+    mine = [len(refusals), *facts.values()]
+    outgoing = torch.tensor([0, *mine], device=device).repeat(group.size(), 1)
+    if counts is not None:
+        outgoing[:, 0] = counts
+    incoming = torch.empty_like(outgoing)
+    dist.all_to_all_single(incoming, outgoing, group=group)
+    by_rank = incoming.tolist()
+    if refusals:
+        raise refusals.pop()
+    if any(told[1:] != mine for told in by_rank):
+        _, refused, *columns = zip(*by_rank, strict=True)
+        call = _CALLS[facts["call"]]
+        raise_refusals(group, refused, call)
+        by_name: dict[str, Any] = dict(zip(facts, columns, strict=True))
+        by_name["call"] = [_CALLS[code] for code in by_name["call"]]
+        by_name["payload dtype"] = [str(_DTYPES[code]) for code in by_name["payload dtype"]]
+        compare_over_group(f"a {call}", by_name)
+    return [told[0] for told in by_rank]
+
+
+def check_dtype(rows: torch.Tensor, rank: int) -> None:
+    """Refuse rows that are no floating-point numbers. rank: Of this process in the group."""
+    if rows.dtype not in _DTYPES:
+        raise InputError(
+            f"rank {rank}: the reference buffer cannot carry {rows.dtype}",
+            needed="one of " + ", ".join(str(dtype) for dtype in _DTYPES),
+            fix="cast the hidden states before the dispatch",
+        )
+
+
+def check_distinct(topk_idx: torch.Tensor, rank: int) -> None:
+    """Refuse what other buffers only meet on the device: deep_ep answers a repeated id with a device assertion."""
+    ordered = topk_idx.sort(dim=1).values
+    twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(dim=1)
+    if bool(twice.any()):
+        token = int(twice.nonzero()[0])
+        raise InputError(
+            f"rank {rank}: token {token} picks one expert twice",
+            found=f"topk_idx[{token}] = {topk_idx[token].tolist()}",
+            needed="distinct ids, or -1, in each token",
+            fix="take the ids from a top-k over distinct experts",
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------- handle
+
+
+@dataclass(frozen=True)
+class ReferenceHandle:
+    """`contract.Handle`, and what the reference needs beyond it to repeat or reverse the routing."""
+
+    do_expand: bool
+    num_experts: int
+    expert_alignment: int
+    num_max_tokens_per_rank: int
+    num_sms: int
+    topk_idx: torch.Tensor
+    num_recv_tokens: int
+    num_expanded_tokens: int
+    num_recv_tokens_per_expert_list: list[int]
+    psum_num_recv_tokens_per_scaleup_rank: torch.Tensor
+    psum_num_recv_tokens_per_expert: torch.Tensor
+    num_unaligned_recv_tokens_per_expert: torch.Tensor | None
+    recv_src_metadata: torch.Tensor
+    route: Route
+    recv_topk_idx: torch.Tensor  # [R, K] int64 local expert ids, -1 elsewhere
+
+
+def make_handle(
+    group: Any,
+    topk_idx: torch.Tensor,
+    recv_picks: torch.Tensor,
+    num_experts: int,
+    capacity: int,
+    alignment: int,
+    num_sms: int,
+    do_expand: bool,
+    route: Route,
+) -> ReferenceHandle:
+    """Find a place for every received pick. recv_picks: [R, 1 + K] int32, source token and global expert ids."""
+    device = topk_idx.device
+    num_local = num_experts // group.size()
+    local_idx = recv_picks[:, 1:].long() - group.rank() * num_local
+    is_local = (local_idx >= 0) & (local_idx < num_local)
+    local_idx = torch.where(is_local, local_idx, -1)
+    row, pick = is_local.nonzero(as_tuple=True)
+    expert = local_idx[row, pick]
+    counts = torch.bincount(expert, minlength=num_local)
+    padded = (counts + alignment - 1) // alignment * alignment
+    ends = padded.cumsum(dim=0)
+
+    slots = torch.full_like(local_idx, -1)
+    by_expert = torch.argsort(expert, stable=True)
+    rank_in_expert = torch.arange(len(expert), device=device) - (counts.cumsum(0) - counts)[expert[by_expert]]
+    slots[row[by_expert], pick[by_expert]] = (ends - padded)[expert[by_expert]] + rank_in_expert
+
+    recv_counts = torch.tensor(route.recv_counts, device=device)
+    source_rank = torch.arange(group.size(), device=device).repeat_interleave(recv_counts)
+    source = source_rank * capacity + recv_picks[:, 0]
+    first_pick = is_local.int().argmax(dim=1)
+    metadata = torch.stack([source, source_rank * topk_idx.shape[1] + first_pick], dim=1)
+    return ReferenceHandle(
+        do_expand=do_expand,
+        num_experts=num_experts,
+        expert_alignment=alignment,
+        num_max_tokens_per_rank=capacity,
+        num_sms=num_sms,
+        topk_idx=topk_idx.clone(),
+        num_recv_tokens=len(recv_picks),
+        num_expanded_tokens=int(ends[-1]),
+        num_recv_tokens_per_expert_list=padded.tolist(),
+        psum_num_recv_tokens_per_scaleup_rank=recv_counts.cumsum(0).int(),
+        psum_num_recv_tokens_per_expert=(ends - padded + counts if do_expand else ends).int(),
+        num_unaligned_recv_tokens_per_expert=counts.int() if do_expand else None,
+        recv_src_metadata=torch.cat([metadata, slots if do_expand else torch.full_like(slots, -1)], dim=1).int(),
+        route=route,
+        recv_topk_idx=local_idx,
+    )
+
+
+def forget_counts(handle: ReferenceHandle, num_ranks: int) -> ReferenceHandle:
+    """The handle of a dispatch without a host wait: the most rows that could arrive, garbage from R on."""
+    num_local = handle.num_experts // num_ranks
+    most, alignment = num_ranks * handle.num_max_tokens_per_rank, handle.expert_alignment
+    picks = most * min(handle.topk_idx.shape[1], num_local) + (alignment - 1) * num_local
+    ids = with_garbage(handle.recv_topk_idx, most)
+    ids[handle.num_recv_tokens :] %= num_local  # ids that nobody can tell from real ones
+    return replace(
+        handle,
+        num_recv_tokens=most,
+        num_expanded_tokens=-(-picks // alignment) * alignment,
+        num_recv_tokens_per_expert_list=[],
+        recv_src_metadata=with_garbage(handle.recv_src_metadata, most),
+        recv_topk_idx=ids,
+    )
+
+
+# --------------------------------------------------------------------------------- rows: no loop over tokens or experts
+
+# By bytes per element. float8 can be neither gathered nor scattered, so rows are moved as integers.
+_SAME_SIZE_INT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def exchange_rows(
+    group: Any,
+    columns: list[torch.Tensor],
+    chosen: torch.Tensor | None,
+    send_counts: list[int],
+    recv_counts: list[int],
+) -> list[torch.Tensor]:
+    """Send rows of several matrices to the ranks of a group in one message each.
+
+    Args:
+        group: Process group.
+        columns: Matrices [N, ...] with a common N, of any dtypes. Emptied, so that rows made only to be sent are freed
+            once they are packed.
+        chosen: [sum(send_counts)] int64, the row that goes out at each place; None = all N, in order.
+        send_counts, recv_counts: Rows to and from each rank.
+
+    Returns:
+        [sum(recv_counts), ...] for each matrix, in the order of the sending ranks: views into the received message.
+    """
+    if len(columns) == 1 and chosen is None:
+        message = columns.pop()
+        # An empty view counts as contiguous whatever its strides, and then cannot be seen as bytes.
+        message = message.contiguous() if len(message) else message.new_empty(message.shape)
+        incoming = message.new_empty(sum(recv_counts), message.shape[1])
+        _all_to_all(incoming.view(torch.uint8), message.view(torch.uint8), recv_counts, send_counts, group)
+        return [incoming]
+
+    # Each matrix starts at a multiple of 8 bytes, and so does each row, so that every dtype can be viewed in place.
+    places, row_bytes = [], 0
+    for column in columns:
+        num_bytes = column.shape[1] * column.element_size()
+        places.append((slice(row_bytes, row_bytes + num_bytes), column.dtype))
+        row_bytes += -(-num_bytes // 8) * 8
+
+    outgoing = torch.empty(sum(send_counts), row_bytes, dtype=torch.uint8, device=columns[0].device)
+    for place, dtype in reversed(places):
+        kind = _SAME_SIZE_INT[dtype.itemsize]
+        source, target = columns.pop().contiguous().view(kind), outgoing[:, place].view(kind)
+        if chosen is None:
+            target.copy_(source)
+        else:
+            torch.index_select(source, 0, chosen, out=target)
+    del source
+    incoming = outgoing.new_empty(sum(recv_counts), row_bytes)
+    _all_to_all(incoming, outgoing, recv_counts, send_counts, group)
+    return [incoming[:, place].view(dtype) for place, dtype in places]
+
+
+def sum_rows(rows: torch.Tensor, order: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    """Add up groups of rows: group i takes the next counts[i] entries of `order`, one after the other.
+
+    embedding_bag does it in one pass, in the order given, with fp32 accumulators for 2-byte rows.
+
+    Args:
+        rows: [N, H].
+        order: [M] row numbers.
+        counts: [G] entries per group, adding up to M.
+
+    Returns:
+        [G, H] in the dtype of `rows`; empty groups are zero.
+    """
+    if len(order) == 0:
+        return rows.new_zeros(len(counts), rows.shape[1])
+    return F.embedding_bag(order.long(), rows.contiguous(), counts.cumsum(0) - counts, mode="sum")
+
+
+def expand_rows(
+    columns: list[torch.Tensor], slots: torch.Tensor, num_places: int, *, has_weights: bool, zero: bool
+) -> list[torch.Tensor]:
+    """Spread received rows over the places of their picks.
+
+    Args:
+        columns: Matrices [R, ...]; with `has_weights`, the last one is [R, K] weights.
+        slots: [R, K] int64, the place of each pick, -1 = none here.
+        num_places: P; places that no pick has are padding.
+        has_weights: See `columns`.
+        zero: Fill padding with zeros instead of NaN.
+
+    Returns:
+        [P, ...] for each matrix; [P] for the weights.
+    """
+    row, pick = (slots >= 0).nonzero(as_tuple=True)
+    place = slots[row, pick]
+    source = torch.full((num_places,), -1, device=slots.device)
+    source[place] = row
+    spread = []
+    if has_weights:
+        *columns, weights = columns
+        spread_weights = weights.new_full((num_places,), 0.0 if zero else float("nan"))
+        spread_weights[place] = weights[row, pick]
+    for column in columns:
+        bits = column.view(_SAME_SIZE_INT[column.dtype.itemsize]).index_select(0, source.clamp(min=0))
+        if len(row) < num_places:
+            bits[source < 0] = 0 if zero else _nan_bits(column.dtype)
+        spread.append(bits.view(column.dtype))
+    return [*spread, spread_weights] if has_weights else spread
+
+
+def with_garbage(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """The rows [N, ...], contiguous, and behind them what deep_ep leaves uninitialised: NaN, or row numbers where the
+    dtype has none. num_rows: N or more."""
+    if len(rows) == num_rows:
+        return rows.contiguous()
+    longer = rows.new_empty(num_rows, *rows.shape[1:])
+    longer[: len(rows)] = rows
+    tail = longer[len(rows) :]
+    if rows.is_floating_point():
+        tail.view(_SAME_SIZE_INT[rows.dtype.itemsize]).fill_(_nan_bits(rows.dtype))
+    else:
+        tail.copy_(torch.arange(len(tail), device=rows.device)[:, None])
+    return longer
+
+
+def _nan_bits(dtype: torch.dtype) -> int:
+    """NaN as an integer of the same size; all ones for packs of UE8M0, whose NaN is 0xFF."""
+    if not dtype.is_floating_point:
+        return -1
+    return int(torch.tensor(float("nan"), dtype=dtype, device="cpu").view(_SAME_SIZE_INT[dtype.itemsize]))
+
+
+def _all_to_all(
+    incoming: torch.Tensor, outgoing: torch.Tensor, recv_counts: list[int], send_counts: list[int], group: Any
+) -> None:
+    dist.all_to_all_single(
+        incoming, outgoing, output_split_sizes=recv_counts, input_split_sizes=send_counts, group=group
+    )

@@ -23,6 +23,7 @@ from megatron_ep_v2.bench.session import session
 from megatron_ep_v2.bench.shapes import PRESETS, Shape
 from megatron_ep_v2.bench.table import Point, measure_table
 from megatron_ep_v2.bench.variants import VARIANTS, Variant
+from megatron_ep_v2.buffers.carriers import CARRIERS, REFERENCE
 from megatron_ep_v2.cli.bench_options import parse
 from megatron_ep_v2.errors import EPError, SettingsError
 
@@ -127,11 +128,15 @@ def _variants(options: argparse.Namespace) -> list[Variant]:
     on_gpu, whole_step = torch.cuda.is_available(), options.step or options.tune
 
     def fits(variant: Variant) -> bool:
-        if variant.kind == "raw" and (whole_step or (on_gpu and variant.buffer == "reference")):
+        if variant.kind == "raw" and (whole_step or (on_gpu and variant.buffer == REFERENCE)):
             return False
-        if whole_step and on_gpu and variant.buffer == "reference":
+        if whole_step and on_gpu and variant.buffer == REFERENCE:
             return False
-        return variant.buffer in ("elastic", "reference") if options.tune and not options.step else True
+        return (
+            variant.buffer is not None and "sync-free" in CARRIERS[variant.buffer].layouts
+            if options.tune and not options.step
+            else True
+        )
 
     if options.variants:
         chosen = [VARIANTS[name] for name in options.variants]

@@ -7,6 +7,7 @@ import json
 import sys
 from dataclasses import asdict
 
+from megatron_ep_v2.buffers.carriers import CARRIERS
 from megatron_ep_v2.doctor import hardware, software
 from megatron_ep_v2.doctor.check import Check, gin_off, gpus
 from megatron_ep_v2.doctor.facts import Facts, gather
@@ -68,15 +69,16 @@ def _usable(facts: Facts, checks: list[Check]) -> str:
     settings, kind, count = facts["settings"], facts["deep_ep"]["choice"], len(gpus(facts))
     if kind == "megatron":
         return f"Megatron's own path on the legacy Buffer, {count} GPUs of this host"
-    compact = kind == "legacy" or settings["layout"] == "compact"
-    if kind == "reference":
-        carrier = f"reference buffer on {f'nccl ({count} GPUs of this host)' if count else 'gloo (CPU)'}"
+    carrier = CARRIERS[kind]
+    compact = "expanded" not in carrier.layouts or settings["layout"] == "compact"
+    if not carrier.needs_cuda:
+        where = f"nccl ({count} GPUs of this host)" if count else "gloo (CPU)"
     else:
         compact = compact or not settings["allow_multiple_reduction"]
-        carrier = f"{'legacy Buffer' if kind == 'legacy' else 'ElasticBuffer'} on {count} GPUs of this host"
-        if kind == "elastic" and not gin_off(facts) and not any(c.status == "warn" for c in checks if c.name == "RDMA"):
-            carrier += " and between hosts"
-    return f"{carrier}, {'compact' if compact else 'expanded'} layout"
+        where = f"{count} GPUs of this host"
+        if carrier.is_v2 and not gin_off(facts) and not any(c.status == "warn" for c in checks if c.name == "RDMA"):
+            where += " and between hosts"
+    return f"{carrier.label} on {where}, {'compact' if compact else 'expanded'} layout"
 
 
 def _table(checks: list[Check]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from megatron_ep_v2.buffers.carriers import CARRIERS, MEGATRONS_OWN
 from megatron_ep_v2.doctor.facts import Facts
 
 
@@ -75,7 +76,7 @@ def generation(facts: Facts) -> str:
     found = facts["deep_ep"]
     if failure := found.get("failure"):
         return "none" if "No module named 'deep_ep'" in failure["how"] else "broken"
-    if found["have_elastic"]:
+    if "elastic" in found["carriers"]:
         return "V2 2.1" if found["zero_padding"] else "V2 2.0"
     return "hybrid-ep" if found["have_hybrid"] else "V1"
 
@@ -83,12 +84,13 @@ def generation(facts: Facts) -> str:
 def wants_v2(facts: Facts) -> bool:
     """Whether DeepEP V2 is wanted here: there are GPUs, and neither the user nor a lone V1 says otherwise."""
     asked = facts["settings"]["buffer"]
-    return bool(gpus(facts)) and (asked == "elastic" or (asked == "auto" and not has_only_v1(facts)))
+    v2 = asked in CARRIERS and CARRIERS[asked].is_v2
+    return bool(gpus(facts)) and (v2 or (asked == "auto" and not has_only_v1(facts)))
 
 
 def has_only_v1(facts: Facts) -> bool:
     """Whether deep_ep has the legacy Buffer and no ElasticBuffer."""
-    return generation(facts) in ("V1", "hybrid-ep") and facts["deep_ep"]["have_legacy"]
+    return generation(facts) in ("V1", "hybrid-ep") and MEGATRONS_OWN in facts["deep_ep"]["carriers"]
 
 
 def gin_off(facts: Facts) -> str | None:

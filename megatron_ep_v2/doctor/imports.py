@@ -23,8 +23,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_ep_v2 import seam, settings
+from megatron_ep_v2 import settings
 from megatron_ep_v2.errors import EPError, SeamError
+from megatron_ep_v2.megatron import symbols
 
 
 def look_at_torch() -> dict[str, Any]:
@@ -51,7 +52,7 @@ def look_at_deep_ep() -> dict[str, Any]:
     found = probe()
     if found.failure:
         sys.modules["deep_ep"] = None  # type: ignore[assignment]  # for Megatron: as if it were not installed
-    elastic = import_deep_ep().ElasticBuffer if found.have_elastic else None
+    elastic = import_deep_ep().ElasticBuffer if "elastic" in found.carriers else None
     choice = None
     with contextlib.suppress(EPError):  # its causes have checks of their own
         choice = choose(found, settings.resolve()).kind
@@ -104,18 +105,18 @@ def look_at_transformer_engine() -> dict[str, Any]:
 def look_at_megatron() -> dict[str, Any]:
     """The seam, who owns the names in it now, and whether upstream's own DeepEP V2 backend is there."""
     try:
-        version, modules = seam.find_seam()
+        version, modules = symbols.find_seam()
     except SeamError as error:
         return {"error": {"what": error.what, "found": error.found, "needed": error.needed, "fix": error.fix}}
-    names = [getattr(modules[seam.FUSED_A2A], name) for name in ("FusedDispatch", "FusedCombine")]
-    names += [modules[seam.TOKEN_DISPATCHER]._DeepepManager, modules[seam.TOKEN_DISPATCHER].fused_dispatch]
+    names = [getattr(modules[symbols.FUSED_A2A], name) for name in ("FusedDispatch", "FusedCombine")]
+    names += [getattr(modules[symbols.TOKEN_DISPATCHER], name) for name in (symbols.MANAGER, "fused_dispatch")]
     owners = {symbol.__module__ for symbol in names if symbol is not None}
     return {
         "version": version,
         "error": None,
         "patched_by": sorted(owner for owner in owners if not owner.startswith("megatron.")),
-        "have_deep_ep": modules[seam.FUSED_A2A].HAVE_DEEP_EP,
-        "own_v2_backend": hasattr(modules[seam.FUSED_A2A], "deepepv2_dispatch"),
+        "have_deep_ep": modules[symbols.FUSED_A2A].HAVE_DEEP_EP,
+        "own_v2_backend": hasattr(modules[symbols.FUSED_A2A], "deepepv2_dispatch"),
     }
 
 

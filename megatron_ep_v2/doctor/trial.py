@@ -126,6 +126,9 @@ def run_rank(rank: int, ranks: int, folder: Path) -> Facts:
 def _compare(rank: int, ranks: int, device: Any, dtype: Any) -> dict[str, float]:
     """Relative L2 errors of a layer in which each expert multiplies its rows by a number of its own."""
     import torch
+    import torch.distributed as dist
+
+    from megatron_ep_v2.megatron.standalone import make_dispatchers
 
     experts, tokens = LOCAL_EXPERTS * ranks, TOKENS + 8 * rank  # uneven on purpose
     generator = torch.Generator().manual_seed(rank)
@@ -136,7 +139,10 @@ def _compare(rank: int, ranks: int, device: Any, dtype: Any) -> dict[str, float]
     factors = torch.linspace(0.5, 1.5, experts, device=device)
 
     x, p = hidden.clone().requires_grad_(), probs.clone().requires_grad_()
-    dispatcher = _make_dispatcher(rank, ranks)
+    alone = dist.new_group([rank], use_local_synchronization=True)
+    (dispatcher,) = make_dispatchers(
+        *("flex", "deepep", 1, dist.group.WORLD, alone), hidden=HIDDEN, experts=experts, topk=TOPK, dtype=dtype
+    )
     sent = dispatcher.token_dispatch(*dispatcher.dispatch_preprocess(x, chosen, p))
     rows, counts, row_probs = dispatcher.dispatch_postprocess(*sent)
     own = factors[rank * LOCAL_EXPERTS : (rank + 1) * LOCAL_EXPERTS]
@@ -153,34 +159,6 @@ def _compare(rank: int, ranks: int, device: Any, dtype: Any) -> dict[str, float]
     # The dispatcher gives no gradient to experts that were not chosen.
     pairs["gradient of the probabilities"] = (p.grad, dense_p.grad.masked_fill(~chosen, 0.0))  # type: ignore[union-attr]
     return {name: float((mine.double() - wanted).norm() / wanted.norm()) for name, (mine, wanted) in pairs.items()}  # type: ignore[union-attr]
-
-
-def _make_dispatcher(rank: int, ranks: int) -> Any:
-    """Megatron's flex dispatcher over the whole world, outside any model."""
-    import torch
-    import torch.distributed as dist
-    from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    groups = ProcessGroupCollection()
-    groups.ep = groups.tp_ep = dist.group.WORLD
-    groups.tp = groups.expt_tp = dist.new_group([rank], use_local_synchronization=True)
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=HIDDEN,
-        num_attention_heads=8,
-        num_moe_experts=LOCAL_EXPERTS * ranks,
-        moe_router_topk=TOPK,
-        moe_router_dtype="fp32",
-        moe_token_dispatcher_type="flex",
-        moe_flex_dispatcher_backend="deepep",
-        expert_model_parallel_size=ranks,
-        add_bias_linear=False,
-        use_cpu_initialization=not torch.cuda.is_available(),
-    )
-    local = list(range(rank * LOCAL_EXPERTS, (rank + 1) * LOCAL_EXPERTS))
-    return MoEFlexTokenDispatcher(LOCAL_EXPERTS, local, config, groups)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_ep_v2.errors import InputError, UnavailableError
+from megatron_ep_v2.errors import InputError
 from megatron_ep_v2.experts.gemm import Gemm, gemm
 from megatron_ep_v2.experts.groups import Groups
 from megatron_ep_v2.gradients import first_order
 from megatron_ep_v2.kernels import swiglu, wgrad
+from megatron_ep_v2.kernels.select import kernels_for
 from megatron_ep_v2.layouts.places import place_contiguous, rows_that_fit
 from megatron_ep_v2.layouts.rows import gather_rows, gather_weights, reduce_rows
 
@@ -252,12 +253,4 @@ class _WeightedSwiglu(torch.autograd.Function):
 
 def _kernels(rows: torch.Tensor) -> Any:
     """The module with `forward`, `backward` and `zero_tail_` for this device."""
-    if not rows.is_cuda:
-        return swiglu
-    try:
-        from megatron_ep_v2.kernels import swiglu_triton
-    except ImportError as error:
-        raise UnavailableError(
-            "experts on GPUs need Triton", found=str(error), needed="3.3 or newer", fix="pip install 'triton>=3.3'"
-        ) from error
-    return swiglu_triton
+    return kernels_for(rows, swiglu, "experts")

@@ -6,15 +6,12 @@ each way in one small kernel.
 
 from __future__ import annotations
 
-import functools
-import logging
 from typing import Any
 
 import torch
 
 from megatron_ep_v2.gradients import first_order
-
-logger = logging.getLogger(__name__)
+from megatron_ep_v2.kernels.select import triton_if_installed
 
 # Tokens x experts from which on the kernels are taken. The host needs longer to launch them than PyTorch's top-k, which
 # counts where a layer waits for it. On 4 H100s, top-8, layers in a row took less time with them at 4096 x 256 and at
@@ -73,12 +70,6 @@ class _TopK(torch.autograd.Function):
         )
 
 
-@functools.cache
 def _kernels() -> Any:
     """Triton's; None without Triton, which PyTorch for CUDA brings along."""
-    try:
-        from megatron_ep_v2.kernels import topk_triton
-    except ImportError as error:
-        logger.warning("torch.topk finds each token's experts, more slowly than Triton 3.3 would: %s", error)
-        return None
-    return topk_triton
+    return triton_if_installed(__name__, "torch.topk finds each token's experts")

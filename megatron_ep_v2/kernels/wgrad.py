@@ -8,10 +8,13 @@ CPU and for fp64; `wgrad_triton` does the same on CUDA tensors. Both add up in f
 
 from __future__ import annotations
 
+import sys
+
 import torch
 
-from megatron_ep_v2.errors import InputError, UnavailableError
+from megatron_ep_v2.errors import InputError
 from megatron_ep_v2.kernels.move import accumulator
+from megatron_ep_v2.kernels.select import kernels_for
 
 
 def add_(out: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, ends: torch.Tensor) -> None:
@@ -34,13 +37,7 @@ def add_(out: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, ends: torch.Ten
             fix="turn gradient_accumulation_fusion off (--no-gradient-accumulation-fusion)",
         )
     if out.is_cuda and grad.dtype != torch.float64:
-        try:
-            from megatron_ep_v2.kernels import wgrad_triton
-        except ImportError as error:
-            raise UnavailableError(
-                "experts on GPUs need Triton", found=str(error), needed="3.3 or newer", fix="pip install 'triton>=3.3'"
-            ) from error
-        wgrad_triton.add_(out, grad, x, ends)
+        kernels_for(out, sys.modules[__name__], "experts").add_(out, grad, x, ends)
         return
     kind, start = accumulator(grad), 0
     for mine, end in zip(out, ends.tolist(), strict=True):

@@ -12,7 +12,8 @@ from typing import Literal, TypeAlias, get_args
 import torch
 
 from megatron_ep_v2.errors import InputError
-from megatron_ep_v2.layouts.choose import kernels_of
+from megatron_ep_v2.kernels import move
+from megatron_ep_v2.kernels.select import kernels_for
 from megatron_ep_v2.layouts.places import Places
 
 # row_major: as on the wire. mn_major: the same numbers by column. ue8m0: fp32 powers of two to packs, by column.
@@ -30,7 +31,7 @@ def gather_payload(
         payload: Values [R, H] of 1 byte an element; scales [R, S], fp32 or int32 packs of UE8M0.
         places: Of the picks.
         layout: Of the scales. `ue8m0` packs the exponents of fp32 scales, which have to be powers of two (as those of
-            `kernels.quantize` are), four neighbours to an int32, the first in its lowest byte.
+            `wire.quantize` are), four neighbours to an int32, the first in its lowest byte.
 
     Returns:
         Values [M, H], and scales: [M, S], or [M, ceil(S / 4)] int32 for `ue8m0`; with `expected_m`, 3-D as
@@ -61,7 +62,7 @@ def gather_payload(
             needed=f"({len(places.slots)}, hidden) and ({len(places.slots)}, scales)",
             fix="pass the payload and the places of one dispatch",
         )
-    mover = kernels_of(values)[1]
+    mover = kernels_for(values, move, "layouts")
     rows = mover.gather(values.contiguous(), places.rows)
     group = places.expected_m or places.num_rows
     if layout == "row_major":

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from megatron_ep_v2.errors import InputError, LayoutOverflowError
-from megatron_ep_v2.layouts.choose import kernels_of
+from megatron_ep_v2.kernels import places as definition
+from megatron_ep_v2.kernels.select import kernels_for
 
 CONTIGUOUS_ALIGNMENT = 128  # DeepGEMM's get_mk_alignment_for_contiguous_layout(): its block of rows, one expert in each
 
@@ -90,7 +91,7 @@ def place_contiguous(
             needed="num_rows a multiple of alignment, which is 1 or more",
             fix="round num_rows up; rows_that_fit() does",
         )
-    finder, _ = kernels_of(recv_topk_idx)
+    finder = kernels_for(recv_topk_idx, definition, "layouts")
     found = finder.place(recv_topk_idx.contiguous(), num_recv, num_local_experts, num_rows, alignment)
     return _places(found, alignment, None)
 
@@ -115,7 +116,7 @@ def place_masked(
             needed="1 or more",
             fix="pass the most rows that an expert may get; the number of received rows is always enough",
         )
-    finder, _ = kernels_of(recv_topk_idx)
+    finder = kernels_for(recv_topk_idx, definition, "layouts")
     found = finder.place_masked(recv_topk_idx.contiguous(), num_recv, num_local_experts, expected_m)
     return _places(found, expected_m, expected_m)
 

@@ -11,7 +11,8 @@ import torch
 
 from megatron_ep_v2.errors import InputError
 from megatron_ep_v2.gradients import first_order
-from megatron_ep_v2.layouts.choose import kernels_of
+from megatron_ep_v2.kernels import move
+from megatron_ep_v2.kernels.select import kernels_for
 from megatron_ep_v2.layouts.places import Places
 
 
@@ -65,14 +66,14 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, places: Places) -> torch.Tensor:
         ctx.save_for_backward(places.slots)
-        return kernels_of(x)[1].gather(x.contiguous(), places.rows)  # type: ignore[no-any-return]
+        return _mover(x).gather(x.contiguous(), places.rows)  # type: ignore[no-any-return]
 
     @staticmethod
     @first_order(linear=True)
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         (slots,) = ctx.saved_tensors
         return (
-            kernels_of(grad)[1].reduce(grad.contiguous(), slots, None),  # x
+            _mover(grad).reduce(grad.contiguous(), slots, None),  # x
             None,  # places
         )
 
@@ -81,14 +82,14 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weights: torch.Tensor, places: Places) -> torch.Tensor:
         ctx.save_for_backward(places.slots)
-        return kernels_of(weights)[1].take(weights.contiguous(), places.sources)  # type: ignore[no-any-return]
+        return _mover(weights).take(weights.contiguous(), places.sources)  # type: ignore[no-any-return]
 
     @staticmethod
     @first_order(linear=True)
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         (slots,) = ctx.saved_tensors
         return (
-            kernels_of(grad)[1].take(grad.contiguous(), slots),  # weights
+            _mover(grad).take(grad.contiguous(), slots),  # weights
             None,  # places
         )
 
@@ -97,14 +98,14 @@ class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: torch.Tensor, places: Places) -> torch.Tensor:
         ctx.save_for_backward(places.rows)
-        return kernels_of(y)[1].reduce(y.contiguous(), places.slots, None)  # type: ignore[no-any-return]
+        return _mover(y).reduce(y.contiguous(), places.slots, None)  # type: ignore[no-any-return]
 
     @staticmethod
     @first_order(linear=True)
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         (rows,) = ctx.saved_tensors
         return (
-            kernels_of(grad)[1].gather(grad.contiguous(), rows),  # y
+            _mover(grad).gather(grad.contiguous(), rows),  # y
             None,  # places
         )
 
@@ -114,13 +115,13 @@ class _WeightedReduce(torch.autograd.Function):
     def forward(ctx: Any, y: torch.Tensor, weights: torch.Tensor, places: Places) -> torch.Tensor:
         y, weights = y.contiguous(), weights.contiguous()
         ctx.save_for_backward(y, weights, places.rows, places.sources)
-        return kernels_of(y)[1].reduce(y, places.slots, weights)  # type: ignore[no-any-return]
+        return _mover(y).reduce(y, places.slots, weights)  # type: ignore[no-any-return]
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         y, weights, rows, sources = ctx.saved_tensors
-        grad_y, grad_weights = kernels_of(grad)[1].spread(grad.contiguous(), y, rows, sources, weights)
+        grad_y, grad_weights = _mover(grad).spread(grad.contiguous(), y, rows, sources, weights)
         return (
             grad_y,  # y
             grad_weights,  # weights
@@ -146,3 +147,8 @@ def _check_weights(weights: torch.Tensor, places: Places) -> None:
             needed=f"{tuple(places.slots.shape)}, one for each pick",
             fix="pass the recv_topk_weights of the compact dispatch that these places were made for",
         )
+
+
+def _mover(rows: torch.Tensor) -> Any:
+    """The module with `gather`, `take`, `reduce` and `spread` for this device."""
+    return kernels_for(rows, move, "layouts")

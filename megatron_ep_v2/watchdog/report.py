@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_ep_v2.watchdog.record import KINDS
+from megatron_ep_v2.watchdog.call_log import KINDS
 
 STACK_FRAMES = 12
 WARM_UP = 4  # first calls: deep_ep compiles kernels in them

@@ -45,7 +45,7 @@ def _gpus_and_deep_ep() -> None:
     """Looked for when the first test runs, and not when tests are collected: a run on the CPU pays nothing for it."""
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs at least 2 CUDA devices, found {torch.cuda.device_count()}")
-    if not probe().have_elastic:
+    if not probe().have_deep_ep_v2:
         pytest.skip(f"needs deep_ep with ElasticBuffer; {probe().describe()}")
     # torch's deterministic mode wants it, and looks once in a process: at the first matrix product of any test.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

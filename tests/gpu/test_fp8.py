@@ -11,8 +11,9 @@ from progress import say
 from test_fused import RANKS, all_layers, batch
 from test_quantize import HIDDEN, rows
 
-from megatron_ep_v2.kernels import quantize as reference
-from megatron_ep_v2.kernels.wire import from_wire, to_wire
+from megatron_ep_v2.wire import quantize as reference
+from megatron_ep_v2.wire.formats import FORMATS
+from megatron_ep_v2.wire.quantize import from_wire, to_wire
 
 each_dtype = pytest.mark.parametrize("dtype", list(GROUPS))
 
@@ -34,25 +35,25 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 @pytest.mark.parametrize("hidden", [*HIDDEN, 2048, 7168])
 def test_the_kernels_equal_the_reference(dtype: str, kind: torch.dtype, hidden: int) -> None:
     """Random sizes over many binades, so that every way of rounding occurs; zeros, NaN, infinity, subnormal numbers."""
-    from megatron_ep_v2.kernels import quantize_triton as kernels
+    from megatron_ep_v2.wire import quantize_triton as kernels
 
-    group = GROUPS[dtype]
+    sent = FORMATS[dtype]
     x = rows(hidden, kind, num=301)
     x[5, 0], x[6, -1], x[7, hidden // 2] = float("nan"), -float("inf"), torch.finfo(kind).max
     x[8] = (x[8].double().sign() * 2.0**-128).to(kind)
-    expected, found = reference.quantize(x, group), kernels.quantize(x.cuda(), group)
+    expected, found = reference.quantize(x, sent), kernels.quantize(x.cuda(), sent)
     assert same_bits(found[0].view(torch.uint8), expected[0].view(torch.uint8))
     assert same_bits(found[1], expected[1])
     for out in (torch.bfloat16, torch.float32):
-        assert same_bits(kernels.dequantize(*found, out), reference.dequantize(*expected, out))
+        assert same_bits(kernels.dequantize(*found, sent, out), reference.dequantize(*expected, sent, out))
 
 
 @each_dtype
 def test_padding_and_empty_payloads(dtype: str) -> None:
     values, scales = to_wire(torch.zeros(0, 512, device="cuda", dtype=torch.bfloat16), dtype)
-    assert from_wire((values, scales), torch.bfloat16).shape == (0, 512)
+    assert from_wire((values, scales), dtype, torch.bfloat16).shape == (0, 512)
     padding = (values.new_zeros(40, 512), scales.new_zeros(40, 4))
-    assert not from_wire(padding, torch.bfloat16).any()
+    assert not from_wire(padding, dtype, torch.bfloat16).any()
 
 
 WIRES = [("fp8", "bf16"), ("bf16", "fp8"), ("fp8", "fp8"), ("mxfp8", "mxfp8")]
@@ -97,6 +98,6 @@ def test_transformer_engine_rounds_to_the_same_numbers(dtype: str) -> None:
     else:
         pytest.skip("MXFP8 needs compute capability 10.0")
     x = rows(2048, torch.bfloat16, num=512).cuda()
-    ours = from_wire(to_wire(x, dtype), torch.bfloat16)
+    ours = from_wire(to_wire(x, dtype), dtype, torch.bfloat16)
     assert torch.equal(quantizer(x).dequantize(dtype=torch.bfloat16), ours)
     assert torch.equal(quantizer(ours).dequantize(dtype=torch.bfloat16), ours)

@@ -19,7 +19,6 @@ from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.experts.groups import Groups
 from megatron_ep_v2.experts.mlp import swiglu_experts
-from megatron_ep_v2.kernels import quantize
 from megatron_ep_v2.layouts import (
     Places,
     gather_payload,
@@ -29,6 +28,8 @@ from megatron_ep_v2.layouts import (
     place_masked,
     reduce_rows,
 )
+from megatron_ep_v2.wire import quantize
+from megatron_ep_v2.wire.formats import FORMATS
 
 RANKS = torch.cuda.device_count()
 needs_deep_gemm = pytest.mark.skipif(importlib.util.find_spec("deep_gemm") is None, reason="needs deep_gemm")
@@ -169,13 +170,13 @@ def test_deepgemm_takes_the_payloads_as_they_are_delivered(way: str) -> None:
     r = routing("random", rows=150, topk=5, num_experts=experts)
     picks, num_recv = r.picks.cuda(), torch.tensor(r.num_recv, dtype=torch.int32, device="cuda")
     x = torch.randn(150, hidden, device="cuda").bfloat16()
-    payload = quantize.quantize(x, 128)
+    payload = quantize.quantize(x, FORMATS["fp8"])
     weights = torch.randn(experts, columns, hidden, device="cuda")
     blocks = weights.view(experts, columns // 128, 128, hidden // 128, 128)
     scales = torch.exp2((blocks.abs().amax(dim=(2, 4)) / 448).log2().ceil())
     codes = (blocks / scales[:, :, None, :, None]).view_as(weights).to(torch.float8_e4m3fn)
     exact = (codes.double().view_as(blocks) * scales.double()[:, :, None, :, None]).view_as(weights)
-    rows = quantize.dequantize(*payload, torch.float64)
+    rows = quantize.dequantize(*payload, FORMATS["fp8"], torch.float64)
 
     places = place_contiguous(picks, num_recv, experts, 1024) if way == "contiguous" else place_masked(
         picks, num_recv, experts, 128

@@ -2,7 +2,7 @@
 
 There, a kernel that waits for the communication holds back all that is queued behind it, on any stream, and so does a
 write to memory. So neither may be queued between a call and what is to run beside it: this is the test of the
-watchdog's mark (`watchdog.clocks.GpuClock`).
+watchdog's mark (`watchdog.completion.GpuClock`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from moe import own_package
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.fused_a2a import get_buffer
-from megatron_ep_v2.watchdog.watch import WatchedBuffer
+from megatron_ep_v2.watchdog.watched_buffer import WatchedBuffer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 

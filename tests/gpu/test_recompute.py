@@ -17,7 +17,7 @@ from waits import traced
 
 import megatron_ep_v2
 from megatron_ep_v2.buffers.elastic import ElasticBuffer
-from megatron_ep_v2.deferred import read_all
+from megatron_ep_v2.device_checks import read_all
 from megatron_ep_v2.errors import RoutingChangedError
 
 RANKS = torch.cuda.device_count()

@@ -25,8 +25,8 @@ from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.errors import GroupMismatchError
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
-from megatron_ep_v2.watchdog.arrivals import Arrival
-from megatron_ep_v2.watchdog.clocks import GpuClock
+from megatron_ep_v2.watchdog.completion import GpuClock
+from megatron_ep_v2.watchdog.stragglers import Arrival
 
 RANKS, CULPRIT = min(4, torch.cuda.device_count()), 1
 HIDDEN, TOPK, TOKENS = 512, 4, 128

@@ -17,7 +17,7 @@ from sync_free_layers import Layer, Sizes, errors, poison
 from waits import traced
 
 from megatron_ep_v2 import settings, sync_free
-from megatron_ep_v2.deferred import read_all
+from megatron_ep_v2.device_checks import read_all
 from megatron_ep_v2.errors import LayoutOverflowError
 
 RANKS = torch.cuda.device_count()

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ep_v2.watchdog.record import ENTERED, LEFT, RING, THREAD, Record
+from megatron_ep_v2.watchdog.call_log import ENTERED, LEFT, RING, THREAD, Record
 from megatron_ep_v2.watchdog.report import choose_threads, find_late, write_report
 
 SETTLE_SECONDS = 0.3  # from a lost connection to the end of the process that held it

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_ep_v2.errors import UnavailableError
-from megatron_ep_v2.watchdog.record import DONE, MARKED, NUMBERS, Record
+from megatron_ep_v2.watchdog.call_log import DONE, MARKED, NUMBERS, Record
 
 WAITS_KEPT = 256  # timed forward dispatches, for the summary of arrivals
 

@@ -1,11 +1,22 @@
-"""Meeting before a collective teardown, with a time limit: nothing hangs because one rank failed or left."""
+"""What the wrappers of deep_ep's buffers share.
+
+A collective teardown begins with a rendezvous that has a time limit: nothing hangs because one rank failed or left.
+
+Under `torch.use_deterministic_algorithms(True)`, torch fills everything that it allocates without a value
+(`fill_uninitialized_memory`, on by default): a kernel on the current stream, at the same time as the communication that
+writes there. deep_ep refuses to be called like that, with a bare assertion. So the fill is off while deep_ep is called,
+and only then; what deep_ep allocates it also writes, but for padding rows, which are zeroed where anybody reads them.
+"""
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from megatron_ep_v2.buffers.checks import check_group_open
@@ -16,6 +27,9 @@ logger = logging.getLogger("megatron_ep_v2")
 MEETING_SECONDS = 10  # ranks leave a training loop within seconds of each other, or not at all
 
 _meetings: dict[tuple[str, str], int] = {}
+_mode: Any = torch.utils.deterministic
+
+T = TypeVar("T")
 
 
 def everyone_arrives(group: Any, purpose: str, seconds: float = MEETING_SECONDS) -> bool:
@@ -60,3 +74,32 @@ def everyone_arrives(group: Any, purpose: str, seconds: float = MEETING_SECONDS)
         found = f"the group's store cannot be reached ({error})"
     logger.warning("%s was given up: %s; its memory is freed when this process ends", purpose, found)
     return False
+
+
+# ------------------------------------------------------------------------------- calls under torch's deterministic mode
+
+
+def memory_left_as_it_is(call: Callable[..., T]) -> Callable[..., T]:
+    """A call of deep_ep, during which torch's fill is off; the call itself where it is off anyway. Ask for each call:
+    the mode may be turned on at any time."""
+    if not (torch.are_deterministic_algorithms_enabled() and _mode.fill_uninitialized_memory):
+        return call
+    return functools.partial(_call_unfilled, call)
+
+
+def _call_unfilled(call: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    _say_so()
+    _mode.fill_uninitialized_memory = False  # a property of the module
+    try:
+        return call(*args, **kwargs)
+    finally:
+        _mode.fill_uninitialized_memory = True
+
+
+@functools.cache
+def _say_so() -> None:
+    """Once, not in every call."""
+    logger.info(
+        "torch's deterministic mode fills uninitialised memory; what deep_ep allocates is left out, because deep_ep "
+        "may be writing there at the same time"
+    )

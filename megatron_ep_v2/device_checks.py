@@ -6,7 +6,7 @@ of them in one copy, and raises the error of the check that counted something.
 
 Who reads:
 
-- Under `install()`, Megatron's optimizers (see `optimizer_step`), before they look at a gradient, also where the step
+- Under `install()`, Megatron's optimizers (`megatron.optimizer_step`), before they look at a gradient, also where it
   is replayed from a CUDA graph. All ranks of the model decide together: where one group's check counted something,
   every rank raises, and no rank changes a weight.
 - Any other optimizer of torch's, in a hook before the first parameter changes. Ranks of one expert-parallel group
@@ -196,6 +196,6 @@ def _before_step(*_: Any) -> None:
             "an optimizer's step is being captured into a CUDA graph, in which the checks before it do not run",
             found="checks of sync-free dispatches or of recompute that are read before each step",
             needed="a read before each replay, or rows that were dropped are trained on unseen",
-            fix="call megatron_ep_v2.deferred.read_all() before each graph.replay(), and capture inside "
-            "`with megatron_ep_v2.deferred.read_by_caller():`",
+            fix="call megatron_ep_v2.device_checks.read_all() before each graph.replay(), and capture inside "
+            "`with megatron_ep_v2.device_checks.read_by_caller():`",
         )

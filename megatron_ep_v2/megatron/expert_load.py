@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_ep_v2.buffers.groups import find_registered, is_registered, registered
-from megatron_ep_v2.copies import refuse_to_pickle_groups
 from megatron_ep_v2.errors import GroupMismatchError
+from megatron_ep_v2.megatron.copies import refuse_to_pickle_groups
 from megatron_ep_v2.recompute import runs_again
 
 _numbers = itertools.count()

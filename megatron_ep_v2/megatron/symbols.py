@@ -24,6 +24,7 @@ DIST_CHECKPOINTING = "megatron.core.dist_checkpointing"
 TE_CHECKPOINT = "transformer_engine.pytorch.distributed"
 SCHEDULE = "megatron.core ... schedule"  # for the one of SCHEDULES that decides what 1F1B frees
 SCHEDULES = ("megatron.core.models.common.utils", "megatron.core.models.gpt.fine_grained_callables")  # 0.19; before
+MANAGER = "_DeepepManager"  # in TOKEN_DISPATCHER: the communication manager of backend "deepep"
 _CALL = ("hidden_states", "async_finish", "allocate_on_comm_stream")
 
 # What must be there, by module: name -> parameters in order (without self), or None where only the name counts.
@@ -44,13 +45,13 @@ _SEAM: dict[str, dict[str, tuple[str, ...] | None]] = {
         "fused_dispatch": None,
         "fused_combine": None,
         "set_deepep_num_sms": None,
-        "_DeepepManager.__init__": ("group", "num_local_experts", "router_topk", "num_experts", "config"),
-        "_DeepepManager.setup_metadata": ("routing_map", "probs"),
-        "_DeepepManager.dispatch": _CALL,
-        "_DeepepManager.combine": _CALL,
-        "_DeepepManager.get_permuted_hidden_states_by_experts": ("hidden_states",),
-        "_DeepepManager.get_restored_hidden_states_by_experts": ("hidden_states",),
-        "_DeepepManager.get_number_of_tokens_per_expert": (),
+        f"{MANAGER}.__init__": ("group", "num_local_experts", "router_topk", "num_experts", "config"),
+        f"{MANAGER}.setup_metadata": ("routing_map", "probs"),
+        f"{MANAGER}.dispatch": _CALL,
+        f"{MANAGER}.combine": _CALL,
+        f"{MANAGER}.get_permuted_hidden_states_by_experts": ("hidden_states",),
+        f"{MANAGER}.get_restored_hidden_states_by_experts": ("hidden_states",),
+        f"{MANAGER}.get_number_of_tokens_per_expert": (),
         "MoEFlexTokenDispatcher.dispatch_preprocess": ("hidden_states", "routing_map", "probs"),
         "get_align_size_for_quantization": ("config",),
     },

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 
 from megatron_ep_v2.kernels.launch import launch
-from megatron_ep_v2.kernels.quantize import MIN_EXPONENT, NAN_EXPONENT, PACK, ROUND_UP, SCALE_DTYPE
+from megatron_ep_v2.wire.formats import WireFormat
+from megatron_ep_v2.wire.quantize import MIN_EXPONENT, NAN_EXPONENT, PACK, ROUND_UP
 
 BLOCK = 32
 
@@ -18,26 +19,25 @@ _NAN_EXPONENT = tl.constexpr(NAN_EXPONENT)
 _ROUND_UP = tl.constexpr(ROUND_UP)
 
 
-def quantize(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize(x: torch.Tensor, kind: WireFormat) -> tuple[torch.Tensor, torch.Tensor]:
     """See `quantize.quantize`."""
     rows, hidden = x.shape
     packs = triton.cdiv(hidden, PACK)
     values = torch.empty_like(x, dtype=torch.uint8)
     scales = torch.empty(rows, packs, dtype=torch.int32, device=x.device)
     grid = (triton.cdiv(rows * packs, BLOCK), 1, 1)
-    launch(_quantize, grid, (x, values, scales), (rows * packs,), (packs, hidden, group, BLOCK))
-    return values.view(torch.float8_e4m3fn), scales.view(SCALE_DTYPE[group])
+    launch(_quantize, grid, (x, values, scales), (rows * packs,), (packs, hidden, kind.columns, BLOCK))
+    return values.view(torch.float8_e4m3fn), scales.view(getattr(torch, kind.scale_dtype))
 
 
-def dequantize(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def dequantize(values: torch.Tensor, scales: torch.Tensor, kind: WireFormat, dtype: torch.dtype) -> torch.Tensor:
     """See `quantize.dequantize`."""
     rows, hidden = values.shape
     packs = triton.cdiv(hidden, PACK)
-    group = next(group for group, kind in SCALE_DTYPE.items() if kind == scales.dtype)
     out = torch.empty_like(values, dtype=dtype)
     bits, words = values.view(torch.uint8), scales.view(torch.int32)
     grid = (triton.cdiv(rows * packs, BLOCK), 1, 1)
-    launch(_dequantize, grid, (bits, words, out), (rows * packs,), (packs, hidden, group, BLOCK))
+    launch(_dequantize, grid, (bits, words, out), (rows * packs,), (packs, hidden, kind.columns, BLOCK))
     return out
 
 

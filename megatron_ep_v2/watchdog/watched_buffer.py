@@ -17,10 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from megatron_ep_v2.buffers.contract import Buffer, Payload
 from megatron_ep_v2.errors import EPError
-from megatron_ep_v2.watchdog.clocks import GpuClock, HostClock
-from megatron_ep_v2.watchdog.line import Line, shared_file
-from megatron_ep_v2.watchdog.meeting import Meeting
-from megatron_ep_v2.watchdog.record import (
+from megatron_ep_v2.watchdog.call_log import (
     BACKWARD_OF_COMBINE,
     BACKWARD_OF_DISPATCH,
     FORWARD_COMBINE,
@@ -31,6 +28,9 @@ from megatron_ep_v2.watchdog.record import (
     SYNC_FREE_DISPATCH,
     Record,
 )
+from megatron_ep_v2.watchdog.client import Line, shared_file
+from megatron_ep_v2.watchdog.completion import GpuClock, HostClock
+from megatron_ep_v2.watchdog.rendezvous import Meeting
 
 logger = logging.getLogger("megatron_ep_v2")
 

@@ -21,12 +21,14 @@ from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import capacity, pool
-from megatron_ep_v2.copies import deepcopy_sharing_groups, refuse_to_pickle_groups
 from megatron_ep_v2.errors import ClosedError, SettingsError
 from megatron_ep_v2.fused_a2a import fused_dispatch, set_deepep_num_sms
 from megatron_ep_v2.kernels.topk import top_k
-from megatron_ep_v2.load import ExpertLoad
-from megatron_ep_v2.recipe import dtype_of_recipe, settle_dispatch_dtypes
+from megatron_ep_v2.megatron.copies import deepcopy_sharing_groups, refuse_to_pickle_groups
+from megatron_ep_v2.megatron.expert_load import ExpertLoad
+from megatron_ep_v2.megatron.symbols import MANAGER
+from megatron_ep_v2.sync_free import SyncFreeHandle, sync_free_combine, sync_free_dispatch
+from megatron_ep_v2.wire.formats import dtype_of_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ class Installed:
         return f"layout={self.layout}, experts={self.experts}"
 
 
-# Bound by `install()` with Megatron's names, so that who rebinds those (see `installer.bound`) rebinds it with them.
+# Bound by `install()` with Megatron's names, so that who rebinds those (`binding.bound`) rebinds it with them.
 installed: Installed | None = None
 
 managers: weakref.WeakSet[CompactManager] = weakref.WeakSet()  # of the layers that are alive
@@ -81,8 +83,11 @@ def follow_deterministic_mode(config: Any, group: Any) -> None:
     settings.offer("deterministic", True, "Megatron's --deterministic-mode")
 
 
-class CompactManager(token_dispatcher._DeepepManager):  # type: ignore[misc]
-    """`_DeepepManager`, which also says what Megatron's configuration decides, counts, and runs only on what it was
+_MegatronsManager: Any = getattr(token_dispatcher, MANAGER)
+
+
+class CompactManager(_MegatronsManager):  # type: ignore[misc]
+    """Megatron's manager, which also says what Megatron's configuration decides, counts, and runs only on what it was
     built for.
 
     Attributes:
@@ -184,7 +189,7 @@ class CompactManager(token_dispatcher._DeepepManager):  # type: ignore[misc]
 
 
 class ExpandedManager(CompactManager):
-    """`_DeepepManager` with the permutation done by the dispatch itself."""
+    """Megatron's manager with the permutation done by the dispatch itself."""
 
     def dispatch(
         self, hidden_states: torch.Tensor, async_finish: bool = False, allocate_on_comm_stream: bool = False
@@ -239,7 +244,7 @@ class ExpandedManager(CompactManager):
 
     def _follow_config(self) -> None:
         super()._follow_config()
-        settle_dispatch_dtypes(*dtype_of_recipe(self.config))
+        settings.settle_dispatch_dtypes(*dtype_of_recipe(self.config))
 
     def _probs_in_fp32(self) -> torch.Tensor:
         if self.token_probs.dtype in (torch.bfloat16, torch.float16):
@@ -257,6 +262,92 @@ class ExpandedManager(CompactManager):
         return math.lcm(of_megatron or 1, settings.active().expert_alignment or 1)
 
 
+# ------------------------------------------------------------------------------------------- without a wait on the host
+
+
+class CountsOnDevice(torch.Tensor):
+    """Counts that do not come to the host. What is computed from them are ordinary tensors.
+
+    Attributes:
+        alignment: Each is a multiple of this, so that experts which want padded rows can tell that they have them.
+    """
+
+    alignment: int
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CountsOnDevice:
+        """For a copy of the layer; torch copies tensors only whose operations give the subclass."""
+        copied = self.clone().as_subclass(CountsOnDevice)
+        copied.alignment = self.alignment
+        return copied
+
+    def tolist(self) -> Any:
+        """What Megatron's own experts ask for."""
+        raise SettingsError(
+            "these experts want tokens_per_expert on the host, where sync-free mode does not bring it",
+            found="a call of tokens_per_expert.tolist(), as in TEGroupedMLP and SequentialMLP",
+            needed="experts that take the counts on the device",
+            fix="set MCORE_DEEPEP_V2_EXPERTS=grouped before the model is built, or leave MCORE_DEEPEP_V2_SYNC_FREE off",
+        )
+
+
+class SyncFreeManager(ExpandedManager):
+    """Megatron's manager on `sync_free`: expanded rows, with `tokens_per_expert` on the device. Experts that want it
+    as a list (TEGroupedMLP, SequentialMLP) would wait for it; those of `megatron_ep_v2.experts` do not.
+
+    Megatron's stream arguments change nothing, as `fused_a2a` explains.
+    """
+
+    handle: SyncFreeHandle | None
+
+    def dispatch(
+        self, hidden_states: torch.Tensor, async_finish: bool = False, allocate_on_comm_stream: bool = False
+    ) -> torch.Tensor:
+        """Send [T, H]; receive [M, H] sorted by local expert, zero on padding.
+
+        Sets `dispatched_probs` [M] fp32, `tokens_per_expert` [L] int32 on the device, and `handle` for the combine.
+
+        Raises:
+            EPError: See `CompactManager.dispatch` and `sync_free_dispatch`.
+        """
+        self._check_installed()
+        self.token_probs = self._probs_in_fp32()
+        hidden_states, self.dispatched_probs, counts, self.handle = sync_free_dispatch(
+            hidden_states,
+            self.token_indices,
+            self.token_probs,
+            self.num_experts,
+            self.group,
+            expert_alignment=self._expert_alignment(),
+        )
+        on_device = counts.as_subclass(CountsOnDevice)
+        on_device.alignment = self.handle.places.alignment
+        self.tokens_per_expert = on_device
+        self.load.add(self.handle.places.counts)
+        return hidden_states
+
+    def combine(
+        self, hidden_states: torch.Tensor, async_finish: bool = False, allocate_on_comm_stream: bool = False
+    ) -> torch.Tensor:
+        """Send [M, H] back; receive [T, H]."""
+        self._check_installed()
+        assert self.handle is not None  # of the dispatch
+        combined = sync_free_combine(hidden_states, self.group, self.handle)
+        self._forget()
+        return combined
+
+
+BY_LAYOUT: dict[str, type[CompactManager]] = {
+    "compact": CompactManager,
+    "expanded": ExpandedManager,
+    "sync-free": SyncFreeManager,
+}
+
+
+# ------------------------------------------------------------------------------------- Megatron's functions around them
+
+
 def preprocess(theirs: Callable[..., Any]) -> Callable[..., Any]:
     """`MoEFlexTokenDispatcher.dispatch_preprocess`, with less to do where the managers are ours.
 
@@ -271,7 +362,7 @@ def preprocess(theirs: Callable[..., Any]) -> Callable[..., Any]:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         manager = self._comm_manager
         if not isinstance(manager, CompactManager):
-            if type(manager) is CompactManager.__base__:  # it would call ours, compact whatever is installed
+            if type(manager) is _MegatronsManager:  # it would call ours, compact whatever is installed
                 raise SettingsError(
                     "this MoE layer was built before megatron_ep_v2.install()",
                     found=f"Megatron's own {type(manager).__name__}; installed: {installed}",

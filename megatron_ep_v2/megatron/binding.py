@@ -18,16 +18,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ep_v2 import fused_a2a, optimizer_step, recompute
+from megatron_ep_v2 import fused_a2a, recompute
 from megatron_ep_v2 import settings as settings_module
 from megatron_ep_v2.buffers import capacity, pool
+from megatron_ep_v2.buffers.carriers import CARRIERS, MEGATRONS_OWN, REFERENCE
 from megatron_ep_v2.errors import SeamError, SettingsError
 from megatron_ep_v2.experts.gemm import gemm
-from megatron_ep_v2.probe import Choice, choose, probe
-from megatron_ep_v2.recipe import keep_offers
-from megatron_ep_v2.seam import (
+from megatron_ep_v2.megatron import optimizer_step
+from megatron_ep_v2.megatron.symbols import (
     DIST_CHECKPOINTING,
     FUSED_A2A,
+    MANAGER,
     MOE_LAYER,
     OPTIMIZER,
     SCHEDULE,
@@ -36,6 +37,7 @@ from megatron_ep_v2.seam import (
     find_experts_seam,
     find_seam,
 )
+from megatron_ep_v2.probe import Choice, choose, probe
 
 logger = logging.getLogger("megatron_ep_v2")
 
@@ -82,7 +84,7 @@ def install(**explicit: Any) -> dict[str, Any]:
         return status()
     settings = settings_module.resolve(**explicit)
     if _installation is not None and _has_layers():
-        settings = keep_offers(settings, settings_module.active())
+        settings = settings_module.keep_offers(settings, settings_module.active())
     choice = choose(probe(), settings)
     layout, layout_reason = _choose_layout(settings, choice)
     _check_experts(settings)
@@ -103,9 +105,9 @@ def install(**explicit: Any) -> dict[str, Any]:
         pool.set_expected_tokens(capacity.expected)
     _installation = installation
     found = probe()
-    logger.info("HAVE_DEEP_EP=%s HAVE_DEEP_EP_V2=%s; %s", found.have_legacy, found.have_elastic, found.describe())
+    logger.info("HAVE_DEEP_EP=%s HAVE_DEEP_EP_V2=%s; %s", found.have_deep_ep, found.have_deep_ep_v2, found.describe())
     # Where nobody asked for less than DeepEP V2 and nobody gets it, the log shows it even to who did not set it up.
-    second_best = choice.kind in ("megatron", "reference") and settings.buffer == "auto"
+    second_best = choice.kind in ("megatron", REFERENCE) and settings.buffer == "auto"
     level = logging.WARNING if second_best and settings_module.is_first_rank() else logging.INFO
     logger.log(level, "megatron-core %s: %s", version, _sentence(installation))
     return status()
@@ -133,13 +135,13 @@ def moe_submodules(submodules: Any) -> Any:
     first MoE layer is being built when `install()` binds what builds them.
 
     Raises:
-        EPError: See `install` and `experts.module.with_experts`.
+        EPError: See `install` and `megatron.experts.with_experts`.
     """
     install()
     assert _installation is not None
     if _installation.experts == "megatron":
         return submodules
-    from megatron_ep_v2.experts.module import with_experts
+    from megatron_ep_v2.megatron.experts import with_experts
 
     return with_experts(submodules, _installation.experts)
 
@@ -154,8 +156,8 @@ def status() -> dict[str, Any]:
     found = probe()
     report: dict[str, Any] = {
         "installed": _installation is not None,
-        "have_deep_ep": found.have_legacy,
-        "have_deep_ep_v2": found.have_elastic,
+        "have_deep_ep": found.have_deep_ep,
+        "have_deep_ep_v2": found.have_deep_ep_v2,
         "deep_ep": found.describe(),
         "settings": settings_module.active().describe(),
         "buffers": [pool.describe(buffer, settings_module.active()) for buffer in pool.buffers()],
@@ -205,9 +207,10 @@ def _check_experts(settings: settings_module.Settings) -> None:
 
 
 def _choose_layout(settings: settings_module.Settings, choice: Choice) -> tuple[str, str]:
-    asked = settings.layout
+    """The layout that layers are built for, and why."""
+    carrier, asked = CARRIERS[MEGATRONS_OWN if choice.kind == "megatron" else choice.kind], settings.layout
     if settings.sync_free:
-        if choice.kind in ("megatron", "legacy") or asked == "compact":
+        if "sync-free" not in carrier.layouts or asked == "compact":
             raise SettingsError(
                 "sync-free mode needs a buffer that does not wait, and its own layout behind it",
                 found=f"sync_free from {settings.source('sync_free')}; the {choice.kind} buffer, layout={asked}",
@@ -215,16 +218,16 @@ def _choose_layout(settings: settings_module.Settings, choice: Choice) -> tuple[
                 fix="unset MCORE_DEEPEP_V2_SYNC_FREE, or MCORE_DEEPEP_V2_LAYOUT; or install deep_ep >= 2.1",
             )
         return "sync-free", f"sync_free is on ({settings.source('sync_free')})"
-    if choice.kind in ("megatron", "legacy"):
+    if "expanded" not in carrier.layouts:
         if asked == "expanded":
             raise SettingsError(
-                "deep_ep's legacy Buffer has no expanded layout",
+                f"deep_ep's {carrier.label} has no expanded layout",
                 found=f"layout=expanded from {settings.source('layout')}; {choice.reason}",
                 needed="layout=compact or auto, or deep_ep with ElasticBuffer",
                 fix="unset MCORE_DEEPEP_V2_LAYOUT, or install deep_ep >= 2.1",
             )
-        return "compact", "the legacy Buffer has no other"
-    if choice.kind == "elastic" and not settings.allow_multiple_reduction:
+        return "compact", f"the {carrier.label} has no other"
+    if carrier.is_v2 and not settings.allow_multiple_reduction:
         # deep_ep 2.1.0: in the expanded layout, weights are carried back only with multiple reduction.
         if asked == "expanded":
             raise SettingsError(
@@ -241,35 +244,32 @@ def _choose_layout(settings: settings_module.Settings, choice: Choice) -> tuple[
 
 def _has_layers() -> bool:
     """Whether a layer that was built here is alive."""
-    dispatcher = sys.modules.get("megatron_ep_v2.dispatcher")  # not there where nothing was bound
-    if dispatcher is None or not dispatcher.managers:
+    managers = sys.modules.get("megatron_ep_v2.megatron.managers")  # not there where nothing was bound
+    if managers is None or not managers.managers:
         return False
     gc.collect()  # a model that was given up lives on in cycles until then
-    return bool(dispatcher.managers)
+    return bool(managers.managers)
 
 
 def _bindings(modules: dict[str, ModuleType], layout: str, experts: str) -> list[tuple[Any, str, Any]]:
     """Everything to bind: module or class, name, our object."""
     ours: list[tuple[Any, str, Any]] = [
-        (modules[FUSED_A2A], "HAVE_DEEP_EP", probe().have_legacy or probe().have_elastic),
+        (modules[FUSED_A2A], "HAVE_DEEP_EP", bool(probe().carriers)),
         (modules[FUSED_A2A], "FusedDispatch", fused_a2a.FusedDispatch),
         (modules[FUSED_A2A], "FusedCombine", fused_a2a.FusedCombine),
     ]
     for module in (modules[FUSED_A2A], modules[TOKEN_DISPATCHER]):
         for name in ("fused_dispatch", "fused_combine", "set_deepep_num_sms"):
             ours.append((module, name, getattr(fused_a2a, name)))
-    # They import Megatron, whose seam is checked by now.
-    from megatron_ep_v2 import dispatcher
-    from megatron_ep_v2.dispatcher import CompactManager, ExpandedManager, keep_rows, preprocess
-    from megatron_ep_v2.sync_free_dispatcher import SyncFreeManager
+    # It imports Megatron, whose symbols are checked by now.
+    from megatron_ep_v2.megatron import managers
 
-    managers = {"compact": CompactManager, "expanded": ExpandedManager, "sync-free": SyncFreeManager}
-    ours.append((modules[TOKEN_DISPATCHER], "_DeepepManager", managers[layout]))
-    ours.append((dispatcher, "installed", dispatcher.Installed(layout, experts)))
+    ours.append((modules[TOKEN_DISPATCHER], MANAGER, managers.BY_LAYOUT[layout]))
+    ours.append((managers, "installed", managers.Installed(layout, experts)))
     flex = modules[TOKEN_DISPATCHER].MoEFlexTokenDispatcher
-    ours.append((flex, "dispatch_preprocess", preprocess(flex.dispatch_preprocess)))
+    ours.append((flex, "dispatch_preprocess", managers.preprocess(flex.dispatch_preprocess)))
     if layout != "compact":
-        ours.append((modules[SCHEDULE], "should_free_input", keep_rows(modules[SCHEDULE].should_free_input)))
+        ours.append((modules[SCHEDULE], "should_free_input", managers.keep_rows(modules[SCHEDULE].should_free_input)))
     for function in checkpoints(modules):
         ours.append((function, "forward", recompute.wrapped(function.forward)))
     ours += optimizer_step.bindings()
@@ -288,20 +288,20 @@ def _bindings_of_experts(version: str, experts: str) -> list[tuple[Any, str, Any
             raise
         logger.info("checkpoints of other experts than Megatron's will not be explained: %s", error)
         return []
-    from megatron_ep_v2.experts import checkpoint, refusals
-    from megatron_ep_v2.experts.module import built_with
+    from megatron_ep_v2.megatron import expert_checkpoint
+    from megatron_ep_v2.megatron import experts as experts_module
 
     optimizer, loader = modules[OPTIMIZER].DistributedOptimizer, modules[DIST_CHECKPOINTING]
     by_number, whole = "sharded_param_state_dp_reshardable", "sharded_param_state_dp_zero"
     ours: list[tuple[Any, str, Any]] = [
-        (optimizer, by_number, checkpoint.mark_buffers(getattr(optimizer, by_number))),
-        (optimizer, whole, checkpoint.refuse_whole_buffers(getattr(optimizer, whole))),
-        (loader, "load", checkpoint.explain_load(loader.load)),
-        *refusals.bindings(),
+        (optimizer, by_number, expert_checkpoint.mark_buffers(getattr(optimizer, by_number))),
+        (optimizer, whole, expert_checkpoint.refuse_whole_buffers(getattr(optimizer, whole))),
+        (loader, "load", expert_checkpoint.explain_load(loader.load)),
+        *experts_module.bindings(),
     ]
     if experts != "megatron":
         layer = modules[MOE_LAYER].MoELayer
-        ours.append((layer, "__init__", built_with(layer.__init__, _experts_now)))
+        ours.append((layer, "__init__", experts_module.built_with(layer.__init__, _experts_now)))
     return ours
 
 
@@ -313,10 +313,10 @@ def _experts_now() -> str:
 
 def _bind_refusals() -> None:
     """What has been imported since `install()`: frameworks above Megatron come later."""
-    from megatron_ep_v2.experts import refusals
+    from megatron_ep_v2.megatron import experts
 
     if _installation is not None:
-        for owner, name, ours in refusals.bindings():
+        for owner, name, ours in experts.bindings():
             _bind(_installation, owner, name, ours)
 
 

@@ -14,16 +14,22 @@ What arrives for x, in a group whose largest magnitude is amax:
     huge values     from 3.29e38 on (bf16 ends at 3.39e38) infinity, as they would round up to 2**128
     NaN, infinity   the whole group arrives as NaN
 
-This is PyTorch, for every device; `quantize_triton` does the same on CUDA tensors, bit by bit.
+This is PyTorch, for every device; `quantize_triton` does the same on CUDA tensors, bit by bit. `formats` has the table.
 """
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
+from megatron_ep_v2.buffers.contract import Payload
+from megatron_ep_v2.kernels.select import kernels_for
+from megatron_ep_v2.wire.formats import FORMATS, WireFormat
+
 PACK = 128  # columns that share 4 bytes of scales
-SCALE_DTYPE = {128: torch.float32, 32: torch.int32}  # by the columns that share a scale
 
 # A scale is 2**(exponent - 127), as in fp32 and in UE8M0. Zeros, and magnitudes below 448 * 2**-117, take the smallest
 # one: then no number that is sent or arrives is subnormal in bf16.
@@ -33,18 +39,49 @@ NAN_EXPONENT = 255  # UE8M0's NaN
 ROUND_UP = 0x1FFFFF
 
 
-def quantize(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
+def to_wire(x: torch.Tensor, dtype: str) -> Payload:
+    """What a dispatch sends for x [T, H] contiguous: x itself, or values and scales.
+
+    Args:
+        x: Anything but a matrix is handed on, for the buffer to refuse.
+        dtype: "bf16" or a name of `FORMATS`.
+    """
+    if dtype not in FORMATS or x.dim() != 2:
+        return x
+    return _kernels(x).quantize(x, FORMATS[dtype])  # type: ignore[no-any-return]
+
+
+def from_wire(payload: Payload, sent_as: str, dtype: torch.dtype) -> torch.Tensor:
+    """The rows [R, H] or [P, H] of a dispatch, dequantised if they travelled in 8 bits.
+
+    Args:
+        payload: As the dispatch delivered it.
+        sent_as: The `dtype` of its `to_wire`.
+        dtype: Of the result.
+    """
+    if isinstance(payload, torch.Tensor):
+        return payload
+    return _kernels(payload[0]).dequantize(*payload, FORMATS[sent_as], dtype)  # type: ignore[no-any-return]
+
+
+def _kernels(rows: torch.Tensor) -> Any:
+    """The module whose `quantize` and `dequantize` are for this device."""
+    variables = "MCORE_DEEPEP_V2_DISPATCH_DTYPE and MCORE_DEEPEP_V2_GRAD_DISPATCH_DTYPE"
+    return kernels_for(rows, sys.modules[__name__], "8-bit rows", f", or set {variables} to bf16")
+
+
+def quantize(x: torch.Tensor, kind: WireFormat) -> tuple[torch.Tensor, torch.Tensor]:
     """See the module's docstring.
 
     Args:
         x: [T, H] bf16, fp16 or fp32, contiguous. H need not be a multiple of 128: the last group is shorter.
-        group: 128 or 32 columns.
+        kind: One of `FORMATS`.
 
     Returns:
         Values [T, H] float8_e4m3fn, and scales [T, ceil(H / 128)]: fp32, or int32 with the exponent of the first of
         four groups in the lowest byte. Groups that the last columns lack have the smallest exponent.
     """
-    rows, hidden = x.shape
+    (rows, hidden), group = x.shape, kind.columns
     padded = F.pad(x.float(), (0, -hidden % PACK))
     grouped = padded.view(rows, padded.shape[1] // group, group)
     # The bits of magnitudes order like the magnitudes, infinity above them and NaN above infinity.
@@ -60,19 +97,19 @@ def quantize(x: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
     return values, exponent.to(torch.uint8).view(torch.int32)  # little-endian, as CUDA is
 
 
-def dequantize(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def dequantize(values: torch.Tensor, scales: torch.Tensor, kind: WireFormat, dtype: torch.dtype) -> torch.Tensor:
     """Values times scales. Zeros with scales of zero, as padding comes, are zero.
 
     Args:
         values: [R, H] float8_e4m3fn, contiguous.
-        scales: [R, ceil(H / 128)] fp32 or int32, contiguous; the dtype tells which kind.
+        scales: [R, ceil(H / 128)] fp32 or int32, contiguous.
+        kind: One of `FORMATS`.
         dtype: Of the result.
     """
     hidden = values.shape[1]
-    if scales.dtype == torch.int32:
+    if kind.columns < PACK:
         scales = _power_of_two(scales.view(torch.uint8).int())
-    group = PACK * -(-hidden // PACK) // scales.shape[1]
-    by_column = scales.repeat_interleave(group, dim=1)[:, :hidden]
+    by_column = scales.repeat_interleave(kind.columns, dim=1)[:, :hidden]
     return (values.float() * by_column).to(dtype)
 
 

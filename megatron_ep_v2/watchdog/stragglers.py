@@ -21,7 +21,7 @@ import torch.distributed as dist
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.groups import find_registered
 from megatron_ep_v2.errors import UnavailableError
-from megatron_ep_v2.watchdog.watch import WatchedBuffer
+from megatron_ep_v2.watchdog.watched_buffer import WatchedBuffer
 
 
 @dataclass(frozen=True)

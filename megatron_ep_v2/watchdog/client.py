@@ -20,14 +20,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_ep_v2.watchdog.meeting import Meeting
-from megatron_ep_v2.watchdog.process import Task
+from megatron_ep_v2.watchdog.rendezvous import Meeting
+from megatron_ep_v2.watchdog.watcher import Task
 
 FAILED_SECONDS = 6.0  # for the report of a call that failed
 END_SECONDS = 3.0  # for a watcher to take its leave of the others
 STACK_SIGNAL = int(getattr(signal, "SIGRTMIN", signal.SIGUSR2))  # schedulers and launchers use SIGUSR1 and SIGUSR2
 
-_PROGRAM = "import sys; sys.path.insert(0, {!r}); from megatron_ep_v2.watchdog.process import main; main({}, {})"
+_PROGRAM = "import sys; sys.path.insert(0, {!r}); from megatron_ep_v2.watchdog.watcher import main; main({}, {})"
 
 
 class Line:

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_ep_v2 import deferred, settings
+from megatron_ep_v2 import device_checks, settings
 from megatron_ep_v2.buffers import pool
-from megatron_ep_v2.seam import OPTIMIZERS
+from megatron_ep_v2.megatron.symbols import OPTIMIZERS
 
 GRAPH_WRAPPER = "megatron.core.optimizer.optimizer_cuda_graph"
 
@@ -44,10 +44,10 @@ def deciding_first(step: Callable[..., Any]) -> Callable[..., Any]:
         global _stepping
         if _stepping or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             return step(self, *args, **kwargs)
-        deferred.read_all(*_groups())
+        device_checks.read_all(*_groups())
         _stepping = True
         try:
-            with deferred.read_by_caller():
+            with device_checks.read_by_caller():
                 return step(self, *args, **kwargs)
         finally:
             _stepping = False
@@ -63,7 +63,7 @@ def _groups() -> tuple[Any, ...]:
     active = settings.active()
     if not (active.sync_free or (active.reuse_recompute_handle and _may_recompute())):
         return ()
-    if not parallel_state.model_parallel_is_initialized():  # process groups of the user's own, see `deferred`
+    if not parallel_state.model_parallel_is_initialized():  # process groups of the user's own, see `device_checks`
         return ()
     buffers = pool.buffers()
     if buffers and all(buffer.group.size() == dist.get_world_size() for buffer in buffers):

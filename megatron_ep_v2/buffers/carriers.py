@@ -1,0 +1,82 @@
+"""What can carry tokens. A new carrier is its own file and one row of `CARRIERS`; everything that depends on which
+carriers there are (settings, probe, pool, binding, doctor, bench, examples) reads this table.
+
+Imports nothing: the settings and the command line read it where torch cannot be imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Carrier:
+    """One kind of buffer.
+
+    Attributes:
+        name: Value of the setting `buffer`.
+        path: Module and class that answer `contract.Buffer`, built as `class(group, spec, settings, hosts)`.
+        deep_ep_class: The class of deep_ep that it wraps, by which the probe finds it; None = needs neither deep_ep nor
+            a GPU.
+        is_v2: Whether that is DeepEP V2.
+        label: In reports.
+        requirement: What has to be installed, for errors.
+        advantage: Why `buffer=auto` takes it, for the log.
+        layouts: How it can deliver rows; `layout=auto` takes the first. "sync-free": dispatches without a host wait.
+        row_prefix: Before the layout in the names of the bench's rows.
+    """
+
+    name: str
+    path: tuple[str, str]
+    deep_ep_class: str | None
+    is_v2: bool = False
+    label: str
+    requirement: str
+    advantage: str
+    layouts: tuple[str, ...]
+    row_prefix: str = ""
+
+    @property
+    def needs_cuda(self) -> bool:
+        return self.deep_ep_class is not None
+
+
+# In the order in which `buffer=auto` takes them on GPUs. Without a GPU it takes the reference.
+CARRIERS: dict[str, Carrier] = {
+    carrier.name: carrier
+    for carrier in (
+        Carrier(
+            name="elastic",
+            path=("megatron_ep_v2.buffers.elastic", "ElasticBuffer"),
+            deep_ep_class="ElasticBuffer",
+            is_v2=True,
+            label="ElasticBuffer",
+            requirement="deep_ep >= 2.1 with ElasticBuffer",
+            advantage="V2 is preferred",
+            layouts=("expanded", "compact", "sync-free"),
+        ),
+        Carrier(
+            name="legacy",
+            path=("megatron_ep_v2.buffers.legacy", "LegacyBuffer"),
+            deep_ep_class="Buffer",
+            label="legacy Buffer",
+            requirement="deep_ep with Buffer",
+            advantage="called directly, without Megatron",
+            layouts=("compact",),
+            row_prefix="legacy-",
+        ),
+        Carrier(
+            name="reference",
+            path=("megatron_ep_v2.buffers.reference", "ReferenceBuffer"),
+            deep_ep_class=None,
+            label="reference buffer",
+            requirement="torch.distributed",
+            advantage="needs no GPU",
+            layouts=("expanded", "compact", "sync-free"),
+            row_prefix="reference-",
+        ),
+    )
+}
+
+REFERENCE = "reference"
+MEGATRONS_OWN = "legacy"  # the carrier that Megatron's own dispatcher calls by itself

@@ -1,0 +1,425 @@
+"""The experts as Megatron-Core modules. `install(experts="grouped")` puts them into every MoE layer that is built from
+then on; `use_experts(spec, "grouped")` into one layer spec.
+
+They answer what Megatron's TEGroupedMLP and SequentialMLP answer. All experts of a rank are one parameter for each
+linear, `linear_fc1.weight` [L, 2 * F, H] and `linear_fc2.weight` [L, H, F], because grouped GEMMs read them so; what
+that means for Megatron's DDP, optimizers and checkpoints is in docs/experts.md. In distributed checkpoints they are
+saved expert by expert under Megatron's own keys, so any of these classes, and Megatron's, can read what another wrote.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import import_module
+
+from megatron_ep_v2.errors import SettingsError
+from megatron_ep_v2.experts.gemm import Gemm, gemm
+from megatron_ep_v2.experts.groups import Groups
+from megatron_ep_v2.experts.mlp import linear, run_experts
+from megatron_ep_v2.megatron.copies import deepcopy_sharing_groups, refuse_to_pickle_groups
+from megatron_ep_v2.megatron.expert_checkpoint import ExpertShards, check_format, drop_extra_states
+
+
+class Experts(MegatronModule):  # type: ignore[misc]
+    """SwiGLU experts. Use a subclass, which names the backend.
+
+    Args:
+        num_local_experts: L.
+        config: Megatron's TransformerConfig.
+        submodules: Not used: the linears are this module's own.
+        pg_collection: Megatron's process groups; `ep`, `expt_tp` and `expt_dp` are used.
+        name: Megatron's, from 0.19 on; not used.
+
+    Raises:
+        SettingsError: The configuration asks for experts that these are not.
+        UnavailableError: The backend cannot run here.
+    """
+
+    backend: str
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: Any,
+        submodules: Any = None,
+        pg_collection: Any = None,
+        name: str | None = None,
+    ):
+        super().__init__(config=config)
+        _check(config, pg_collection)
+        self.num_local_experts = num_local_experts
+        self.ep_group, self.dp_group = pg_collection.ep, pg_collection.expt_dp
+        self.recompute_activation = _recomputes(config, "moe_act")
+        hidden, ffn = config.hidden_size, config.moe_ffn_hidden_size or config.ffn_hidden_size
+        self.linear_fc1 = StackedLinear(config, num_local_experts, 2 * ffn, hidden)
+        self.linear_fc2 = StackedLinear(config, num_local_experts, hidden, ffn)
+        for module in (self.linear_fc1, self.linear_fc2):
+            if not config.use_cpu_initialization:  # else the first forward finds out, where the weights are then
+                gemm(self.backend).check(module.weight.new_empty(0, module.weight.shape[2]), module.weight)
+        if config.perform_initialization:
+            first, number = self.ep_group.rank() * num_local_experts, self.ep_group.size() * num_local_experts
+            with _random(config):
+                self.linear_fc1.initialize(config.init_method, first, number)
+                self.linear_fc2.initialize(config.output_layer_init_method, first, number)
+
+    __deepcopy__, __reduce_ex__ = deepcopy_sharing_groups, refuse_to_pickle_groups
+
+    def forward(
+        self, permuted_local_hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, permuted_probs: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        """
+        Args:
+            permuted_local_hidden_states: [P, H], sorted by local expert.
+            tokens_per_expert: [L] integers, rows of each expert, padding counted. On the CPU they add up to P; on the
+                GPU to P at most, and the host does not wait for them (the sequential experts do).
+            permuted_probs: [P].
+
+        Returns:
+            [P, H] weighted by the probabilities, and None: no bias.
+        """
+        groups = Groups.from_counts(tokens_per_expert, permuted_local_hidden_states)
+        return self.on_groups(permuted_local_hidden_states, permuted_probs, groups), None
+
+    def on_groups(self, rows: torch.Tensor, probs: torch.Tensor, groups: Groups) -> torch.Tensor:
+        """`forward` for rows whose groups are known better than counts can tell, e.g. `Groups.from_places`."""
+        return run_experts(
+            rows, probs, self.linear_fc1, self.linear_fc2, groups, self.backend, self.recompute_activation
+        )
+
+    def backward_dw(self) -> None:
+        """Nothing is left to do: weights' gradients are computed in backward."""
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """For Megatron's distributed checkpoints; see the module's docstring.
+
+        Raises:
+            SettingsError: An optimizer format that could mix up experts without an error, and nothing that prevents it.
+        """
+        check_format(metadata or {})
+        linears = {"linear_fc1": self.linear_fc1, "linear_fc2": self.linear_fc2}
+        shards = ExpertShards(
+            first=self.ep_group.rank() * self.num_local_experts,
+            local=self.num_local_experts,
+            number=self.ep_group.size() * self.num_local_experts,
+            offsets=tuple(sharded_offsets),
+            by_name=bool((metadata or {}).get("singleton_local_shards", False)),
+        )
+        replica = (0, 0, self.dp_group.rank())
+        state: dict[str, Any] = {}
+        for name, module in linears.items():
+            state[f"{prefix}{name}.weight"] = shards.factory(prefix, name, module.weight, replica)
+            state |= shards.extra_states(prefix, name, replica)
+        return state
+
+
+class DeepGemmExperts(Experts):
+    """On DeepGEMM (bf16, SM90 and SM100); rows that are not padded to 128 an expert are moved once there and back."""
+
+    backend = "deepgemm"
+
+
+class GroupedExperts(Experts):
+    """On torch's grouped GEMM (bf16, SM90 and SM100; fp32, too, on the CPU)."""
+
+    backend = "grouped"
+
+
+class SequentialExperts(Experts):
+    """On plain torch, one expert after the other, anywhere."""
+
+    backend = "sequential"
+
+
+EXPERTS: dict[str, type[Experts]] = {
+    kind.backend: kind for kind in (DeepGemmExperts, GroupedExperts, SequentialExperts)
+}
+
+
+def use_experts(layer_spec: Any, backend: str) -> None:
+    """Put these experts into the MoE part of a transformer layer's ModuleSpec."""
+    mlp = layer_spec.submodules.mlp  # a ModuleSpec; from megatron-core 0.18 on a functools.partial
+    submodules = mlp.submodules if hasattr(mlp, "submodules") else mlp.keywords["submodules"]
+    gemm(backend)
+    submodules.experts = EXPERTS[backend]
+
+
+def with_experts(submodules: Any, backend: str) -> Any:
+    """Megatron's MoESubmodules with these experts in the place of its own; a copy.
+
+    Args:
+        submodules: Its `experts` is what a layer spec says: a class, a ModuleSpec (megatron-core 0.16) or a
+            functools.partial (from 0.18 on). This package's own are left as they are: a spec is more precise than a
+            setting.
+
+    Raises:
+        SettingsError: Experts that are neither Megatron's nor this package's: they may do anything.
+    """
+    kind = submodules.experts
+    while not isinstance(kind, type):
+        inner = getattr(kind, "module", None) or getattr(kind, "func", None)
+        if isinstance(kind, tuple):  # (module, name), as a ModuleSpec may have it
+            inner = import_module(kind)
+        if inner is None:
+            break
+        kind = inner
+    if isinstance(kind, type) and issubclass(kind, Experts):
+        return submodules
+    if not getattr(kind, "__module__", "").startswith("megatron.core."):
+        raise SettingsError(
+            f"experts={backend} would replace experts that are not Megatron's",
+            found=f"MoESubmodules.experts is {kind!r}",
+            needed="Megatron's own (TEGroupedMLP, GroupedMLP, SequentialMLP)",
+            fix="experts=megatron, which leaves the layer spec as it is",
+        )
+    return dataclasses.replace(submodules, experts=EXPERTS[backend])
+
+
+def built_with(init: Callable[..., None], experts: Callable[[], str]) -> Callable[..., None]:
+    """MoELayer.__init__ that builds other experts, whichever layer spec it is given.
+
+    Args:
+        experts: Says for each layer which: one of EXPERTS, or `megatron`.
+    """
+
+    @functools.wraps(init)
+    def build(self: Any, config: Any, submodules: Any = None, *args: Any, **kwargs: Any) -> None:
+        kind = experts()
+        if submodules is not None and kind != "megatron":  # None: Megatron says so
+            submodules = with_experts(submodules, kind)
+        init(self, config, submodules, *args, **kwargs)
+
+    return build
+
+
+class StackedLinear(torch.nn.Module):
+    """weight [L, out, in], no bias.
+
+    Megatron's marks: `allreduce=False`, because its gradient is not that of all ranks' data (where it is, at expert
+    parallel size 1, Megatron's own experts are with the dense parameters, and so are these); `tensor_model_parallel`,
+    because each rank of the tensor-parallel group has experts of its own, which all count in the gradient's norm
+    (megatron-core 0.16 leaves out what it takes for copies, on all ranks but the first; 0.19 does not). And one of this
+    package's, `stacked_experts`, by which checkpoints tell it from Megatron's.
+    """
+
+    def __init__(self, config: Any, num_local_experts: int, out_features: int, in_features: int):
+        super().__init__()
+        # None, as Megatron's own linears have it: the CPU, unless the caller builds on another device ("meta").
+        device = None if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
+        shape = (num_local_experts, out_features, in_features)
+        self.weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
+        # ETP is 1 here
+        self._own_groups = config.expert_model_parallel_size > 1 or config.tensor_model_parallel_size > 1
+        self._mark()
+        self.fuse_wgrad_accumulation = config.gradient_accumulation_fusion
+        self._drawn_alike = config.use_cpu_initialization  # see `_random`
+        self._register_load_state_dict_pre_hook(drop_extra_states, with_module=True)
+
+    def _mark(self) -> None:
+        self.weight.allreduce = not self._own_groups  # type: ignore[attr-defined]
+        self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+        self.weight.stacked_experts = True  # type: ignore[attr-defined]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> StackedLinear:
+        """As torch's, which makes another parameter, without marks, where one leaves the device "meta"."""
+        super()._apply(fn, recurse)
+        self._mark()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """In a copy: torch copies a parameter without its marks."""
+        super().__setstate__(state)
+        self._mark()
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        groups: Groups,
+        multiply: Gemm,
+        last: bool,
+        activation: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """See `mlp.linear`. Called as a module, so that hooks before its forward run: DDP gathers the weight in one."""
+        if hasattr(self.weight, "__fsdp_param__"):
+            raise SettingsError(
+                "stacked experts do not run under Megatron-FSDP",
+                found="use_megatron_fsdp",
+                needed="Megatron's DistributedDataParallel",
+                fix="drop --use-megatron-fsdp, or leave Megatron's own experts in place (experts=megatron)",
+            )
+        main_grad = getattr(self.weight, "main_grad", None) if self.fuse_wgrad_accumulation else None
+        return linear(x, self.weight, groups, multiply, last, activation, main_grad)
+
+    @torch.no_grad()
+    def initialize(self, method: Callable[[torch.Tensor], Any], first: int, number: int) -> None:
+        """Each expert by itself. Where all ranks draw the same numbers, those of the others are skipped."""
+        for expert in range(number) if self._drawn_alike else range(first, first + len(self.weight)):
+            here = 0 <= expert - first < len(self.weight)
+            method(self.weight[expert - first] if here else torch.empty_like(self.weight[0]))
+
+
+def _random(config: Any) -> contextlib.AbstractContextManager[Any]:
+    """Megatron's random state of experts, which differs between expert-parallel ranks; the CPU's has no such thing."""
+    if config.use_cpu_initialization:
+        return contextlib.nullcontext()
+    return get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name())  # type: ignore[no-any-return]
+
+
+# Field of TransformerConfig -> the value that these experts have. A field that a version lacks is not set.
+_NEEDED: dict[str, Any] = {
+    "gated_linear_unit": True,
+    "activation_func": F.silu,
+    "activation_func_clamp_value": None,
+    "glu_linear_offset": 0.0,
+    "use_te_activation_func": False,
+    "activation_func_fp8_input_store": False,
+    "add_bias_linear": False,
+    "fp8": None,
+    "fp4": None,
+    "quant_recipe": None,
+    "use_kitchen": False,
+    "batch_invariant_mode": False,
+    "moe_apply_probs_on_input": False,
+    "moe_latent_size": None,
+    "moe_mlp_glu_interleave_size": None,
+    "moe_paged_stash": False,
+    "moe_ncclep_zero_copy": False,
+    "moe_dispatch_fwd_dtype": "bf16",
+    "moe_combine_bwd_dtype": "bf16",
+    "use_transformer_engine_op_fuser": False,
+    "delay_wgrad_compute": False,
+    "overlap_dispatch_backward_with_experts_wgrad": False,
+    "expert_gtp_weight_remat_size": 1,
+    "cpu_offloading_weights": False,
+    "init_model_with_meta_device": False,
+}
+_OFFLOADS = {"expert_fc1", "moe_act", "fused_group_mlp"}  # modules of fine-grained offloading that are experts' own
+
+
+def _recomputes(config: Any, module: str) -> bool:
+    return config.recompute_granularity == "selective" and module in (config.recompute_modules or ())
+
+
+def _check(config: Any, pg_collection: Any) -> None:
+    found = {name: getattr(config, name, value) for name, value in _NEEDED.items()}
+    needed = dict(_NEEDED)
+    if getattr(config, "cpu_offloading_weights", False) and not config.cpu_offloading:
+        found["cpu_offloading_weights"] = False  # Megatron reads it only beside cpu_offloading
+    if getattr(config, "transformer_impl", None) == "inference_optimized":
+        found["transformer_impl"], needed["transformer_impl"] = "inference_optimized", "local or transformer_engine"
+    found["expert_tensor_parallel_size"], needed["expert_tensor_parallel_size"] = pg_collection.expt_tp.size(), 1
+    offloaded = _OFFLOADS & set(getattr(config, "offload_modules", None) or ())
+    if getattr(config, "fine_grained_activation_offloading", False) and offloaded:
+        found["offload_modules"], needed["offload_modules"] = sorted(offloaded), "none of the experts' own"
+    differing = [name for name in found if found[name] != needed[name]]
+    if differing:
+        raise SettingsError(
+            "these experts are plain SwiGLU ones",
+            found=", ".join(f"{name}={found[name]}" for name in differing),
+            needed=", ".join(f"{name}={needed[name]}" for name in differing),
+            fix="change the configuration, or keep Megatron's own experts (experts=megatron)",
+        )
+
+
+# ----------------------------------------------------------------------------------- what would mistake stacked experts
+#
+# Functions of Megatron and its neighbours that would take stacked experts for something else, and say nothing. Each is
+# bound to a guard that raises where it meets a stacked parameter, and changes nothing otherwise.
+
+_KEEP = "experts=megatron (unset MCORE_DEEPEP_V2_EXPERTS)"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A function by its module and dotted name, and what the error says.
+
+    Attributes:
+        modules: Where the function is held; a version of Megatron may have only some of them, or none.
+        found: What called it.
+        needed: What would do instead.
+        fix: How to get there.
+    """
+
+    modules: tuple[str, ...]
+    name: str
+    found: str
+    needed: str
+    fix: str
+
+
+_MUON = {
+    "found": "a Muon-type optimizer (--optimizer muon), which gives everything that is not 2-D to Adam",
+    "needed": "Adam or SGD; or Megatron's own experts, a matrix each",
+    "fix": f"--optimizer adam, or {_KEEP}",
+}
+REFUSALS = (
+    Refusal(("megatron.core.optimizer.muon",), "_get_param_groups", **_MUON),  # 0.16, 0.17
+    Refusal(("megatron.core.optimizer",), "_get_megatron_emerging_optimizer", **_MUON),  # 0.18 on
+    Refusal(
+        ("megatron.core.resharding.utils", "megatron.core.resharding.planner"),
+        "extract_param_metadata",
+        found="a refit (megatron.core.resharding), which takes the experts of all ranks for copies of one parameter",
+        needed="one parameter for each expert",
+        fix=f"refit with {_KEEP}; checkpoints fit either",
+    ),
+    Refusal(
+        ("megatron.bridge.models.conversion.model_bridge",),
+        "MegatronModelBridge.build_conversion_tasks",
+        found="a conversion from or to Hugging Face by Megatron-Bridge, which skips parameters that it has no name for",
+        needed="one parameter for each expert",
+        fix=f"convert with {_KEEP}, and train with either kind from the distributed checkpoint between them",
+    ),
+)
+
+
+def bindings() -> Iterator[tuple[Any, str, Any]]:
+    """Owner, name and guarded function of everything that is here: Megatron's own, and what else is imported by now."""
+    for refusal in REFUSALS:
+        for module in refusal.modules:
+            if module.startswith("megatron.core."):
+                with contextlib.suppress(ImportError):
+                    importlib.import_module(module)
+            *path, name = refusal.name.split(".")
+            owner = functools.reduce(lambda at, part: getattr(at, part, None), path, sys.modules.get(module))
+            theirs = getattr(owner, name, None)
+            if theirs is not None and not hasattr(theirs, "refuses_stacked_experts"):
+                yield owner, name, _guarded(theirs, refusal)
+
+
+def _guarded(theirs: Callable[..., Any], refusal: Refusal) -> Callable[..., Any]:
+    @functools.wraps(theirs)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        if any(_holds_stacked(value) for value in (*args, *kwargs.values())):
+            raise SettingsError(
+                "stacked experts, one parameter for all experts of a rank, are not understood there",
+                found=refusal.found,
+                needed=refusal.needed,
+                fix=refusal.fix,
+            )
+        return theirs(*args, **kwargs)
+
+    guarded.refuses_stacked_experts = True  # type: ignore[attr-defined]
+    return guarded
+
+
+def _holds_stacked(value: Any) -> bool:
+    if isinstance(value, torch.nn.Module):
+        return any(_holds_stacked(parameter) for parameter in value.parameters())
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        return any(_holds_stacked(item) for item in value)
+    return isinstance(value, torch.Tensor) and getattr(value, "stacked_experts", False)

@@ -1,0 +1,137 @@
+"""Megatron's token dispatchers outside any model: what the bench measures, and the doctor tries."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import typing
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe import fused_a2a, token_dispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_ep_v2.errors import UnavailableError
+
+__all__ = ["ensure_global_memory_buffer", "fused_a2a", "make_dispatchers", "on_cpu", "sms_field", "token_dispatcher"]
+
+
+def make_dispatchers(
+    kind: str,
+    backend: str,
+    count: int,
+    group: Any,
+    alone: Any,
+    *,
+    hidden: int,
+    experts: int,
+    topk: int,
+    dtype: torch.dtype,
+    **config: Any,
+) -> list[Any]:
+    """Token dispatchers of one layer shape, with Megatron as it is bound now.
+
+    Args:
+        kind: `moe_token_dispatcher_type`: allgather, alltoall or flex.
+        backend: `moe_flex_dispatcher_backend`.
+        count: How many.
+        group: Process group of the experts.
+        alone: Process group of this rank alone, for tensor parallelism.
+        hidden: H.
+        experts: In the whole group.
+        topk: K.
+        dtype: Of the rows.
+        **config: More fields of TransformerConfig.
+
+    Raises:
+        EPError, ImportError, ValueError, AssertionError: This environment does not offer it.
+    """
+    known = {item.name: item for item in dataclasses.fields(TransformerConfig)}
+    backends = typing.get_args(known["moe_flex_dispatcher_backend"].type)
+    if kind == "flex" and backend not in backends:
+        raise UnavailableError(
+            f"this megatron-core has no backend {backend}",
+            found=", ".join(backends) or "no list of backends",
+            fix="measure it with a Megatron-Core that has it",
+        )
+    if missing := sorted(set(config) - set(known)):
+        raise UnavailableError(
+            f"this megatron-core has no {missing[0]}", fix="measure it with a Megatron-Core that has it"
+        )
+    classes: dict[str, Callable[..., Any]] = {
+        "allgather": token_dispatcher.MoEAllGatherTokenDispatcher,
+        "alltoall": token_dispatcher.MoEAlltoAllTokenDispatcher,
+        "flex": token_dispatcher.MoEFlexTokenDispatcher,
+    }
+    values = {
+        "num_layers": 1,
+        "hidden_size": hidden,
+        "num_attention_heads": 8,
+        "num_moe_experts": experts,
+        "moe_router_topk": topk,
+        "moe_token_dispatcher_type": kind,
+        "moe_flex_dispatcher_backend": backend,
+        "moe_router_dtype": "fp32",
+        "expert_model_parallel_size": group.size(),
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        "add_bias_linear": False,
+        "params_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+    }
+    num_local = experts // group.size()
+    local = list(range(group.rank() * num_local, (group.rank() + 1) * num_local))
+    groups = ProcessGroupCollection()
+    groups.ep = groups.tp_ep = group
+    groups.tp = groups.expt_tp = alone
+    return [classes[kind](num_local, local, TransformerConfig(**values | config), groups) for _ in range(count)]
+
+
+def sms_field(backend: str) -> str:
+    """The field of TransformerConfig that takes an SM count for a backend of Megatron's own."""
+    names = {item.name for item in dataclasses.fields(TransformerConfig)}
+    return "moe_flex_dispatcher_num_sms" if "moe_flex_dispatcher_num_sms" in names else f"moe_{backend}_num_sms"
+
+
+def ensure_global_memory_buffer() -> None:
+    """The allgather dispatcher receives into a buffer that Megatron makes together with its parallel state."""
+    if parallel_state._GLOBAL_MEMORY_BUFFER is None:
+        parallel_state._set_global_memory_buffer()
+
+
+@contextlib.contextmanager
+def on_cpu() -> Iterator[None]:
+    """Inside the block, Megatron-Core's allgather and alltoall dispatchers run on a machine without CUDA.
+
+    They ask torch.cuda where their collectives should write (the answer here is: on the CPU), and alltoall copies its
+    counts to the host on a CUDA stream (here they are there already).
+    """
+    places: list[tuple[Any, str, Any]] = [
+        (torch.cuda, "current_device", lambda: torch.device("cpu")),
+        (
+            token_dispatcher.MoEAlltoAllTokenDispatcher,
+            "cuda_dtoh_stream",
+            "none",
+        ),  # not None: the constructor then makes no stream
+        (token_dispatcher.MoEAlltoAllTokenDispatcher, "_maybe_dtoh_and_synchronize", _splits_as_lists),
+    ]
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
+    for owner, name, value in places:
+        setattr(owner, name, value)
+    try:
+        with torch.compiler.set_stance("force_eager"):  # Megatron compiles small functions; that needs a C++ compiler
+            yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+
+
+def _splits_as_lists(self: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor | None:
+    if point == self.cuda_dtoh_point:
+        self.input_splits, self.output_splits, self.output_splits_tp = (
+            None if splits is None else splits.tolist()
+            for splits in (self.input_splits, self.output_splits, self.output_splits_tp)
+        )
+    return tokens_per_expert

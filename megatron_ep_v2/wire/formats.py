@@ -1,0 +1,77 @@
+"""What rows can travel as, besides bf16. A new format is one row of `FORMATS` and its kernels; the settings, the choice
+that follows a model's recipe, and the kernels' callers read this table. Nothing guesses a format from a dtype.
+
+Imports nothing: the settings and the command line read it where torch cannot be imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class WireFormat:
+    """Values of 8 bits, and a scale for each group of columns.
+
+    Attributes:
+        name: Value of the settings `dispatch_dtype` and `grad_dispatch_dtype`.
+        columns: Columns of a row that share a scale.
+        value_dtype, scale_dtype: Names of torch's dtypes. deep_ep carries scales of 4 bytes an element: one fp32, or a
+            pack of four UE8M0 exponents as an int32.
+        recipe: Value of Megatron's `fp8_recipe` whose GEMMs round the same rows in the same groups anyway.
+        capability: Least compute capability of the GPUs on which that recipe runs; None = any.
+    """
+
+    name: str
+    columns: int
+    value_dtype: str = "float8_e4m3fn"
+    scale_dtype: str
+    recipe: str
+    capability: tuple[int, int] | None = None
+
+
+FORMATS: dict[str, WireFormat] = {
+    each.name: each
+    for each in (
+        WireFormat(name="fp8", columns=128, scale_dtype="float32", recipe="blockwise"),
+        WireFormat(name="mxfp8", columns=32, scale_dtype="int32", recipe="mxfp8", capability=(10, 0)),
+    )
+}
+# auto: as the model's recipe says. bf16: rows travel as they are.
+DISPATCH_DTYPES = ("auto", "bf16", *FORMATS)
+NOT_CARRIED = "nvfp4 is not carried: deep_ep takes 8-bit values with 4-byte packs of scales, and NVFP4 has neither"
+
+
+def dtype_of_recipe(config: Any) -> tuple[str, str]:
+    """What dispatch_dtype=auto stands for, and why: 8 bits only where the experts' GEMMs round the same rows in the
+    same groups anyway.
+
+    Args:
+        config: Megatron's TransformerConfig; only `fp8`, `fp8_recipe` and `fp4` are read.
+
+    Returns:
+        `(one of DISPATCH_DTYPES without auto, reason)`.
+    """
+    if getattr(config, "fp4", None):
+        return "bf16", "the model trains in FP4, which the transport does not carry"
+    if not config.fp8:
+        return "bf16", "the model trains without FP8"
+    recipe = str(getattr(config.fp8_recipe, "value", config.fp8_recipe))  # an enum or its name
+    for each in FORMATS.values():
+        if each.recipe != recipe:
+            continue
+        if each.capability and not _gpu_has(each.capability):
+            needed = "{}.{}".format(*each.capability)
+            return (
+                "bf16",
+                f"the model's fp8_recipe is {recipe}, but this is no GPU of compute capability {needed} or more",
+            )
+        return each.name, f"the model's fp8_recipe is {recipe}, with the same groups"
+    return "bf16", f"the model's fp8_recipe is {recipe}, which does not scale groups of a row's columns"
+
+
+def _gpu_has(capability: tuple[int, int]) -> bool:
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= capability
