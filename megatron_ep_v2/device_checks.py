@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import logging
 import os
 import weakref
 from collections.abc import Callable, Iterator
@@ -30,7 +31,10 @@ import torch
 import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from megatron_ep_v2.buffers.groups import registered
 from megatron_ep_v2.errors import EPError, LayoutOverflowError, PeerError, RoutingChangedError
+
+logger = logging.getLogger("megatron_ep_v2")
 
 _numbers = itertools.count()
 # What a rank raises because another one's check did, the gravest last: whoever repeats a step must not repeat that one.
@@ -96,9 +100,10 @@ def read_all(*groups: Any) -> None:
     checks with a group; costs nothing where nothing was added since the last read.
 
     Args:
-        *groups: Process groups over which the ranks decide together, one after the other: where a rank has an error,
-            all of them raise one. One small all-reduce each, and a wait for the device. Usually the world, in a job
-            with several expert-parallel groups; all ranks of it must come.
+        *groups: Process groups, or ones that forward to them (see `buffers.groups`), over which the ranks decide
+            together, one after the other: where a rank has an error, all of them raise one. One small all-reduce each,
+            and a wait for the device. Usually the world, in a job with several expert-parallel groups; all ranks of it
+            must call.
 
     Raises:
         EPError: Of the oldest check that counted something; what the others counted stands in its notes. Where only
@@ -106,9 +111,25 @@ def read_all(*groups: Any) -> None:
     """
     error = _read([check for _, check in sorted(_live.items())])
     if groups:
-        error = _decide_together(error, groups)
+        error = _decide_together(error, tuple(map(registered, groups)))
     if error is not None:
         raise error
+
+
+def forget(group: Any) -> None:
+    """Drop the checks of a group whose buffer is destroyed. An output that a user keeps may keep them on one rank and
+    not on another, and a later read is collective.
+
+    Args:
+        group: Process group of the checks.
+    """
+    dropped = [(number, check) for number, check in _live.items() if check.group is group]
+    for number, _ in dropped:
+        del _live[number]
+    if any(check._touched for _, check in dropped):
+        logger.warning(
+            "a buffer was destroyed before the checks of its last dispatches were read: do not step on their gradients"
+        )
 
 
 def _read(checks: list[DeviceCheck]) -> EPError | None:

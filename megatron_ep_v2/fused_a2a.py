@@ -67,8 +67,10 @@ class FusedDispatch(torch.autograd.Function):
         do_cpu_sync: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, Any]:
         """`(recv_x, recv_indices, recv_probs, handle)`; see `fused_dispatch`."""
-        buffer = pool.find(group) or get_buffer(group, x, token_indices, num_experts, token_probs)
         active, first = settings.active(), recompute.take()
+        # A replayed handle's own: the group may have another buffer by now, to which the handle means nothing.
+        buffer = getattr(first, "carrier", None) or pool.find(group)
+        buffer = buffer or get_buffer(group, x, token_indices, num_experts, token_probs)
         sent_probs, routings = token_probs, None
         payload = to_wire(x, active.dispatch_dtype)
         zero = do_expand and expert_alignment > 1
@@ -111,7 +113,8 @@ class FusedDispatch(torch.autograd.Function):
         ctx: Any, grad_rows: torch.Tensor | None, _idx: Any, grad_probs: torch.Tensor | None, _handle: Any
     ) -> Any:
         handle, routings = take_handle(ctx)
-        grad_x, grad_token_probs, _ = ctx.buffer.combine(
+        buffer, ctx.buffer = ctx.buffer, None  # an output that the user keeps must not keep it
+        grad_x, grad_token_probs, _ = buffer.combine(
             whole_gradient(grad_rows, *ctx.rows),
             handle,
             whole_gradient(grad_probs, *ctx.probs),
@@ -151,8 +154,9 @@ class FusedCombine(torch.autograd.Function):
     @first_order(linear=True)
     def backward(ctx: Any, grad: torch.Tensor, _event: Any) -> Any:
         handle, _ = take_handle(ctx)
+        buffer, ctx.buffer = ctx.buffer, None  # as above
         sent_as = settings.active().grad_dispatch_dtype
-        received, _, _, _, _ = ctx.buffer.dispatch(
+        received, _, _, _, _ = buffer.dispatch(
             to_wire(grad.contiguous(), sent_as),
             handle=handle,
             num_sms=handle.num_sms,

@@ -173,7 +173,7 @@ def as_first(first: Any, topk_idx: torch.Tensor, topk_weights: torch.Tensor, buf
         device = topk_idx.device
         _checks[buffer] = (
             DeviceCheck(_routing_changed, device, buffer.group),
-            DeviceCheck(_near_ties(), device, buffer.group),
+            DeviceCheck(_near_ties(buffer.group), device, buffer.group),
         )
     another, ties = _checks[buffer]
     number = topk_idx.numel()
@@ -205,8 +205,8 @@ def _kernels(weights: torch.Tensor) -> Any:
     return triton_if_installed(replay.__name__, "PyTorch compares recomputed routings") or replay
 
 
-def _near_ties() -> Callable[[dict[int, int]], None]:
-    """Warns at the first near ties of a buffer, and whenever there are ten times as many as at the last warning."""
+def _near_ties(group: Any) -> Callable[[dict[int, int]], None]:
+    """Warns, on the group's first rank, at the first near ties, and whenever there are ten times as many as before."""
     total, next_warning = 0, 1
 
     def warn(selections: dict[int, int]) -> None:
@@ -214,12 +214,13 @@ def _near_ties() -> Callable[[dict[int, int]], None]:
         total += sum(selections.values())
         if total >= next_warning:
             next_warning = 10 * total
-            logger.warning(
-                "recompute: %d selections so far were other experts than in the first forward, as in near ties; the "
-                "first forward's were used. The forward does not repeat bit by bit (atomic adds, several layers in one "
-                "checkpoint). MCORE_DEEPEP_V2_DETERMINISTIC=1 makes this package's part repeat",
-                total,
-            )
+            if group.rank() == 0:  # every rank of the group has the same counts
+                logger.warning(
+                    "recompute: %d selections so far were other experts than in the first forward, as in near ties; the "
+                    "first forward's were used. The forward does not repeat bit by bit (atomic adds, several layers in "
+                    "one checkpoint). MCORE_DEEPEP_V2_DETERMINISTIC=1 makes this package's part repeat",
+                    total,
+                )
 
     return warn
 

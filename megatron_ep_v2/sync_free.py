@@ -110,8 +110,7 @@ def sync_free_combine(rows: torch.Tensor, group: Any, handle: SyncFreeHandle) ->
     try:
         by_token = reduce_rows(rows, handle.places)
     except InputError as refusal:
-        buffer = pool.find(group)
-        assert buffer is not None  # the dispatch has made it
+        buffer = handle.handle.carrier  # of the dispatch, whatever the group has by now
         buffer.combine(rows, handle.handle, **pass_on(buffer, [refusal]))
         raise
     return fused_combine(by_token, group, handle.handle)[0]
@@ -137,6 +136,7 @@ class _Room:
     """How many picks find a place on a rank, and whether that was enough. One for each buffer, equal on every rank.
 
     Attributes:
+        capacity: The buffer's `num_max_tokens_per_rank`.
         num_picks: Places, padding between experts not counted.
         even_share: Picks of one full rank, which is what a rank gets where the routing is even.
         most: Picks that could arrive at all.
@@ -144,9 +144,9 @@ class _Room:
     """
 
     def __init__(self, buffer: Buffer, num_topk: int, num_experts: int, device: torch.device):
-        ranks, capacity = buffer.group.size(), buffer.num_max_tokens_per_rank
-        self.even_share = capacity * num_topk
-        self.most = ranks * capacity * min(num_topk, num_experts // ranks)
+        ranks, self.capacity = buffer.group.size(), buffer.num_max_tokens_per_rank
+        self.even_share = self.capacity * num_topk
+        self.most = ranks * self.capacity * min(num_topk, num_experts // ranks)
         percent = settings.active().sync_free_rows_percent
         self.num_picks = min(self.most, -(-self.even_share * percent // 100)) if percent else self.most
         self.needed = 0
@@ -169,9 +169,10 @@ _rooms: weakref.WeakKeyDictionary[Buffer, _Room] = weakref.WeakKeyDictionary()
 
 
 def _room(buffer: Buffer, num_topk: int, num_experts: int, device: torch.device) -> _Room:
-    if buffer not in _rooms:
-        _rooms[buffer] = _Room(buffer, num_topk, num_experts, device)
-    return _rooms[buffer]
+    room = _rooms.get(buffer)
+    if room is None or room.capacity != buffer.num_max_tokens_per_rank:  # which some buffers can raise
+        room = _rooms[buffer] = _Room(buffer, num_topk, num_experts, device)
+    return room
 
 
 def _to_error(own: weakref.ref[_Room], training: bool, excess: dict[int, int]) -> LayoutOverflowError:

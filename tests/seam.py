@@ -22,15 +22,17 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.megatron import binding, optimizer_step
+from megatron_ep_v2.megatron.symbols import MANAGER as MANAGER_NAME
 from megatron_ep_v2.megatron.symbols import SCHEDULE, find_seam
 from megatron_ep_v2.probe import probe
 
-SCHEDULE_MODULE = find_seam()[1][SCHEDULE]
+FOUND = find_seam()[1]
+SCHEDULE_MODULE = FOUND[SCHEDULE]
 MODULES = (fused_a2a, token_dispatcher, dist, dist.distributed_c10d, SCHEDULE_MODULE, dist_checkpointing)
 MODULES += (optimizer, muon, planner, resharding)
-MANAGER = token_dispatcher._DeepepManager  # Megatron's own, taken before any test runs
+MANAGER = getattr(token_dispatcher, MANAGER_NAME)  # Megatron's own, taken before any test runs
 FLEX = token_dispatcher.MoEFlexTokenDispatcher
-STEPS = tuple((owner, name) for owner, name, _ in optimizer_step.bindings())  # imports what has them
+STEPS = tuple((owner, name) for owner, name, _ in optimizer_step.bindings(FOUND))  # imports what has them
 CLASSES = (MANAGER, FLEX, CheckpointFunction, DistributedOptimizer, MoELayer, *(owner for owner, _ in STEPS))
 CALLS = ("fused_dispatch", "fused_combine", "set_deepep_num_sms")  # that both modules hold
 

@@ -5,8 +5,10 @@ CUDA graph; and what loops of one's own do."""
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import importlib.util
+import weakref
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -16,15 +18,20 @@ import torch
 import torch.distributed as dist
 from harness import run_ranks
 from megatron_training import Job, Setup, expert_parallel, on_cpu
+from moe import own_package
 from moe_layer import CPU, build_layer, hidden_states, megatron, step
 from recompute_rounds import WHOLE_LAYER
+from torch.utils.checkpoint import checkpoint
 
 import megatron_ep_v2
-from megatron_ep_v2 import device_checks, sync_free
+from megatron_ep_v2 import device_checks, settings, sync_free
+from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.errors import EPError, GroupMismatchError, LayoutOverflowError, PeerError, RoutingChangedError
-from megatron_ep_v2.megatron import optimizer_step
+from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
+from megatron_ep_v2.megatron import symbols
+from megatron_ep_v2.recompute import Replayed
 
-GRAPH_WRAPPER = importlib.util.find_spec(optimizer_step.GRAPH_WRAPPER)
+GRAPH_WRAPPER = importlib.util.find_spec(symbols.GRAPHED_STEP)
 
 
 def routers(job: Job) -> list[torch.nn.Parameter]:
@@ -135,7 +142,7 @@ def graphs(parameters: list[torch.nn.Parameter]) -> Iterator[list[bool]]:
 def replay_steps(group: Any) -> list[tuple[str, bool]]:
     """--optimizer-cuda-graph: an ordinary step, the capture, and replays, of which the second has an overflow: what
     each said, and whether it changed the weights."""
-    module = importlib.import_module(optimizer_step.GRAPH_WRAPPER)
+    module = importlib.import_module(symbols.GRAPHED_STEP)
     with megatron(CPU):
         megatron_ep_v2.install(
             buffer="reference", num_max_tokens_per_rank=CPU.tokens, sync_free=True, sync_free_rows_percent=60
@@ -217,3 +224,45 @@ def test_the_gravest_error_is_everybodys() -> None:
         (GroupMismatchError.__name__, ["own"]),
         (PeerError.__name__, [elsewhere]),
     ]
+
+
+@own_package
+def keep_a_loss(group: Any, destroy: bool) -> tuple[list[bool], bool, float]:
+    """Rank 0 keeps the loss of a step that is given up, and with it the step's graph; the next step has new buffers:
+    what waits to be read before it, whether a buffer lives on after its backward, and the new weight."""
+    settings.activate(settings.resolve(buffer="reference"))
+    weight = torch.nn.Parameter(torch.ones(16))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    picks = torch.tensor([[0, 1, 3]]).expand(6, -1).contiguous()
+
+    def layer(x: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+        rows, _, _, _, handle = fused_dispatch(x, picks, probs, 4, group)
+        return fused_combine(rows * weight, group, handle)[0]
+
+    def loss() -> torch.Tensor:
+        inputs = torch.ones(6, 16, requires_grad=True), torch.ones(6, 3, requires_grad=True)
+        return checkpoint(Replayed(layer), *inputs, use_reentrant=False).sum()
+
+    kept = loss()
+    kept.backward()
+    buffer = weakref.ref(pool.buffers()[0])
+    if group.rank():
+        del kept
+    if destroy:
+        pool.destroy_buffers()
+    gc.collect()
+    alive = buffer() is not None
+    optimizer.zero_grad()
+    loss().backward()
+    waiting = [check.waiting for check in device_checks._live.values()]
+    optimizer.step()
+    return waiting, alive, float(weight[0])
+
+
+@pytest.mark.parametrize("destroy", [False, True])
+def test_a_loss_that_one_rank_keeps_brings_no_old_check_to_the_next_step(destroy: bool) -> None:
+    """Its check would be gathered by this rank alone, with the other ranks in another collective."""
+    first, second = run_ranks(2, keep_a_loss, destroy)
+    assert first == second and first[1] is not destroy
+    assert first[0] == [True, True], "what compares the routings, and counts near ties"
+    assert first[2] == 1 - 2 * 6, "each rank got each token once"

@@ -12,13 +12,15 @@ import torch.distributed as dist
 from harness import run_ranks
 from moe import own_package
 from reports import Report, assert_report, attempt
+from torch.utils.checkpoint import checkpoint
 
 import megatron_ep_v2
-from megatron_ep_v2 import settings
+from megatron_ep_v2 import device_checks, settings
 from megatron_ep_v2.buffers import pool
-from megatron_ep_v2.errors import ClosedError
+from megatron_ep_v2.errors import ClosedError, LayoutOverflowError
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 from megatron_ep_v2.megatron import expert_load
+from megatron_ep_v2.recompute import Replayed
 from megatron_ep_v2.watchdog.stragglers import stragglers
 
 EXPERTS, TOKENS, HIDDEN = 4, 5, 16
@@ -189,3 +191,45 @@ def test_a_combine_is_refused_once_the_buffer_of_its_dispatch_is_gone() -> None:
     for report, error in run_ranks(2, combine_too_late):
         assert_report(report, ClosedError, "was destroyed")
         assert error == 0
+
+
+@own_package
+def replay_too_late(group: Any) -> tuple[Report | None, float]:
+    """A checkpoint whose buffer went before its backward, where the group has a new one by then."""
+    settings.activate(settings.resolve(buffer="reference"))
+    picks = torch.tensor([[0, 3]] * TOKENS)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        rows, _, _, _, handle = fused_dispatch(x, picks, torch.ones(TOKENS, 2), EXPERTS, group, do_expand=True)
+        return fused_combine(rows, group, handle)[0]
+
+    y = checkpoint(Replayed(run), torch.randn(TOKENS, HIDDEN, requires_grad=True), use_reentrant=False)
+    pool.destroy_buffers()
+    layer(group)
+    return attempt(lambda: y.sum().backward()), layer(group)
+
+
+def test_a_replay_is_refused_once_the_buffer_of_its_first_dispatch_is_gone() -> None:
+    for report, error in run_ranks(2, replay_too_late):
+        assert_report(report, ClosedError, "was destroyed")
+        assert error == 0
+
+
+@own_package
+def decide_over_groups_that_forward(group: Any) -> list[Report | None]:
+    """One rank has an error; with the functions of torch.distributed as they are, and as a trainer replaces them."""
+    outcomes = []
+    for patched in (False, True):
+        check = device_checks.DeviceCheck(lambda counts: LayoutOverflowError(f"full: {counts}"), torch.device("cpu"))
+        check.add(torch.tensor([group.rank() == 1]))
+        with unwrapping_functions(patched):
+            outcomes.append(attempt(lambda: device_checks.read_all(Forwarding(group))))
+    return outcomes
+
+
+def test_ranks_decide_over_groups_that_forward() -> None:
+    others, own = run_ranks(2, decide_over_groups_that_forward)
+    for report in others:
+        assert_report(report, LayoutOverflowError, "another expert-parallel group")
+    for report in own:
+        assert_report(report, LayoutOverflowError, "full: {0: 1}")

@@ -77,3 +77,21 @@ def test_gradients_are_those_of_a_plain_step(layout: str) -> None:
         assert found.pop("handles left") == 0
         assert len(found) == 2 * len(WAYS) - 1
         assert max(found.values()) < 1e-5, found
+
+
+def count(group: Any) -> dict[str, list[int]]:
+    """Way -> tokens of each expert after a step."""
+    with megatron(CPU):
+        layer = make_layer(CPU, "flex", "expanded")
+        found = {}
+        for way, run in WAYS.items():
+            run(lambda h: layer(h)[0], hidden_states(CPU, CPU.tokens).requires_grad_()).sum().backward()
+            read_all()
+            found[way] = layer.token_dispatcher._comm_manager.load.take().tolist()
+    return found
+
+
+def test_recomputed_tokens_are_counted_once() -> None:
+    for found in run_ranks(2, count):
+        assert sum(found["again"]) > 0
+        assert all(counts == found["again"] for counts in found.values()), found

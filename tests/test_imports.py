@@ -22,8 +22,8 @@ ROOT = Path(megatron_ep_v2.__file__).parent
 # A module may import those above it. Modules of one line may import each other, but not in a circle.
 LEVELS = [
     {"errors", "buffers.carriers", "wire.formats"},  # no torch
-    {"settings"},
-    {"probe", "device_checks", "buffers.contract", "buffers.groups", "megatron.symbols", "links"},
+    {"settings", "buffers.groups"},
+    {"probe", "device_checks", "buffers.contract", "megatron.symbols", "links"},
     {"gradients"},
     {"kernels", "kernels.*"},
     {"wire", "wire.*"},

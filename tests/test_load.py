@@ -120,6 +120,24 @@ def test_ranks_with_other_layers_are_told() -> None:
 
 
 @own_package
+def read_on_one_rank(group: Any) -> list[list[int]]:
+    """Rank 0 looks at its own counts first; and rank 1 still has a layer of a model that was given up unread."""
+    layer = expert_load.ExpertLoad(group, 2)
+    if group.rank() == 1:
+        given_up = expert_load.ExpertLoad(group, 2)
+        given_up.add(torch.tensor([5, 5]))
+        given_up.cycle = given_up  # type: ignore[attr-defined]
+        del given_up
+    layer.add(torch.tensor([1, 2]))
+    local = expert_load.local_expert_load()[0].tolist() if group.rank() == 0 else []
+    return [local, *(each.tolist() for each in expert_load.expert_load())]
+
+
+def test_a_rank_that_has_read_its_own_counts_takes_part() -> None:
+    assert run_ranks(2, read_on_one_rank, fresh=True) == [[[1, 2], [0, 0, 1, 2]], [[], [0, 0, 1, 2]]]
+
+
+@own_package
 def exact_counts(group: Any) -> tuple[list[int], list[int]]:
     """What the handle tells in a padded layout, and what was sent."""
     batch = make_batch(SMALL, group.rank())

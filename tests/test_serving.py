@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -9,10 +10,10 @@ import torch
 from cases import Case, make_batch, make_batches
 from harness import run_ranks
 from moe import assert_close, own_package
-from reports import assert_report, attempt
+from reports import Report, assert_report, attempt
 
 from megatron_ep_v2 import destroy_buffers, settings
-from megatron_ep_v2.errors import GroupMismatchError, InputError, TokenCapacityError
+from megatron_ep_v2.errors import GroupMismatchError, InputError, PeerError, TokenCapacityError
 from megatron_ep_v2.serving import Decode, DecodeGraphs, Prefill, PrepareFinalize, bucket_of, buckets_up_to
 
 RANKS, HIDDEN = 4, 40  # widened to 256
@@ -135,6 +136,33 @@ def test_refusals_name_the_remedy() -> None:
         assert_report(found["nothing"], InputError, "nothing was prepared in slot 0")
         assert_report(found["mixed"], GroupMismatchError, "num_max_tokens_per_rank")
         assert_report(found["small"], TokenCapacityError, "9 tokens", "num_max_tokens_per_rank=4")
+
+
+@own_package
+def keep_a_slot_on_one_rank(group: Any) -> tuple[list[Report | None], bool]:
+    """Rank 0 forgets to abandon its slot after an error: what each rank's next prepare says, prefill and decode, and
+    whether the pair goes on once it did."""
+    pair, tokens = make_pair(group), given(CASE, group.rank())
+    outcomes = []
+    for prepare in (pair.prepare_prefill, functools.partial(pair.prepare_decode, bucket=4)):
+        prepare(*tokens)
+        if group.rank():
+            pair.abandon()
+        outcomes.append(attempt(lambda prepare=prepare: prepare(*tokens)))
+        pair.abandon()
+    work = pair.prepare_prefill(*tokens)
+    y = pair.finalize(run_prefill(work, group.rank()))
+    assert_close("output", y, dense(CASE, group.rank()), 1e-13)
+    return outcomes, True
+
+
+def test_a_slot_that_one_rank_kept_is_refused_on_all() -> None:
+    first, *others = run_ranks(RANKS, keep_a_slot_on_one_rank)
+    for report in first[0]:
+        assert_report(report, InputError, "slot 0 still holds", "abandon it, after an error")
+    for outcomes, _ in others:
+        for report in outcomes:
+            assert_report(report, PeerError, "rank(s) [0]")
 
 
 @pytest.mark.parametrize(

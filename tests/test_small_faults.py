@@ -143,6 +143,7 @@ def copy_layers(group: Any) -> dict[str, dict[str, Any]]:
             if marks(layer):
                 parts.append(copy.deepcopy(layer.experts))
                 found[name]["experts"] = equal([*parts[-1].parameters()], [*layer.experts.parameters()])
+            found[name]["shallow"] = all(vars(copy.copy(part)).keys() == vars(part).keys() for part in parts)
             found[name]["pickled"] = [attempt(lambda part=part: pickle.dumps(part)) for part in parts]
     return found
 
@@ -154,7 +155,7 @@ def test_a_copy_of_a_layer_works_and_is_counted_by_itself() -> None:
             assert of_layout["equal"] and of_layout["group"], name
             assert of_layout["loads"] == [SPLIT.size * TOKENS * SHAPE.topk, 0]
             assert of_layout["marks"] == [MARKS] * (2 * (name == "sync-free"))
-            assert of_layout.get("experts", True)
+            assert of_layout.get("experts", True) and of_layout["shallow"]
             for report in of_layout["pickled"]:
                 assert_report(report, EPError, "of a MoE layer cannot be pickled", "process groups", "state_dict()")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from moe_layer import CPU, build_layer, hidden_states, make_layer, megatron, ste
 from torch.utils.checkpoint import checkpoint
 
 import megatron_ep_v2
+from megatron_ep_v2 import sync_free
 from megatron_ep_v2.device_checks import read_all
 from megatron_ep_v2.errors import LayoutOverflowError
 from megatron_ep_v2.sync_free import sync_free_combine, sync_free_dispatch
@@ -73,3 +75,18 @@ def detect_anomalies(group: Any) -> list[torch.Tensor]:
 def test_anomaly_detection_meets_no_garbage() -> None:
     for plain, watched in run_ranks(2, detect_anomalies):
         assert torch.equal(plain, torch.full((4, 8), 2.0)) and torch.equal(watched, plain)
+
+
+def test_the_room_follows_a_buffer_whose_capacity_was_raised() -> None:
+    """Else `grow()` would stop at what could arrive before."""
+
+    class Buffer:
+        group = SimpleNamespace(size=lambda: 2)
+        num_max_tokens_per_rank = 10
+
+    buffer: Any = Buffer()
+    rooms = [sync_free._room(buffer, 3, 8, torch.device("cpu"))]
+    buffer.num_max_tokens_per_rank = 20
+    rooms += [sync_free._room(buffer, 3, 8, torch.device("cpu")) for _ in range(2)]
+    assert [room.most for room in rooms] == [60, 120, 120] and rooms[1] is rooms[2]
+    assert [room.num_picks for room in rooms] == [60, 120, 120], "200 % of an even share, which is all"

@@ -89,8 +89,10 @@ class GrowingBuffer:
     def destroy(self) -> None:
         """All of them, newest first. Collective, as for one."""
         self._destroyed = True
-        self._newest.buffer.destroy()
-        self._destroy_old()
+        try:
+            self._newest.buffer.destroy()
+        finally:
+            self._destroy_old()
 
     def _maker(self, handle: Any) -> _Made:
         return getattr(handle, "maker", self._newest)

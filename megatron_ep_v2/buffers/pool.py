@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_ep_v2 import device_checks
 from megatron_ep_v2 import settings as settings_module
 from megatron_ep_v2.buffers.capacity import Expected, check_stated, choose_capacity
 from megatron_ep_v2.buffers.carriers import CARRIERS
@@ -242,6 +243,7 @@ def _destroy(group: Any) -> None:
     _capacity_source.pop(group)
     if caller is not None and caller() is not None:
         _reached[caller()] = buffer.num_max_tokens_per_rank
+    device_checks.forget(buffer.group)
     buffer.destroy()
 
 

@@ -93,12 +93,12 @@ def install(**explicit: Any) -> dict[str, Any]:
 
     experts_reason = f"asked for by {settings.source('experts')}" if settings.experts != "megatron" else "default"
     installation = _Installation(choice, layout, layout_reason, settings.experts, experts_reason, version)
-    settings_module.activate(settings)
     bindings = []
     if choice.kind != "megatron":
         bindings += _bindings(modules, layout, settings.experts)
     if choice.kind != "megatron" or settings.experts != "megatron":
         bindings += _bindings_of_experts(version, settings.experts)
+    settings_module.activate(settings)
     for owner, name, ours in bindings:
         _bind(installation, owner, name, ours)
     if choice.kind != "megatron":
@@ -272,7 +272,7 @@ def _bindings(modules: dict[str, ModuleType], layout: str, experts: str) -> list
         ours.append((modules[SCHEDULE], "should_free_input", managers.keep_rows(modules[SCHEDULE].should_free_input)))
     for function in checkpoints(modules):
         ours.append((function, "forward", recompute.wrapped(function.forward)))
-    ours += optimizer_step.bindings()
+    ours += optimizer_step.bindings(modules)
     for module in (dist, dist.distributed_c10d):
         ours.append((module, "destroy_process_group", _destroy_buffers_before(module.destroy_process_group)))
     return ours

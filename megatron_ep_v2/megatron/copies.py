@@ -31,6 +31,13 @@ def deepcopy_sharing_groups(part: T, memo: dict[int, Any]) -> T:
     return copied
 
 
+def shallow_copy(part: T) -> T:
+    """`__copy__` of such an object, which else would go through `refuse_to_pickle_groups`."""
+    copied = object.__new__(type(part))
+    vars(copied).update(vars(part))
+    return copied
+
+
 def refuse_to_pickle_groups(part: Any, protocol: Any) -> Any:
     """`__reduce_ex__` of such an object.
 

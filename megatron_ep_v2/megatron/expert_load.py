@@ -8,6 +8,7 @@ parallelism they are the layers of this process' stages.
 
 from __future__ import annotations
 
+import gc
 import itertools
 import sys
 import weakref
@@ -18,7 +19,7 @@ import torch.distributed as dist
 
 from megatron_ep_v2.buffers.groups import find_registered, is_registered, registered
 from megatron_ep_v2.errors import GroupMismatchError
-from megatron_ep_v2.megatron.copies import refuse_to_pickle_groups
+from megatron_ep_v2.megatron.copies import refuse_to_pickle_groups, shallow_copy
 from megatron_ep_v2.recompute import runs_again
 
 _numbers = itertools.count()
@@ -33,7 +34,7 @@ class ExpertLoad:
         num_local_experts: Experts of this rank.
 
     Attributes:
-        used: Whether it may have counted something since the last reading; equal on all ranks of the group.
+        used: Whether it may have counted something since the last `expert_load()`; equal on all ranks of the group.
     """
 
     def __init__(self, group: Any, num_local_experts: int):
@@ -45,6 +46,7 @@ class ExpertLoad:
         _layers[next(_numbers)] = self
 
     __reduce_ex__ = refuse_to_pickle_groups
+    __copy__ = shallow_copy
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertLoad:
         """For a copy of the layer, which is another layer: it is counted by itself, from 0, in the same group."""
@@ -58,7 +60,7 @@ class ExpertLoad:
         Args:
             counts: [local experts], whole numbers, without padding.
         """
-        if runs_again():
+        if runs_again() or torch._C._current_graph_task_id() != -1:  # in a backward: some other checkpoint recomputes
             return
         self._dispatched = True
         if not counts.is_cuda:
@@ -75,15 +77,22 @@ class ExpertLoad:
     def used(self) -> bool:
         return self._dispatched or self._captured
 
+    def counts(self) -> torch.Tensor:
+        """[local experts] int64 on the host. Waits for the device where counts are there."""
+        return self._host.clone() if self._device is None else self._host + self._device.cpu()
+
     def take(self) -> torch.Tensor:
-        """[local experts] int64 on the host, and begin anew. Waits for the device where counts are there."""
-        self._dispatched = False
-        counts = self._host.clone()
+        """`counts()`, which begin again at 0. The layer still counts as used: `expert_load()` is collective."""
+        counts = self.counts()
         self._host.zero_()
         if self._device is not None:
-            counts += self._device.cpu()
             self._device.zero_()
         return counts
+
+    def reset(self) -> None:
+        """After `expert_load()`, on all ranks of the group."""
+        self.take()
+        self._dispatched = False
 
 
 def local_expert_load() -> list[torch.Tensor]:
@@ -104,26 +113,46 @@ def expert_load() -> list[torch.Tensor]:
     Raises:
         GroupMismatchError: The ranks have used different numbers of MoE layers.
     """
-    layers = [layer for _, layer in sorted(_layers.items()) if is_registered(find_registered(layer.group))]
-    loads = [
-        torch.zeros(layer.group.size() * layer.num_local_experts, dtype=torch.int64, device="cpu") for layer in layers
-    ]
+    loads: dict[ExpertLoad, torch.Tensor] = {}
     # Layers that were not used are left out: a model that was given up lives until Python finds its cycles, on some
     # ranks longer than on others. All ranks of a group have used the same ones, because a dispatch is collective.
-    for group in dict.fromkeys(layer.group for layer in layers if layer.used):
-        members = [i for i, layer in enumerate(layers) if layer.group is group and layer.used]
+    for group in dict.fromkeys(layer.group for layer in _on_open_groups() if layer.used):
+        loads |= _gather(group)
+    return [
+        loads.get(layer, torch.zeros(layer.group.size() * layer.num_local_experts, dtype=torch.int64, device="cpu"))
+        for layer in _on_open_groups()
+    ]
+
+
+def _on_open_groups() -> list[ExpertLoad]:
+    """Of all layers, oldest first, those whose group was not destroyed."""
+    return [layer for _, layer in sorted(_layers.items()) if is_registered(find_registered(layer.group))]
+
+
+def _gather(group: Any) -> dict[ExpertLoad, torch.Tensor]:
+    """For each layer of the group that was used: [experts of the group] int64. Collective."""
+    for last in (False, True):
+        members = [layer for layer in _on_open_groups() if layer.group is group and layer.used]
         by_rank: list[Any] = [None] * group.size()
-        dist.all_gather_object(by_rank, [layers[i].take().tolist() for i in members], group=registered(group))
-        if len({len(counts) for counts in by_rank}) > 1:
+        dist.all_gather_object(by_rank, [layer.counts().tolist() for layer in members], group=registered(group))
+        numbers = [len(by_layer) for by_layer in by_rank]
+        if len(set(numbers)) == 1:
+            break
+        if last:
             raise GroupMismatchError(
                 f"rank {group.rank()}: the ranks count the load of different numbers of MoE layers",
-                found=f"by rank: {[len(counts) for counts in by_rank]}",
+                found=f"by rank: {numbers}",
                 needed="the same layers on every rank of the group",
                 fix="call expert_load() on all ranks while they hold the same model",
             )
-        for n, i in enumerate(members):
-            loads[i] = torch.tensor([count for counts in by_rank for count in counts[n]], device="cpu")
-    return loads
+        members.clear()
+        gc.collect()  # of a model that was given up, used and never read, which some rank has not collected yet
+    for layer in members:
+        layer.reset()
+    return {
+        layer: torch.tensor([count for by_layer in by_rank for count in by_layer[n]], device="cpu")
+        for n, layer in enumerate(members)
+    }
 
 
 def log_expert_load(iteration: int) -> dict[str, float]:

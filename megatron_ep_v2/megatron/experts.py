@@ -28,7 +28,7 @@ from megatron_ep_v2.errors import SettingsError
 from megatron_ep_v2.experts.gemm import Gemm, gemm
 from megatron_ep_v2.experts.groups import Groups
 from megatron_ep_v2.experts.mlp import linear, run_experts
-from megatron_ep_v2.megatron.copies import deepcopy_sharing_groups, refuse_to_pickle_groups
+from megatron_ep_v2.megatron.copies import deepcopy_sharing_groups, refuse_to_pickle_groups, shallow_copy
 from megatron_ep_v2.megatron.expert_checkpoint import ExpertShards, check_format, drop_extra_states
 
 
@@ -74,7 +74,7 @@ class Experts(MegatronModule):  # type: ignore[misc]
                 self.linear_fc1.initialize(config.init_method, first, number)
                 self.linear_fc2.initialize(config.output_layer_init_method, first, number)
 
-    __deepcopy__, __reduce_ex__ = deepcopy_sharing_groups, refuse_to_pickle_groups
+    __copy__, __deepcopy__, __reduce_ex__ = shallow_copy, deepcopy_sharing_groups, refuse_to_pickle_groups
 
     def forward(
         self, permuted_local_hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, permuted_probs: torch.Tensor

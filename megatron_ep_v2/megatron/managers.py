@@ -24,7 +24,7 @@ from megatron_ep_v2.buffers import capacity, pool
 from megatron_ep_v2.errors import ClosedError, SettingsError
 from megatron_ep_v2.fused_a2a import fused_dispatch, set_deepep_num_sms
 from megatron_ep_v2.kernels.topk import top_k
-from megatron_ep_v2.megatron.copies import deepcopy_sharing_groups, refuse_to_pickle_groups
+from megatron_ep_v2.megatron.copies import deepcopy_sharing_groups, refuse_to_pickle_groups, shallow_copy
 from megatron_ep_v2.megatron.expert_load import ExpertLoad
 from megatron_ep_v2.megatron.symbols import MANAGER
 from megatron_ep_v2.sync_free import SyncFreeHandle, sync_free_combine, sync_free_dispatch
@@ -106,6 +106,7 @@ class CompactManager(_MegatronsManager):  # type: ignore[misc]
         managers.add(self)
 
     __reduce_ex__ = refuse_to_pickle_groups
+    __copy__ = shallow_copy
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompactManager:
         """For a copy of the layer, on the same group and so the same buffer."""

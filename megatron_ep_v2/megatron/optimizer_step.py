@@ -7,32 +7,30 @@ with `--optimizer-cuda-graph` (0.19) through a wrapper that replays the step. `i
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 import sys
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_ep_v2 import device_checks, settings
-from megatron_ep_v2.buffers import pool
-from megatron_ep_v2.megatron.symbols import OPTIMIZERS
-
-GRAPH_WRAPPER = "megatron.core.optimizer.optimizer_cuda_graph"
+from megatron_ep_v2.megatron.symbols import GRAPHED_STEP, OPTIMIZERS
 
 _stepping = False  # inside another of these functions
 
 
-def bindings() -> list[tuple[Any, str, Any]]:
-    """Class, name, our function, for each way in which Megatron steps."""
-    module = importlib.import_module(OPTIMIZERS)
-    steps = [
-        (getattr(module, name), "step") for name in ("ChainedOptimizer", "MixedPrecisionOptimizer", "FP32Optimizer")
-    ]
-    if importlib.util.find_spec(GRAPH_WRAPPER) is not None:
-        steps.append((importlib.import_module(GRAPH_WRAPPER).OptimizerCudaGraphWrapper, "__call__"))
+def bindings(modules: dict[str, ModuleType]) -> list[tuple[Any, str, Any]]:
+    """Class, name, our function, for each way in which Megatron steps.
+
+    Args:
+        modules: Of `symbols.find_seam`.
+    """
+    names = ("ChainedOptimizer", "MixedPrecisionOptimizer", "FP32Optimizer")
+    steps = [(getattr(modules[OPTIMIZERS], name), "step") for name in names]
+    if GRAPHED_STEP in modules:
+        steps.append((modules[GRAPHED_STEP].OptimizerCudaGraphWrapper, "__call__"))
     return [(owner, name, deciding_first(getattr(owner, name))) for owner, name in steps]
 
 
@@ -65,8 +63,7 @@ def _groups() -> tuple[Any, ...]:
         return ()
     if not parallel_state.model_parallel_is_initialized():  # process groups of the user's own, see `device_checks`
         return ()
-    buffers = pool.buffers()
-    if buffers and all(buffer.group.size() == dist.get_world_size() for buffer in buffers):
+    if parallel_state.get_expert_tensor_and_model_parallel_group().size() == dist.get_world_size():
         return ()
     groups = (
         parallel_state.get_model_parallel_group(),
@@ -76,6 +73,8 @@ def _groups() -> tuple[Any, ...]:
 
 
 def _may_recompute() -> bool:
-    """Whether Megatron's arguments turn recompute on; outside its training loop, it may be."""
+    """Whether Megatron's arguments turn recompute on; outside its training loop, it may be. Inside it, a model that
+    recomputes by other means (a checkpoint of torch's with `Replayed`) is not known here: ranks of one expert-parallel
+    group still decide together, and its loop can call `device_checks.read_all(WORLD)` for all."""
     args = getattr(sys.modules.get("megatron.training.global_vars"), "_GLOBAL_ARGS", None)
     return args is None or bool(getattr(args, "recompute_granularity", None))

@@ -24,6 +24,7 @@ DIST_CHECKPOINTING = "megatron.core.dist_checkpointing"
 TE_CHECKPOINT = "transformer_engine.pytorch.distributed"
 SCHEDULE = "megatron.core ... schedule"  # for the one of SCHEDULES that decides what 1F1B frees
 SCHEDULES = ("megatron.core.models.common.utils", "megatron.core.models.gpt.fine_grained_callables")  # 0.19; before
+GRAPHED_STEP = "megatron.core.optimizer.optimizer_cuda_graph"  # from 0.19 on
 MANAGER = "_DeepepManager"  # in TOKEN_DISPATCHER: the communication manager of backend "deepep"
 _CALL = ("hidden_states", "async_finish", "allocate_on_comm_stream")
 
@@ -89,6 +90,10 @@ def find_seam() -> tuple[str, dict[str, ModuleType]]:
             _check_symbol(modules[name], dotted, parameters, version)
     if hasattr(sys.modules.get(MOE_UTILS), "skip_routed_expert_padding"):  # from 0.19 on
         _check_symbol(sys.modules[MOE_UTILS], "skip_routed_expert_padding", ("config",), version)
+    with contextlib.suppress(ModuleNotFoundError):  # the package around it, in some version
+        if importlib.util.find_spec(GRAPHED_STEP) is not None:
+            modules[GRAPHED_STEP] = _import(GRAPHED_STEP)
+            _check_symbol(modules[GRAPHED_STEP], "OptimizerCudaGraphWrapper.__call__", None, version)
     modules[SCHEDULE] = _import_schedule()
     # 0.17 has added a parameter, which is handed on.
     _check_symbol(modules[SCHEDULE], "should_free_input", ("name", "is_moe", "config"), version, more=True)

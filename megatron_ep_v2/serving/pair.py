@@ -132,8 +132,8 @@ class PrepareFinalize:
                 this object's, too many tokens, a slot that is taken. Nothing was sent.
             EPError: See `buffers.contract.Buffer.dispatch`.
         """
-        self._check_free(slot)
         try:
+            self._check_free(slot)
             self._check_fit(x, topk_idx, None)
         except InputError as error:
             self._refuse([error], x, None)
@@ -165,8 +165,8 @@ class PrepareFinalize:
             InputError: As for `prepare_prefill`; or no such bucket, or more tokens than it holds.
             EPError: See `buffers.contract.Buffer.dispatch`.
         """
-        self._check_free(slot)
         try:
+            self._check_free(slot)
             self._check_fit(x, topk_idx, bucket)
         except InputError as error:
             self._refuse([error], x, bucket)
@@ -201,8 +201,9 @@ class PrepareFinalize:
             [T, H].
 
         Raises:
-            InputError: Nothing was prepared in this slot; or rows of another number, hidden size or dtype. In that case
-                the slot keeps what was prepared, after a PeerError too: pass the right rows, or `abandon` it.
+            InputError: Nothing was prepared in this slot: the other ranks do not learn that, because without a handle
+                there is no call of theirs to answer. Or rows of another number, hidden size or dtype: then the slot
+                keeps what was prepared, after a PeerError too; pass the right rows, or `abandon` it.
             EPError: See `buffers.contract.Buffer.combine`.
         """
         handle = self._handles[slot]
@@ -220,7 +221,8 @@ class PrepareFinalize:
         return combined[:, : self.hidden]
 
     def abandon(self, slot: int = 0) -> None:
-        """Give up what was prepared in a slot, after an error; it can be prepared again. No rank waits for another."""
+        """Give up what was prepared in a slot, after an error; it can be prepared again. Not collective, but for all
+        ranks to do: one that does not refuses its next prepare, and with it theirs."""
         self._handles[slot] = None
 
     def check_tokens(
