@@ -220,7 +220,9 @@ def decide_over_groups_that_forward(group: Any) -> list[Report | None]:
     """One rank has an error; with the functions of torch.distributed as they are, and as a trainer replaces them."""
     outcomes = []
     for patched in (False, True):
-        check = device_checks.DeviceCheck(lambda counts: LayoutOverflowError(f"full: {counts}"), torch.device("cpu"))
+        check = device_checks.DeviceCheck(
+            lambda counts: LayoutOverflowError(f"full: {counts}", fix="grow"), torch.device("cpu")
+        )
         check.add(torch.tensor([group.rank() == 1]))
         with unwrapping_functions(patched):
             outcomes.append(attempt(lambda: device_checks.read_all(Forwarding(group))))

@@ -162,7 +162,7 @@ def test_a_slot_that_one_rank_kept_is_refused_on_all() -> None:
         assert_report(report, InputError, "slot 0 still holds", "abandon it, after an error")
     for outcomes, _ in others:
         for report in outcomes:
-            assert_report(report, PeerError, "rank(s) [0]")
+            assert_report(report, PeerError, "because rank 0 refused")
 
 
 @pytest.mark.parametrize(
