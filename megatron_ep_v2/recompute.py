@@ -214,11 +214,11 @@ def _near_ties(group: Any) -> Callable[[dict[int, int]], None]:
         total += sum(selections.values())
         if total >= next_warning:
             next_warning = 10 * total
-            if group.rank() == 0:  # every rank of the group has the same counts
+            if group is None or group.rank() == 0:  # every rank of the group has the same counts
                 logger.warning(
                     "recompute: %d selections so far were other experts than in the first forward, as in near ties; "
-                    "the first forward's were used. The forward does not repeat bit by bit (atomic adds, several layers "
-                    "in one checkpoint). MCORE_DEEPEP_V2_DETERMINISTIC=1 makes this package's part repeat",
+                    "the first forward's were used. The forward does not repeat bit by bit (atomic adds, several "
+                    "layers in one checkpoint). MCORE_DEEPEP_V2_DETERMINISTIC=1 makes this package's part repeat",
                     total,
                 )
 
