@@ -35,6 +35,8 @@ PRESETS = {
     )
 }
 
+TINY = Shape("tiny", 256, 8, 3, 64)  # of rehearsals
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:

@@ -11,12 +11,21 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe import fused_a2a, token_dispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ep_v2.errors import UnavailableError
 
-__all__ = ["ensure_global_memory_buffer", "fused_a2a", "make_dispatchers", "on_cpu", "sms_field", "token_dispatcher"]
+__all__ = [
+    "ensure_global_memory_buffer",
+    "fused_a2a",
+    "make_dispatchers",
+    "model_parallel",
+    "on_cpu",
+    "sms_field",
+    "token_dispatcher",
+]
 
 
 def make_dispatchers(
@@ -99,6 +108,23 @@ def ensure_global_memory_buffer() -> None:
     """The allgather dispatcher receives into a buffer that Megatron makes together with its parallel state."""
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()
+
+
+@contextlib.contextmanager
+def model_parallel(expert_parallel: int, seed: int) -> Iterator[None]:
+    """Megatron's process groups for TP = PP = 1 and its random numbers; nothing of the groups is left afterwards.
+
+    Args:
+        expert_parallel: Ranks that share the experts of a layer.
+        seed: Of Megatron's CUDA generators.
+    """
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=expert_parallel, expert_tensor_parallel_size=1)
+    if torch.cuda.is_available():
+        model_parallel_cuda_manual_seed(seed)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .presets import Recipe
+from megatron_ep_v2.megatron.qwen3_moe.options import Recipe
 
 _PIECE = 2**26  # elements
 
