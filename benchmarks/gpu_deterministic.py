@@ -45,7 +45,7 @@ def measure(run: Run) -> Iterator[list[Row]]:
                 group=group,
                 hidden=batch.hidden,
                 grad_output=batch.grad_output,
-                topk_idx=batch.picks,
+                topk_idx=batch.topk_idx,
                 probs=batch.weights,
                 num_experts=shape.experts,
                 do_expand=layout == "expanded",

@@ -66,7 +66,7 @@ def measure_shape(shape: Shape, run: Run) -> Iterator[list[Row]]:
     tokens = run.options.tokens
     batch = make_batch(shape, tokens, "balanced", torch.bfloat16, run.rank, run.device)
     settings.activate(chosen(("bf16", "bf16"), run))
-    buffer = get_buffer(dist.group.WORLD, batch.hidden, batch.picks, shape.experts)
+    buffer = get_buffer(dist.group.WORLD, batch.hidden, batch.topk_idx, shape.experts)
 
     calls, delivered = raw_calls(buffer, batch, shape)
     times = run.time(calls)
@@ -81,7 +81,7 @@ def measure_shape(shape: Shape, run: Run) -> Iterator[list[Row]]:
             group=dist.group.WORLD,
             hidden=batch.hidden,
             grad_output=batch.grad_output,
-            topk_idx=batch.picks,
+            topk_idx=batch.topk_idx,
             probs=batch.weights,
             num_experts=shape.experts,
             do_expand=True,
@@ -120,7 +120,7 @@ def raw_calls(buffer: Any, batch: Batch, shape: Shape) -> tuple[dict[str, Callab
         buffer=buffer,
         hidden=batch.hidden,
         grad_output=batch.hidden,
-        topk_idx=batch.picks,
+        topk_idx=batch.topk_idx,
         topk_weights=batch.weights,
         num_experts=shape.experts,
         do_expand=True,
@@ -140,7 +140,7 @@ def raw_calls(buffer: Any, batch: Batch, shape: Shape) -> tuple[dict[str, Callab
 
 def measure_wire(shape: Shape, calls: dict[str, Callable[[], Any]], batch: Batch, run: Run) -> list[Row]:
     """Bytes that one dispatch sends to other ranks: values and scales of each row, once to a rank."""
-    to_rank = pairs_sent(batch.picks, shape.experts, run.ranks)
+    to_rank = pairs_sent(batch.topk_idx, shape.experts, run.ranks)
     num_rows = int(to_rank.sum() - to_rank[run.rank])
     counted_calls = 1 if run.cpu else COUNTED_CALLS
     rows: list[Row] = []

@@ -49,12 +49,12 @@ def measure(run: Run) -> Iterator[list[Row]]:
     for name in run.options.shapes:
         shape = SHAPES[name]
         batch = make_batch(shape, tokens, "balanced", torch.bfloat16, run.rank, run.device)
-        buffer = get_buffer(dist.group.WORLD, batch.hidden, batch.picks, shape.experts)
+        buffer = get_buffer(dist.group.WORLD, batch.hidden, batch.topk_idx, shape.experts)
         for layout in ("compact", "expanded"):
             layer: dict[str, Any] = {
                 "hidden": batch.hidden,
                 "grad_output": batch.grad_output,
-                "topk_idx": batch.picks,
+                "topk_idx": batch.topk_idx,
                 "num_experts": shape.experts,
                 "do_expand": layout == "expanded",
             }

@@ -77,12 +77,12 @@ def received(tokens: int, shape: Shape, run: Run) -> torch.Tensor:
 
 def measure_kernels(shape: Shape, tokens: int, run: Run) -> list[Row]:
     hidden, local, device = shape.hidden, shape.experts // run.ranks, run.device
-    picks = received(tokens, shape, run)
-    num_picks = int((picks >= 0).sum())
-    aligned = place_contiguous(picks, None, local, rows_that_fit(num_picks, local))
-    masked = place_masked(picks, None, local, -(-int(torch.bincount(picks[picks >= 0]).max()) // 128) * 128)
-    x = torch.randn(len(picks), hidden, device=device).bfloat16()
-    weights = torch.rand(len(picks), shape.topk, device=device)
+    topk_idx = received(tokens, shape, run)
+    num_selections = int((topk_idx >= 0).sum())
+    aligned = place_contiguous(topk_idx, None, local, rows_that_fit(num_selections, local))
+    masked = place_masked(topk_idx, None, local, -(-int(torch.bincount(topk_idx[topk_idx >= 0]).max()) // 128) * 128)
+    x = torch.randn(len(topk_idx), hidden, device=device).bfloat16()
+    weights = torch.rand(len(topk_idx), shape.topk, device=device)
     payload = to_wire(x, "fp8")
     assert isinstance(payload, tuple)
     y = gather_rows(x, aligned)
@@ -91,18 +91,18 @@ def measure_kernels(shape: Shape, tokens: int, run: Run) -> list[Row]:
     target = torch.empty_like(source)
 
     def moved(places: Places) -> int:
-        return num_picks + places.num_rows
+        return num_selections + places.num_rows
 
     cases: dict[str, tuple[Callable[[], Any], int]] = {
         "copy": (lambda: target.copy_(source), 2 * source.numel()),
         "gather, contiguous": (lambda: gather_rows(x, aligned), moved(aligned) * row),
         "gather, masked": (lambda: gather_rows(x, masked), moved(masked) * row),
         "gather fp8, mn-major scales": (lambda: gather_payload(payload, aligned, "mn_major"), moved(aligned) * scale),
-        "reduce": (lambda: reduce_rows(y, aligned), (num_picks + len(x)) * row),
-        "reduce, weighted": (lambda: reduce_rows(y, aligned, weights), (num_picks + len(x)) * row),
-        BACKWARD: (backward_of_reduce(y, x, aligned, weights), (2 * num_picks + len(y)) * row),
-        "places, contiguous": (lambda: place_contiguous(picks, None, local, aligned.num_rows), 0),
-        "places, masked": (lambda: place_masked(picks, None, local, masked.expected_m or 1), 0),
+        "reduce": (lambda: reduce_rows(y, aligned), (num_selections + len(x)) * row),
+        "reduce, weighted": (lambda: reduce_rows(y, aligned, weights), (num_selections + len(x)) * row),
+        BACKWARD: (backward_of_reduce(y, x, aligned, weights), (2 * num_selections + len(y)) * row),
+        "places, contiguous": (lambda: place_contiguous(topk_idx, None, local, aligned.num_rows), 0),
+        "places, masked": (lambda: place_masked(topk_idx, None, local, masked.expected_m or 1), 0),
         "gather weights": (lambda: gather_weights(weights, aligned), 0),
     }
     runs = {name: case[0] for name, case in cases.items()}
@@ -113,7 +113,13 @@ def measure_kernels(shape: Shape, tokens: int, run: Run) -> list[Row]:
     speed = {name: cases[name][1] / times[name] / 1e3 for name in cases}  # bytes / us = MB / s
     sizes = {"kind": "kernel", "shape": shape.name, "ranks": run.ranks, "received_rows": len(x)}
     return [
-        {**sizes, "picks": num_picks, "kernel": name, "us": round(times[name], 1), "eager_us": round(eager[name], 1)}
+        {
+            **sizes,
+            "picks": num_selections,
+            "kernel": name,
+            "us": round(times[name], 1),
+            "eager_us": round(eager[name], 1),
+        }
         | ({"gb_s": round(speed[name], 1), "of_copy": round(speed[name] / speed["copy"], 3)} if cases[name][1] else {})
         for name in cases
     ]
@@ -140,7 +146,7 @@ def measure_layers(run: Run) -> Iterator[list[Row]]:
     for tokens in (capacity, 1, 16) if run.cpu else run.options.tokens:
         batch = Batch.make(model, tokens, run.device)
         # One buffer and one set of kernels for all sizes.
-        buffer = get_buffer(dist.group.WORLD, batch.x, batch.picks, shape.experts, batch.probs)
+        buffer = get_buffer(dist.group.WORLD, batch.x, batch.topk_idx, shape.experts, batch.probs)
         layers = variants(buffer, model, batch)
         errors = check(layers, model, batch)
         times = run.time(layers)

@@ -87,25 +87,27 @@ class Stack:
         self.x, self.grad = make(options.tokens, HIDDEN).bfloat16(), make(options.tokens, HIDDEN).bfloat16()
         self.x.requires_grad_()
         tops = [make(options.tokens, EXPERTS).softmax(dim=1).topk(TOPK, dim=1) for _ in range(options.layers)]
-        self.picks = [top.indices for top in tops]
+        self.topk_idx = [top.indices for top in tops]
         self.probs = [top.values.contiguous().requires_grad_() for top in tops]
         self.up, self.down = (make(HIDDEN, FFN) * 0.02).bfloat16(), (make(FFN, HIDDEN) * 0.02).bfloat16()
 
-    def layer(self, x: torch.Tensor, picks: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    def layer(self, x: torch.Tensor, topk_idx: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
         expand = self.layout == "expanded"
-        rows, idx, row_probs, _, handle = fused_dispatch(x, picks, probs, EXPERTS, dist.group.WORLD, do_expand=expand)
+        rows, idx, row_probs, _, handle = fused_dispatch(
+            x, topk_idx, probs, EXPERTS, dist.group.WORLD, do_expand=expand
+        )
         weights = row_probs if idx is None else row_probs.masked_fill(idx < 0, 0.0).sum(dim=1)
         rows = (F.silu(rows @ self.up) @ self.down) * weights[:, None].to(rows.dtype)
         return x + fused_combine(rows, dist.group.WORLD, handle)[0]
 
     def forward(self, variant: str) -> torch.Tensor:
         y = self.x
-        for picks, probs in zip(self.picks, self.probs, strict=True):
+        for topk_idx, probs in zip(self.topk_idx, self.probs, strict=True):
             if variant == "no recompute":
-                y = self.layer(y, picks, probs)
+                y = self.layer(y, topk_idx, probs)
             else:
                 function = Replayed(self.layer) if variant == "recompute, replayed" else self.layer
-                y = checkpoint(function, y, picks, probs, use_reentrant=True)
+                y = checkpoint(function, y, topk_idx, probs, use_reentrant=True)
         return y
 
     def run(self, variant: str) -> tuple[torch.Tensor, ...]:

@@ -80,7 +80,7 @@ def measure_decode(sizes: Sizes, run: Run) -> Iterator[list[Row]]:
     local = sizes.experts // group.size()
 
     def experts(work: Decode) -> torch.Tensor:
-        """Rows to their experts' places and back; each expert passes them through."""
+        """Rows to their experts' slots and back; each expert passes them through."""
         places = place_contiguous(
             work.topk_idx, work.num_recv, local, rows_that_fit(work.topk_idx.numel(), local, 1), 1
         )

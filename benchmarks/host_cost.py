@@ -48,7 +48,7 @@ class Tensors:
 
     def __init__(self, device: str):
         self.x = torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16, device=device)
-        self.picks = torch.zeros(TOKENS, TOPK, dtype=torch.int64, device=device)
+        self.topk_idx = torch.zeros(TOKENS, TOPK, dtype=torch.int64, device=device)
         self.probs = torch.zeros(TOKENS, TOPK, device=device)
         self.rows = torch.zeros(ROWS, HIDDEN, dtype=torch.bfloat16, device=device)
         self.row_probs = torch.zeros(ROWS, device=device)
@@ -100,7 +100,7 @@ def make_stub(given: Tensors) -> Any:
                 do_expand=True,
                 expert_alignment=1,
                 num_sms=14,
-                topk_idx=given.picks,
+                topk_idx=given.topk_idx,
                 num_experts=EXPERTS,
                 num_expanded_tokens=ROWS,
             )
@@ -154,7 +154,7 @@ def four_calls(buffer: Any, given: Tensors) -> Callable[[], Any]:
         buffer=buffer,
         hidden=given.x,
         grad_output=given.x,
-        topk_idx=given.picks,
+        topk_idx=given.topk_idx,
         topk_weights=given.probs,
         num_experts=EXPERTS,
         do_expand=True,
@@ -166,7 +166,7 @@ def fused_layer(group: Any, given: Tensors) -> Callable[[], None]:
         x, probs = given.leaves
         x.grad = probs.grad = None
         rows, _, row_probs, _, handle = fused_dispatch(
-            x, given.picks, probs, EXPERTS, group, True, True, do_expand=True
+            x, given.topk_idx, probs, EXPERTS, group, True, True, do_expand=True
         )
         y, _ = fused_combine(rows, group, handle, True, True)
         torch.autograd.backward([y, row_probs], given.gradients)

@@ -64,7 +64,7 @@ class Model:
 @dataclass(frozen=True)
 class Batch:
     x: torch.Tensor
-    picks: torch.Tensor
+    topk_idx: torch.Tensor
     probs: torch.Tensor
 
     @classmethod
@@ -143,7 +143,7 @@ def expected_rows(batch: Batch, model: Model) -> int:
 def _dispatch(buffer: Any, model: Model, batch: Batch, **more: bool) -> Any:
     return buffer.dispatch(
         batch.x,
-        topk_idx=batch.picks,
+        topk_idx=batch.topk_idx,
         topk_weights=batch.probs,
         num_experts=model.shape.experts,
         expert_alignment=CONTIGUOUS_ALIGNMENT,
@@ -167,7 +167,7 @@ def check(runs: dict[str, Run], model: Model, batch: Batch) -> dict[str, float]:
     tokens = min(CHECKED_TOKENS, len(batch.x))
     wanted = torch.zeros(tokens, model.shape.hidden, dtype=torch.float64, device=batch.x.device)
     for token in range(tokens):
-        for expert, prob in zip(batch.picks[token].tolist(), batch.probs[token].double(), strict=True):
+        for expert, prob in zip(batch.topk_idx[token].tolist(), batch.probs[token].double(), strict=True):
             gate, up = (model.w1[expert].double() @ batch.x[token].double()).chunk(2)
             wanted[token] += model.w2[expert].double() @ (torch.nn.functional.silu(gate) * up * prob)
     return require_equal({name: run()[:tokens] for name, run in runs.items()}, wanted, 1.5e-2, batch.x.device)

@@ -48,9 +48,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(run: Run) -> Iterator[list[Row]]:
-    torch.manual_seed(run.rank)
     options = run.options
-    steps = {name: _make_step(name, options) for name in VARIANTS}
+    steps = {}
+    for name in VARIANTS:
+        torch.manual_seed(run.rank)  # the same steps
+        steps[name] = _make_step(name, options)
+    run.require_equal(steps, "off", 1e-2)
     for step in steps.values():
         for _ in range(options.warmup):
             step()
@@ -82,7 +85,7 @@ def measure(run: Run) -> Iterator[list[Row]]:
     yield [*rows, summary]
 
 
-def _make_step(name: str, options: argparse.Namespace) -> Callable[[], None]:
+def _make_step(name: str, options: argparse.Namespace) -> Callable[[], torch.Tensor]:
     group = dist.new_group()
     tokens, hidden, ffn = options.tokens, options.hidden, options.ffn
     x = torch.randn(tokens, hidden, device=DEVICE, dtype=DTYPE)
@@ -92,7 +95,7 @@ def _make_step(name: str, options: argparse.Namespace) -> Callable[[], None]:
     probs = top.values.softmax(dim=1).requires_grad_()
     optimizer = torch.optim.SGD([gate_up, down], lr=1e-6)
 
-    def step() -> None:
+    def step() -> torch.Tensor:
         y = x
         for _ in range(options.layers):
             rows, _, row_probs, _, handle = fused_dispatch(
@@ -105,6 +108,7 @@ def _make_step(name: str, options: argparse.Namespace) -> Callable[[], None]:
         optimizer.step()
         optimizer.zero_grad()
         probs.grad = None
+        return y.detach()
 
     mine = {"buffer": BUFFER, "watchdog_secs": VARIANTS[name], "num_max_tokens_per_rank": options.tokens}
     settings.activate(settings.resolve(**mine, reference_strict=False))  # rows on the CPU are fp32

@@ -39,7 +39,7 @@ class ExpertLayer:
         self.w1 = normal(local, 2 * sizes.ffn, sizes.hidden, scale=sizes.hidden**-0.5).requires_grad_()
         self.w2 = normal(local, sizes.hidden, sizes.ffn, scale=sizes.ffn**-0.5).requires_grad_()
         self.x = torch.empty(sizes.tokens, sizes.hidden, dtype=torch.bfloat16, device=device).requires_grad_()
-        self.picks = torch.empty(sizes.tokens, sizes.topk, dtype=torch.int64, device=device)
+        self.topk_idx = torch.empty(sizes.tokens, sizes.topk, dtype=torch.int64, device=device)
         self.probs = torch.empty(sizes.tokens, sizes.topk, device=device).requires_grad_()
         self.grad = torch.empty_like(self.x, requires_grad=False)
         self.fill(0)
@@ -52,8 +52,8 @@ class ExpertLayer:
         scores = torch.rand(sizes.tokens, sizes.experts, generator=generator, device=self.device)
         scores[:, -(sizes.experts // self.group.size()) :] += skew
         top = scores.topk(sizes.topk, dim=1)
-        self.picks.copy_(top.indices)
-        self.picks[sizes.tokens // 2 :: 7, 0] = -1  # dropped
+        self.topk_idx.copy_(top.indices)
+        self.topk_idx[sizes.tokens // 2 :: 7, 0] = -1  # dropped
         self.probs.copy_(torch.softmax(top.values, dim=1))
         for tensor in (self.x, self.grad):
             tensor.copy_(torch.randn(tensor.shape, generator=generator, device=self.device))
@@ -61,7 +61,7 @@ class ExpertLayer:
     def expanded(self) -> torch.Tensor:
         """Forward with the host wait: [T, H]."""
         rows, _, probs, counts, handle = fused_dispatch(
-            self.x, self.picks, self.probs, self.sizes.experts, self.group, do_expand=True
+            self.x, self.topk_idx, self.probs, self.sizes.experts, self.group, do_expand=True
         )
         assert counts is not None
         y = swiglu_experts(rows, probs, self.w1, self.w2, Groups.from_counts(counts, rows), "grouped")
@@ -69,7 +69,7 @@ class ExpertLayer:
 
     def sync_free(self) -> torch.Tensor:
         """Forward without one: [T, H]."""
-        rows, probs, _, handle = sync_free_dispatch(self.x, self.picks, self.probs, self.sizes.experts, self.group)
+        rows, probs, _, handle = sync_free_dispatch(self.x, self.topk_idx, self.probs, self.sizes.experts, self.group)
         groups = Groups.from_places(handle.places)
         y = swiglu_experts(rows, probs, self.w1, self.w2, groups, "grouped")
         return sync_free_combine(y, self.group, handle)

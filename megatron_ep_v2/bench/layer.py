@@ -112,7 +112,7 @@ class OurBuffer:
         return found.buffer if isinstance(found, WatchedBuffer) else found
 
     def enter(self) -> None:
-        """Its settings are read when the buffer is built; afterwards it is told the SM count of this variant."""
+        """Its settings are read when the buffer is built; afterwards it gets the SM count of this variant."""
         settings_module.activate(self.settings)
         buffer = self.live
         if buffer is None:

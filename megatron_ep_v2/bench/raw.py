@@ -44,7 +44,7 @@ class RawLayer:
         buffer = self.ours.live
         if buffer is None:
             batch = self.batch
-            get_buffer(self.ours.group, batch.hidden, batch.picks, self.num_experts, batch.weights)
+            get_buffer(self.ours.group, batch.hidden, batch.topk_idx, self.num_experts, batch.weights)
             self.ours.enter()
             buffer = self.ours.live
             assert buffer is not None
@@ -52,7 +52,7 @@ class RawLayer:
             buffer=unwrapped(buffer),
             hidden=self.batch.hidden,
             grad_output=self.batch.grad_output,
-            topk_idx=self.batch.picks,
+            topk_idx=self.batch.topk_idx,
             topk_weights=self.batch.weights,
             num_experts=self.num_experts,
             do_expand=self.do_expand,
@@ -68,7 +68,7 @@ class RawLayer:
         self.outputs = ()
         grad_probs = None
         if grad_weights is not None:
-            grad_probs = torch.zeros_like(self.batch.probs).scatter_(1, self.batch.picks, grad_weights)
+            grad_probs = torch.zeros_like(self.batch.probs).scatter_(1, self.batch.topk_idx, grad_weights)
         return named_results(output, grad_hidden, grad_probs, self.batch)
 
     def expected(self) -> dict[str, torch.Tensor]:

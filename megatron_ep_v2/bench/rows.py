@@ -58,7 +58,7 @@ def measured(times: Mapping[str, Sequence[float]], wire_bytes: int, link_gb_per_
 
 def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
     """How many times as long a row takes as the raw calls of its own buffer, layout and SM count; and as Megatron's
-    faster alltoall row. Each row tells its `buffer` and `layout`."""
+    faster alltoall row. Each row has its `buffer` and `layout`."""
     timed = [row for row in rows if "forward_backward_us" in row]
     floors = {_floor(row): row["forward_backward_us"] for row in timed if row["variant"].startswith("raw-")}
     alltoall = [row["forward_backward_us"] for row in timed if row["variant"].startswith("alltoall")]

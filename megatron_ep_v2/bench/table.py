@@ -16,7 +16,7 @@ from megatron_ep_v2 import settings as settings_module
 from megatron_ep_v2.bench import timing
 from megatron_ep_v2.bench.check import errors
 from megatron_ep_v2.bench.dispatchers import DispatcherLayer
-from megatron_ep_v2.bench.entry import Entry, entries_of, noted, told_once
+from megatron_ep_v2.bench.entry import Entry, entries_of, noted, without_repetitions
 from megatron_ep_v2.bench.layer import Groups, Layer, within
 from megatron_ep_v2.bench.progress import Progress
 from megatron_ep_v2.bench.raw import RawLayer
@@ -87,7 +87,7 @@ def measure_table(
         "link_gb_per_s": float(f"{link:.4g}"),
     }
     rows = []
-    for entry in told_once(entries):
+    for entry in without_repetitions(entries):
         row = common | entry.described()
         if id(entry) in times:
             row |= measured(times[id(entry)], common["wire_bytes"], link)
@@ -104,7 +104,7 @@ def measure_table(
 
 def _traffic(batch: Batch, shape: Shape, ranks: int) -> tuple[torch.Tensor, float, float]:
     """[ranks, ranks] (token, rank) pairs sent; load of the busiest rank and of the busiest expert."""
-    mine = pairs_sent(batch.picks, shape.experts, ranks)
+    mine = pairs_sent(batch.topk_idx, shape.experts, ranks)
     sent = [torch.empty_like(mine) for _ in range(ranks)]
     dist.all_gather(sent, mine)
     per_expert = batch.routing_map.sum(dim=0)

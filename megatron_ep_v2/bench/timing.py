@@ -229,7 +229,7 @@ def slowest_rank(values: Sequence[float], device: torch.device) -> list[float]:
 
 def peak_memory(run: Callable[[], None], device: torch.device) -> int | None:
     """Bytes that a run needs at its peak beyond what was there before: torch's allocator on a GPU, the resident set on
-    a CPU (None where it cannot be told)."""
+    a CPU (None where it cannot be read)."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

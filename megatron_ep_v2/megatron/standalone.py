@@ -24,6 +24,7 @@ __all__ = [
     "model_parallel",
     "on_cpu",
     "sms_field",
+    "splits_as_lists",
     "token_dispatcher",
 ]
 
@@ -141,7 +142,7 @@ def on_cpu() -> Iterator[None]:
             "cuda_dtoh_stream",
             "none",
         ),  # not None: the constructor then makes no stream
-        (token_dispatcher.MoEAlltoAllTokenDispatcher, "_maybe_dtoh_and_synchronize", _splits_as_lists),
+        (token_dispatcher.MoEAlltoAllTokenDispatcher, "_maybe_dtoh_and_synchronize", splits_as_lists),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
     for owner, name, value in places:
@@ -154,7 +155,9 @@ def on_cpu() -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def _splits_as_lists(self: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor | None:
+def splits_as_lists(self: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor | None:
+    """`MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize` where nothing has to be copied to the host: only the
+    split sizes take the form that collectives want."""
     if point == self.cuda_dtoh_point:
         self.input_splits, self.output_splits, self.output_splits_tp = (
             None if splits is None else splits.tolist()

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron_ep_v2.bench import timing
 from megatron_ep_v2.bench.dispatchers import DispatcherSet
-from megatron_ep_v2.bench.entry import Entry, noted, told_once
+from megatron_ep_v2.bench.entry import Entry, noted, without_repetitions
 from megatron_ep_v2.bench.exposed import busy
 from megatron_ep_v2.bench.layer import Groups, within
 from megatron_ep_v2.bench.progress import Progress
@@ -94,7 +94,7 @@ def measure_steps(
     tokens = options.shape.seq_length * len(batches)
     flops = step_flops(options.shape, tokens)
     rows = []
-    for entry in told_once(entries):
+    for entry in without_repetitions(entries):
         row = _common(shape.name, trainer, ranks, repeats, len(batches), first) | entry.described()
         if id(entry) in times:
             row |= _measured(times[id(entry)], tokens * ranks, flops)

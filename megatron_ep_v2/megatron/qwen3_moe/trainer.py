@@ -131,9 +131,11 @@ class Trainer:
         return dense + experts, dense + experts * shape.topk // shape.num_experts
 
     def state_dict(self) -> dict[str, Any]:
+        assert self.optimizer is not None  # without one there is nothing to go on with
         return {"step": self.step_number, "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert self.optimizer is not None
         self.step_number = state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
 
