@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -15,12 +16,15 @@ from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 from megatron_ep_v2.settings import Settings
 
 
-class Layer(Protocol):
-    """A layer in two halves, as training runs many of them: all forward, then all backward."""
+class Layer(ABC):
+    """A layer in two halves, as training runs many of them: all forward, then all backward. Called, it is one forward
+    and its backward."""
 
+    @abstractmethod
     def forward(self) -> Any:
         """Run one forward; what its backward needs."""
 
+    @abstractmethod
     def backward(self, states: list[Any]) -> tuple[torch.Tensor, ...]:
         """Run the backwards of several forwards, the last one first.
 
@@ -28,11 +32,7 @@ class Layer(Protocol):
             `(output [T, H], gradient of the hidden states [T, H], gradient of the weights [T, K])` of one of them.
         """
 
-
-class _Callable:
-    """Called, a layer is one forward and its backward."""
-
-    def __call__(self: Layer) -> tuple[torch.Tensor, ...]:
+    def __call__(self) -> tuple[torch.Tensor, ...]:
         return self.backward([self.forward()])
 
 
@@ -42,7 +42,7 @@ def unwrapped(buffer: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RawCalls(_Callable):
+class RawCalls(Layer):
     """The four calls of one layer on a buffer: the floor of everything on that buffer.
 
     dispatch; combine; cached dispatch (the combine's backward); combine with weights (the dispatch's backward).
@@ -125,7 +125,7 @@ class RawCalls(_Callable):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FusedCalls(_Callable):
+class FusedCalls(Layer):
     """`fused_dispatch` and `fused_combine`; the probabilities get gradients too.
 
     Attributes:

@@ -73,8 +73,8 @@ class Run:
             expected: The case that the others are compared with, or what all of them should compute.
             tolerance: The largest relative L2 that is right.
         """
-        results = {case: run() for case, run in cases.items()}
-        wanted: Any = results[expected] if isinstance(expected, str | tuple) and expected in results else expected
+        results: dict[Any, check.Tensors] = {case: run() for case, run in cases.items()}
+        wanted: Any = results[expected] if isinstance(expected, str | tuple) else expected
         return check.require_equal(results, wanted, tolerance, self.device)
 
     def time(self, runs: Mapping[K, Any], **more: Any) -> dict[K, dict[str, list[float]]]:

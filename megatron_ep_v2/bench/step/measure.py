@@ -78,15 +78,17 @@ def measure_steps(
     batches = _tokens(options, ranks)
     _build(entries, shape, trainer, batches, groups)
     taken: dict[str, StepStats] = {}
-    for entry in (entry for entry in entries if entry.layer):
-        progress.say(f"{entry.label}: first step (a new shape is compiled kernel by kernel, up to a minute)")
-        with noted(entry):
-            taken[entry.label] = within(entry.layer, Stepper.step)
+    for entry in entries:
+        if entry.layer is not None:
+            progress.say(f"{entry.label}: first step (a new shape is compiled kernel by kernel, up to a minute)")
+            with noted(entry):
+                taken[entry.label] = within(entry.layer, Stepper.step)
     stepped = [entry for entry in entries if entry.layer]
     stock = (entry for entry in stepped if entry.variant.name == "alltoall" and entry.experts == "megatron")
     base = next(stock, stepped[0] if stepped else None)
     first = taken[base.label] if base else None
     for entry in stepped:
+        assert first is not None
         _judge(entry, taken[entry.label], first, TOLERANCE[options.dtype])
 
     good = [entry for entry in entries if entry.status == "ok"]
@@ -117,8 +119,9 @@ def _build(
 ) -> None:
     """Give each entry its layer: experts once for each kind, dispatchers once for each variant and SM count."""
     owners = [layer.experts for layer in trainer.moe_layers]
-    experts: dict[str, ExpertSet] = {}
+    experts: dict[str | None, ExpertSet] = {}
     for kind in dict.fromkeys(entry.experts for entry in entries):
+        assert kind is not None  # in a training step each entry names its experts
         with noted(*(entry for entry in entries if entry.experts == kind)):
             experts[kind] = ExpertSet(kind, trainer, owners)
     usable = [entry for entry in entries if entry.status == "ok"]
