@@ -53,7 +53,7 @@ def measure(run: Run) -> Iterator[list[Row]]:
             )
     for layout in ("compact", "expanded"):
         run.require_equal({key: case for key, case in cases.items() if key[0] == layout}, (layout, False), 5e-3)
-    times = {key: by_kind["alone"] for key, by_kind in run.time(cases, kinds={"alone": 1}).items()}
+    times = run.time_alone(cases)
     yield [
         {
             "layout": layout,

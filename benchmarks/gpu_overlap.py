@@ -220,7 +220,7 @@ def _measure(case: str, run: Run) -> list[Row]:
     options = run.options
     steps = CASES[case](options, run.device)
     run.require_equal(steps, "off", 2e-2)
-    times = {overlap: by_kind["alone"] for overlap, by_kind in run.time(steps, kinds={"alone": 1}).items()}
+    times = run.time_alone(steps)
     rows = []
     for overlap, step in steps.items():
         trace = options.traces / f"{case}_overlap_{overlap}.json.gz" if options.traces and run.rank == 0 else None

@@ -52,7 +52,7 @@ def measure(run: Run) -> Iterator[list[Row]]:
         run.require_equal(cases, "no recompute", 1e-2)
         device_checks.read_all()  # the routing was the same
         memory = {variant: stack.memory(variant) for variant in VARIANTS}
-        times = {variant: by_kind["alone"] for variant, by_kind in run.time(cases, kinds={"alone": 1}).items()}
+        times = run.time_alone(cases)
         yield [
             {
                 "layout": layout,

@@ -89,16 +89,16 @@ def measure_size(experts: int, n: int, k: int, run: Run) -> list[Row]:
         }
         if rows[name]["status"] == "ok":
             good[name] = case
-    times = run.time(good, kinds={"device": 1}, warmup=2, queued=True)
-    for name, by_kind in times.items():
-        us = summarise(by_kind["device"]).median
+    times = run.time_alone(good, warmup=2, queued=True)
+    for name, values in times.items():
+        us = summarise(values).median
         rows[name] |= {
             "us": round(us, 1),
             "tflops": round(2 * ROWS * n * k / us / 1e6, 1),
             "repeats": run.options.repeats,
         }
         if BASE in times:
-            rows[name]["of_gemm_and_add"] = ratio(by_kind["device"], times[BASE]["device"])
+            rows[name]["of_gemm_and_add"] = ratio(values, times[BASE])
     return list(rows.values())
 
 

@@ -59,9 +59,9 @@ def measure(run: Run) -> Iterator[list[Row]]:
             step()
     watched = next(buffer for buffer in pool.buffers() if isinstance(buffer, WatchedBuffer))
     start, cpu = time.perf_counter(), _cpu_seconds(watched.watch.line.process.pid)
-    times = run.time(steps, kinds={"alone": 1}, warmup=0, swap=True)
+    times = run.time_alone(steps, warmup=0, swap=True)
     watcher_share = (_cpu_seconds(watched.watch.line.process.pid) - cpu) / (time.perf_counter() - start)
-    by_variant = {name: [us / 1e3 for us in by_kind["alone"]] for name, by_kind in times.items()}
+    by_variant = {name: [us / 1e3 for us in values] for name, values in times.items()}
     facts = {"ranks": run.ranks, **{name: getattr(options, name) for name in SIZES}}
     rows = []
     for name, step_ms in by_variant.items():

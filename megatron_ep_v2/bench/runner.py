@@ -81,6 +81,10 @@ class Run:
         """`timing.time_runs` with `--repeats`."""
         return timing.time_runs(runs, self.options.repeats, self.device, **more)
 
+    def time_alone(self, runs: Mapping[K, Any], **more: Any) -> dict[K, list[float]]:
+        """Microseconds of each round, from an idle device."""
+        return {case: times["alone"] for case, times in self.time(runs, kinds={"alone": 1}, **more).items()}
+
     def time_kernels(
         self, runs: Mapping[K, Any], in_graph: Mapping[K, Any] | None = None
     ) -> tuple[dict[K, float], dict[K, float]]:
