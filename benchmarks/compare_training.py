@@ -1,10 +1,10 @@
-"""Put the runs of `examples/pretrain_qwen3_moe.py` beside each other: one results file, one plot of their losses.
+"""Put the runs of `examples/pretrain_qwen3_moe.py` next to each other: one results file, one plot of their losses.
 
     python benchmarks/compare_training.py NAME=RUN_DIR NAME=RUN_DIR ... --caption "8 x H200, ..." --out OUT.jsonl
 
 The others are compared with the first run. Prints the first step's losses, their differences, the last losses, those
-on held-out text, and median step times (the first tenth of the steps left out); writes the rows and, beside them, the
-plot as SVG and PNG.
+on held-out text, and median step times (the first tenth of the steps left out); writes the rows and, next to them, the
+plot as SVG.
 """
 
 from __future__ import annotations
@@ -63,8 +63,7 @@ def _plot(runs: list[dict[str, Any]], out: Path, caption: str) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.supxlabel(caption, fontsize="x-small", wrap=True)
-    for kind in ("svg", "png"):
-        figure.savefig(out.with_suffix(f".{kind}"), dpi=150)
+    figure.savefig(out.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

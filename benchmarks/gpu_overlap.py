@@ -2,7 +2,7 @@
 
     shared   a stack of MoE layers with shared experts: `moe_shared_expert_overlap` off and on
     1f1b     a GPT of MoE layers, several micro-batches: one after the other, and by Megatron's 1F1B plan, which runs
-             one micro-batch's forward beside another's backward
+             one micro-batch's forward next to another's backward
 
 Exposed: some kernel of deep_ep runs and no other kernel does, in a profiler's trace of one step; a kernel that waits
 for a late rank counts as running. Times are CUDA events, medians over repeats of the slowest rank; shares are the worst
@@ -20,69 +20,61 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import Results, start, time_layers
-from exposed import profiled
 
 import megatron_ep_v2
-from megatron_ep_v2.megatron.experts import use_experts
+from megatron_ep_v2.bench.exposed import profiled
+from megatron_ep_v2.bench.rows import ratio
+from megatron_ep_v2.bench.runner import Row, Run, main
+from megatron_ep_v2.bench.timing import summarise
 
 HIDDEN, FFN, EXPERTS, TOPK = 2048, 768, 128, 8  # Qwen3-30B-A3B
 SHARED_FFN = 4096  # Qwen3 has no shared expert: as much work for a token as its 8 chosen ones have, rounded down
 HEADS, VOCABULARY, SEQUENCE = 16, 32768, 4096
 
-Run = Callable[[], dict[str, torch.Tensor]]
+Step = Callable[[], dict[str, torch.Tensor]]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--layout", choices=("compact", "expanded", "sync-free"), default="expanded")
     parser.add_argument("--experts", choices=("te", "grouped"), default="te", help="TEGroupedMLP, or torch's GEMM")
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a micro-batch, a multiple of 4096")
+    parser.add_argument("--tokens", type=_tokens, default=4096, help="tokens of a micro-batch, a multiple of 4096")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--micro-batches", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--traces", type=Path, help="folder for rank 0's traces of the profiled steps")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    if options.tokens % SEQUENCE:
-        parser.error(f"--tokens {options.tokens} is not a multiple of {SEQUENCE}, the length of a sequence")
-    device = start(on_cpu=False)
-    _initialise_megatron(options)
-    results = Results(options.out, "gpu_overlap.py")
-    for case in options.cases:
-        results.add(_measure(case, options, device), _line)
-    results.finish()
-    megatron_ep_v2.uninstall()
-    dist.destroy_process_group()
 
 
-def _line(row: dict[str, Any]) -> str:
+def _tokens(text: str) -> int:
+    if int(text) % SEQUENCE:
+        raise argparse.ArgumentTypeError(f"{text} is not a multiple of {SEQUENCE}, the length of a sequence")
+    return int(text)
+
+
+def measure(run: Run) -> Iterator[list[Row]]:
+    from megatron_ep_v2.megatron.standalone import model_parallel
+
+    layout = run.options.layout
+    mode: dict[str, Any] = {"sync_free": True} if layout == "sync-free" else {"layout": layout}
+    with model_parallel(run.ranks, seed=1):
+        megatron_ep_v2.install(buffer="elastic", num_max_tokens_per_rank=run.options.tokens, **mode)
+        for case in run.options.cases:
+            yield _measure(case, run)
+        megatron_ep_v2.uninstall()
+
+
+def line(row: Row) -> str:
     return (
         f"{row['case']:<7} overlap {row['overlap']:<4} {row['microseconds']:>8.0f} us {row['ratio']:.3f}"
         f"  deep_ep {row['communication_us']:>7.0f} us, exposed {row['exposed_us']:>7.0f} us:"
         f" {row['exposed_share']:.1%} of the step, {row['covered']:.1%} covered"
     )
-
-
-def _initialise_megatron(options: argparse.Namespace) -> None:
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-
-    parallel_state.initialize_model_parallel(
-        expert_model_parallel_size=dist.get_world_size(), expert_tensor_parallel_size=1
-    )
-    model_parallel_cuda_manual_seed(1)
-    mode: dict[str, Any] = {"sync_free": True} if options.layout == "sync-free" else {"layout": options.layout}
-    megatron_ep_v2.install(buffer="elastic", num_max_tokens_per_rank=options.tokens, **mode)
 
 
 def _config(layers: int, **more: Any) -> Any:
@@ -118,10 +110,12 @@ def _config(layers: int, **more: Any) -> Any:
     )
 
 
-def _shared(options: argparse.Namespace, device: torch.device) -> dict[str, Run]:
+def _shared(options: argparse.Namespace, device: torch.device) -> dict[str, Step]:
     """Layers with a residual connection, alike in both variants."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
     from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+
+    from megatron_ep_v2.megatron.experts import use_experts
 
     def build(overlap: bool) -> torch.nn.ModuleList:
         config = _config(1, moe_shared_expert_intermediate_size=SHARED_FFN, moe_shared_expert_overlap=overlap)
@@ -155,12 +149,14 @@ def _shared(options: argparse.Namespace, device: torch.device) -> dict[str, Run]
     return {"off": lambda: step(plain), "on": lambda: step(overlapped)}
 
 
-def _one_forward_one_backward(options: argparse.Namespace, device: torch.device) -> dict[str, Run]:
+def _one_forward_one_backward(options: argparse.Namespace, device: torch.device) -> dict[str, Step]:
     """The same model and micro-batches, one after the other and by Megatron's plan."""
     from megatron.core.models.common.model_chunk_schedule_plan import TransformerModelChunkSchedulePlan
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.pipeline_parallel.utils import set_streams
+
+    from megatron_ep_v2.megatron.experts import use_experts
 
     set_streams()
     config = _config(options.layers)
@@ -214,47 +210,42 @@ def _one_forward_one_backward(options: argparse.Namespace, device: torch.device)
     return {"off": one_after_the_other, "on": planned}
 
 
-CASES: dict[str, Callable[[argparse.Namespace, torch.device], dict[str, Run]]] = {
+CASES: dict[str, Callable[[argparse.Namespace, torch.device], dict[str, Step]]] = {
     "shared": _shared,
     "1f1b": _one_forward_one_backward,
 }
 
 
-def _measure(case: str, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    variants = CASES[case](options, device)
-    results = {name: run() for name, run in variants.items()}
-    for name, expected in results["off"].items():
-        error = (results["on"][name].double() - expected.double()).norm() / expected.double().norm()
-        assert error < 2e-2, f"{case}: overlap changes the {name} by {error:.1e}"
-    del results
-    times = time_layers(variants, options.repeats, device)
+def _measure(case: str, run: Run) -> list[Row]:
+    options = run.options
+    steps = CASES[case](options, run.device)
+    run.require_equal(steps, "off", 2e-2)
+    times = run.time_alone(steps)
     rows = []
-    for name, run in variants.items():
-        trace = None
-        if options.traces and dist.get_rank() == 0:
-            trace = options.traces / f"{case}_overlap_{name}.json.gz"
-        shares = profiled(run, trace)
-        values = torch.tensor([shares.step, shares.communication, shares.exposed], dtype=torch.float64, device=device)
-        by_rank = values.new_empty(dist.get_world_size(), 3)
+    for overlap, step in steps.items():
+        trace = options.traces / f"{case}_overlap_{overlap}.json.gz" if options.traces and run.rank == 0 else None
+        shares = profiled(step, trace)
+        values = torch.tensor([shares.step, shares.communication, shares.exposed], device=run.device).double()
+        by_rank = values.new_empty(run.ranks, 3)
         dist.all_gather(list(by_rank), values)
-        step, communication, exposed = max(by_rank.tolist(), key=lambda row: row[2] / row[0])
+        traced, communication, exposed = max(by_rank.tolist(), key=lambda row: row[2] / row[0])
         rows.append(
             {
                 "case": case,
-                "overlap": name,
+                "overlap": overlap,
                 "layout": options.layout,
                 "experts": options.experts,
                 "max_connections": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "unset"),
-                "ranks": dist.get_world_size(),
+                "ranks": run.ranks,
                 "tokens_per_rank": options.tokens,
                 "layers": options.layers,
-                "microseconds": round(statistics.median(times[name]), 1),
-                "ratio": round(statistics.median(times[name]) / statistics.median(times["off"]), 3),
+                "microseconds": round(summarise(times[overlap]).median, 1),
+                "ratio": ratio(times[overlap], times["off"]),
                 "repeats": options.repeats,
-                "traced_step_us": round(step, 1),
+                "traced_step_us": round(traced, 1),
                 "communication_us": round(communication, 1),
                 "exposed_us": round(exposed, 1),
-                "exposed_share": round(exposed / step, 4),
+                "exposed_share": round(exposed / traced, 4),
                 "covered": round(max(0.0, 1 - exposed / communication), 4),
             }
         )
@@ -262,4 +253,4 @@ def _measure(case: str, options: argparse.Namespace, device: torch.device) -> li
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, measure, add_options, line=line, repeats=10)

@@ -6,26 +6,23 @@ of all layers; variants alternate; CUDA events, medians over repeats of the slow
 allocated before. `kept` is what checkpoints hold between forward and backward.
 
     torchrun --nproc-per-node 8 benchmarks/gpu_recompute.py [--out benchmarks/results/h200x8/recompute.jsonl]
-
-On the CPU, to try the script: torchrun --nproc-per-node 2 benchmarks/gpu_recompute.py --cpu
+    torchrun --nproc-per-node 2 benchmarks/gpu_recompute.py --cpu        # a rehearsal on the reference buffer
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from common import environment, start, time_layers, torchrun, write_rows
 from torch.utils.checkpoint import checkpoint
 
-import megatron_ep_v2
 from megatron_ep_v2 import device_checks, settings
+from megatron_ep_v2.bench.rows import ratio
+from megatron_ep_v2.bench.runner import Row, Run, main
+from megatron_ep_v2.bench.timing import summarise
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 from megatron_ep_v2.recompute import Replayed
 
@@ -33,61 +30,44 @@ HIDDEN, FFN, EXPERTS, TOPK = 2048, 768, 128, 8  # Qwen3-30B-A3B
 VARIANTS = ("no recompute", "recompute", "recompute, replayed")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="tokens per rank")
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--layouts", nargs="+", default=["expanded"], choices=("compact", "expanded"))
-    parser.add_argument("--cpu", action="store_true", help="the reference buffer, with few tokens")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    device = start(options.cpu)
-    if options.cpu:
-        options.tokens, options.layers, options.repeats = 64, 2, 3
-    kind = "reference" if options.cpu else "elastic"
-    settings.activate(settings.resolve(buffer=kind, num_max_tokens_per_rank=options.tokens))
-
-    rows = [row for layout in options.layouts for row in _measure(layout, options, device)]
-    if dist.get_rank() == 0:
-        for row in rows:
-            print(
-                f"{row['layout']:<9} {row['variant']:<20} {row['microseconds']:>9.0f} us  {row['ratio']:.3f}"
-                f"  peak {row['peak_mib']:>7.1f} MiB  kept {row['kept_mib']:>7.1f} MiB"
-            )
-        write_rows(options.out, environment(torchrun("gpu_recompute.py")), rows)
-    megatron_ep_v2.destroy_buffers()
-    dist.destroy_process_group()
 
 
-def _measure(layout: str, options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    stack = Stack(layout, options, device)
-    variants = {variant: _stack_of(stack, variant) for variant in VARIANTS}
-    results = {variant: run() for variant, run in variants.items()}
-    for variant, result in results.items():
-        for mine, theirs in zip(result, results["no recompute"], strict=True):
-            error = (mine.double() - theirs.double()).norm() / theirs.double().norm()
-            assert error < 1e-2, f"{layout}, {variant}: a result is off by {error:.1e}"
-    device_checks.read_all()  # the routing was the same
-    del results
-    memory = {variant: stack.memory(variant) for variant in VARIANTS}
-    times = time_layers(variants, options.repeats, device)
-    base = statistics.median(times["recompute"])
-    return [
-        {
-            "layout": layout,
-            "variant": variant,
-            "layers": options.layers,
-            "tokens_per_rank": options.tokens,
-            "ranks": dist.get_world_size(),
-            "microseconds": round(statistics.median(times[variant]), 1),
-            "ratio": round(statistics.median(times[variant]) / base, 3),
-            "repeats": options.repeats,
-            "peak_mib": round(memory[variant][0], 1),
-            "kept_mib": round(memory[variant][1], 1),
-        }
-        for variant in VARIANTS
-    ]
+def line(row: Row) -> str:
+    return (
+        f"{row['layout']:<9} {row['variant']:<20} {row['microseconds']:>9.0f} us  {row['ratio']:.3f}"
+        f"  peak {row['peak_mib']:>7.1f} MiB  kept {row['kept_mib']:>7.1f} MiB"
+    )
+
+
+def measure(run: Run) -> Iterator[list[Row]]:
+    options = run.options
+    settings.activate(settings.resolve(buffer=run.buffer, num_max_tokens_per_rank=options.tokens))
+    for layout in options.layouts:
+        stack = Stack(layout, run)
+        cases = {variant: _stack_of(stack, variant) for variant in VARIANTS}
+        run.require_equal(cases, "no recompute", 1e-2)
+        device_checks.read_all()  # the routing was the same
+        memory = {variant: stack.memory(variant) for variant in VARIANTS}
+        times = run.time_alone(cases)
+        yield [
+            {
+                "layout": layout,
+                "variant": variant,
+                "layers": options.layers,
+                "tokens_per_rank": options.tokens,
+                "ranks": run.ranks,
+                "microseconds": round(summarise(times[variant]).median, 1),
+                "ratio": ratio(times[variant], times["recompute"]),
+                "repeats": options.repeats,
+                "peak_mib": round(memory[variant][0], 1),
+                "kept_mib": round(memory[variant][1], 1),
+            }
+            for variant in VARIANTS
+        ]
 
 
 def _stack_of(stack: Stack, variant: str) -> Callable[[], tuple[torch.Tensor, ...]]:
@@ -97,8 +77,8 @@ def _stack_of(stack: Stack, variant: str) -> Callable[[], tuple[torch.Tensor, ..
 class Stack:
     """MoE layers one after the other, each with a routing of its own."""
 
-    def __init__(self, layout: str, options: argparse.Namespace, device: torch.device):
-        generator = torch.Generator(device).manual_seed(dist.get_rank())
+    def __init__(self, layout: str, run: Run):
+        options, device, generator = run.options, run.device, run.generator()
 
         def make(*shape: int) -> torch.Tensor:
             return torch.randn(*shape, generator=generator, device=device)
@@ -107,25 +87,27 @@ class Stack:
         self.x, self.grad = make(options.tokens, HIDDEN).bfloat16(), make(options.tokens, HIDDEN).bfloat16()
         self.x.requires_grad_()
         tops = [make(options.tokens, EXPERTS).softmax(dim=1).topk(TOPK, dim=1) for _ in range(options.layers)]
-        self.picks = [top.indices for top in tops]
+        self.topk_idx = [top.indices for top in tops]
         self.probs = [top.values.contiguous().requires_grad_() for top in tops]
         self.up, self.down = (make(HIDDEN, FFN) * 0.02).bfloat16(), (make(FFN, HIDDEN) * 0.02).bfloat16()
 
-    def layer(self, x: torch.Tensor, picks: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    def layer(self, x: torch.Tensor, topk_idx: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
         expand = self.layout == "expanded"
-        rows, idx, row_probs, _, handle = fused_dispatch(x, picks, probs, EXPERTS, dist.group.WORLD, do_expand=expand)
+        rows, idx, row_probs, _, handle = fused_dispatch(
+            x, topk_idx, probs, EXPERTS, dist.group.WORLD, do_expand=expand
+        )
         weights = row_probs if idx is None else row_probs.masked_fill(idx < 0, 0.0).sum(dim=1)
         rows = (F.silu(rows @ self.up) @ self.down) * weights[:, None].to(rows.dtype)
         return x + fused_combine(rows, dist.group.WORLD, handle)[0]
 
     def forward(self, variant: str) -> torch.Tensor:
         y = self.x
-        for picks, probs in zip(self.picks, self.probs, strict=True):
+        for topk_idx, probs in zip(self.topk_idx, self.probs, strict=True):
             if variant == "no recompute":
-                y = self.layer(y, picks, probs)
+                y = self.layer(y, topk_idx, probs)
             else:
                 function = Replayed(self.layer) if variant == "recompute, replayed" else self.layer
-                y = checkpoint(function, y, picks, probs, use_reentrant=True)
+                y = checkpoint(function, y, topk_idx, probs, use_reentrant=True)
         return y
 
     def run(self, variant: str) -> tuple[torch.Tensor, ...]:
@@ -151,4 +133,4 @@ class Stack:
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, measure, add_options, line=line, repeats=15, rehearsal={"tokens": 64, "layers": 2, "repeats": 3})

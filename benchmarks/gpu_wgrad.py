@@ -1,4 +1,4 @@
-"""Weight gradients of experts, added to an fp32 gradient buffer, on one GPU: the kernel of `kernels/wgrad.py` beside
+"""Weight gradients of experts, added to an fp32 gradient buffer, on one GPU: the kernel of `kernels/wgrad.py` next to
 torch's grouped GEMM and an addition, at the sizes of a rank of Qwen3-30B-A3B, Qwen3-235B-A22B and DeepSeek-V3.
 
     python benchmarks/gpu_wgrad.py [--tiles] [--out benchmarks/results/h200x2/wgrad.jsonl]
@@ -12,16 +12,17 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import statistics
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
-from common import AHEAD_CYCLES, environment, write_rows
 
+from megatron_ep_v2.bench.check import relative_l2
+from megatron_ep_v2.bench.rows import ratio
+from megatron_ep_v2.bench.runner import Row, Run, main
+from megatron_ep_v2.bench.timing import summarise
 from megatron_ep_v2.kernels import wgrad_triton
 
+BASE = "grouped GEMM, then add"
 ROWS = 32768  # of a rank: 4096 tokens on each of two ranks, top-8, shared by two
 # Shape, local experts: with the model's experts on two ranks, and as many as eight ranks have.
 SIZES = {
@@ -37,25 +38,19 @@ TILES = (
 )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--tiles", action="store_true")
-    parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
-    rows = []
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--tiles", action="store_true", help="other tile sizes of the kernel, too")
+
+
+def measure(run: Run) -> Iterator[list[Row]]:
     for (shape, (hidden, ffn, counts)), linear in itertools.product(SIZES.items(), ("fc1", "fc2")):
         for experts in counts:
             n, k = (2 * ffn, hidden) if linear == "fc1" else (hidden, ffn)
-            for row in measure(experts, n, k, options):
-                rows.append(
-                    {"shape": shape, "linear": linear, "local_experts": experts, "n": n, "k": k, "rows": ROWS} | row
-                )
-                print(rows[-1], flush=True)
-    write_rows(options.out, environment("benchmarks/gpu_wgrad.py"), rows)
+            facts = {"shape": shape, "linear": linear, "local_experts": experts, "n": n, "k": k, "rows": ROWS}
+            yield [facts | row for row in measure_size(experts, n, k, run)]
 
 
-def measure(experts: int, n: int, k: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_size(experts: int, n: int, k: int, run: Run) -> list[Row]:
     generator = torch.Generator("cuda").manual_seed(1)
     share = torch.rand(experts, generator=generator, device="cuda") + 0.5
     ends = (share.cumsum(0) / share.sum() * ROWS).round().to(torch.int32)
@@ -73,42 +68,39 @@ def measure(experts: int, n: int, k: int, options: argparse.Namespace) -> list[d
 
         return run
 
-    variants = {"grouped GEMM, then add": gemm_then_add, "kernel": kernel(TILES[0])}
-    if options.tiles:
-        variants |= {f"kernel {tiles}": kernel(tiles) for tiles in TILES[1:]}
+    cases = {BASE: gemm_then_add, "kernel": kernel(TILES[0])}
+    if run.options.tiles:
+        cases |= {f"kernel {tiles}": kernel(tiles) for tiles in TILES[1:]}
     at = [0, *ends.tolist()]
     wanted = torch.stack([grad[a:b].double().t() @ x[a:b].double() for a, b in itertools.pairwise(at[:5])])
-    rows, good = [], {}
-    for name, run in variants.items():
+    rows, good = {}, {}
+    for name, case in cases.items():
         out.zero_()
         try:
-            run()
+            case()
         except Exception as error:  # noqa: BLE001 - a tile that does not fit
-            rows.append({"variant": name, "status": "unavailable", "reason": str(error)[:200]})
+            rows[name] = {"variant": name, "status": "unavailable", "reason": str(error)[:200]}
             continue
-        error = ((out[: len(wanted)].double() - wanted).norm() / wanted.norm()).item()
-        row = {"variant": name, "status": "ok" if error < 5e-3 else "wrong", "relative_l2": float(f"{error:.2g}")}
-        rows.append(row)
-        if row["status"] == "ok":
-            good[name] = row, run, list[float]()
-    for repeat in range(-2, options.repeats):
-        for _, run, times in good.values():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            torch.cuda.synchronize()
-            torch.cuda._sleep(AHEAD_CYCLES)
-            start.record()
-            run()
-            end.record()
-            end.synchronize()
-            if repeat >= 0:
-                times.append(start.elapsed_time(end) * 1e3)
-    for row, _, times in good.values():
-        us = statistics.median(times)
-        row |= {"us": round(us, 1), "tflops": round(2 * ROWS * n * k / us / 1e6, 1), "repeats": len(times)}
-    for row, _, _ in good.values():
-        row["of_gemm_and_add"] = round(row["us"] / rows[0]["us"], 3)
-    return rows
+        error = relative_l2(out[: len(wanted)], wanted)
+        rows[name] = {
+            "variant": name,
+            "status": "ok" if error < 5e-3 else "wrong",
+            "relative_l2": float(f"{error:.2g}"),
+        }
+        if rows[name]["status"] == "ok":
+            good[name] = case
+    times = run.time_alone(good, warmup=2, queued=True)
+    for name, values in times.items():
+        us = summarise(values).median
+        rows[name] |= {
+            "us": round(us, 1),
+            "tflops": round(2 * ROWS * n * k / us / 1e6, 1),
+            "repeats": run.options.repeats,
+        }
+        if BASE in times:
+            rows[name]["of_gemm_and_add"] = ratio(values, times[BASE])
+    return list(rows.values())
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, measure, add_options, single=True)

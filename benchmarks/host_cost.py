@@ -1,4 +1,4 @@
-"""What this package costs the host in one MoE layer, forward and backward: on any machine, with nothing behind it.
+"""What this package costs the host in one MoE layer, forward and backward: on any machine, with no deep_ep.
 
 The four calls of a layer (dispatch, combine, cached dispatch, combine with weights) are made on a stand-in for the
 buffer of deep_ep that answers at once, with tensors of the `meta` device, which have shapes and no data. What is left
@@ -21,17 +21,17 @@ from __future__ import annotations
 import argparse
 import socket
 import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import environment, write_rows
 
 from megatron_ep_v2 import settings
+from megatron_ep_v2.bench import timing
+from megatron_ep_v2.bench.calls import RawCalls
+from megatron_ep_v2.bench.runner import Row, Run, main
 from megatron_ep_v2.buffers import elastic, pool
 from megatron_ep_v2.buffers.contract import BufferSpec
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
@@ -48,7 +48,7 @@ class Tensors:
 
     def __init__(self, device: str):
         self.x = torch.zeros(TOKENS, HIDDEN, dtype=torch.bfloat16, device=device)
-        self.picks = torch.zeros(TOKENS, TOPK, dtype=torch.int64, device=device)
+        self.topk_idx = torch.zeros(TOKENS, TOPK, dtype=torch.int64, device=device)
         self.probs = torch.zeros(TOKENS, TOPK, device=device)
         self.rows = torch.zeros(ROWS, HIDDEN, dtype=torch.bfloat16, device=device)
         self.row_probs = torch.zeros(ROWS, device=device)
@@ -100,7 +100,7 @@ def make_stub(given: Tensors) -> Any:
                 do_expand=True,
                 expert_alignment=1,
                 num_sms=14,
-                topk_idx=given.picks,
+                topk_idx=given.topk_idx,
                 num_experts=EXPERTS,
                 num_expanded_tokens=ROWS,
             )
@@ -149,16 +149,16 @@ def make_buffers(device: str, stub: Any) -> dict[str, Any]:
     return buffers
 
 
-def four_calls(buffer: Any, given: Tensors) -> Callable[[], None]:
-    def layer() -> None:
-        rows, _, row_probs, handle, _ = buffer.dispatch(
-            given.x, topk_idx=given.picks, topk_weights=given.probs, num_experts=EXPERTS, do_expand=True
-        )
-        buffer.combine(rows, handle)
-        rows, *_ = buffer.dispatch(given.x, handle=handle, do_expand=True, num_sms=14)
-        buffer.combine(rows, handle, row_probs, num_sms=14)
-
-    return layer
+def four_calls(buffer: Any, given: Tensors) -> Callable[[], Any]:
+    return RawCalls(
+        buffer=buffer,
+        hidden=given.x,
+        grad_output=given.x,
+        topk_idx=given.topk_idx,
+        topk_weights=given.probs,
+        num_experts=EXPERTS,
+        do_expand=True,
+    )
 
 
 def fused_layer(group: Any, given: Tensors) -> Callable[[], None]:
@@ -166,7 +166,7 @@ def fused_layer(group: Any, given: Tensors) -> Callable[[], None]:
         x, probs = given.leaves
         x.grad = probs.grad = None
         rows, _, row_probs, _, handle = fused_dispatch(
-            x, given.picks, probs, EXPERTS, group, True, True, do_expand=True
+            x, given.topk_idx, probs, EXPERTS, group, True, True, do_expand=True
         )
         y, _ = fused_combine(rows, group, handle, True, True)
         torch.autograd.backward([y, row_probs], given.gradients)
@@ -202,50 +202,44 @@ def minimal_layer(given: Tensors) -> Callable[[], None]:
     return layer
 
 
-def time_layers(variants: dict[str, Callable[[], None]], device: str, rounds: int) -> dict[str, list[float]]:
-    """Microseconds of the host per layer, of each round. The variants take turns."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for number in range(-10, rounds):
-        for name, layer in variants.items():
-            start = time.perf_counter()
-            for _ in range(LAYERS):
-                layer()
-            if number >= 0:
-                times[name].append((time.perf_counter() - start) / LAYERS * 1e6)
-            if device == "cuda":
-                torch.cuda.synchronize()
-    return times
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("meta", "cuda"), default="meta")
-    parser.add_argument("--rounds", type=int, default=300)
-    parser.add_argument("--out", type=Path, help="write rows, below an environment header, to this JSONL file")
-    options = parser.parse_args()
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    parser.add_argument("--repeats", "--rounds", type=int, default=300, help="default 300")
+
+
+def line(row: Row) -> str:
+    return f"{row['calls']:<18}{row['host_us']:>9.1f} us a layer  {row['ratio']:>6.2f} x {row['over']}"
+
+
+def measure(run: Run) -> Iterator[list[Row]]:
     settings.activate(settings.resolve(buffer="elastic", gin="off", dispatch_dtype="bf16", grad_dispatch_dtype="bf16"))
-
-    given = Tensors(options.device)
-    buffers = make_buffers(options.device, make_stub(given))
-    variants = {name: four_calls(buffer, given) for name, buffer in buffers.items()}
-    variants["minimal autograd"] = minimal_layer(given)
+    device = run.options.device
+    given = Tensors(device)
+    buffers = make_buffers(device, make_stub(given))
+    cases: dict[str, Callable[[], Any]] = {name: four_calls(buffer, given) for name, buffer in buffers.items()}
+    cases["minimal autograd"] = minimal_layer(given)
     for group, name in zip(pool._pool, ("elastic", "watched"), strict=True):
-        variants[f"fused on {name}"] = fused_layer(group, given)
-    times = time_layers(variants, options.device, options.rounds)
-    pool.destroy_buffers()
+        cases[f"fused on {name}"] = fused_layer(group, given)
 
-    rows = []
+    def take(name: str) -> dict[str, float]:
+        """Of the host alone: its clock, until the last layer's calls have returned."""
+        layers = [cases[name]] * LAYERS
+        spent = timing.measure(lambda: [layer() for layer in layers], torch.device("cpu"), LAYERS)[0]
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return {"host": spent}
+
+    times = {
+        name: by_kind["host"]
+        for name, by_kind in timing.alternate(cases, take, run.options.repeats, run.device, warmup=10).items()
+    }
     for name, values in times.items():
-        fifths, floor = statistics.quantiles(values, n=5), times["minimal autograd" if "fused" in name else "stub"]
-        ratio = statistics.median(one / other for one, other in zip(values, floor, strict=True))
-        row = {"calls": name, "device": options.device, "rounds": options.rounds, "layers": LAYERS}
-        row |= {"host_us": round(statistics.median(values), 2), "p20": round(fifths[0], 2), "p80": round(fifths[3], 2)}
-        rows.append(row | {"ratio": round(ratio, 3), "over": "minimal autograd" if "fused" in name else "stub"})
-        print(f"{name:<18}{row['host_us']:>9.1f} us a layer  {ratio:>6.2f} x {rows[-1]['over']}")
-    write_rows(options.out, environment("python benchmarks/host_cost.py"), rows)
-    dist.destroy_process_group()
+        over, of_case = "minimal autograd" if "fused" in name else "stub", timing.summarise(values)
+        paired = statistics.median(one / other for one, other in zip(values, times[over], strict=True))
+        row = {"calls": name, "device": device, "rounds": run.options.repeats, "layers": LAYERS}
+        row |= {"host_us": round(of_case.median, 2), "p20": round(of_case.p20, 2), "p80": round(of_case.p80, 2)}
+        yield [row | {"ratio": round(paired, 3), "over": over}]
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, measure, add_options, line=line, repeats=None, needs_gpu=False, single=True)

@@ -1,8 +1,8 @@
 """One MoE layer forward, each way from a dispatch to a grouped GEMM and back, for `gpu_layouts.py`.
 
 expanded -> contiguous   the dispatch sorts the rows; the GEMM takes them where they are
-compact -> contiguous    rows gathered into blocks by expert, added up behind the experts
-compact -> masked        rows gathered into `expected_m` rows for each expert, added up behind them
+compact -> contiguous    rows gathered into blocks by expert, added up after the experts
+compact -> masked        rows gathered into `expected_m` rows for each expert, added up after them
 """
 
 from __future__ import annotations
@@ -16,9 +16,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_ep_v2.bench.check import require_equal
+from megatron_ep_v2.bench.shapes import Shape
 from megatron_ep_v2.experts.gemm import deep_gemm
 from megatron_ep_v2.experts.groups import Groups
 from megatron_ep_v2.experts.mlp import swiglu_experts
+from megatron_ep_v2.kernels import swiglu
+from megatron_ep_v2.kernels.select import kernels_for
 from megatron_ep_v2.layouts import (
     CONTIGUOUS_ALIGNMENT,
     check_overflow,
@@ -35,23 +39,21 @@ Run = Callable[[], torch.Tensor]
 
 @dataclass(frozen=True)
 class Model:
-    """Sizes of a layer, and the weights of all experts: each rank makes the same ones, for the check."""
+    """A layer's shape, and the weights of all experts: each rank makes the same ones, for the check."""
 
-    hidden: int
-    ffn: int
-    experts: int
-    topk: int
+    shape: Shape
     w1: torch.Tensor  # [experts, 2 * ffn, hidden]
     w2: torch.Tensor  # [experts, hidden, ffn]
 
     @classmethod
-    def make(cls, hidden: int, ffn: int, experts: int, topk: int, device: str) -> Model:
+    def make(cls, shape: Shape, device: torch.device) -> Model:
+        hidden, ffn, experts = shape.hidden, shape.expert_ffn, shape.experts
         generator = torch.Generator(device).manual_seed(0)
 
-        def normal(*shape: int) -> torch.Tensor:
-            return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16) * shape[-1] ** -0.5
+        def normal(*sizes: int) -> torch.Tensor:
+            return torch.randn(sizes, generator=generator, device=device, dtype=torch.bfloat16) * sizes[-1] ** -0.5
 
-        return cls(hidden, ffn, experts, topk, normal(experts, 2 * ffn, hidden), normal(experts, hidden, ffn))
+        return cls(shape, normal(experts, 2 * ffn, hidden), normal(experts, hidden, ffn))
 
     def own(self) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's experts."""
@@ -62,14 +64,14 @@ class Model:
 @dataclass(frozen=True)
 class Batch:
     x: torch.Tensor
-    picks: torch.Tensor
+    topk_idx: torch.Tensor
     probs: torch.Tensor
 
     @classmethod
-    def make(cls, model: Model, tokens: int, device: str) -> Batch:
+    def make(cls, model: Model, tokens: int, device: torch.device) -> Batch:
         generator = torch.Generator(device).manual_seed(1 + dist.get_rank())
-        x = torch.randn(tokens, model.hidden, generator=generator, device=device).bfloat16()
-        top = torch.rand(tokens, model.experts, generator=generator, device=device).topk(model.topk, dim=1)
+        x = torch.randn(tokens, model.shape.hidden, generator=generator, device=device).bfloat16()
+        top = torch.rand(tokens, model.shape.experts, generator=generator, device=device).topk(model.shape.topk, dim=1)
         return cls(x, top.indices, top.values.contiguous())
 
 
@@ -113,8 +115,6 @@ def contiguous(buffer: Any, model: Model, batch: Batch, backend: str) -> Run:
 
 
 def masked(buffer: Any, model: Model, batch: Batch, multiply: Callable[..., torch.Tensor]) -> Run:
-    from megatron_ep_v2.experts.mlp import _kernels
-
     w1, w2 = model.own()
     expected_m = expected_rows(batch, model)
 
@@ -126,7 +126,7 @@ def masked(buffer: Any, model: Model, batch: Batch, multiply: Callable[..., torc
             first.clear()
         rows, row_probs = gather_rows(received, places), gather_weights(recv_probs, places)
         h = multiply(places.by_expert(rows), w1, places.counts)
-        activated = _kernels(h).forward(h.flatten(0, 1), row_probs, None)
+        activated = kernels_for(h, swiglu, "experts").forward(h.flatten(0, 1), row_probs, None)
         y = multiply(places.by_expert(activated), w2, places.counts)
         return buffer.combine(reduce_rows(y, places), handle, num_sms=handle.num_sms)[0]
 
@@ -136,16 +136,16 @@ def masked(buffer: Any, model: Model, batch: Batch, multiply: Callable[..., torc
 
 def expected_rows(batch: Batch, model: Model) -> int:
     """Rows for each expert: twice an even share, in DeepGEMM's blocks."""
-    share = len(batch.x) * dist.get_world_size() * model.topk / model.experts
+    share = len(batch.x) * dist.get_world_size() * model.shape.topk / model.shape.experts
     return math.ceil(2 * share / CONTIGUOUS_ALIGNMENT) * CONTIGUOUS_ALIGNMENT
 
 
 def _dispatch(buffer: Any, model: Model, batch: Batch, **more: bool) -> Any:
     return buffer.dispatch(
         batch.x,
-        topk_idx=batch.picks,
+        topk_idx=batch.topk_idx,
         topk_weights=batch.probs,
-        num_experts=model.experts,
+        num_experts=model.shape.experts,
         expert_alignment=CONTIGUOUS_ALIGNMENT,
         **more,
     )
@@ -165,13 +165,9 @@ def _masked_gemm(x: torch.Tensor, w: torch.Tensor, counts: torch.Tensor) -> torc
 def check(runs: dict[str, Run], model: Model, batch: Batch) -> dict[str, float]:
     """Relative L2 of the first tokens' output against fp64."""
     tokens = min(CHECKED_TOKENS, len(batch.x))
-    wanted = torch.zeros(tokens, model.hidden, dtype=torch.float64, device=batch.x.device)
+    wanted = torch.zeros(tokens, model.shape.hidden, dtype=torch.float64, device=batch.x.device)
     for token in range(tokens):
-        for expert, prob in zip(batch.picks[token].tolist(), batch.probs[token].double(), strict=True):
+        for expert, prob in zip(batch.topk_idx[token].tolist(), batch.probs[token].double(), strict=True):
             gate, up = (model.w1[expert].double() @ batch.x[token].double()).chunk(2)
             wanted[token] += model.w2[expert].double() @ (torch.nn.functional.silu(gate) * up * prob)
-    errors = {}
-    for name, run in runs.items():
-        errors[name] = ((run()[:tokens].double() - wanted).norm() / wanted.norm()).item()
-        assert errors[name] < 1.5e-2, f"{name} is wrong: relative L2 {errors[name]:.1e}"
-    return errors
+    return require_equal({name: run()[:tokens] for name, run in runs.items()}, wanted, 1.5e-2, batch.x.device)

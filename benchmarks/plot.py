@@ -1,12 +1,12 @@
-"""Pictures of the rows of `python -m megatron_ep_v2 bench`: SVG and PNG, as many as the rows give.
+"""Pictures of the rows of `python -m megatron_ep_v2 bench`: as many SVG files as the rows give.
 
     python benchmarks/plot.py benchmarks/results/h200x8/bench.jsonl ... --out benchmarks/results/h200x8/plots
 
-    times.*   forward and backward of each dispatcher, a panel for each shape and routing
-    sms.*     bandwidth against SMs, with the link measured in the same run as a line
-    tokens.*  time against tokens per rank
-    step.*    a whole training step: dispatch, combine and the rest
-    tune.*    a whole training step against SMs
+    times.svg   forward and backward of each dispatcher, a panel for each shape and routing
+    sms.svg     bandwidth against SMs, with the link measured in the same run as a line
+    tokens.svg  time against tokens per rank
+    step.svg    a whole training step: dispatch, combine and the rest
+    tune.svg    a whole training step against SMs
 
 What was measured is a bar or a marker; nothing is drawn between markers. Whiskers are the 20th and 80th percentile, a
 hatched bar or a hollow marker is a row that the bench called noisy. Hardware, versions and command, from the files'
@@ -58,16 +58,17 @@ def main() -> None:
     for name in options.only or PLOTS:
         figure = make(PLOTS[name], rows, captions)
         if figure is not None:
-            for kind, metadata in (("svg", {"Date": None}), ("png", {})):
-                figure.savefig(options.out / f"{name}.{kind}", dpi=150, metadata=metadata)
-                drawn.append(str(options.out / f"{name}.{kind}"))
+            file = options.out / f"{name}.svg"
+            figure.savefig(file, metadata={"Date": None})
+            drawn.append(str(file))
     if not drawn:
         raise SystemExit("these files have no rows for " + ", ".join(options.only or PLOTS))
     print("\n".join(drawn))
 
 
 def load(files: Iterable[Path]) -> tuple[list[Row], list[str]]:
-    """The rows, each with the number of its `file`; and a caption for each file."""
+    """The rows, each with the number of its `file`; and a caption for each file. Of a command that was run more than
+    once into a file (`run` 1, 2, ...), the first."""
     rows, captions = [], []
     for number, file in enumerate(files):
         header, *of_file = [json.loads(line) for line in file.read_text().splitlines()]
@@ -78,7 +79,7 @@ def load(files: Iterable[Path]) -> tuple[list[Row], list[str]]:
         facts = [header.get("gpu") or header.get("cpu", "")]
         facts += [f"{label} {header[name]}".strip() for name, label in names.items() if header.get(name)]
         captions.append(f"{', '.join(facts)}; {header['command']}")
-        rows += [row | {"file": number} for row in of_file]
+        rows += [row | {"file": number} for row in of_file if row.get("run", 1) == 1]
     return rows, captions
 
 

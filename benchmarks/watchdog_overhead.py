@@ -2,7 +2,7 @@
 
 A step is a few MoE layers (dispatch, expert GEMMs, combine), forward and backward, and an optimizer step. There is no
 attention, so a real step is longer and the cost a smaller part of it. Two process groups over the same ranks have a
-buffer each, one watched and one not. Beside the steps, what a rank itself spends on the four calls of a layer is
+buffer each, one watched and one not. Apart from the steps, what a rank itself spends on the four calls of a layer is
 measured alone (with a buffer that does nothing), since a busy machine hides microseconds; and what CPU time the
 watcher took.
 
@@ -16,17 +16,17 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from common import environment, write_rows
 
-import megatron_ep_v2
 from megatron_ep_v2 import settings
+from megatron_ep_v2.bench import timing
+from megatron_ep_v2.bench.calls import RawCalls
+from megatron_ep_v2.bench.runner import Row, Run, main
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 from megatron_ep_v2.watchdog.watched_buffer import WatchedBuffer
@@ -34,44 +34,58 @@ from megatron_ep_v2.watchdog.watched_buffer import WatchedBuffer
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE, BUFFER = ("cuda", torch.bfloat16, "elastic") if GPU else ("cpu", torch.float32, "reference")
 VARIANTS = {"off": 0, "on": settings.Settings().watchdog_secs}
+SIZES = ("tokens", "hidden", "ffn", "experts", "topk", "layers", "repeats")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", type=int, default=4096 if GPU else 512, help="tokens per rank")
     parser.add_argument("--hidden", type=int, default=2048 if GPU else 256)
     parser.add_argument("--ffn", type=int, default=768 if GPU else 128, help="inner width of an expert")
     parser.add_argument("--experts", type=int, default=128 if GPU else 32)
     parser.add_argument("--topk", type=int, default=8)
     parser.add_argument("--layers", type=int, default=8 if GPU else 4)
-    parser.add_argument("--repeats", type=int, default=200)
     parser.add_argument("--warmup", type=int, default=10)
-    parser.add_argument("--out", type=Path, help="write rows, below an environment header, to this JSONL file")
-    options = parser.parse_args()
-    if GPU:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if GPU else "gloo")
-    torch.manual_seed(dist.get_rank())
 
-    steps = {name: _make_step(name, options) for name in VARIANTS}
+
+def measure(run: Run) -> Iterator[list[Row]]:
+    options = run.options
+    steps = {}
+    for name in VARIANTS:
+        torch.manual_seed(run.rank)  # the same steps
+        steps[name] = _make_step(name, options)
+    run.require_equal(steps, "off", 1e-2)
     for step in steps.values():
         for _ in range(options.warmup):
             step()
     watched = next(buffer for buffer in pool.buffers() if isinstance(buffer, WatchedBuffer))
     start, cpu = time.perf_counter(), _cpu_seconds(watched.watch.line.process.pid)
-    times = _time(steps, options.repeats)
-    share = (_cpu_seconds(watched.watch.line.process.pid) - cpu) / (time.perf_counter() - start)
-    rows = _rows(times, _bookkeeping_us(watched), share, options)
-    if dist.get_rank() == 0:
-        for row in rows:
-            print(row)
-        script = f"torchrun --nproc-per-node {dist.get_world_size()} benchmarks/watchdog_overhead.py"
-        write_rows(options.out, environment(script), rows)
-    megatron_ep_v2.destroy_buffers()
-    dist.destroy_process_group()
+    times = run.time_alone(steps, warmup=0, swap=True)
+    watcher_share = (_cpu_seconds(watched.watch.line.process.pid) - cpu) / (time.perf_counter() - start)
+    by_variant = {name: [us / 1e3 for us in values] for name, values in times.items()}
+    facts = {"ranks": run.ranks, **{name: getattr(options, name) for name in SIZES}}
+    rows = []
+    for name, step_ms in by_variant.items():
+        of_step = timing.summarise(step_ms)
+        row = {"watchdog": name, **facts, "step_ms": round(of_step.median, 3)}
+        rows.append(row | {"step_ms_p20": round(of_step.p20, 3), "step_ms_p80": round(of_step.p80, 3)})
+    paired = timing.summarise([on / off for on, off in zip(by_variant["on"], by_variant["off"], strict=True)])
+    on_ms, off_ms = (timing.summarise(by_variant[name]).median for name in ("on", "off"))
+    bookkeeping_us = _bookkeeping_us(watched, run)
+    summary = {
+        "watchdog": "on / off",
+        **facts,
+        "ratio_of_medians": round(on_ms / off_ms, 4),
+        "paired_ratio": round(paired.median, 4),
+        "paired_ratio_p20": round(paired.p20, 4),
+        "paired_ratio_p80": round(paired.p80, 4),
+        "host_us_per_layer": round(bookkeeping_us, 2),
+        "host_share_of_step": round(bookkeeping_us * options.layers / (off_ms * 1e3), 6),
+        "watcher_cpu_share_of_a_core": round(watcher_share, 5),
+    }
+    yield [*rows, summary]
 
 
-def _make_step(name: str, options: argparse.Namespace) -> Callable[[], None]:
+def _make_step(name: str, options: argparse.Namespace) -> Callable[[], torch.Tensor]:
     group = dist.new_group()
     tokens, hidden, ffn = options.tokens, options.hidden, options.ffn
     x = torch.randn(tokens, hidden, device=DEVICE, dtype=DTYPE)
@@ -81,7 +95,7 @@ def _make_step(name: str, options: argparse.Namespace) -> Callable[[], None]:
     probs = top.values.softmax(dim=1).requires_grad_()
     optimizer = torch.optim.SGD([gate_up, down], lr=1e-6)
 
-    def step() -> None:
+    def step() -> torch.Tensor:
         y = x
         for _ in range(options.layers):
             rows, _, row_probs, _, handle = fused_dispatch(
@@ -94,6 +108,7 @@ def _make_step(name: str, options: argparse.Namespace) -> Callable[[], None]:
         optimizer.step()
         optimizer.zero_grad()
         probs.grad = None
+        return y.detach()
 
     mine = {"buffer": BUFFER, "watchdog_secs": VARIANTS[name], "num_max_tokens_per_rank": options.tokens}
     settings.activate(settings.resolve(**mine, reference_strict=False))  # rows on the CPU are fp32
@@ -101,52 +116,35 @@ def _make_step(name: str, options: argparse.Namespace) -> Callable[[], None]:
     return step
 
 
-def _time(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of each step, of the slowest rank. The variants take turns at going first."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(repeats):
-        for name in list(steps)[:: 1 if repeat % 2 else -1]:
-            _synchronize()
-            start = time.perf_counter()
-            steps[name]()
-            if GPU:
-                torch.cuda.synchronize()
-            times[name].append((time.perf_counter() - start) * 1e3)
-    for name, values in times.items():
-        slowest = torch.tensor(values, device=DEVICE)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        times[name] = slowest.tolist()
-    return times
-
-
-def _synchronize() -> None:
-    if GPU:
-        torch.cuda.synchronize()
-    dist.barrier()
-
-
-def _bookkeeping_us(watched: WatchedBuffer, repeats: int = 2000) -> float:
+def _bookkeeping_us(watched: WatchedBuffer, run: Run, layers: int = 2000) -> float:
     """Microseconds of the host that four watched calls take longer than four unwatched ones; the calls do nothing."""
-    x, picks = torch.zeros(8, 8, device=DEVICE), torch.zeros(8, 1, dtype=torch.int64)
+    x, selections = torch.zeros(8, 8, device=DEVICE), torch.zeros(8, 1, dtype=torch.int64)
+    handle = SimpleNamespace(topk_idx=selections, num_sms=0)
     idle = SimpleNamespace(
-        dispatch=lambda x, **arguments: (x, None, None, SimpleNamespace(topk_idx=picks), None),
+        dispatch=lambda x, **arguments: (x, None, x, handle, None),
         combine=lambda x, handle, topk_weights=None, **arguments: (x, None, None),
     )
-    costs = []
-    for _ in range(9):
-        seconds = []
-        for buffer in (idle, WatchedBuffer(idle, watched.watch)):
-            start = time.perf_counter()
-            for _ in range(repeats):
-                handle = buffer.dispatch(x, topk_idx=picks)[3]
-                buffer.combine(x, handle)
-                buffer.dispatch(x, handle=handle)
-                buffer.combine(x, handle, x)
-            seconds.append(time.perf_counter() - start)
-            if GPU:
-                torch.cuda.synchronize()
-        costs.append((seconds[1] - seconds[0]) / repeats * 1e6)
-    return statistics.median(costs)
+    calls = {
+        name: RawCalls(
+            buffer=buffer,
+            hidden=x,
+            grad_output=x,
+            topk_idx=selections,
+            topk_weights=x,
+            num_experts=8,
+            do_expand=True,
+        )
+        for name, buffer in (("idle", idle), ("watched", WatchedBuffer(idle, watched.watch)))
+    }
+
+    def take(name: str) -> dict[str, float]:
+        host_us = timing.measure(lambda: [calls[name]() for _ in range(layers)], torch.device("cpu"), layers)[1]
+        if GPU:
+            torch.cuda.synchronize()
+        return {"host": host_us}
+
+    times = timing.alternate(calls, take, 9, run.device)
+    return statistics.median(on - off for on, off in zip(times["watched"]["host"], times["idle"]["host"], strict=True))
 
 
 def _cpu_seconds(process: int) -> float:
@@ -155,41 +153,5 @@ def _cpu_seconds(process: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _rows(
-    times: dict[str, list[float]], bookkeeping_us: float, watcher_share: float, options: argparse.Namespace
-) -> list[dict[str, Any]]:
-    shape = {
-        "ranks": dist.get_world_size(),
-        **{name: value for name, value in vars(options).items() if name not in ("warmup", "out")},
-    }
-    rows = []
-    for name, values in times.items():
-        fifths = statistics.quantiles(values, n=5)
-        rows.append(
-            {
-                "watchdog": name,
-                **shape,
-                "step_ms": round(statistics.median(values), 3),
-                "step_ms_p20": round(fifths[0], 3),
-                "step_ms_p80": round(fifths[3], 3),
-            }
-        )
-    ratios = [on / off for on, off in zip(times["on"], times["off"], strict=True)]
-    fifths = statistics.quantiles(ratios, n=5)
-    off_ms = statistics.median(times["off"])
-    summary = {
-        "watchdog": "on / off",
-        **shape,
-        "ratio_of_medians": round(statistics.median(times["on"]) / off_ms, 4),
-        "paired_ratio": round(statistics.median(ratios), 4),
-        "paired_ratio_p20": round(fifths[0], 4),
-        "paired_ratio_p80": round(fifths[3], 4),
-        "host_us_per_layer": round(bookkeeping_us, 2),
-        "host_share_of_step": round(bookkeeping_us * options.layers / (off_ms * 1e3), 6),
-        "watcher_cpu_share_of_a_core": round(watcher_share, 5),
-    }
-    return [*rows, summary]
-
-
 if __name__ == "__main__":
-    main()
+    main(__doc__, measure, add_options, repeats=200, needs_gpu=False)

@@ -26,16 +26,16 @@ from qwen3_moe import checkpoint, report
 from qwen3_moe.data import Samples, text_samples
 from qwen3_moe.indexed import indexed_samples
 from qwen3_moe.loop import train_until_done
-from qwen3_moe.model import rows_dtype, torch_dtype
 from qwen3_moe.options import Options, parse_options
 from qwen3_moe.progress import Progress
 from qwen3_moe.runtime import AgreedExit, Runtime
-from qwen3_moe.train import DivergedError, Trainer
 
 import megatron_ep_v2
-from megatron_ep_v2 import links
+from megatron_ep_v2.bench import link_counters
 from megatron_ep_v2.errors import EPError, SettingsError
 from megatron_ep_v2.layouts import CONTIGUOUS_ALIGNMENT
+from megatron_ep_v2.megatron.qwen3_moe.model import rows_dtype, torch_dtype
+from megatron_ep_v2.megatron.qwen3_moe.trainer import DivergedError, Trainer
 
 
 def main() -> int:
@@ -96,9 +96,9 @@ def pretrain(options: Options, runtime: Runtime) -> dict[str, Any]:
     progress = None
     if runtime.is_main:
         progress = Progress(options.out / "metrics.jsonl", trainer.step_number, options.recipe.steps, options.log_every)
-    crossed_before, _ = links.read()
+    crossed_before, _ = link_counters.read()
     stopped_by = train_until_done(options, runtime, trainer, samples, progress)
-    crossed_after, unread = links.read()
+    crossed_after, unread = link_counters.read()
 
     status = megatron_ep_v2.status() if options.dispatcher == "flex" else None
     if progress is None:
@@ -106,7 +106,7 @@ def pretrain(options: Options, runtime: Runtime) -> dict[str, Any]:
     progress.close()
     summary = report.summary(options, runtime, samples, progress.rows, stopped_by, status)
     # Of this rank's GPU and this host's network devices, by their own counters; empty where none can be read.
-    summary["link_bytes"] = links.difference(crossed_before, crossed_after)
+    summary["link_bytes"] = link_counters.difference(crossed_before, crossed_after)
     summary["link_counters"] = unread or "read"
     _report(options, runtime, samples, progress.rows, summary)
     return summary

@@ -20,12 +20,21 @@ warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core"
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec  # noqa: E402
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection  # noqa: E402
+from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher  # noqa: E402
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
-from qwen3_moe.cpu import CpuRouter  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp64": torch.float64}
+
+
+class CpuRouter(TopKRouter):
+    """Megatron's moves its weight to the GPU on first use. Not the package's own: a job looks at a Megatron without
+    it."""
+
+    def gating(self, input: torch.Tensor) -> torch.Tensor:
+        dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(self.config.moe_router_dtype, input.dtype)
+        return torch.nn.functional.linear(input.to(dtype), self.weight.to(dtype))
 
 
 @dataclass(frozen=True)

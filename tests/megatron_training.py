@@ -26,11 +26,11 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from qwen3_moe import model as example
 from qwen3_moe.options import Options, parse_options
 from torch.overrides import TorchFunctionMode
 
 import megatron_ep_v2
+from megatron_ep_v2.megatron.qwen3_moe import model as example
 
 # Two layers, so that layers are told apart; a dense feed-forward as wide as an expert's, as SequentialMLP needs.
 ARGUMENTS = (

@@ -19,11 +19,11 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from progress import say
-from qwen3_moe import cpu
 
 import megatron_ep_v2
 from megatron_ep_v2.buffers.pool import buffers
 from megatron_ep_v2.megatron.experts import EXPERTS
+from megatron_ep_v2.megatron.qwen3_moe import cpu
 
 
 @dataclass(frozen=True)

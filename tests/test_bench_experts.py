@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-import dataclasses
-import sys
 from typing import Any
 
 import pytest
 import torch
 from harness import run_ranks
 from mcore import Split, megatron_ranks, relative_error
-from qwen3_moe.options import Options
-from qwen3_moe.presets import PRESETS
-from qwen3_moe.train import Trainer
-from test_bench import ROOT
 
-sys.path.insert(0, str(ROOT / "benchmarks"))
+from megatron_ep_v2.megatron.qwen3_moe.expert_kinds import ExpertSet, one_by_one, owner
+from megatron_ep_v2.megatron.qwen3_moe.options import ModelShape, Recipe, TrainerOptions
+from megatron_ep_v2.megatron.qwen3_moe.trainer import Trainer
 
-from whole_step.experts import ExpertSet, one_by_one, owner
-
-MODEL = dataclasses.replace(PRESETS["tiny"].shape, num_layers=2, hidden_size=64, kv_channels=16, seq_length=32)
+MODEL = ModelShape(
+    num_layers=2,
+    hidden_size=64,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=16,
+    ffn_hidden_size=384,
+    moe_ffn_hidden_size=64,
+    num_experts=16,
+    topk=4,
+    seq_length=32,
+)
+RECIPE = Recipe(steps=240, global_batch_size=4, micro_batch_size=1, lr=5e-3, min_lr=5e-4, warmup_steps=20)
 
 
 def steps_of_each_kind(group: Any, with_optimizer: bool) -> dict[str, Any]:
@@ -27,8 +33,7 @@ def steps_of_each_kind(group: Any, with_optimizer: bool) -> dict[str, Any]:
     far a step moves the weights that Megatron's experts read; whose experts ran, micro-batch by micro-batch."""
     kinds = ("grouped", "megatron", "sequential")
     with megatron_ranks(Split(1, 2)):
-        recipe = dataclasses.replace(PRESETS["tiny"].recipe, global_batch_size=4, micro_batch_size=1)
-        options = Options(shape=MODEL, recipe=recipe, dtype="fp32", experts=owner(kinds))
+        options = TrainerOptions(shape=MODEL, recipe=RECIPE, dtype="fp32", experts=owner(kinds))
         trainer = Trainer(options, torch.device("cpu"), with_optimizer)
         owners = [layer.experts for layer in trainer.moe_layers]
         sets = {kind: ExpertSet(kind, trainer, owners) for kind in kinds}

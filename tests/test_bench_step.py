@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from test_bench import ROOT, bench, document
+from test_bench import bench, document
 
+from megatron_ep_v2.bench.step.advice import advice, what_experts_give
+from megatron_ep_v2.bench.step.model import layers_that_fit, step_flops
+from megatron_ep_v2.bench.step.sections import Stopwatch, Watched
 from megatron_ep_v2.cli.bench_options import parse
-
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "examples")]
-
-from qwen3_moe.presets import PRESETS  # noqa: E402
-from whole_step.advice import advice, what_experts_give  # noqa: E402
-from whole_step.experts import owner  # noqa: E402
-from whole_step.model import layers_that_fit, step_flops  # noqa: E402
-from whole_step.sections import Stopwatch, Watched  # noqa: E402
+from megatron_ep_v2.megatron.qwen3_moe.expert_kinds import owner
+from megatron_ep_v2.megatron.qwen3_moe.options import SHAPES
 
 SMALL = ["--shapes", "custom", "--hidden", "128", "--topk", "3", "--expert-ffn", "64"]
 SMALL += ["--tokens", "48", "--layers", "2", "--repeats", "4", "--micro-batches", "2"]
@@ -138,7 +134,7 @@ def test_the_advice_is_the_best_row() -> None:
 
 def test_the_work_of_a_step_against_a_count_of_the_models_own_parameters() -> None:
     """Qwen3-30B-A3B by hand, and its published sizes: 30.5 B parameters, 3.3 B of them active."""
-    model = PRESETS["30b-a3b"].shape
+    model = SHAPES["30b-a3b"]
     attention = 2048 * (32 * 128) * 2 + 2048 * (4 * 128) * 2
     active = 48 * (attention + 2048 * 128 + 8 * 3 * 2048 * 768) + 256 * 2048
     assert step_flops(model, 10) == 10 * 3 * (2 * active + 48 * 2 * 4096 * 32 * 128)
@@ -173,7 +169,7 @@ class _Slow(torch.autograd.Function):
 
 
 def test_shares_are_of_dispatch_and_combine_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("whole_step.sections.time.perf_counter", lambda: _now)
+    monkeypatch.setattr("megatron_ep_v2.bench.step.sections.time.perf_counter", lambda: _now)
     watch = Stopwatch(torch.device("cpu"))
     dispatcher = SimpleNamespace(
         dispatch_preprocess=lambda hidden, routing_map, probs: (_Slow.apply(hidden, 0.01), probs),

@@ -17,10 +17,10 @@ import torch
 from harness import run_ranks
 from megatron.core.transformer.moe import token_dispatcher
 from qwen3_moe.options import Options
-from qwen3_moe.presets import ModelShape, Recipe
-from qwen3_moe.train import Trainer
 
 from megatron_ep_v2.fused_a2a import FusedDispatch
+from megatron_ep_v2.megatron.qwen3_moe.options import ModelShape, Recipe
+from megatron_ep_v2.megatron.qwen3_moe.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 

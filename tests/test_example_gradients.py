@@ -10,10 +10,11 @@ import torch
 from harness import run_ranks
 from mcore import Split, megatron_ranks, relative_error
 from megatron.core.tensor_parallel import layers
-from qwen3_moe import model, optimizer
 from qwen3_moe.options import Options
 from qwen3_moe.presets import PRESETS
-from qwen3_moe.train import Trainer
+
+from megatron_ep_v2.megatron.qwen3_moe import model, optimizer
+from megatron_ep_v2.megatron.qwen3_moe.trainer import Trainer
 
 RANKS = 2
 SHAPE = dataclasses.replace(PRESETS["tiny"].shape, num_layers=2, hidden_size=64, kv_channels=16, seq_length=32)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-
-from exposed import Share, computing, share, union, write_trace
+from megatron_ep_v2.bench.exposed import Share, computing, share, union, write_trace
 
 
 def test_what_runs_beside_compute_is_not_exposed() -> None:

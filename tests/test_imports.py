@@ -23,7 +23,7 @@ ROOT = Path(megatron_ep_v2.__file__).parent
 LEVELS = [
     {"errors", "buffers.carriers", "wire.formats"},  # no torch
     {"settings", "buffers.groups"},
-    {"probe", "device_checks", "buffers.contract", "megatron.symbols", "links"},
+    {"probe", "device_checks", "buffers.contract", "megatron.symbols"},
     {"gradients"},
     {"kernels", "kernels.*"},
     {"wire", "wire.*"},

@@ -18,12 +18,12 @@ from harness import run_ranks
 from mcore import Split, megatron_ranks, relative_error
 from megatron.core.models.common.model_chunk_schedule_plan import TransformerModelChunkSchedulePlan
 from megatron.core.pipeline_parallel import utils as streams
-from qwen3_moe.model import build_model, named_parameters
 from qwen3_moe.options import Options
 from qwen3_moe.presets import PRESETS
 
 from megatron_ep_v2.device_checks import read_all
 from megatron_ep_v2.megatron import binding
+from megatron_ep_v2.megatron.qwen3_moe.model import build_model, named_parameters
 
 RANKS, LAYERS, MICRO_BATCHES, TOKENS, VOCABULARY = 2, 2, 3, 32, 64
 SHAPE = dataclasses.replace(

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 
 from megatron_ep_v2.errors import EPError, SettingsError
+from megatron_ep_v2.megatron.qwen3_moe.model import torch_dtype
+from megatron_ep_v2.megatron.qwen3_moe.trainer import Trainer
 
 from .data import Samples
-from .model import torch_dtype
 from .options import Options
 from .runtime import Runtime
-from .train import Trainer
 
 LATEST = "latest"
 

@@ -91,17 +91,6 @@ def entropy(counts: np.ndarray) -> float:
     return float(-(p * np.log(p)).sum())
 
 
-def check_token_ids(tokens: torch.Tensor, vocab_size: int) -> None:
-    highest = int(tokens.max())
-    if highest >= vocab_size:
-        raise InputError(
-            "a token id is outside the vocabulary",
-            found=f"id {highest}",
-            needed=f"less than --vocab-size {vocab_size}",
-            fix="--vocab-size as in the tokenizer that wrote the data",
-        )
-
-
 def text_samples(options: Options, runtime: Runtime) -> TextSamples:
     """Rank 0 reads the files; every rank gets the same bytes, also where hosts have different files."""
     corpus = runtime.from_main(lambda: read_corpus(options))

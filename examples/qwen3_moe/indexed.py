@@ -13,8 +13,9 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_ep_v2.errors import InputError
+from megatron_ep_v2.megatron.qwen3_moe.trainer import check_token_ids
 
-from .data import check_token_ids, entropy
+from .data import entropy
 from .options import Options
 from .runtime import Runtime
 

@@ -11,14 +11,14 @@ from typing import Any, TypeVar
 
 from megatron_ep_v2 import sync_free
 from megatron_ep_v2.errors import LayoutOverflowError
+from megatron_ep_v2.megatron.qwen3_moe.optimizer import learning_rate
+from megatron_ep_v2.megatron.qwen3_moe.trainer import Trainer
 
 from . import checkpoint
 from .data import Samples, train_batches, valid_batches
-from .optimizer import learning_rate
 from .options import Options
 from .progress import Progress
 from .runtime import Runtime
-from .train import Trainer
 
 T = TypeVar("T")
 

@@ -12,31 +12,26 @@ from typing import Any, TypeVar
 import torch
 
 from megatron_ep_v2.errors import SettingsError
+from megatron_ep_v2.megatron.qwen3_moe.options import ModelShape, Recipe, TrainerOptions
 
-from .presets import PRESETS, ModelShape, Recipe
+from .presets import PRESETS
 
 Part = TypeVar("Part", ModelShape, Recipe)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(TrainerOptions):
     """Everything that a run depends on. `parse_options([])` gives the defaults."""
 
     preset: str = "tiny"
     shape: ModelShape = PRESETS["tiny"].shape
     recipe: Recipe = PRESETS["tiny"].recipe
-    recompute: bool = False
-    dispatcher: str = "flex"
     layout: str | None = None
     buffer: str | None = None
     dispatch_dtype: str | None = None
     grad_dispatch_dtype: str | None = None
     sync_free: bool | None = None
     device: str = "auto"
-    dtype: str = "auto"
-    seed: int = 1234
-    permute_fusion: bool = False
-    experts: str = "megatron"
     data: tuple[Path, ...] = ()
     data_path: str | None = None
     split: str = "95,5,0"
@@ -48,14 +43,6 @@ class Options:
     save: Path | None = None
     save_interval: int = 0
     resume: bool = False
-
-    def micro_batch_size(self, world: int) -> int:
-        """Sequences of one forward pass on one of `world` ranks."""
-        return self.recipe.micro_batch_size or max(1, self.recipe.global_batch_size // world)
-
-    def num_micro_batches(self, world: int) -> int:
-        """Forward passes of one step on each of `world` ranks."""
-        return self.recipe.global_batch_size // (self.micro_batch_size(world) * world)
 
     def check(self, world: int, device: torch.device) -> None:
         """Refuse what cannot be trained on `world` ranks."""

@@ -10,7 +10,7 @@ from megatron_ep_v2.bench.layer import Groups, OurBuffer, named_results
 from megatron_ep_v2.bench.shapes import Batch, Shape
 from megatron_ep_v2.bench.variants import Variant, make_dispatchers
 
-# Received picks of the busiest rank, as a multiple of the mean, get this much room in buffers of a fixed size.
+# Rows received by the busiest rank, as a multiple of the mean, get this much room in buffers of a fixed size.
 _HEADROOM = 1.05
 
 
@@ -22,7 +22,7 @@ class DispatcherSet:
         shape: Of the layers.
         dtype: Of the hidden states.
         sms: SM count, None = the library's own choice.
-        load: Picks received by the busiest rank, as a multiple of the mean.
+        load: Selections received by the busiest rank, as a multiple of the mean.
         groups: Where to take process groups from.
         tokens: Most that a rank dispatches.
         layers: How many.

@@ -98,7 +98,7 @@ def noted(*entries: Entry[Any]) -> Iterator[None]:
             entry.reason = text if len(set(reasons)) == 1 else f"rank {rank}: {text}"
 
 
-def told_once(entries: Sequence[Entry[B]]) -> list[Entry[B]]:
+def without_repetitions(entries: Sequence[Entry[B]]) -> list[Entry[B]]:
     """Without the repetitions of a variant that is unavailable at every SM count for one reason."""
     seen: set[tuple[str, str | None, str]] = set()
     kept = []

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,25 @@ class Layer(Protocol):
 
     def close(self) -> None:
         """Release what is not in this package's pool; collective."""
+
+
+class Entered(Protocol):
+    """What has to be put in force before it runs."""
+
+    def enter(self) -> None: ...
+    def leave(self) -> None: ...
+
+
+E, T = TypeVar("E", bound=Entered), TypeVar("T")
+
+
+def within(layer: E, action: Callable[[E], T]) -> T:
+    """What `action(layer)` returns, with the layer in force."""
+    layer.enter()
+    try:
+        return action(layer)
+    finally:
+        layer.leave()
 
 
 class Groups:
@@ -92,7 +112,7 @@ class OurBuffer:
         return found.buffer if isinstance(found, WatchedBuffer) else found
 
     def enter(self) -> None:
-        """Its settings are read when the buffer is built; afterwards it is told the SM count of this variant."""
+        """Its settings are read when the buffer is built; afterwards it gets the SM count of this variant."""
         settings_module.activate(self.settings)
         buffer = self.live
         if buffer is None:

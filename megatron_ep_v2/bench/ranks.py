@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+import megatron_ep_v2
 from megatron_ep_v2.errors import SettingsError
 from megatron_ep_v2.settings import Launch, environment
 
@@ -21,12 +23,12 @@ _TIMEOUT = timedelta(minutes=10)  # of a collective: compiling may take one rank
 
 
 def start(ranks: int, arguments: Sequence[str]) -> int:
-    """Run `python -m megatron_ep_v2 bench ARGUMENTS` as `ranks` processes of this host; their worst exit status.
+    """Run `python ARGUMENTS` as `ranks` processes of this host; their worst exit status.
 
     When one fails, the others are ended: they would wait for it.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "megatron_ep_v2", "bench", *arguments]
+        command = [sys.executable, *arguments]
         processes = []
         try:
             for rank in range(ranks):
@@ -49,9 +51,33 @@ def start(ranks: int, arguments: Sequence[str]) -> int:
         return max((abs(process.returncode) for process in processes), default=0)
 
 
-def join(place: Launch) -> torch.device:
-    """Join the process group that the environment describes; this rank's device."""
-    if torch.cuda.is_available():
+def command(place: Launch, arguments: Sequence[str]) -> str:
+    """What to type to get the same again: with `python` where the ranks were started by `start`, else torchrun."""
+    launcher = "python" if place.store else f"torchrun --nproc-per-node {place.local_ranks}"
+    return " ".join([launcher, *arguments])
+
+
+@contextlib.contextmanager
+def joined(place: Launch, on_cpu: bool = False) -> Iterator[torch.device]:
+    """Join the process group that the environment describes; this rank's device. At the end, buffers and group go.
+
+    Args:
+        on_cpu: Even where there are GPUs.
+
+    Raises:
+        SettingsError: Fewer GPUs than ranks on this host.
+    """
+    device = join(place, on_cpu)
+    try:
+        yield device
+    finally:
+        megatron_ep_v2.destroy_buffers()
+        dist.destroy_process_group()
+
+
+def join(place: Launch, on_cpu: bool = False) -> torch.device:
+    """See `joined`."""
+    if torch.cuda.is_available() and not on_cpu:
         gpus = torch.cuda.device_count()
         if place.local_ranks > gpus:
             raise SettingsError(

@@ -1,4 +1,4 @@
-"""What the bench leaves behind: an environment header, an aligned table, JSON."""
+"""What the bench writes: an environment header, an aligned table, JSON."""
 
 from __future__ import annotations
 

@@ -9,6 +9,32 @@ from typing import Any
 from megatron_ep_v2.bench.timing import summarise
 
 
+def spread(kind: str, times: Sequence[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile of one kind's times, as fields `KIND_us`, `KIND_p20_us`, `KIND_p80_us`.
+
+    Args:
+        times: Microseconds of each repeat.
+    """
+    of_kind = summarise(times)
+    parts = {"": of_kind.median, "_p20": of_kind.p20, "_p80": of_kind.p80}
+    return {f"{kind}{part}_us": round(value, 1) for part, value in parts.items()}
+
+
+def ratio(times: Sequence[float], base: Sequence[float], digits: int = 3) -> float:
+    """Median of the times over the median of others, which were taken in turn with them."""
+    return round(summarise(times).median / summarise(base).median, digits)
+
+
+def timed(times: Mapping[str, Sequence[float]], base: Mapping[str, Sequence[float]] | None = None) -> dict[str, float]:
+    """The fields of a row about all kinds of its times: `spread`, and `KIND_ratio` to those of `base`."""
+    row: dict[str, float] = {}
+    for kind, values in times.items():
+        row |= spread(kind, values)
+        if base is not None:
+            row[f"{kind}_ratio"] = ratio(values, base[kind], 4)
+    return row
+
+
 def measured(times: Mapping[str, Sequence[float]], wire_bytes: int, link_gb_per_s: float) -> dict[str, Any]:
     """What a row says about its times.
 
@@ -18,15 +44,8 @@ def measured(times: Mapping[str, Sequence[float]], wire_bytes: int, link_gb_per_
         wire_bytes: Of a forward and backward, out of the busiest rank.
         link_gb_per_s: Measured in the same run.
     """
-    row: dict[str, Any] = {}
-    for kind in ("forward", "forward_backward", "alone", "host"):
-        if times.get(kind):
-            of_kind = summarise(times[kind])
-            row |= {
-                f"{kind}_us": round(of_kind.median, 1),
-                f"{kind}_p20_us": round(of_kind.p20, 1),
-                f"{kind}_p80_us": round(of_kind.p80, 1),
-            }
+    kinds = ("forward", "forward_backward", "alone", "host")
+    row: dict[str, Any] = timed({kind: times[kind] for kind in kinds if times.get(kind)})
     gb_per_s = wire_bytes / row["forward_backward_us"] / 1e3
     peak = times["peak_memory"][0]
     return row | {
@@ -39,7 +58,7 @@ def measured(times: Mapping[str, Sequence[float]], wire_bytes: int, link_gb_per_
 
 def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
     """How many times as long a row takes as the raw calls of its own buffer, layout and SM count; and as Megatron's
-    faster alltoall row. Each row tells its `buffer` and `layout`."""
+    faster alltoall row. Each row has its `buffer` and `layout`."""
     timed = [row for row in rows if "forward_backward_us" in row]
     floors = {_floor(row): row["forward_backward_us"] for row in timed if row["variant"].startswith("raw-")}
     alltoall = [row["forward_backward_us"] for row in timed if row["variant"].startswith("alltoall")]

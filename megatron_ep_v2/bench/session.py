@@ -7,9 +7,7 @@ import warnings
 from collections.abc import Iterator
 
 import torch
-import torch.distributed as dist
 
-import megatron_ep_v2
 from megatron_ep_v2.bench import ranks
 from megatron_ep_v2.settings import Launch
 
@@ -22,15 +20,11 @@ def session(place: Launch) -> Iterator[torch.device]:
         SettingsError: Fewer GPUs than ranks on this host.
     """
     warnings.filterwarnings("ignore")  # Megatron says at import, on every rank, what optional packages it misses
-    device = ranks.join(place)
-    try:
+    with ranks.joined(place) as device:
         from megatron_ep_v2.megatron.standalone import on_cpu
 
         with on_cpu() if device.type == "cpu" else _compiled_as_in_training():
             yield device
-    finally:
-        megatron_ep_v2.destroy_buffers()
-        dist.destroy_process_group()
 
 
 @contextlib.contextmanager

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,9 +14,10 @@ import torch.distributed as dist
 import megatron_ep_v2
 from megatron_ep_v2 import settings as settings_module
 from megatron_ep_v2.bench import timing
+from megatron_ep_v2.bench.check import errors
 from megatron_ep_v2.bench.dispatchers import DispatcherLayer
-from megatron_ep_v2.bench.entry import Entry, entries_of, noted, told_once
-from megatron_ep_v2.bench.layer import Groups, Layer
+from megatron_ep_v2.bench.entry import Entry, entries_of, noted, without_repetitions
+from megatron_ep_v2.bench.layer import Groups, Layer, within
 from megatron_ep_v2.bench.progress import Progress
 from megatron_ep_v2.bench.raw import RawLayer
 from megatron_ep_v2.bench.rows import add_ratios, measured
@@ -24,6 +26,7 @@ from megatron_ep_v2.bench.variants import Variant
 
 # Relative L2. bf16 is summed in bf16: 8 x of one token is off by 6e-3 where one dispatcher adds in another order.
 TOLERANCE = {"bf16": 1e-2, "fp32": 1e-5}
+T = TypeVar("T")
 TRANSFERS = 4  # dispatch, combine, and the backward of each
 
 
@@ -84,7 +87,7 @@ def measure_table(
         "link_gb_per_s": float(f"{link:.4g}"),
     }
     rows = []
-    for entry in told_once(entries):
+    for entry in without_repetitions(entries):
         row = common | entry.described()
         if id(entry) in times:
             row |= measured(times[id(entry)], common["wire_bytes"], link)
@@ -101,7 +104,7 @@ def measure_table(
 
 def _traffic(batch: Batch, shape: Shape, ranks: int) -> tuple[torch.Tensor, float, float]:
     """[ranks, ranks] (token, rank) pairs sent; load of the busiest rank and of the busiest expert."""
-    mine = pairs_sent(batch.picks, shape.experts, ranks)
+    mine = pairs_sent(batch.topk_idx, shape.experts, ranks)
     sent = [torch.empty_like(mine) for _ in range(ranks)]
     dist.all_gather(sent, mine)
     per_expert = batch.routing_map.sum(dim=0)
@@ -113,17 +116,13 @@ def _traffic(batch: Batch, shape: Shape, ranks: int) -> tuple[torch.Tensor, floa
 def _run_once(entry: Entry[Layer]) -> None:
     """Relative L2 of this rank's results against the closed form."""
     assert entry.layer is not None
-    entry.layer.enter()
-    try:
-        entry.layer.run(backward=True)
-        found = entry.layer.results()
-    finally:
-        entry.layer.leave()
-    errors = {}
-    for name, expected in entry.layer.expected().items():
-        error = float((found[name].double() - expected).norm() / expected.norm())
-        errors[name] = math.inf if math.isnan(error) else error
-    entry.errors = errors
+
+    def run(layer: Layer) -> dict[str, torch.Tensor]:
+        layer.run(backward=True)
+        return layer.results()
+
+    found = within(entry.layer, run)
+    entry.errors = errors(found, entry.layer.expected())
 
 
 def _judge(entry: Entry[Layer], tolerance: float, device: torch.device) -> None:
@@ -139,47 +138,42 @@ def _judge(entry: Entry[Layer], tolerance: float, device: torch.device) -> None:
 
 def _take_times(
     entries: list[Entry[Layer]], repeats: int, device: torch.device, progress: Progress
-) -> dict[int, dict[str, Any]]:
-    """By id of the entry: microseconds of each kind and repeat, slowest rank; peak memory, largest over ranks."""
+) -> dict[int, dict[str, list[float]]]:
+    """By id of the entry: microseconds of each kind and repeat, slowest rank; bytes in "peak_memory", largest over
+    ranks."""
     on_gpu = device.type == "cuda"
     in_a_row = timing.IN_A_ROW if on_gpu else 1
     kinds = {"forward": (in_a_row, False), "forward_backward": (in_a_row, True)}
     if on_gpu:
         kinds["alone"] = (1, True)
-    times: dict[int, dict[str, Any]] = {id(e): {kind: [] for kind in (*kinds, "host")} for e in entries}
+    layers = {id(entry): entry.layer for entry in entries if entry.layer}
 
-    def each(action: Callable[[Entry[Layer], Layer], None]) -> None:
-        for entry in entries:
-            assert entry.layer is not None
-            entry.layer.enter()
-            action(entry, entry.layer)
-            entry.layer.leave()
+    def each(action: Callable[[Layer], T]) -> dict[int, T]:
+        return {key: within(layer, action) for key, layer in layers.items()}
 
-    def warm_up(entry: Entry[Layer], layer: Layer) -> None:
+    def warm_up(layer: Layer) -> None:
         for _ in range(4 if on_gpu else 1):
             layer.run(backward=False)
             layer.run(backward=True)
 
-    def take(entry: Entry[Layer], layer: Layer) -> None:
+    def take(layer: Layer) -> dict[str, float]:
+        taken = {}
         for kind, (count, backward) in kinds.items():
-            spent, host = timing.measure(lambda: layer.run(backward=backward, count=count), device, count)  # noqa: B023
-            times[id(entry)][kind].append(spent)
+            run = functools.partial(layer.run, backward=backward, count=count)
+            taken[kind], host = timing.measure(run, device, count)
             if kind == "alone" or (not on_gpu and backward):
-                times[id(entry)]["host"].append(host)
+                taken["host"] = host
+        return taken
 
-    def take_memory(entry: Entry[Layer], layer: Layer) -> None:
+    def take_memory(layer: Layer) -> list[float]:
         layer.results()  # nothing of the last run is left
         peak = timing.peak_memory(lambda: layer.run(backward=True), device)
-        times[id(entry)]["peak_memory"] = [math.nan if peak is None else peak]
         layer.results()
+        return timing.slowest_rank([math.nan if peak is None else peak], device)
 
     progress.say("warm-up")
     each(warm_up)
-    for i in range(repeats):
-        each(take)
-        progress.round(i + 1, repeats)
-    each(take_memory)
-    for by_kind in times.values():
-        for kind, values in by_kind.items():
-            by_kind[kind] = timing.slowest_rank(values, device)
+    times = timing.alternate(layers, lambda key: within(layers[key], take), repeats, device, after_round=progress.round)
+    for key, peak in each(take_memory).items():
+        times[key]["peak_memory"] = peak
     return times

@@ -87,15 +87,10 @@ class Handle(Protocol):
     recv_src_metadata: torch.Tensor
 
 
-class Event(Protocol):
-    """The end of an asynchronous call."""
-
-    def current_stream_wait(self) -> None:
-        """Make the current CUDA stream wait for the call. Nothing to do on CPU."""
-
-
 class Buffer(Protocol):
-    """An expert-parallel buffer. Every call but `capture`, `get_theoretical_num_sms` and `destroy` is collective.
+    """An expert-parallel buffer. Every call but `get_theoretical_num_sms` and `destroy` is collective.
+
+    Calls are in stream order: what the current stream runs before and after them need not wait for anything else.
 
     Attributes:
         group: The process group.
@@ -127,14 +122,11 @@ class Buffer(Protocol):
         num_max_tokens_per_rank: int | None = None,
         expert_alignment: int | None = None,
         num_sms: int = 0,
-        previous_event: Any = None,
-        async_with_compute_stream: bool = False,
-        allocate_on_comm_stream: bool = False,
         handle: Any = None,
         do_cpu_sync: bool = True,
         do_expand: bool = False,
         do_zero_padding: bool = False,
-    ) -> tuple[Payload, torch.Tensor | None, torch.Tensor | None, Any, Event]:
+    ) -> tuple[Payload, torch.Tensor | None, torch.Tensor | None, Any, Any]:
         """Send each token to every rank that holds one of its experts, once per rank.
 
         Args:
@@ -145,9 +137,6 @@ class Buffer(Protocol):
             num_max_tokens_per_rank: None = the buffer's own.
             expert_alignment: Pad each expert's rows to a multiple of this. None = 1, or the handle's.
             num_sms: 0 = the library decides. With `handle`, pass `handle.num_sms`.
-            previous_event: From `capture()`: the call waits for it. Needs `allocate_on_comm_stream`.
-            async_with_compute_stream: The caller waits on the returned event; else the call does.
-            allocate_on_comm_stream: Results belong to the communication stream.
             handle: Of an earlier dispatch: repeat its routing, with no exchange of counts and no host wait.
             do_cpu_sync: Wait on the host for R and P. False: W rows, see the module's docstring; such a call can be
                 captured in a CUDA graph. Without meaning with `handle`: its numbers hold.
@@ -155,8 +144,9 @@ class Buffer(Protocol):
             do_zero_padding: Zero the padding rows (expanded only).
 
         Returns:
-            `(recv_x, recv_topk_idx, recv_topk_weights, handle, event)`; see the module's docstring for the layouts.
-            recv_x has x's own type; recv_topk_weights is None when none were sent.
+            `(recv_x, recv_topk_idx, recv_topk_weights, handle, _)`; see the module's docstring for the layouts.
+            recv_x has x's own type; recv_topk_weights is None when none were sent. The last is deep_ep's event, which
+            a call in stream order has no use for.
         """
 
     def combine(
@@ -166,10 +156,7 @@ class Buffer(Protocol):
         topk_weights: torch.Tensor | None = None,
         *,
         num_sms: int = 0,
-        previous_event: Any = None,
-        async_with_compute_stream: bool = False,
-        allocate_on_comm_stream: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, Event]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
         """Send rows back and add up those of one token. `x` is NOT scaled by the weights.
 
         Args:
@@ -179,11 +166,9 @@ class Buffer(Protocol):
             num_sms: 0 = the handle's own.
 
         Returns:
-            `(combined_x [T, H], combined_topk_weights [T, K] fp32 or None, event)`. Weights of -1 picks are 0.
+            `(combined_x [T, H], combined_topk_weights [T, K] fp32 or None, _)`, the last as in `dispatch`. Weights of
+            -1 picks are 0.
         """
-
-    def capture(self) -> Any:
-        """An event of the current stream, for `previous_event`."""
 
     def get_theoretical_num_sms(self, num_experts: int, num_topk: int) -> int:
         """SMs that the library would take for `num_sms=0`; 0 where there are none."""

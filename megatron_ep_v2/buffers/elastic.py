@@ -83,9 +83,6 @@ class ElasticBuffer:
         # deep_ep 2.1.0, deterministic_sort: in hybrid mode between hosts it looks for the valid entries of a list.
         self._sort_waits = settings.deterministic and getattr(self._buffer, "num_scaleout_ranks", 1) > 1
 
-    def capture(self) -> Any:
-        return self._buffer.capture()
-
     def get_theoretical_num_sms(self, num_experts: int, num_topk: int) -> int:
         return int(self._buffer.get_theoretical_num_sms(num_experts, num_topk))
 
@@ -99,9 +96,6 @@ class ElasticBuffer:
         num_max_tokens_per_rank: int | None = None,
         expert_alignment: int | None = None,
         num_sms: int = 0,
-        previous_event: Any = None,
-        async_with_compute_stream: bool = False,
-        allocate_on_comm_stream: bool = False,
         handle: Any = None,
         do_cpu_sync: bool = True,
         do_expand: bool = False,
@@ -129,9 +123,6 @@ class ElasticBuffer:
             num_max_tokens_per_rank=num_max_tokens_per_rank,
             expert_alignment=expert_alignment,
             num_sms=num_sms,
-            previous_event=previous_event,
-            async_with_compute_stream=async_with_compute_stream,
-            allocate_on_comm_stream=allocate_on_comm_stream,
             handle=handle,
             do_cpu_sync=do_cpu_sync if handle is None else None,  # which a handle has decided
             do_expand=do_expand,
@@ -145,9 +136,6 @@ class ElasticBuffer:
         topk_weights: torch.Tensor | None = None,
         *,
         num_sms: int = 0,
-        previous_event: Any = None,
-        async_with_compute_stream: bool = False,
-        allocate_on_comm_stream: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
         """See `contract.Buffer.combine`. Raises InputError and ClosedError before any kernel runs."""
         self._check_ready()
@@ -158,9 +146,6 @@ class ElasticBuffer:
             handle,
             topk_weights=topk_weights,
             num_sms=num_sms,  # 0 is the handle's own
-            previous_event=previous_event,
-            async_with_compute_stream=async_with_compute_stream,
-            allocate_on_comm_stream=allocate_on_comm_stream,
         )
 
     def destroy(self) -> None:

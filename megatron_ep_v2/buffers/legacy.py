@@ -112,9 +112,6 @@ class LegacyBuffer:
         self.comm_stream: torch.cuda.Stream | None = self._buffer.get_comm_stream()
         self.num_bytes = num_nvl_bytes + num_rdma_bytes
 
-    def capture(self) -> Any:
-        return self._buffer.capture()
-
     def get_theoretical_num_sms(self, num_experts: int, num_topk: int) -> int:
         return self.num_sms
 
@@ -128,9 +125,6 @@ class LegacyBuffer:
         num_max_tokens_per_rank: int | None = None,
         expert_alignment: int | None = None,
         num_sms: int = 0,
-        previous_event: Any = None,
-        async_with_compute_stream: bool = False,
-        allocate_on_comm_stream: bool = False,
         handle: LegacyHandle | None = None,
         do_cpu_sync: bool = True,
         do_expand: bool = False,
@@ -156,20 +150,13 @@ class LegacyBuffer:
                 f"rank {self.group.rank()}: deep_ep's legacy Buffer has no expanded layout and no cached weights",
                 fix="use layout=compact, or buffer=elastic with deep_ep >= 2.1",
             )
-        ordering = {
-            "previous_event": previous_event,
-            "async_finish": async_with_compute_stream,
-            "allocate_on_comm_stream": allocate_on_comm_stream,
-        }
         if handle is not None:
-            recv_x, _, _, _, _, event = memory_left_as_it_is(self._buffer.dispatch)(x, handle=handle.raw, **ordering)
+            recv_x, _, _, _, _, event = memory_left_as_it_is(self._buffer.dispatch)(x, handle=handle.raw)
             return recv_x, handle.recv_topk_idx.clone(), None, handle, event
 
         assert topk_idx is not None and num_experts is not None
         get_layout = memory_left_as_it_is(self._buffer.get_dispatch_layout)
-        per_rank, per_rdma_rank, per_expert, is_in_rank, layout_event = get_layout(topk_idx, num_experts, **ordering)
-        if async_with_compute_stream:
-            ordering["previous_event"] = layout_event
+        per_rank, per_rdma_rank, per_expert, is_in_rank, _ = get_layout(topk_idx, num_experts)
         alignment = expert_alignment or 1
         recv_x, recv_idx, recv_weights, counts, raw, event = memory_left_as_it_is(self._buffer.dispatch)(
             x,
@@ -180,7 +167,6 @@ class LegacyBuffer:
             is_token_in_rank=is_in_rank,
             num_tokens_per_expert=per_expert,
             expert_alignment=alignment,
-            **ordering,
         )
         rows = recv_x[0] if isinstance(recv_x, tuple) else recv_x
         fresh = LegacyHandle(
@@ -204,23 +190,13 @@ class LegacyBuffer:
         topk_weights: torch.Tensor | None = None,
         *,
         num_sms: int = 0,
-        previous_event: Any = None,
-        async_with_compute_stream: bool = False,
-        allocate_on_comm_stream: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
         """See `contract.Buffer.combine`."""
         self._check_open()
         check_combine(x, handle, topk_weights, self.group)
         if topk_weights is not None:  # V1 adds up what all ranks send for a pick, so only its own rank may send
             topk_weights = topk_weights.masked_fill(handle.recv_topk_idx < 0, 0.0)
-        return memory_left_as_it_is(self._buffer.combine)(
-            x,
-            handle.raw,
-            topk_weights=topk_weights,
-            previous_event=previous_event,
-            async_finish=async_with_compute_stream,
-            allocate_on_comm_stream=allocate_on_comm_stream,
-        )
+        return memory_left_as_it_is(self._buffer.combine)(x, handle.raw, topk_weights=topk_weights)
 
     def destroy(self) -> None:
         """Release the buffer once every rank came here; see `ElasticBuffer.destroy`."""

@@ -36,13 +36,6 @@ from megatron_ep_v2.errors import ClosedError, EPError, InputError
 from megatron_ep_v2.settings import Settings, active
 
 
-class CompletedEvent:
-    """The event of a call that is done when it returns."""
-
-    def current_stream_wait(self) -> None:
-        """Nothing to wait for."""
-
-
 class ReferenceBuffer:
     """An expert-parallel buffer on `torch.distributed.all_to_all_single`; `contract.Buffer` documents the calls.
 
@@ -74,9 +67,6 @@ class ReferenceBuffer:
         self._num_dispatches = 0
         self._destroyed = False
 
-    def capture(self) -> CompletedEvent:
-        return CompletedEvent()
-
     def get_theoretical_num_sms(self, num_experts: int, num_topk: int) -> int:
         return 0
 
@@ -98,15 +88,12 @@ class ReferenceBuffer:
         num_max_tokens_per_rank: int | None = None,
         expert_alignment: int | None = None,
         num_sms: int = 0,
-        previous_event: Any = None,
-        async_with_compute_stream: bool = False,
-        allocate_on_comm_stream: bool = False,
         handle: ReferenceHandle | None = None,
         do_cpu_sync: bool = True,
         do_expand: bool = False,
         do_zero_padding: bool = False,
         refusals: list[EPError] | None = None,
-    ) -> tuple[Payload, torch.Tensor | None, torch.Tensor | None, ReferenceHandle, CompletedEvent]:
+    ) -> tuple[Payload, torch.Tensor | None, torch.Tensor | None, ReferenceHandle, None]:
         """See `contract.Buffer.dispatch`. With an fp64 payload, fp64 weights are carried too.
 
         Args:
@@ -174,7 +161,7 @@ class ReferenceBuffer:
             received = [with_garbage(rows, handle.num_recv_tokens) for rows in received]
         recv_weights = received.pop() if weights else None
         recv_x = (received[0], received[1]) if isinstance(x, tuple) else received[0]
-        return recv_x, None if do_expand else handle.recv_topk_idx.clone(), recv_weights, handle, CompletedEvent()
+        return recv_x, None if do_expand else handle.recv_topk_idx.clone(), recv_weights, handle, None
 
     def combine(
         self,
@@ -183,11 +170,8 @@ class ReferenceBuffer:
         topk_weights: torch.Tensor | None = None,
         *,
         num_sms: int = 0,
-        previous_event: Any = None,
-        async_with_compute_stream: bool = False,
-        allocate_on_comm_stream: bool = False,
         refusals: list[EPError] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, CompletedEvent]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
         """See `contract.Buffer.combine`. refusals: As of `dispatch`.
 
         Raises:
@@ -224,14 +208,14 @@ class ReferenceBuffer:
         by_token = torch.argsort(route.send_tokens, stable=True)  # of one token: in the order of the ranks
         combined_x = sum_rows(returned[0], by_token, torch.bincount(route.send_tokens, minlength=num_tokens))
         if topk_weights is None:
-            return combined_x, None, CompletedEvent()
+            return combined_x, None, None
         ranks = torch.arange(self.num_ranks, device=x.device)
         sent_to = ranks.repeat_interleave(torch.tensor(route.send_counts, device=x.device))
         picked_rank = handle.topk_idx[route.send_tokens] // (handle.num_experts // self.num_ranks)  # -1 stays -1
         row, pick = (picked_rank == sent_to[:, None]).nonzero(as_tuple=True)
         combined_weights = topk_weights.new_zeros(num_tokens, num_topk)
         combined_weights[route.send_tokens[row], pick] = returned[1][row, pick]
-        return combined_x, combined_weights, CompletedEvent()
+        return combined_x, combined_weights, None
 
     def _check_carried(
         self, x: Payload, topk_idx: torch.Tensor | None, topk_weights: torch.Tensor | None, num_experts: int | None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib
 import json
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import megatron_ep_v2
 from megatron_ep_v2 import settings
 from megatron_ep_v2.bench import ranks, report
 from megatron_ep_v2.bench.layer import Groups
@@ -55,12 +53,13 @@ def bench(arguments: list[str]) -> int:
         )
     shapes = [_shape(name, options, num_ranks) for name in options.shapes]
     variants = _variants(options)
-    whole_step = _whole_step() if options.step or options.tune else None
     if place is None:
-        return ranks.start(num_ranks, arguments)
-    command = _command(arguments, place)
-    if whole_step:
-        return int(whole_step.run(options, shapes, variants, place, command))
+        return ranks.start(num_ranks, ["-m", "megatron_ep_v2", "bench", *arguments])
+    command = ranks.command(place, ["-m", "megatron_ep_v2", "bench", *arguments])
+    if options.step or options.tune:
+        from megatron_ep_v2.cli import bench_step  # needs Megatron, which the table does not need to be imported
+
+        return bench_step.run(options, shapes, variants, place, command)
     points = [
         Point(
             shape=shape,
@@ -149,23 +148,3 @@ def _variants(options: argparse.Namespace) -> list[Variant]:
     else:
         chosen = [variant for variant in VARIANTS.values() if fits(variant)]
     return [variant for variant in chosen if variant.layout in (None, *options.layout)]
-
-
-def _whole_step() -> Any:
-    """The part that trains a model: it lives beside the example whose model it is, and is not installed."""
-    root = Path(megatron_ep_v2.__file__).resolve().parents[1]
-    folders = [root / "benchmarks", root / "examples"]
-    if not (folders[0] / "whole_step").is_dir():
-        raise SettingsError(
-            "bench --step and --tune need the source tree, for the example's model",
-            found=f"no benchmarks/whole_step beside the installed package in {root.name}",
-            fix="git clone the repository and run the same command in it",
-        )
-    sys.path[:0] = [str(folder) for folder in folders]
-    return importlib.import_module("whole_step")
-
-
-def _command(arguments: list[str], place: settings.Launch) -> str:
-    """What to type to get the same again."""
-    launcher = "python" if place.store else f"torchrun --nproc-per-node {place.local_ranks}"
-    return " ".join([launcher, "-m megatron_ep_v2 bench", *arguments])

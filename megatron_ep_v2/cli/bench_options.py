@@ -93,9 +93,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     how.add_argument("--out", type=Path, metavar="FILE.jsonl", help="write header and rows")
 
-    step = parser.add_argument_group("whole training steps (from a source tree)")
+    step = parser.add_argument_group("whole training steps")
     step.add_argument(
-        "--step", action="store_true", help="step time with each dispatcher and kind of experts, in the example's model"
+        "--step", action="store_true", help="step time with each dispatcher and kind of experts, in a Qwen3-MoE"
     )
     step.add_argument("--tune", action="store_true", help="the SM count and layout with the best step")
     step.add_argument(

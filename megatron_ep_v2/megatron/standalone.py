@@ -11,12 +11,22 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe import fused_a2a, token_dispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ep_v2.errors import UnavailableError
 
-__all__ = ["ensure_global_memory_buffer", "fused_a2a", "make_dispatchers", "on_cpu", "sms_field", "token_dispatcher"]
+__all__ = [
+    "ensure_global_memory_buffer",
+    "fused_a2a",
+    "make_dispatchers",
+    "model_parallel",
+    "on_cpu",
+    "sms_field",
+    "splits_as_lists",
+    "token_dispatcher",
+]
 
 
 def make_dispatchers(
@@ -102,6 +112,23 @@ def ensure_global_memory_buffer() -> None:
 
 
 @contextlib.contextmanager
+def model_parallel(expert_parallel: int, seed: int) -> Iterator[None]:
+    """Megatron's process groups for TP = PP = 1 and its random numbers; nothing of the groups is left afterwards.
+
+    Args:
+        expert_parallel: Ranks that share the experts of a layer.
+        seed: Of Megatron's CUDA generators.
+    """
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=expert_parallel, expert_tensor_parallel_size=1)
+    if torch.cuda.is_available():
+        model_parallel_cuda_manual_seed(seed)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+@contextlib.contextmanager
 def on_cpu() -> Iterator[None]:
     """Inside the block, Megatron-Core's allgather and alltoall dispatchers run on a machine without CUDA.
 
@@ -115,7 +142,7 @@ def on_cpu() -> Iterator[None]:
             "cuda_dtoh_stream",
             "none",
         ),  # not None: the constructor then makes no stream
-        (token_dispatcher.MoEAlltoAllTokenDispatcher, "_maybe_dtoh_and_synchronize", _splits_as_lists),
+        (token_dispatcher.MoEAlltoAllTokenDispatcher, "_maybe_dtoh_and_synchronize", splits_as_lists),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
     for owner, name, value in places:
@@ -128,7 +155,9 @@ def on_cpu() -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def _splits_as_lists(self: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor | None:
+def splits_as_lists(self: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor | None:
+    """`MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize` where nothing has to be copied to the host: only the
+    split sizes take the form that collectives want."""
     if point == self.cuda_dtoh_point:
         self.input_splits, self.output_splits, self.output_splits_tp = (
             None if splits is None else splits.tolist()

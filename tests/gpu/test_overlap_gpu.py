@@ -7,9 +7,7 @@ watchdog's mark (`watchdog.completion.GpuClock`).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +15,9 @@ from harness import run_ranks
 from moe import own_package
 
 from megatron_ep_v2 import settings
+from megatron_ep_v2.bench.exposed import profiled
 from megatron_ep_v2.fused_a2a import get_buffer
 from megatron_ep_v2.watchdog.watched_buffer import WatchedBuffer
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-from exposed import profiled
 
 RANKS = torch.cuda.device_count()
 TOKENS, HIDDEN, EXPERTS, TOPK = 4096, 2048, 128, 8

@@ -1,8 +1,8 @@
 """What Megatron-Core needs substituted on a machine without CUDA, and rows in bf16 where the model computes in fp32.
 
-Three modules, placed through its public seams (layer spec, `MoESubmodules.router`, `model.rotary_pos_emb`). The flex
-dispatcher needs nothing; the alltoall dispatcher, which is here to compare with, asks `torch.cuda` where its two
-collectives should write and for a stream to copy to the host on.
+Three modules, placed where Megatron lets a model choose them (layer spec, `MoESubmodules.router`,
+`model.rotary_pos_emb`). The flex dispatcher needs nothing; the alltoall dispatcher, which is here to compare with, asks
+`torch.cuda` where its two collectives should write and for a stream to copy to the host on.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEm
 from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
+
+from megatron_ep_v2.megatron.standalone import splits_as_lists
 
 ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
 
@@ -70,19 +72,9 @@ def substitute_alltoall_dispatcher() -> None:
     """Let `MoEAlltoAllTokenDispatcher` run on host tensors. Doing it twice is harmless."""
     dispatcher = token_dispatcher.MoEAlltoAllTokenDispatcher
     dispatcher.cuda_dtoh_stream = "none"  # anything but None: the constructor then makes no torch.cuda.Stream
-    dispatcher._maybe_dtoh_and_synchronize = _splits_as_lists
+    dispatcher._maybe_dtoh_and_synchronize = splits_as_lists
     token_dispatcher.all_to_all = _all_to_all
     token_dispatcher.gather_from_sequence_parallel_region = _gather_counts
-
-
-def _splits_as_lists(self: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor | None:
-    """Nothing has to be copied to the host; only the split sizes take the form that collectives want."""
-    if point == self.cuda_dtoh_point:
-        self.input_splits, self.output_splits, self.output_splits_tp = (
-            None if splits is None else splits.tolist()
-            for splits in (self.input_splits, self.output_splits, self.output_splits_tp)
-        )
-    return tokens_per_expert
 
 
 def _gather_counts(counts: torch.Tensor, *, group: dist.ProcessGroup) -> torch.Tensor:

@@ -44,7 +44,7 @@ def step_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def what_experts_give(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each of this package's kinds of experts: its best row beside the best with Megatron's own."""
+    """A line for each of this package's kinds of experts: its best row next to the best with Megatron's own."""
     timed = sorted((row for row in rows if "step_ms" in row), key=lambda row: row["step_ms"])
     megatron = [row for row in timed if row["expert_backend"].startswith("megatron")]
     ours = dict.fromkeys(row["expert_backend"] for row in rows if not row["expert_backend"].startswith("megatron"))

@@ -1,4 +1,4 @@
-"""What a profiler's trace says of a GPU: how long it is busy, and how much of the communication runs beside compute."""
+"""What a trace of the profiler says of a GPU: how long it is busy, how much communication runs next to compute."""
 
 from __future__ import annotations
 

@@ -1,12 +1,6 @@
-"""`python -m megatron_ep_v2 bench --step` and `--tune`: whole training steps of the example's Qwen3-MoE.
+"""`bench --step` and `--tune`: whole training steps of a Qwen3-MoE.
 
 One model in one process; between steps only its token dispatchers and its experts are exchanged, and all kinds of
 experts are views of the same weights and gradients. So each of them meets the same weights, the same tokens and, with a
 learning rate of 0, the same routing in every step.
 """
-
-from __future__ import annotations
-
-from whole_step.run import run
-
-__all__ = ["run"]

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .presets import Recipe
+from megatron_ep_v2.megatron.qwen3_moe.options import Recipe
 
 _PIECE = 2**26  # elements
 
 
-def collect_gradient(parameter: torch.nn.Parameter, into: torch.Tensor) -> None:
+def collect_gradient(parameter: Any, into: torch.Tensor) -> None:
     """Add a parameter's gradients up in an fp32 tensor of its shape, micro-batch after micro-batch.
 
     As in Megatron's own data parallelism: a module that fuses this with its GEMM adds to `main_grad` by itself and says
@@ -28,7 +28,7 @@ def collect_gradient(parameter: torch.nn.Parameter, into: torch.Tensor) -> None:
     parameter.register_post_accumulate_grad_hook(_collect)
 
 
-def _collect(parameter: torch.Tensor) -> None:
+def _collect(parameter: Any) -> None:
     assert parameter.grad is not None  # the hook runs after its accumulation
     if not parameter.grad_added_to_main_grad:
         parameter.main_grad.add_(parameter.grad)
@@ -44,7 +44,7 @@ class FlatGradients:
         self.buffer = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
         views = self.buffer.split(sizes)
         self.by_name = {name: view.view_as(p) for (name, p), view in zip(parameters.items(), views, strict=True)}
-        self._parameters = list(parameters.values())
+        self._parameters: list[Any] = list(parameters.values())
         for name, parameter in parameters.items():
             collect_gradient(parameter, self.by_name[name])
 

@@ -13,13 +13,11 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megatron_ep_v2.device_checks import read_all
-from megatron_ep_v2.errors import EPError
+from megatron_ep_v2.errors import EPError, InputError
 from megatron_ep_v2.megatron.expert_load import ExpertLoad
-
-from .data import check_token_ids
-from .model import build_model, named_parameters
-from .optimizer import Gradients, Optimizer, learning_rate
-from .options import Options
+from megatron_ep_v2.megatron.qwen3_moe.model import build_model, named_parameters
+from megatron_ep_v2.megatron.qwen3_moe.optimizer import Gradients, Optimizer, learning_rate
+from megatron_ep_v2.megatron.qwen3_moe.options import TrainerOptions
 
 
 class DivergedError(EPError):
@@ -59,7 +57,7 @@ class Trainer:
         with_optimizer: Without, no masters and moments take memory, and a step changes no parameter.
     """
 
-    def __init__(self, options: Options, device: torch.device, with_optimizer: bool = True):
+    def __init__(self, options: TrainerOptions, device: torch.device, with_optimizer: bool = True):
         self.options, self.device = options, device
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.model = build_model(options, device, self.rank, self.world)
@@ -133,9 +131,11 @@ class Trainer:
         return dense + experts, dense + experts * shape.topk // shape.num_experts
 
     def state_dict(self) -> dict[str, Any]:
+        assert self.optimizer is not None  # without one there is nothing to go on with
         return {"step": self.step_number, "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert self.optimizer is not None
         self.step_number = state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
 
@@ -184,3 +184,22 @@ class Trainer:
                 self.expert_load[number] += output[1].sum(dim=0)  # the routing map, [tokens, experts] bool
 
         return count
+
+
+def check_token_ids(tokens: torch.Tensor, vocab_size: int) -> None:
+    """Refuse ids that the embedding has no row for.
+
+    Args:
+        tokens: Ids, int64, on the host.
+
+    Raises:
+        InputError: There is one.
+    """
+    highest = int(tokens.max())
+    if highest >= vocab_size:
+        raise InputError(
+            "a token id is outside the vocabulary",
+            found=f"id {highest}",
+            needed=f"less than --vocab-size {vocab_size}",
+            fix="--vocab-size as in the tokenizer that wrote the data",
+        )

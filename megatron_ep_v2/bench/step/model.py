@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from qwen3_moe.options import Options
-from qwen3_moe.presets import PRESETS, ModelShape
-
 from megatron_ep_v2.bench.shapes import Shape
+from megatron_ep_v2.megatron.qwen3_moe.options import SHAPES, ModelShape, Recipe, TrainerOptions
 
 FORMULA = (
     "3 x forward; forward per token = 2 x (active matrix parameters: attention, router, top-k experts, output head) "
@@ -27,29 +25,25 @@ def model_options(
     ranks: int,
     seed: int,
     experts: str,
-) -> Options:
-    """Options of the example for a preset of the bench: one sequence of `tokens` per rank and micro-batch.
+) -> TrainerOptions:
+    """The model of a preset of the bench: one sequence of `tokens` per rank and micro-batch.
 
     Qwen3's presets are its own. The others keep their MoE layer, with Qwen3's kind of attention: heads of 128
     channels, eight key/value heads at most. The learning rate is 0, so that the work stays the same.
     """
-    theirs = PRESETS.get(shape.name.removeprefix("qwen3-"))
+    own = SHAPES.get(shape.name.removeprefix("qwen3-"))
     heads = max(1, shape.hidden // 128)
-    model = (
-        theirs.shape
-        if theirs
-        else ModelShape(
-            num_layers=layers,
-            hidden_size=shape.hidden,
-            num_attention_heads=heads,
-            num_query_groups=8 if heads % 8 == 0 else heads,
-            kv_channels=128,
-            ffn_hidden_size=4 * shape.hidden,
-            moe_ffn_hidden_size=shape.expert_ffn,
-            num_experts=shape.experts,
-            topk=shape.topk,
-            seq_length=tokens,
-        )
+    model = own or ModelShape(
+        num_layers=layers,
+        hidden_size=shape.hidden,
+        num_attention_heads=heads,
+        num_query_groups=8 if heads % 8 == 0 else heads,
+        kv_channels=128,
+        ffn_hidden_size=4 * shape.hidden,
+        moe_ffn_hidden_size=shape.expert_ffn,
+        num_experts=shape.experts,
+        topk=shape.topk,
+        seq_length=tokens,
     )
     model = dataclasses.replace(
         model,
@@ -59,18 +53,16 @@ def model_options(
         seq_length=tokens,
         vocab_size=vocab_size,
     )
-    recipe = dataclasses.replace(
-        PRESETS["tiny"].recipe,
+    recipe = Recipe(
+        steps=1000,
         global_batch_size=ranks * micro_batches,
         micro_batch_size=1,
         lr=0.0,
         min_lr=0.0,
         warmup_steps=0,
         weight_decay=0.0,
-        aux_loss_coeff=1e-3,
     )
-    return Options(
-        preset=shape.name,
+    return TrainerOptions(
         shape=model,
         recipe=recipe,
         recompute=recompute,
@@ -81,7 +73,7 @@ def model_options(
     )
 
 
-def with_layers(options: Options, layers: int) -> Options:
+def with_layers(options: TrainerOptions, layers: int) -> TrainerOptions:
     """The same with another depth."""
     return dataclasses.replace(options, shape=dataclasses.replace(options.shape, num_layers=layers))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,13 +11,14 @@ import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-from qwen3_moe.model import megatron_layer_spec, moe_submodules
-from qwen3_moe.optimizer import collect_gradient
-from qwen3_moe.train import Trainer
 
 from megatron_ep_v2.errors import UnavailableError
 from megatron_ep_v2.experts.gemm import gemm
 from megatron_ep_v2.megatron.experts import EXPERTS
+from megatron_ep_v2.megatron.qwen3_moe.model import megatron_layer_spec, moe_submodules
+from megatron_ep_v2.megatron.qwen3_moe.optimizer import collect_gradient
+from megatron_ep_v2.megatron.qwen3_moe.trainer import Trainer
+from megatron_ep_v2.settings import environment
 
 # Megatron's own experts: how the layer's configuration differs, and the environment that they need.
 MEGATRON: dict[str, Mapping[str, Any]] = {
@@ -40,7 +41,7 @@ class ExpertSet:
     Their weights are the model's own, and so is where their gradients go: no second copy of either.
 
     Args:
-        kind: One of `EXPERT_BACKENDS`.
+        kind: One of `megatron_ep_v2.bench.variants.EXPERT_BACKENDS`.
         trainer: Of the model.
         owners: The experts that the model was built with, those of `owner`.
 
@@ -49,9 +50,10 @@ class ExpertSet:
     """
 
     def __init__(self, kind: str, trainer: Trainer, owners: Sequence[Any]):
-        self.layers, self._environment = trainer.moe_layers, _Environment(_ENVIRONMENT.get(kind, {}))
+        self.layers, self._variables = trainer.moe_layers, _ENVIRONMENT.get(kind, {})
+        self._entered = contextlib.ExitStack()
         self.modules: list[Any] = []
-        with self._environment:
+        with environment(**self._variables):
             for layer, own in zip(self.layers, owners, strict=True):
                 if kind == trainer.options.experts:
                     self.modules.append(own)
@@ -63,12 +65,12 @@ class ExpertSet:
             torch.cuda.empty_cache()  # of the weights that the modules were built with
 
     def enter(self) -> None:
-        self._environment.__enter__()
+        self._entered.enter_context(environment(**self._variables))
         for layer, module in zip(self.layers, self.modules, strict=True):
             layer.experts = module
 
     def leave(self) -> None:
-        self._environment.__exit__()
+        self._entered.close()
 
 
 def _stacked(kind: str, layer: MoELayer, own: Any) -> Any:
@@ -116,18 +118,3 @@ def one_by_one(experts: Any, linear: str) -> list[torch.nn.Parameter]:
         return [getattr(expert, linear).weight for expert in experts.local_experts]
     grouped = getattr(experts, linear)
     return [getattr(grouped, f"weight{i}") for i in range(grouped.num_gemms)]
-
-
-class _Environment:
-    """Variables that are set inside, and as before afterwards."""
-
-    def __init__(self, variables: Mapping[str, str]):
-        self._variables, self._before = variables, dict[str, str | None]()
-
-    def __enter__(self) -> None:
-        self._before = {name: os.environ.get(name) for name in self._variables}
-        os.environ.update(self._variables)
-
-    def __exit__(self, *_: Any) -> None:
-        for name, value in self._before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})

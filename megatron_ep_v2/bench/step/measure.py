@@ -5,24 +5,25 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from exposed import busy
-from qwen3_moe.options import Options
-from qwen3_moe.train import StepStats, Trainer
 
 from megatron_ep_v2.bench import timing
 from megatron_ep_v2.bench.dispatchers import DispatcherSet
-from megatron_ep_v2.bench.entry import Entry, noted, told_once
-from megatron_ep_v2.bench.layer import Groups
+from megatron_ep_v2.bench.entry import Entry, noted, without_repetitions
+from megatron_ep_v2.bench.exposed import busy
+from megatron_ep_v2.bench.layer import Groups, within
 from megatron_ep_v2.bench.progress import Progress
 from megatron_ep_v2.bench.shapes import DTYPES, Shape
-from whole_step.experts import ExpertSet
-from whole_step.model import FORMULA, step_flops
-from whole_step.sections import Stopwatch, Watched
+from megatron_ep_v2.bench.step.model import FORMULA, step_flops
+from megatron_ep_v2.bench.step.sections import Stopwatch, Watched
+from megatron_ep_v2.megatron.qwen3_moe.expert_kinds import ExpertSet
+from megatron_ep_v2.megatron.qwen3_moe.options import TrainerOptions
+from megatron_ep_v2.megatron.qwen3_moe.trainer import StepStats, Trainer
 
+T = TypeVar("T")
 # Loss and gradient norm against alltoall's (or the first variant's), relative. In bf16 a token's last digits decide, in
 # deeper layers, which expert it goes to; `bench` without --step is the strict comparison.
 TOLERANCE = {"bf16": {"loss": 2e-3, "gradient norm": 5e-2}, "fp32": {"loss": 1e-5, "gradient norm": 1e-4}}
@@ -77,15 +78,17 @@ def measure_steps(
     batches = _tokens(options, ranks)
     _build(entries, shape, trainer, batches, groups)
     taken: dict[str, StepStats] = {}
-    for entry in (entry for entry in entries if entry.layer):
-        progress.say(f"{entry.label}: first step (a new shape is compiled kernel by kernel, up to a minute)")
-        with noted(entry):
-            taken[entry.label] = _first_step(entry.layer)
+    for entry in entries:
+        if entry.layer is not None:
+            progress.say(f"{entry.label}: first step (a new shape is compiled kernel by kernel, up to a minute)")
+            with noted(entry):
+                taken[entry.label] = within(entry.layer, Stepper.step)
     stepped = [entry for entry in entries if entry.layer]
     stock = (entry for entry in stepped if entry.variant.name == "alltoall" and entry.experts == "megatron")
     base = next(stock, stepped[0] if stepped else None)
     first = taken[base.label] if base else None
     for entry in stepped:
+        assert first is not None
         _judge(entry, taken[entry.label], first, TOLERANCE[options.dtype])
 
     good = [entry for entry in entries if entry.status == "ok"]
@@ -93,8 +96,8 @@ def measure_steps(
     tokens = options.shape.seq_length * len(batches)
     flops = step_flops(options.shape, tokens)
     rows = []
-    for entry in told_once(entries):
-        row = _common(trainer, ranks, repeats, len(batches), first) | entry.described()
+    for entry in without_repetitions(entries):
+        row = _common(shape.name, trainer, ranks, repeats, len(batches), first) | entry.described()
         if id(entry) in times:
             row |= _measured(times[id(entry)], tokens * ranks, flops)
         rows.append(row)
@@ -116,8 +119,9 @@ def _build(
 ) -> None:
     """Give each entry its layer: experts once for each kind, dispatchers once for each variant and SM count."""
     owners = [layer.experts for layer in trainer.moe_layers]
-    experts: dict[str, ExpertSet] = {}
+    experts: dict[str | None, ExpertSet] = {}
     for kind in dict.fromkeys(entry.experts for entry in entries):
+        assert kind is not None  # in a training step each entry names its experts
         with noted(*(entry for entry in entries if entry.experts == kind)):
             experts[kind] = ExpertSet(kind, trainer, owners)
     usable = [entry for entry in entries if entry.status == "ok"]
@@ -138,14 +142,6 @@ def _build(
                 entry.layer = Stepper(dispatchers, experts[entry.experts], trainer, batches)
 
 
-def _first_step(stepper: Stepper) -> StepStats:
-    stepper.enter()
-    try:
-        return stepper.step()
-    finally:
-        stepper.leave()
-
-
 def _judge(entry: Entry[Stepper], stats: StepStats, first: StepStats, tolerance: dict[str, float]) -> None:
     """Equal on every rank, as the statistics are."""
     pairs = {"loss": (stats.loss, first.loss), "gradient norm": (stats.grad_norm, first.grad_norm)}
@@ -162,55 +158,41 @@ def _take_times(
     """By id of the entry: "step" in microseconds for each repeat, slowest rank; "peak_memory" in bytes, largest over
     ranks; "dispatch" and "combine", their share of the step in percent, mean over ranks; "busy", microseconds in which
     the GPU has something to do, most over ranks, NaN on a CPU."""
-    times: dict[int, dict[str, list[float]]] = {id(entry): {"step": []} for entry in entries}
+    steppers = {id(entry): entry.layer for entry in entries if entry.layer}
 
-    def each(action: Callable[[Entry[Stepper], Stepper], None]) -> None:
-        for entry in entries:
-            assert entry.layer is not None
-            entry.layer.enter()
-            action(entry, entry.layer)
-            entry.layer.leave()
+    def each(action: Callable[[Stepper], T]) -> dict[int, T]:
+        return {key: within(stepper, action) for key, stepper in steppers.items()}
 
-    def take(entry: Entry[Stepper], stepper: Stepper) -> None:
-        times[id(entry)]["step"].append(timing.measure(lambda: _discard(stepper.step()), device)[0])
+    def take(stepper: Stepper) -> dict[str, float]:
+        return {"step": timing.measure(stepper.step, device)[0]}
 
-    def take_memory(entry: Entry[Stepper], stepper: Stepper) -> None:
-        peak = timing.peak_memory(lambda: _discard(stepper.step()), device)
-        times[id(entry)]["peak_memory"] = [math.nan if peak is None else peak]
+    def take_memory(stepper: Stepper) -> float:
+        peak = timing.peak_memory(stepper.step, device)
+        return math.nan if peak is None else peak
 
-    def take_busy(entry: Entry[Stepper], stepper: Stepper) -> None:
-        on_gpu = device.type == "cuda"
-        times[id(entry)]["busy"] = [busy(lambda: _discard(stepper.step())) if on_gpu else math.nan]
-
-    def take_shares(entry: Entry[Stepper], stepper: Stepper) -> None:
+    def take_shares(stepper: Stepper) -> list[float]:
         watch = Stopwatch(device)
         stepper.leave()
         stepper.enter(watch)
-        spent = [timing.measure(lambda: _discard(stepper.step()), device)[0] for _ in range(_WATCHED_STEPS)]
-        within = watch.milliseconds()
-        shares = torch.tensor([100 * 1e3 * within[name] / sum(spent) for name in ("dispatch", "combine")])
+        spent = [timing.measure(stepper.step, device)[0] for _ in range(_WATCHED_STEPS)]
+        within_ms = watch.milliseconds()
+        shares = torch.tensor([100 * 1e3 * within_ms[name] / sum(spent) for name in ("dispatch", "combine")])
         shares = shares.to(device)
         dist.all_reduce(shares)
-        times[id(entry)] |= dict(
-            zip(("dispatch", "combine"), ([share / dist.get_world_size()] for share in shares.tolist()), strict=True)
-        )
+        return (shares / dist.get_world_size()).tolist()
 
     progress.say("warm-up")
-    each(lambda entry, stepper: _discard(stepper.step()))
-    for i in range(repeats):
-        each(take)
-        progress.round(i + 1, repeats)
-    each(take_memory)
-    each(take_shares)
-    each(take_busy)
-    for by_kind in times.values():
-        for kind in ("step", "peak_memory", "busy"):
-            by_kind[kind] = timing.slowest_rank(by_kind[kind], device)
+    each(Stepper.step)
+    times = timing.alternate(
+        steppers, lambda key: within(steppers[key], take), repeats, device, after_round=progress.round
+    )
+    peaks, shares = each(take_memory), each(take_shares)
+    spans = each(lambda stepper: busy(stepper.step) if device.type == "cuda" else math.nan)
+    for key, by_kind in times.items():
+        by_kind["peak_memory"] = timing.slowest_rank([peaks[key]], device)
+        by_kind["busy"] = timing.slowest_rank([spans[key]], device)
+        by_kind["dispatch"], by_kind["combine"] = ([share] for share in shares[key])
     return times
-
-
-def _discard(_: Any) -> None:
-    """A step's statistics are not wanted."""
 
 
 def _measured(times: dict[str, list[float]], tokens: int, flops_per_rank: int) -> dict[str, Any]:
@@ -231,10 +213,12 @@ def _measured(times: dict[str, list[float]], tokens: int, flops_per_rank: int) -
     }
 
 
-def _common(trainer: Trainer, ranks: int, repeats: int, micro_batches: int, first: StepStats | None) -> dict[str, Any]:
+def _common(
+    name: str, trainer: Trainer, ranks: int, repeats: int, micro_batches: int, first: StepStats | None
+) -> dict[str, Any]:
     options, shape = trainer.options, trainer.options.shape
     return {
-        "shape": options.preset,
+        "shape": name,
         "layers": shape.num_layers,
         "hidden": shape.hidden_size,
         "experts": shape.num_experts,
@@ -254,7 +238,7 @@ def _common(trainer: Trainer, ranks: int, repeats: int, micro_batches: int, firs
     }
 
 
-def _tokens(options: Options, ranks: int) -> list[torch.Tensor]:
+def _tokens(options: TrainerOptions, ranks: int) -> list[torch.Tensor]:
     """This rank's micro-batches [1, seq_length + 1], random ids."""
     generator = torch.Generator().manual_seed(1000 * options.seed + dist.get_rank())
     count = options.num_micro_batches(ranks)

@@ -21,10 +21,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ep_v2.megatron.experts import use_experts
-
-from . import cpu
-from .options import Options
-from .presets import ModelShape
+from megatron_ep_v2.megatron.qwen3_moe import cpu
+from megatron_ep_v2.megatron.qwen3_moe.options import ModelShape, TrainerOptions
 
 INIT_STD = 0.02
 EXPERT_NAME = re.compile(r"(.*\.experts)(?:\.local_experts\.(\d+)(\..*)|(\..*\.weight)(\d+))")
@@ -34,18 +32,18 @@ def have_transformer_engine() -> bool:
     return importlib.util.find_spec("transformer_engine") is not None
 
 
-def torch_dtype(options: Options, device: torch.device) -> torch.dtype:
+def torch_dtype(options: TrainerOptions, device: torch.device) -> torch.dtype:
     """bf16 on GPUs and fp32 on the CPU, unless chosen."""
     name = options.dtype if options.dtype != "auto" else ("bf16" if device.type == "cuda" else "fp32")
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[name]
 
 
-def rows_dtype(options: Options, device: torch.device) -> torch.dtype:
+def rows_dtype(options: TrainerOptions, device: torch.device) -> torch.dtype:
     """Of the rows that go to experts and come back: as the model, but on the CPU bf16 too unless fp32 was chosen."""
     return torch.bfloat16 if options.dtype == "auto" else torch_dtype(options, device)
 
 
-def transformer_config(options: Options, device: torch.device, world: int) -> TransformerConfig:
+def transformer_config(options: TrainerOptions, device: torch.device, world: int) -> TransformerConfig:
     """The Qwen3-MoE architecture on `world` expert-parallel ranks, TP = PP = 1."""
     shape, dtype, on_gpu = options.shape, torch_dtype(options, device), device.type == "cuda"
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -87,7 +85,7 @@ def transformer_config(options: Options, device: torch.device, world: int) -> Tr
     )
 
 
-def layer_spec(options: Options, device: torch.device) -> ModuleSpec:
+def layer_spec(options: TrainerOptions, device: torch.device) -> ModuleSpec:
     """TransformerEngine's modules on GPUs where it is installed, else Megatron's local ones; experts as chosen."""
     spec = megatron_layer_spec(options.shape, device)
     if options.experts != "megatron":
@@ -134,7 +132,7 @@ def with_fused_gradients(layer: type) -> type:
     return FusedGradients
 
 
-def build_model(options: Options, device: torch.device, rank: int, world: int) -> GPTModel:
+def build_model(options: TrainerOptions, device: torch.device, rank: int, world: int) -> GPTModel:
     """The rank's part of the model: all dense parameters and `num_experts / world` experts of each layer.
 
     With `--dispatcher flex`, `megatron_ep_v2.install()` has to come first.
@@ -198,7 +196,7 @@ def one_by_one(tensors: Mapping[str, torch.Tensor], rank: int, num_local_experts
 
 
 @torch.no_grad()
-def initialise(parameters: Mapping[str, torch.Tensor], options: Options) -> None:
+def initialise(parameters: Mapping[str, torch.Tensor], options: TrainerOptions) -> None:
     """Norms 1; matrices normal, each from the seed and its own name: the same model on any number of ranks."""
     output_std = INIT_STD / math.sqrt(2 * options.shape.num_layers)
     for name, parameter in parameters.items():

@@ -10,10 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from qwen3_moe.presets import ModelShape
-from qwen3_moe.train import Trainer
 
 import megatron_ep_v2
 from megatron_ep_v2 import settings as settings_module
@@ -23,12 +19,15 @@ from megatron_ep_v2.bench.layer import Groups
 from megatron_ep_v2.bench.progress import Progress
 from megatron_ep_v2.bench.session import session
 from megatron_ep_v2.bench.shapes import Shape
+from megatron_ep_v2.bench.step.advice import advice, step_table
+from megatron_ep_v2.bench.step.measure import measure_steps
+from megatron_ep_v2.bench.step.model import layers_that_fit, model_options, with_layers
 from megatron_ep_v2.bench.variants import Variant
+from megatron_ep_v2.megatron.qwen3_moe.expert_kinds import owner
+from megatron_ep_v2.megatron.qwen3_moe.options import ModelShape
+from megatron_ep_v2.megatron.qwen3_moe.trainer import Trainer
+from megatron_ep_v2.megatron.standalone import model_parallel
 from megatron_ep_v2.settings import Launch
-from whole_step.advice import advice, step_table
-from whole_step.experts import owner
-from whole_step.measure import measure_steps
-from whole_step.model import layers_that_fit, model_options, with_layers
 
 _SHARE_OF_MEMORY = 0.4  # of a rank's, for what follows; activations get the rest
 _BYTES_PER_PARAMETER, _BYTES_OF_OPTIMIZER = 2 + 4, 4 + 8  # bf16 and fp32 gradient; fp32 master and Adam's two moments
@@ -43,14 +42,8 @@ def run(
     command: str,
 ) -> int:
     """Measure and print; the exit status, 1 if a variant gave a wrong result."""
-    with session(place) as device:
-        parallel_state.initialize_model_parallel(expert_model_parallel_size=place.ranks)
-        if device.type == "cuda":
-            model_parallel_cuda_manual_seed(options.seed)
-        try:
-            return _measure(options, shapes, variants, device, command)
-        finally:
-            parallel_state.destroy_model_parallel()
+    with session(place) as device, model_parallel(place.ranks, options.seed):
+        return _measure(options, shapes, variants, device, command)
 
 
 def _measure(
