@@ -51,3 +51,9 @@ def test_the_settings_page_has_every_setting_with_its_variable_and_default() -> 
         wanted[name] = (settings.variable(name), shown[value] if isinstance(value, bool) else str(value))
     wanted["num_max_tokens_per_rank"] = (settings.variable("num_max_tokens_per_rank"), "agreed")
     assert {name: (variable, default) for name, variable, default in rows} == wanted
+
+
+def test_the_lab_notebook_has_every_file_of_rows() -> None:
+    results = ROOT / "benchmarks" / "results"
+    linked = {results / name for name, _ in LINKED.findall((results / "README.md").read_text())}
+    assert sorted(set(results.rglob("*.jsonl")) - linked) == []
