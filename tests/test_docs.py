@@ -1,7 +1,8 @@
-"""The pages: every file and heading that they name is there, and every setting has its row."""
+"""The pages: every file, heading and Python name in them is there, and every setting has its row."""
 
 from __future__ import annotations
 
+import pkgutil
 import re
 from pathlib import Path
 
@@ -28,6 +29,12 @@ def test_files_that_are_named_exist(page: Path) -> None:
     text = page.read_text()
     named = [ROOT / name for name in NAMED.findall(text)] + [page.parent / name for name, _ in LINKED.findall(text)]
     assert [str(path) for path in named if not path.exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_names_of_the_package_exist(page: Path) -> None:
+    for name in sorted(set(re.findall(r"\bmegatron_ep_v2(?:\.[A-Za-z_]\w*)+", page.read_text()))):
+        pkgutil.resolve_name(name)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
