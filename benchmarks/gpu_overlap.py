@@ -10,7 +10,8 @@ rank's. Results of both ways agree before anything is timed.
 
 Overlap can save time where the GPU bounds the step, so with many tokens, and with experts that give the host less to
 launch (`--experts grouped`: torch's grouped GEMM; TransformerEngine's launch one GEMM an expert). The number of
-hardware queues is the environment's: CUDA_DEVICE_MAX_CONNECTIONS=1 before the command, or 32. As docs/modes.md has it:
+hardware queues is the environment's: CUDA_DEVICE_MAX_CONNECTIONS=1 before the command, or 32. As in the lab notebook
+(benchmarks/results/README.md):
 
     torchrun --nproc-per-node 4 benchmarks/gpu_overlap.py --cases shared --tokens 32768 --experts grouped
     torchrun --nproc-per-node 4 benchmarks/gpu_overlap.py --cases 1f1b --tokens 16384 --experts grouped

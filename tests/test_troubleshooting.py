@@ -1,4 +1,7 @@
-"""docs/troubleshooting.md: it quotes what this package really says, leaves out no error, and names real checks."""
+"""docs/troubleshooting.md quotes what this package really says and names real checks; an error itself says what to do.
+
+An error carries its own remedy, so the page need not repeat it. A warning is one line: the page explains each.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,15 @@ from megatron_ep_v2 import errors, settings
 
 PACKAGE = Path(megatron_ep_v2.__file__).parent
 TEXT = (PACKAGE.parent / "docs" / "troubleshooting.md").read_text()
-OURS = re.findall(r"^### `(.+)`$", TEXT.partition("## From this package")[2].partition("\n## ")[0], re.MULTILINE)
 KINDS = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, Exception)}
+
+# What an error happened with -> why it needs neither a `fix:` nor a `needed:` line. None does so far.
+WITHOUT_A_REMEDY: dict[str, str] = {}
+
+
+def quoted(section: str) -> list[str]:
+    """The messages that are headings of a section of the page."""
+    return re.findall(r"^### `(.+)`$", TEXT.partition(f"## {section}\n")[2].partition("\n## ")[0], re.MULTILINE)
 
 
 def text_of(node: ast.expr | None) -> str | None:
@@ -25,26 +35,56 @@ def text_of(node: ast.expr | None) -> str | None:
     return None
 
 
-def said() -> Iterator[tuple[str, bool]]:
-    """(text, whether it is an error) of each error and warning of the package; the commands explain themselves."""
+def nodes() -> Iterator[tuple[str, ast.AST]]:
+    """(file, node) of everything in the package's sources."""
     for path in sorted(PACKAGE.rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and node.args and (text := text_of(node.args[0])):
-                name = getattr(node.func, "id", getattr(node.func, "attr", ""))
-                if name in KINDS and path.parent.name not in ("cli", "bench"):
-                    yield text, True
-                elif name == "warning":
-                    yield text, False
+            yield str(path.relative_to(PACKAGE)), node
+
+
+def calls(names: set[str]) -> Iterator[tuple[str, ast.Call]]:
+    """(file, call) of each call of a function or class with one of these names."""
+    for file, node in nodes():
+        if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in names:
+            yield file, node
+
+
+def said(names: set[str]) -> set[str]:
+    """The texts of these errors, or of these methods of loggers."""
+    return {text for _, call in calls(names) if call.args and (text := text_of(call.args[0]))}
+
+
+def remedies(call: ast.Call) -> set[str]:
+    """Those of an error's lines that help its reader, where they are not empty."""
+    given = {word.arg for word in call.keywords if not (isinstance(word.value, ast.Constant) and not word.value.value)}
+    return {"fix", "needed"} & given
 
 
 def test_every_quoted_message_is_in_the_source() -> None:
-    texts = {text for text, _ in said()}
-    assert len(OURS) > 30
-    assert [quote for quote in OURS if quote not in texts] == []
+    ours = quoted("From this package")
+    assert len(ours) > 10
+    assert sorted(set(ours) - said(KINDS) - said({"warning"})) == []
 
 
-def test_every_message_of_the_source_is_quoted() -> None:
-    assert sorted({text for text, _ in said()} - set(OURS)) == []
+def test_the_watchdogs_words_are_in_the_source() -> None:
+    words = {text.strip() for file, node in nodes() if file.startswith("watchdog") and (text := text_of(node))}
+    assert len(quoted("From the watchdog")) > 0
+    assert sorted(set(quoted("From the watchdog")) - words) == []
+
+
+def test_every_warning_is_quoted() -> None:
+    assert sorted(said({"warning"}) - set(quoted("From this package"))) == []
+
+
+def test_every_error_says_what_to_do() -> None:
+    errors_of_the_package = list(calls(KINDS))
+    assert len(errors_of_the_package) > 100
+    silent = {
+        text_of(call.args[0]) or f"line {call.lineno} of {file}"
+        for file, call in errors_of_the_package
+        if not remedies(call)
+    }
+    assert sorted(silent) == sorted(WITHOUT_A_REMEDY)
 
 
 def test_the_checks_exist_and_each_is_named() -> None:

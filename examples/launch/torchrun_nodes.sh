@@ -3,7 +3,7 @@
 #   NNODES=2 FIRST_HOST=node1 MEGATRON_LM=~/Megatron-LM CHECKPOINTS=/shared/qwen3 \
 #       examples/launch/torchrun_nodes.sh qwen3_30b_a3b --mock-data
 # FIRST_HOST is the name of one of them (its address only where its own name leads there). When another one dies, run
-# this script again in its place: then all start anew from the last checkpoint. When FIRST_HOST dies, run it on all.
+# this script again in its place: then all start again from the last checkpoint. When FIRST_HOST dies, run it on all.
 set -euo pipefail
 # shellcheck source=examples/launch/prepare.sh
 . "$(dirname "$0")/prepare.sh"

@@ -15,7 +15,7 @@ from megatron_ep_v2.kernels.select import triton_if_installed
 
 # Tokens x experts from which on the kernels are taken. The host needs longer to launch them than PyTorch's top-k, which
 # counts where a layer waits for it. On 4 H100s, top-8, layers in a row took less time with them at 4096 x 256 and at
-# 4096 x 128 with large rows, more at 4096 x 128 with small rows (docs/measured.md).
+# 4096 x 128 with large rows, more at 4096 x 128 with small rows (benchmarks/results/README.md).
 ENTRIES = 1 << 20
 MAX_TOPK = 16  # a kernel's time grows with the top-k; of more than 8 it was not measured
 
