@@ -58,9 +58,9 @@ def main() -> None:
         for _ in range(options.warmup):
             step()
     watched = next(buffer for buffer in pool.buffers() if isinstance(buffer, WatchedBuffer))
-    start, cpu = time.perf_counter(), _cpu_seconds(watched.watch.line.process.pid)
+    start, cpu = time.perf_counter(), _cpu_seconds(watched.watch.client.process.pid)
     times = _time(steps, options.repeats)
-    share = (_cpu_seconds(watched.watch.line.process.pid) - cpu) / (time.perf_counter() - start)
+    share = (_cpu_seconds(watched.watch.client.process.pid) - cpu) / (time.perf_counter() - start)
     rows = _rows(times, _bookkeeping_us(watched), share, options)
     if dist.get_rank() == 0:
         for row in rows:

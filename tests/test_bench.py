@@ -135,8 +135,8 @@ def test_routing_and_its_bytes_against_a_count_by_hand(routing: str) -> None:
     moved = [0] * ranks  # rows that leave each rank, in all four transfers
     for source, batch in enumerate(batches):
         assert torch.equal(batch.routing_map, batch.probs > 0)
-        assert all(len(set(picks)) == shape.topk for picks in batch.picks.tolist())
-        for token, picks in enumerate(batch.picks.tolist()):
+        assert all(len(set(picks)) == shape.topk for picks in batch.topk_idx.tolist())
+        for token, picks in enumerate(batch.topk_idx.tolist()):
             assert batch.routing_map[token].nonzero().flatten().tolist() == sorted(picks)
             for expert in picks:
                 per_expert[expert] += 1
@@ -145,7 +145,7 @@ def test_routing_and_its_bytes_against_a_count_by_hand(routing: str) -> None:
                 if target != source:
                     moved[source] += 2  # dispatch, and the combine's backward
                     moved[target] += 2  # combine, and the dispatch's backward
-    assert torch.equal(sent, torch.stack([pairs_sent(batch.picks, shape.experts, ranks) for batch in batches]))
+    assert torch.equal(sent, torch.stack([pairs_sent(batch.topk_idx, shape.experts, ranks) for batch in batches]))
     assert wire_pairs(sent) == max(moved)
     of_rank = [int(per_expert[i : i + 3].sum()) for i in range(0, 12, 3)]
     assert rank_load(per_expert, ranks) == pytest.approx(max(of_rank) / (sum(of_rank) / ranks))
@@ -159,7 +159,7 @@ def test_the_closed_form_against_a_loop_with_autograd() -> None:
     for ranks in (None, 4):
         hidden, probs = batch.hidden.clone().requires_grad_(), batch.probs.double().requires_grad_()
         output, loss = torch.zeros_like(batch.hidden), torch.zeros((), dtype=torch.float64)
-        for token, picks in enumerate(batch.picks.tolist()):
+        for token, picks in enumerate(batch.topk_idx.tolist()):
             for expert in picks:
                 loss = loss + probs[token, expert] ** 2 / 2
             for _ in picks if ranks is None else {expert // (8 // ranks) for expert in picks}:
@@ -202,7 +202,7 @@ def test_an_sm_count_reaches_the_buffer_below_its_watchdog() -> None:
 def test_batches_differ_between_ranks_and_repeat() -> None:
     shape, cpu = PRESETS["mixtral"], torch.device("cpu")
     first, again, other = (make_batch(shape, 8, "balanced", torch.float32, rank, cpu) for rank in (0, 0, 1))
-    assert torch.equal(first.hidden, again.hidden) and torch.equal(first.picks, again.picks)
+    assert torch.equal(first.hidden, again.hidden) and torch.equal(first.topk_idx, again.topk_idx)
     assert not torch.equal(first.hidden, other.hidden)
 
 

@@ -91,7 +91,7 @@ def test_install_says_what_comes_through_megatrons_import(tmp_path: Path, monkey
     for name in [name for name in sys.modules if name.partition(".")[0] in ("megatron", "deep_ep")]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(SeamError, match="fused_a2a cannot be imported: AssertionError: Duplicate NCCL runtime"):
-        symbols.find_seam()
+        symbols.find_symbols()
 
 
 # Five seconds for the process that imports deep_ep only.

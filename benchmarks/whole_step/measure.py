@@ -15,7 +15,7 @@ from qwen3_moe.train import StepStats, Trainer
 
 from megatron_ep_v2.bench import timing
 from megatron_ep_v2.bench.dispatchers import DispatcherSet
-from megatron_ep_v2.bench.entry import Entry, noted, told_once
+from megatron_ep_v2.bench.entry import Entry, noted, distinct
 from megatron_ep_v2.bench.layer import Groups
 from megatron_ep_v2.bench.progress import Progress
 from megatron_ep_v2.bench.shapes import DTYPES, Shape
@@ -93,7 +93,7 @@ def measure_steps(
     tokens = options.shape.seq_length * len(batches)
     flops = step_flops(options.shape, tokens)
     rows = []
-    for entry in told_once(entries):
+    for entry in distinct(entries):
         row = _common(trainer, ranks, repeats, len(batches), first) | entry.described()
         if id(entry) in times:
             row |= _measured(times[id(entry)], tokens * ranks, flops)
