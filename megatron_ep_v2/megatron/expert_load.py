@@ -1,9 +1,9 @@
-"""How many tokens each expert got: added up, layer by layer, from the counts that every dispatch delivers anyway.
+"""The expert load: tokens per expert and layer, summed from the counts that every dispatch delivers.
 
-Each layer's manager owns an `ExpertLoad` and adds the counts of its first dispatches (a recomputed one is the same
-tokens again): on the host where they are on the host, and on the device, with no wait, where they are there. Layers are
+Each layer's manager owns an `ExpertLoad` and adds the counts of its dispatches, except recomputed ones, which have the
+same tokens. Counts on the host are added on the host, and counts on the device there, without a wait. Layers are
 numbered in the order in which this process built their dispatchers, which is Megatron's order; with pipeline
-parallelism they are the layers of this process' stages.
+parallelism they are the layers of this process's stages.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ _layers: weakref.WeakValueDictionary[int, ExpertLoad] = weakref.WeakValueDiction
 
 
 class ExpertLoad:
-    """Rows that this rank's experts of one layer received since the last reading. Lives as long as somebody holds it.
+    """Counter of rows that this rank's experts of one layer received since the last reading. Weakly registered: the
+    layer's manager keeps it alive.
 
     Args:
         group: Process group of the experts.
         num_local_experts: Experts of this rank.
 
     Attributes:
-        used: Whether it may have counted something since the last reading; equal on all ranks of the group.
+        used: Whether it may have counted rows since the last reading; equal on all ranks of the group.
     """
 
     def __init__(self, group: Any, num_local_experts: int):
@@ -47,13 +48,13 @@ class ExpertLoad:
     __reduce_ex__ = refuse_to_pickle_groups
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertLoad:
-        """For a copy of the layer, which is another layer: it is counted by itself, from 0, in the same group."""
+        """A new counter at 0 in the same group, for a copy of the layer."""
         memo[id(self)] = copied = ExpertLoad(self.group, len(self._host))
         return copied
 
     def add(self, counts: torch.Tensor) -> None:
-        """Add the counts of a dispatch, unless a checkpoint recomputes. Does not wait. Before a CUDA graph captures it,
-        it must have run once without one.
+        """Add the counts of a dispatch, unless a checkpoint recomputes. Does not wait. Must run once outside before a
+        CUDA graph captures it.
 
         Args:
             counts: [local experts], whole numbers, without padding.
@@ -65,10 +66,10 @@ class ExpertLoad:
             self._host += counts
             return
         if self._device is None:
-            with torch.inference_mode(False):  # one made there could not be written to in training
+            with torch.inference_mode(False):  # else an inference tensor, which training cannot write to
                 self._device = torch.zeros(len(self._host), dtype=torch.int64, device=counts.device)
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            self._captured = True  # and may be replayed at any time
+            self._captured = True  # may be replayed at any time
         self._device += counts
 
     @property
@@ -76,7 +77,8 @@ class ExpertLoad:
         return self._dispatched or self._captured
 
     def take(self) -> torch.Tensor:
-        """[local experts] int64 on the host, and begin anew. Waits for the device where counts are there."""
+        """Return the counts, [local experts] int64 on the host, and reset them. Waits for the device if some are
+        there."""
         self._dispatched = False
         counts = self._host.clone()
         self._host.zero_()
@@ -87,19 +89,18 @@ class ExpertLoad:
 
 
 def local_expert_load() -> list[torch.Tensor]:
-    """For each MoE layer of this process: [local experts] int64, the tokens since the last reading of its own experts.
-
-    Not collective; begins anew at 0.
+    """Read the tokens of this rank's experts since the last reading, per MoE layer: [local experts] int64. Resets the
+    counts. Not collective.
     """
     return [layer.take() for _, layer in sorted(_layers.items())]
 
 
 def expert_load() -> list[torch.Tensor]:
-    """For each MoE layer of this process: [experts of the group] int64, the tokens since the last reading. Layers whose
+    """Read the tokens of all experts of the group since the last reading, per MoE layer: [experts] int64. Layers whose
     group was destroyed are left out.
 
-    Collective over the experts' group (one exchange for all layers): all its ranks call it at the same step. Other
-    groups, those of data parallel replicas, count their own tokens.
+    Collective over the experts' group (one exchange for all layers): all its ranks call it at the same step. Groups of
+    other data-parallel replicas count their own tokens.
 
     Raises:
         GroupMismatchError: The ranks have used different numbers of MoE layers.
@@ -108,15 +109,15 @@ def expert_load() -> list[torch.Tensor]:
     loads = [
         torch.zeros(layer.group.size() * layer.num_local_experts, dtype=torch.int64, device="cpu") for layer in layers
     ]
-    # Layers that were not used are left out: a model that was given up lives until Python finds its cycles, on some
-    # ranks longer than on others. All ranks of a group have used the same ones, because a dispatch is collective.
+    # Unused layers are skipped: a discarded model lives until Python collects its cycles, on some ranks longer than on
+    # others. All ranks of a group have used the same layers, because a dispatch is collective.
     for group in dict.fromkeys(layer.group for layer in layers if layer.used):
         members = [i for i, layer in enumerate(layers) if layer.group is group and layer.used]
         by_rank: list[Any] = [None] * group.size()
         dist.all_gather_object(by_rank, [layers[i].take().tolist() for i in members], group=registered(group))
         if len({len(counts) for counts in by_rank}) > 1:
             raise GroupMismatchError(
-                f"rank {group.rank()}: the ranks count the load of different numbers of MoE layers",
+                f"rank {group.rank()}: the ranks count the expert load of different numbers of MoE layers",
                 found=f"by rank: {[len(counts) for counts in by_rank]}",
                 needed="the same layers on every rank of the group",
                 fix="call expert_load() on all ranks while they hold the same model",
@@ -127,16 +128,16 @@ def expert_load() -> list[torch.Tensor]:
 
 
 def log_expert_load(iteration: int) -> dict[str, float]:
-    """`expert_load()` as scalars, also written to Megatron's TensorBoard and Weights & Biases on the ranks where
-    Megatron's training loop opened them. Collective, as `expert_load()` is; call it where the loop logs.
+    """Return `expert_load()` as scalars, and write them to Megatron's TensorBoard and Weights & Biases on the ranks
+    where Megatron's training loop opened these. Collective, like `expert_load()`; call it where the loop logs.
 
     Args:
-        iteration: The step that the loggers file it under.
+        iteration: Step number for the loggers.
 
     Returns:
-        "moe/busiest_expert" and "moe/layer_N/busiest_expert": the busiest expert over the mean, 1 where all are even,
-        and over all layers their mean; "moe/idle_experts": experts without a token, added up over the layers. Empty if
-        nothing was dispatched since the last reading.
+        "moe/layer_N/busiest_expert": tokens of the busiest expert over the mean, 1 if all are even;
+        "moe/busiest_expert": its mean over the layers; "moe/idle_experts": experts without a token, summed over the
+        layers. Empty if nothing was dispatched since the last reading.
     """
     loads = [(number, load.double()) for number, load in enumerate(expert_load()) if load.sum()]
     busiest = {number: (load.max() / load.mean()).item() for number, load in loads}

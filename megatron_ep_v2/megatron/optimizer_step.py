@@ -1,7 +1,7 @@
-"""Megatron's optimizer steps, before which all ranks of the model read their deferred checks and decide together.
+"""Megatron's optimizer steps: before each, all ranks of the model read their device checks and decide together.
 
-Megatron steps the optimizers of all its ranks once an iteration, through a ChainedOptimizer or a single optimizer, and
-with `--optimizer-cuda-graph` (0.19) through a wrapper that replays the step. `install()` binds all of them.
+Megatron steps once per iteration on all ranks, through a ChainedOptimizer or a single optimizer, and with
+`--optimizer-cuda-graph` (0.19) through a wrapper that replays the step. `install()` binds all of them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from megatron_ep_v2.megatron.symbols import OPTIMIZERS
 
 GRAPH_WRAPPER = "megatron.core.optimizer.optimizer_cuda_graph"
 
-_stepping = False  # inside another of these functions
+_stepping = False  # inside another bound step
 
 
 def bindings() -> list[tuple[Any, str, Any]]:
-    """Class, name, our function, for each way in which Megatron steps."""
+    """(class, name, our function) for each way in which Megatron steps."""
     module = importlib.import_module(OPTIMIZERS)
     steps = [
         (getattr(module, name), "step") for name in ("ChainedOptimizer", "MixedPrecisionOptimizer", "FP32Optimizer")
@@ -37,7 +37,7 @@ def bindings() -> list[tuple[Any, str, Any]]:
 
 
 def deciding_first(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A step of Megatron's, which raises on every rank of the model if any rank's check counted something."""
+    """Wrap a step of Megatron to raise on every rank of the model if any rank's device check counted something."""
 
     @functools.wraps(step)
     def decide_and_step(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -56,14 +56,14 @@ def deciding_first(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _groups() -> tuple[Any, ...]:
-    """Groups that together reach every rank of the model, one after the other; none where that is not needed: where no
-    rank can have a check, or all are in one expert-parallel group. Every rank comes to the same answer."""
+    """Groups that, reduced over in turn, reach every rank of the model. Empty if no rank can have a check, or if all
+    ranks are in one expert-parallel group. Every rank returns the same."""
     from megatron.core import parallel_state
 
     active = settings.active()
     if not (active.sync_free or (active.reuse_recompute_handle and _may_recompute())):
         return ()
-    if not parallel_state.model_parallel_is_initialized():  # process groups of the user's own, see `device_checks`
+    if not parallel_state.model_parallel_is_initialized():  # the user made the process groups: see `device_checks`
         return ()
     buffers = pool.buffers()
     if buffers and all(buffer.group.size() == dist.get_world_size() for buffer in buffers):
@@ -76,6 +76,6 @@ def _groups() -> tuple[Any, ...]:
 
 
 def _may_recompute() -> bool:
-    """Whether Megatron's arguments turn recompute on; outside its training loop, it may be."""
+    """Whether Megatron's arguments turn recompute on; True outside its training loop, where that is unknown."""
     args = getattr(sys.modules.get("megatron.training.global_vars"), "_GLOBAL_ARGS", None)
     return args is None or bool(getattr(args, "recompute_granularity", None))
