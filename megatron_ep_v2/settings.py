@@ -61,7 +61,7 @@ class Settings:
     num_qps: int = _setting(0, "RDMA queue pairs to allocate; 0 = the library's choice; fabrics such as EFA need a cap")
     gin: str = _setting("auto", "NCCL's device-side RDMA; off = one NVLink host", choices=("auto", "on", "off"))
     allow_hybrid_mode: bool = _setting(True, "two hops: RDMA between hosts, NVLink inside")
-    allow_multiple_reduction: bool = _setting(True, "reduce on the way back; off = reduce once, at the end, in more bytes")
+    allow_multiple_reduction: bool = _setting(True, "reduce on the way back; off = once, at the end, in more bytes")
     prefer_overlap_with_compute: bool = _setting(True, "take fewer SMs, to leave some to concurrent compute")
     sync_free: bool = _setting(False, "dispatch without a wait on the host; needs grouped experts")
     sync_free_rows_percent: int = _setting(

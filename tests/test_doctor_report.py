@@ -76,7 +76,7 @@ def test_on_a_laptop_megatron_goes_on_without_deep_ep_after_an_import_error_only
     for statement in ("assert False, 'Duplicate NCCL runtime'", "import os; os._exit(1)"):
         usable, code, found = run_anew(machine, statement)
         assert usable == "nothing, before this is mended: deep_ep" and code == 1
-        assert found["megatron-core"].startswith("0.19.2, seam found"), "judged on its own"
+        assert found["megatron-core"].startswith("0.19.2, symbols found"), "judged on its own"
 
 
 def test_install_says_what_comes_through_megatrons_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +111,7 @@ def test_an_import_that_hangs_is_given_up(tmp_path: Path) -> None:
     usable, code, found = run_anew(machine, "import time; time.sleep(3600)")
     assert (usable, code) == ("nothing, before this is mended: deep_ep", 1)
     assert "not done after 5 s" in found["deep_ep"]
-    assert found["megatron-core"].startswith("0.19.2, seam found")
+    assert found["megatron-core"].startswith("0.19.2, symbols found")
 
 
 def test_variables_that_deep_ep_was_built_with_count(tmp_path: Path) -> None:
