@@ -42,7 +42,7 @@ def assert_fault(report: Report, expected: dict[str, str], said: str, gpus: bool
     if first["status"] in ("warn", "fail"):
         assert first["needed"] and first["fix"]
     assert report.code == int("fail" in expected.values())
-    assert report.usable.startswith("nothing, before this is mended") == ("fail" in expected.values())
+    assert report.usable.startswith("nothing, before this is fixed") == ("fail" in expected.values())
 
 
 def put(**values: Any) -> Change:

@@ -15,7 +15,7 @@ from qwen3_moe.train import StepStats, Trainer
 
 from megatron_ep_v2.bench import timing
 from megatron_ep_v2.bench.dispatchers import DispatcherSet
-from megatron_ep_v2.bench.entry import Entry, noted, distinct
+from megatron_ep_v2.bench.entry import Entry, distinct, noted
 from megatron_ep_v2.bench.layer import Groups
 from megatron_ep_v2.bench.progress import Progress
 from megatron_ep_v2.bench.shapes import DTYPES, Shape

@@ -10,25 +10,25 @@ from megatron_ep_v2.bench.layer import Groups, OurBuffer, named_results
 from megatron_ep_v2.bench.shapes import Batch, Shape
 from megatron_ep_v2.bench.variants import Variant, make_dispatchers
 
-# Received picks of the busiest rank, as a multiple of the mean, get this much room in buffers of a fixed size.
+# Buffers of a fixed size are this much larger than the busiest rank needs.
 _HEADROOM = 1.05
 
 
 class DispatcherSet:
-    """Megatron token dispatchers of one variant, one for each layer, and what must be in force while they run.
+    """Megatron token dispatchers of one variant, one for each layer, and the bindings and settings that they need.
 
     Args:
-        variant: Which.
-        shape: Of the layers.
-        dtype: Of the hidden states.
+        variant: The variant.
+        shape: Shape of the layers.
+        dtype: dtype of the hidden states.
         sms: SM count, None = the library's own choice.
-        load: Picks received by the busiest rank, as a multiple of the mean.
-        groups: Where to take process groups from.
-        tokens: Most that a rank dispatches.
-        layers: How many.
+        load: Selections received by the busiest rank, as a multiple of the mean.
+        groups: Provides the process groups.
+        tokens: Most tokens that a rank dispatches.
+        layers: Number of layers.
 
     Raises:
-        EPError, ImportError, ValueError, AssertionError: This environment does not offer the variant.
+        EPError, ImportError, ValueError, AssertionError: The variant is not available in this environment.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class DispatcherSet:
         if self.ours:
             self.ours.enter()
         elif self.backend == "hybridep":
-            fused_a2a._hybrid_ep_buffer = self._hybrid_buffers.get(self.sms)  # None: made at the next call
+            fused_a2a._hybrid_ep_buffer = self._hybrid_buffers.get(self.sms)  # None: created at the next call
         elif self.backend == "deepep" and token_dispatcher.set_deepep_num_sms is not None:
             token_dispatcher.set_deepep_num_sms(self.sms or 20)
 
@@ -109,7 +109,7 @@ class DispatcherSet:
 
 
 class DispatcherLayer(DispatcherSet):
-    """A Megatron token dispatcher around experts that pass rows through, unweighted; arguments as in `DispatcherSet`.
+    """A Megatron token dispatcher with experts that return their rows unweighted; arguments as in `DispatcherSet`.
 
     Args:
         batch: This rank's tokens.
@@ -134,7 +134,8 @@ class DispatcherLayer(DispatcherSet):
         self.outputs = (y.detach(), hidden.grad, probs.grad)
 
     def _forward(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Leaves of its own, since gradients of several layers would be added up; output; the rows' probabilities."""
+        """Return (hidden states, probabilities, output, the rows' probabilities). The first two are new leaves, because
+        autograd would sum the gradients of several layers."""
         hidden, probs = (x.detach().requires_grad_() for x in (self.batch.hidden, self.batch.probs))
         dispatcher = self.dispatcher
         rows, sent_probs = dispatcher.dispatch_preprocess(hidden, self.batch.routing_map, probs)

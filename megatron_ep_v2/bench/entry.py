@@ -1,4 +1,4 @@
-"""A row in the making, and the rule that what fails on one rank is unavailable on all."""
+"""Entries of the table, and the rule that an entry which fails on one rank is unavailable on all."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch.distributed as dist
 
 from megatron_ep_v2.bench.variants import Variant
 
-# What a library that is missing, too old or misused here was seen to raise.
+# Errors that a missing, too old or misused library raises.
 _FAILURES = (ImportError, RuntimeError, ValueError, AssertionError, TypeError, AttributeError, OSError)
 
 
 class Built(Protocol):
-    """What is known of a variant that was built."""
+    """Facts about a variant that was built."""
 
     @property
     def num_sms(self) -> int | None: ...
@@ -33,10 +33,10 @@ class Entry(Generic[B]):
 
     Attributes:
         experts: One of `EXPERT_BACKENDS` in whole training steps, else None.
-        layer: What is run; None while it is not built, and for good where it cannot be.
+        layer: The layer to run; None if it is not built (yet).
         status: "ok", "unavailable" or "wrong".
         reason: Why it is not ok.
-        errors: Relative L2, by what was compared.
+        errors: Relative L2 errors by name of the tensor.
     """
 
     variant: Variant
@@ -53,7 +53,7 @@ class Entry(Generic[B]):
         return self.variant.name + sms + experts
 
     def described(self) -> dict[str, Any]:
-        """For a row of JSON."""
+        """Fields of the entry's JSON row."""
         buffer_bytes = self.layer.buffer_bytes if self.layer else None
         return {
             "variant": self.variant.name,
@@ -71,7 +71,7 @@ class Entry(Generic[B]):
 def entries_of(
     variants: Sequence[Variant], sms: Sequence[int | None], experts: Sequence[str | None] = (None,)
 ) -> list[Entry[Any]]:
-    """One for each variant and kind of experts, and for each SM count where the variant takes one."""
+    """Entries for all combinations of variant and experts, and of SM count if the variant takes one."""
     return [
         Entry(variant, count, kind)
         for variant in variants
@@ -82,7 +82,7 @@ def entries_of(
 
 @contextlib.contextmanager
 def noted(*entries: Entry[Any]) -> Iterator[None]:
-    """What fails inside is noted as the reason why these are unavailable, on every rank if on one; collective."""
+    """Mark entries as unavailable, on every rank, if the block fails on any rank; collective."""
     mine = None
     try:
         yield
@@ -98,8 +98,8 @@ def noted(*entries: Entry[Any]) -> Iterator[None]:
             entry.reason = text if len(set(reasons)) == 1 else f"rank {rank}: {text}"
 
 
-def told_once(entries: Sequence[Entry[B]]) -> list[Entry[B]]:
-    """Without the repetitions of a variant that is unavailable at every SM count for one reason."""
+def distinct(entries: Sequence[Entry[B]]) -> list[Entry[B]]:
+    """Drop repeated entries of a variant that is unavailable at every SM count for the same reason."""
     seen: set[tuple[str, str | None, str]] = set()
     kept = []
     for entry in entries:

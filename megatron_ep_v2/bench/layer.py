@@ -1,4 +1,4 @@
-"""What every measured layer is: the protocol, and what the variants on this package's own buffers share."""
+"""The interface of a measured layer, and the shared part of variants on this package's buffers."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Layer(Protocol):
     """A variant that can be run.
 
     Attributes:
-        num_sms: SMs that its communication takes, as far as that is known.
-        buffer_bytes: Memory of its buffer, as far as that is known.
+        num_sms: SMs that its communication uses; None = unknown.
+        buffer_bytes: Memory of its buffer; None = unknown.
     """
 
     @property
@@ -28,31 +28,31 @@ class Layer(Protocol):
     def buffer_bytes(self) -> int | None: ...
 
     def enter(self) -> None:
-        """Put in force what this variant needs; the ones before it had their own."""
+        """Activate this variant's bindings and settings."""
 
     def leave(self) -> None:
-        """Keep what this variant may need again."""
+        """Deactivate them, and keep state for the next `enter`."""
 
     def run(self, *, backward: bool, count: int = 1) -> None:
-        """`count` layers forward without a pause; with `backward`, then all of them backward, as in training."""
+        """Run `count` layers forward without a pause; with `backward`, then all of them backward, as in training."""
 
     def results(self) -> dict[str, torch.Tensor]:
-        """Output and gradients of a layer of the last run with backward, by the names of `Batch.expected`; afterwards
-        they are gone."""
+        """Take output and gradients of a layer of the last run with backward, by the names of `Batch.expected`. A
+        second call has none."""
 
     def expected(self) -> dict[str, torch.Tensor]:
-        """What `results` must be, in fp64."""
+        """Expected `results`, in fp64."""
 
     def close(self) -> None:
-        """Release what is not in this package's pool; collective."""
+        """Release state that is not in this package's pool; collective."""
 
 
 class Groups:
-    """The process groups of a benchmark: each kind of buffer needs one of its own, for the pool holds one per group."""
+    """The process groups of a benchmark: one for each kind of buffer, because the pool holds one buffer per group."""
 
     def __init__(self) -> None:
         self.alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-        self.hybrid_buffers: dict[int | None, Any] = {}  # HybridEP's, by SM count; Megatron holds only one at a time
+        self.hybrid_buffers: dict[int | None, Any] = {}  # HybridEP's, by SM count; Megatron holds one at a time
         # Megatron's own dispatchers have no buffer in the pool, so they share the world with ElasticBuffer.
         self._by_kind: dict[Any, Any] = {("megatron", None): dist.group.WORLD, ("elastic", None): dist.group.WORLD}
 
@@ -64,14 +64,14 @@ class Groups:
 
 
 class OurBuffer:
-    """What variants on this package's buffers share: which buffer, and on how many SMs.
+    """Buffer and SM count of a variant on this package's buffers.
 
     Args:
-        tokens: Most that a rank dispatches. A setting, so that no dispatch asks the other ranks for theirs.
+        tokens: Most tokens that a rank dispatches. Passed as a setting, so that no dispatch gathers it from the ranks.
 
     Attributes:
-        num_sms: SMs of this variant's calls; before the first one, what it asks for. The buffer itself knows only those
-            of the variant that ran last.
+        num_sms: SMs of this variant's calls; before the first call, the requested count. The buffer itself has the
+            count of the variant that ran last.
     """
 
     def __init__(self, kind: str, layout: str | None, sms: int | None, group: Any, tokens: int):
@@ -81,18 +81,18 @@ class OurBuffer:
             layout=layout,
             num_sms=sms,
             num_max_tokens_per_rank=tokens,
-            reference_strict=False,  # fp32, in which a wrong result shows best, and any hidden size
+            reference_strict=False,  # allows fp32, in which wrong results show best, and any hidden size
         )
 
     @property
     def live(self) -> Any:
-        """The `contract.Buffer` itself, below the watchdog that dispatchers find in the pool; None before the first
-        call."""
+        """The `contract.Buffer`, without the watchdog around it; None before the first call."""
         found = pool.find(self.group)
         return found.buffer if isinstance(found, WatchedBuffer) else found
 
     def enter(self) -> None:
-        """Its settings are read when the buffer is built; afterwards it is told the SM count of this variant."""
+        """Activate the settings, which are read when the buffer is built; a built buffer gets this variant's SM
+        count."""
         settings_module.activate(self.settings)
         buffer = self.live
         if buffer is None:
@@ -106,7 +106,7 @@ class OurBuffer:
         self.num_sms = buffer.num_sms
 
     def leave(self) -> None:
-        """After a run: the first one has built the buffer."""
+        """Record the SM count after a run; the first run has built the buffer."""
         if self.live is not None:
             self.num_sms = self.live.num_sms
 
@@ -114,7 +114,7 @@ class OurBuffer:
 def named_results(
     output: torch.Tensor | None, grad_hidden: torch.Tensor | None, grad_probs: torch.Tensor | None, batch: Batch
 ) -> dict[str, torch.Tensor]:
-    """By the names of `Batch.expected`; a gradient that never came is zero."""
+    """Results by the names of `Batch.expected`; a missing gradient is zero."""
     found = (output, grad_hidden, grad_probs)
     expected = {
         "output": batch.hidden,

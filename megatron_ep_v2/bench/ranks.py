@@ -16,22 +16,23 @@ import torch.distributed as dist
 from megatron_ep_v2.errors import SettingsError
 from megatron_ep_v2.settings import Launch, environment
 
-_GRACE = 5.0  # seconds for the others once a rank has failed: they may be about to say the same
-_TIMEOUT = timedelta(minutes=10)  # of a collective: compiling may take one rank longer than another
+_GRACE = 5.0  # seconds for the others once a rank has failed: they may be about to report the same error
+_TIMEOUT = timedelta(minutes=10)  # of a collective: compiling takes some ranks longer than others
 
 
 def start(ranks: int, arguments: Sequence[str]) -> int:
-    """Run `python -m megatron_ep_v2 bench ARGUMENTS` as `ranks` processes of this host; their worst exit status.
+    """Run `python -m megatron_ep_v2 bench ARGUMENTS` as `ranks` processes of this host; returns their worst exit
+    status.
 
-    When one fails, the others are ended: they would wait for it.
+    If one fails, the others are ended, because they would wait for it.
     """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "megatron_ep_v2", "bench", *arguments]
         processes = []
         try:
             for rank in range(ranks):
-                place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-                variables = {name: str(value) for name, value in place.items()}
+                numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+                variables = {name: str(value) for name, value in numbers.items()}
                 with environment(**variables, EP_BENCH_STORE=f"{folder}/store"):
                     processes.append(subprocess.Popen(command))
             failed_at = None
@@ -49,28 +50,28 @@ def start(ranks: int, arguments: Sequence[str]) -> int:
         return max((abs(process.returncode) for process in processes), default=0)
 
 
-def join(place: Launch) -> torch.device:
-    """Join the process group that the environment describes; this rank's device."""
+def join(job: Launch) -> torch.device:
+    """Join the job's process group; returns this rank's device."""
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
-        if place.local_ranks > gpus:
+        if job.local_ranks > gpus:
             raise SettingsError(
                 "not enough GPUs",
-                found=f"{gpus} for {place.local_ranks} ranks on this host",
+                found=f"{gpus} for {job.local_ranks} ranks on this host",
                 needed="one GPU a rank",
                 fix=f"--ranks {gpus}, or CUDA_VISIBLE_DEVICES= to run on the CPU",
             )
-        device = torch.device("cuda", place.local_rank)
+        device = torch.device("cuda", job.local_rank)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        torch.set_num_threads(max(1, torch.get_num_threads() // place.local_ranks))
-    store = f"file://{Path(place.store).resolve()}" if place.store else "env://"
+        torch.set_num_threads(max(1, torch.get_num_threads() // job.local_ranks))
+    store = f"file://{Path(job.store).resolve()}" if job.store else "env://"
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         init_method=store,
-        rank=place.rank,
-        world_size=place.ranks,
+        rank=job.rank,
+        world_size=job.ranks,
         timeout=_TIMEOUT,
         device_id=device if device.type == "cuda" else None,
     )

@@ -1,4 +1,4 @@
-"""The four raw buffer calls of a layer: the floor of every dispatcher on that buffer."""
+"""The four raw buffer calls of a layer: the lower bound of every dispatcher on that buffer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_ep_v2.probe import choose, probe
 
 
 class RawLayer:
-    """The four calls of one layer, back to back on the buffer itself: the floor of every variant on that buffer.
+    """The four calls of one layer, one after the other on the buffer itself.
 
     dispatch; combine; cached dispatch (the combine's backward); combine with weights (the dispatch's backward).
     """
@@ -25,7 +25,7 @@ class RawLayer:
         self.do_expand = variant.layout == "expanded"
         group = groups.get((variant.buffer, None))
         self.ours = OurBuffer(variant.buffer, variant.layout, sms, group, len(batch.hidden))
-        choose(probe(), self.ours.settings, managed=True)  # raises where this buffer is not here
+        choose(probe(), self.ours.settings, managed=True)  # raises if this buffer is not available
         self.outputs: tuple[torch.Tensor | None, ...] = ()
 
     @property
@@ -47,11 +47,11 @@ class RawLayer:
         buffer = self.ours.live
         if buffer is None:
             batch = self.batch
-            get_buffer(self.ours.group, batch.hidden, batch.picks, self.num_experts, batch.weights)
+            get_buffer(self.ours.group, batch.hidden, batch.topk_idx, self.num_experts, batch.weights)
             self.ours.enter()
             buffer = self.ours.live
             assert buffer is not None
-        raw: Any = getattr(buffer, "_buffer", buffer)  # deep_ep's own object; the reference is its own
+        raw: Any = getattr(buffer, "_buffer", buffer)  # deep_ep's own object; the reference has none
         if not backward:
             for _ in range(count):
                 self._forward(raw, buffer.num_sms)
@@ -64,7 +64,7 @@ class RawLayer:
         batch = self.batch
         rows, _, row_weights, handle, _ = raw.dispatch(
             batch.hidden,
-            topk_idx=batch.picks,
+            topk_idx=batch.topk_idx,
             topk_weights=batch.weights,
             num_experts=self.num_experts,
             num_sms=num_sms,
@@ -85,7 +85,7 @@ class RawLayer:
         self.outputs = ()
         grad_probs = None
         if grad_weights is not None:
-            grad_probs = torch.zeros_like(self.batch.probs).scatter_(1, self.batch.picks, grad_weights)
+            grad_probs = torch.zeros_like(self.batch.probs).scatter_(1, self.batch.topk_idx, grad_weights)
         return named_results(output, grad_hidden, grad_probs, self.batch)
 
     def expected(self) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What the bench leaves behind: an environment header, an aligned table, JSON."""
+"""Output of the bench: an environment header, an aligned table, JSON."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def environment(command: str) -> dict[str, Any]:
 
 
 def output_of(*command: str) -> str:
-    """What a command prints, or "unknown"."""
+    """stdout of a command, or "unknown"."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -57,13 +57,13 @@ def output_of(*command: str) -> str:
 
 
 def write_rows(path: Path, header: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    """A JSONL file, header first."""
+    """Write a JSONL file, header first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in [header, *rows]))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """One table: a line of common facts, a line for each measured variant, and what could not be measured, with why."""
+    """Format a table: lines of common facts, a line for each measured variant, and the reasons of the others."""
     first = rows[0]
     text = [
         f"{first['shape']}: hidden {first['hidden']}, {first['experts']} experts, top-{first['topk']}; "
@@ -94,7 +94,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def aligned(columns: Mapping[str, Callable[[dict[str, Any]], str]], rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Lines of a table: a heading, then a line for each row; the first column to the left, the last one ragged."""
+    """Format rows as lines: a heading, then a line for each row. The first column is left-aligned, the last
+    unaligned."""
     if not rows:
         return []
     cells = [list(columns), *([make(row) for make in columns.values()] for row in rows)]
@@ -108,7 +109,7 @@ def aligned(columns: Mapping[str, Callable[[dict[str, Any]], str]], rows: Sequen
 
 
 def problems(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Lines about the variants that have no time, with why."""
+    """Lines for the variants without a time, with the reason."""
     lines = [f"{row['variant']}: {row['reason']}; not timed" for row in rows if row["status"] == "wrong"]
     for row in rows:
         if row["status"] == "unavailable":
@@ -118,7 +119,7 @@ def problems(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What to know about a whole run: which rows are noisy, and which variants are wrong."""
+    """Summary of a whole run: the noisy rows, and the wrong variants."""
 
     def name(row: dict[str, Any]) -> str:
         sms = f" {row['num_sms']} SMs" if row["num_sms"] else ""
@@ -133,7 +134,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def noise_warning(of: Mapping[str, Any]) -> str:
-    """About a `summary`, for people; "" where there is nothing to say."""
+    """Format the noisy rows of a `summary`; "" if there are none."""
     if not of["noisy"]:
         return ""
     lines = "".join(f"  {line}\n" for line in of["noisy"])
@@ -141,7 +142,7 @@ def noise_warning(of: Mapping[str, Any]) -> str:
 
 
 def or_dash(value: Any, form: str) -> str:
-    """Formatted; "-" for None."""
+    """Format a value; "-" for None."""
     return "-" if value is None else format(value, form)
 
 

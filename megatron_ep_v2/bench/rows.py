@@ -1,4 +1,4 @@
-"""From times to rows: medians, bandwidth, memory, ratios."""
+"""Converts times to rows: medians, bandwidth, memory, ratios."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from megatron_ep_v2.bench.timing import summarise
 
 
 def measured(times: Mapping[str, Sequence[float]], wire_bytes: int, link_gb_per_s: float) -> dict[str, Any]:
-    """What a row says about its times.
+    """Fields of a row that depend on its times.
 
     Args:
         times: Microseconds of each repeat by kind, of the slowest rank ("forward", "forward_backward" and, on GPUs,
             "alone"; "host"); bytes in "peak_memory".
-        wire_bytes: Of a forward and backward, out of the busiest rank.
-        link_gb_per_s: Measured in the same run.
+        wire_bytes: Bytes that the busiest rank sends in a forward and backward.
+        link_gb_per_s: Link bandwidth measured in the same run.
     """
     row: dict[str, Any] = {}
     for kind in ("forward", "forward_backward", "alone", "host"):
@@ -38,8 +38,8 @@ def measured(times: Mapping[str, Sequence[float]], wire_bytes: int, link_gb_per_
 
 
 def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
-    """How many times as long a row takes as the raw calls of its own buffer, layout and SM count; and as Megatron's
-    faster alltoall row. Each row tells its `buffer` and `layout`."""
+    """Add to each row the ratio of its time to the raw calls of its buffer, layout and SM count, and to Megatron's
+    faster alltoall row. Rows have `buffer` and `layout`."""
     timed = [row for row in rows if "forward_backward_us" in row]
     floors = {_floor(row): row["forward_backward_us"] for row in timed if row["variant"].startswith("raw-")}
     alltoall = [row["forward_backward_us"] for row in timed if row["variant"].startswith("alltoall")]

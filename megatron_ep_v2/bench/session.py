@@ -1,4 +1,4 @@
-"""A rank's surroundings while it measures: process group, device, and Megatron as it runs in training."""
+"""Environment of a rank while it measures: process group, device, and Megatron as in training."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from megatron_ep_v2.settings import Launch
 
 
 @contextlib.contextmanager
-def session(place: Launch) -> Iterator[torch.device]:
-    """Join the other ranks; this rank's device.
+def session(job: Launch) -> Iterator[torch.device]:
+    """Join the other ranks; yields this rank's device.
 
     Raises:
         SettingsError: Fewer GPUs than ranks on this host.
     """
-    warnings.filterwarnings("ignore")  # Megatron says at import, on every rank, what optional packages it misses
-    device = ranks.join(place)
+    warnings.filterwarnings("ignore")  # at import, Megatron warns on every rank of missing optional packages
+    device = ranks.join(job)
     try:
         from megatron_ep_v2.megatron.standalone import on_cpu
 
@@ -35,7 +35,7 @@ def session(place: Launch) -> Iterator[torch.device]:
 
 @contextlib.contextmanager
 def _compiled_as_in_training() -> Iterator[None]:
-    """Megatron compiles small functions, here once for each dispatcher. Past torch's limit the last ones in the table
-    would be left uncompiled, and compared unfairly."""
+    """Raise torch's limit of recompilations: Megatron compiles small functions, here once for each dispatcher. Past the
+    limit the last dispatchers of the table would run uncompiled, an unfair comparison."""
     torch._dynamo.config.recompile_limit = 128
     yield

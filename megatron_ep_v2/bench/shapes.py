@@ -1,4 +1,4 @@
-"""What is dispatched: shapes by preset, even or skewed routing, and the answers that every dispatcher must give."""
+"""Input of the dispatchers: preset shapes, even or skewed routing, and the expected results."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Shape:
-    """Of one MoE layer: hidden size, experts over all ranks, picks per token, width of one expert; and how many such
-    layers the model has."""
+    """Shape of a MoE layer: hidden size, experts over all ranks, selections per token, width of an expert; and the
+    number of such layers in the model."""
 
     name: str
     hidden: int
@@ -38,35 +38,38 @@ PRESETS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """One rank's tokens, as Megatron's router hands them to a dispatcher.
+    """One rank's tokens, as Megatron's router passes them to a dispatcher.
 
     Attributes:
         hidden: [T, H].
-        grad_output: [T, H], the gradient that comes back for the layer's output.
-        picks: [T, K] int64 expert ids.
-        weights: [T, K] fp32, the picks' probabilities.
+        grad_output: [T, H], the gradient of the layer's output.
+        topk_idx: [T, K] int64 expert ids.
+        weights: [T, K] fp32, the selections' probabilities.
         routing_map: [T, E] bool.
-        probs: [T, E] fp32, zero where an expert was not picked.
+        probs: [T, E] fp32, zero where an expert was not selected.
     """
 
     hidden: torch.Tensor
     grad_output: torch.Tensor
-    picks: torch.Tensor
+    topk_idx: torch.Tensor
     weights: torch.Tensor
     routing_map: torch.Tensor
     probs: torch.Tensor
 
     def expected(self, ranks: int | None = None) -> dict[str, torch.Tensor]:
-        """What a layer of unweighted identity experts must give, in fp64, from this rank's tokens alone.
+        """Expected results of a layer of unweighted identity experts, in fp64, from this rank's tokens only.
 
-        Each pick brings its token back once, so output and gradient are multiplied by the number of picks. With the
-        loss sum(y * grad_output) + sum(row_probs ** 2) / 2, the gradient of a probability is the probability itself.
+        Each selection returns its token once, so output and gradient are multiplied by the number of selections. With
+        the loss sum(y * grad_output) + sum(row_probs ** 2) / 2, the gradient of a probability is the probability
+        itself.
 
         Args:
-            ranks: Count each rank once instead of each pick: the raw calls of the compact layout, where nobody adds up
-                the picks of one rank.
+            ranks: Count each rank once instead of each selection, for the raw calls of the compact layout, in which no
+                experts sum the selections of one rank.
         """
-        copies = self.routing_map if ranks is None else self.routing_map.reshape(len(self.picks), ranks, -1).any(dim=2)
+        copies = self.routing_map
+        if ranks is not None:
+            copies = copies.reshape(len(self.topk_idx), ranks, -1).any(dim=2)
         num_copies = copies.sum(dim=1, keepdim=True).double()
         return {
             "output": self.hidden.double() * num_copies,
@@ -78,10 +81,10 @@ class Batch:
 def make_batch(
     shape: Shape, tokens: int, routing: str, dtype: torch.dtype, rank: int, device: torch.device, seed: int = 0
 ) -> Batch:
-    """A rank's tokens and their routing; another rank or seed gives others.
+    """Make a rank's tokens and their routing; they depend on rank and seed.
 
     balanced: every expert is equally likely, as after load balancing. zipf: expert i of a fixed shuffled order is
-    picked in proportion to 1 / (i + 1). one-hot-expert: every token picks expert 0, and others evenly.
+    selected in proportion to 1 / (i + 1). one-hot-expert: every token selects expert 0, and the others evenly.
     """
     generator = torch.Generator().manual_seed(1000 * seed + rank)
     hidden = torch.randn(tokens, shape.hidden, generator=generator)
@@ -89,7 +92,7 @@ def make_batch(
     scores = -torch.rand(tokens, shape.experts, generator=generator).clamp(min=1e-9).log()  # exponential
     if routing == "zipf":
         order = torch.randperm(shape.experts, generator=torch.Generator().manual_seed(seed))  # equal on all ranks
-        scores = scores * (order + 1)  # the smallest of exponentials: picked in proportion to their rates
+        scores = scores * (order + 1)  # the smallest of exponentials: selected in proportion to their rates
     elif routing == "one-hot-expert":
         scores[:, 0] = 0.0
     elif routing != "balanced":
@@ -103,30 +106,30 @@ def make_batch(
     return Batch(
         hidden=hidden.to(device, dtype),
         grad_output=grad_output.to(device, dtype),
-        picks=smallest.indices.to(device),
+        topk_idx=smallest.indices.to(device),
         weights=weights.to(device),
         routing_map=chosen.to(device),
         probs=probs.to(device),
     )
 
 
-def pairs_sent(picks: torch.Tensor, num_experts: int, ranks: int) -> torch.Tensor:
-    """How many tokens go to each rank, each counted once per rank however many of its experts it picks.
+def pairs_sent(topk_idx: torch.Tensor, num_experts: int, ranks: int) -> torch.Tensor:
+    """Number of tokens sent to each rank; a token counts once per rank, even if it selects several of its experts.
 
     Args:
-        picks: [T, K] global expert ids.
+        topk_idx: [T, K] global expert ids.
 
     Returns:
         [ranks] int64.
     """
-    goes_to = torch.zeros(len(picks), ranks, dtype=torch.bool, device=picks.device)
-    return goes_to.scatter_(1, picks // (num_experts // ranks), True).sum(dim=0)
+    goes_to = torch.zeros(len(topk_idx), ranks, dtype=torch.bool, device=topk_idx.device)
+    return goes_to.scatter_(1, topk_idx // (num_experts // ranks), True).sum(dim=0)
 
 
 def wire_pairs(sent: torch.Tensor) -> int:
-    """(token, rank) pairs that the busiest rank sends out in the four transfers of a forward and backward.
+    """(token, rank) pairs that the busiest rank sends in the four transfers of a forward and backward.
 
-    Dispatch sends its tokens out, combine sends back what it received, and the backward repeats both.
+    Dispatch sends its tokens, combine returns the received rows, and the backward repeats both.
 
     Args:
         sent: [ranks, ranks], row = from, column = to (`pairs_sent` of each rank).
@@ -135,11 +138,11 @@ def wire_pairs(sent: torch.Tensor) -> int:
     return int((2 * (others.sum(dim=1) + others.sum(dim=0))).max())
 
 
-def rank_load(picks_per_expert: torch.Tensor, ranks: int) -> float:
-    """Picks that the busiest rank receives, as a multiple of the mean.
+def rank_load(selections_per_expert: torch.Tensor, ranks: int) -> float:
+    """Selections that the busiest rank receives, as a multiple of the mean.
 
     Args:
-        picks_per_expert: [E], over all ranks.
+        selections_per_expert: [E], over all ranks.
     """
-    per_rank = picks_per_expert.double().reshape(ranks, -1).sum(dim=1)
+    per_rank = selections_per_expert.double().reshape(ranks, -1).sum(dim=1)
     return float(per_rank.max() / per_rank.mean())

@@ -1,4 +1,4 @@
-"""One table: every variant at one shape. Build, compare with the closed form, and only then take times."""
+"""A table of all variants at one shape: builds them, compares them with the closed form, and then times them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import megatron_ep_v2
 from megatron_ep_v2 import settings as settings_module
 from megatron_ep_v2.bench import timing
 from megatron_ep_v2.bench.dispatchers import DispatcherLayer
-from megatron_ep_v2.bench.entry import Entry, entries_of, noted, told_once
+from megatron_ep_v2.bench.entry import Entry, distinct, entries_of, noted
 from megatron_ep_v2.bench.layer import Groups, Layer
 from megatron_ep_v2.bench.progress import Progress
 from megatron_ep_v2.bench.raw import RawLayer
@@ -22,14 +22,14 @@ from megatron_ep_v2.bench.rows import add_ratios, measured
 from megatron_ep_v2.bench.shapes import DTYPES, Batch, Shape, make_batch, pairs_sent, rank_load, wire_pairs
 from megatron_ep_v2.bench.variants import Variant
 
-# Relative L2. bf16 is summed in bf16: 8 x of one token is off by 6e-3 where one dispatcher adds in another order.
+# Relative L2. bf16 is summed in bf16: 8 x a token is off by 6e-3 if a dispatcher sums in another order.
 TOLERANCE = {"bf16": 1e-2, "fp32": 1e-5}
 TRANSFERS = 4  # dispatch, combine, and the backward of each
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """What one table is about."""
+    """Parameters of a table."""
 
     shape: Shape
     tokens: int
@@ -43,7 +43,7 @@ class Point:
 def measure_table(
     point: Point, variants: Sequence[Variant], device: torch.device, groups: Groups, progress: Progress
 ) -> list[dict[str, Any]]:
-    """Rows as JSON-able values, the same on every rank; collective."""
+    """Measure a table; returns rows as JSON-able values, the same on every rank. Collective."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     batch = make_batch(point.shape, point.tokens, point.routing, DTYPES[point.dtype], rank, device, point.seed)
     sent, load, busiest = _traffic(batch, point.shape, ranks)
@@ -84,7 +84,7 @@ def measure_table(
         "link_gb_per_s": float(f"{link:.4g}"),
     }
     rows = []
-    for entry in told_once(entries):
+    for entry in distinct(entries):
         row = common | entry.described()
         if id(entry) in times:
             row |= measured(times[id(entry)], common["wire_bytes"], link)
@@ -100,8 +100,8 @@ def measure_table(
 
 
 def _traffic(batch: Batch, shape: Shape, ranks: int) -> tuple[torch.Tensor, float, float]:
-    """[ranks, ranks] (token, rank) pairs sent; load of the busiest rank and of the busiest expert."""
-    mine = pairs_sent(batch.picks, shape.experts, ranks)
+    """[ranks, ranks] (token, rank) pairs sent; loads of the busiest rank and of the busiest expert over their means."""
+    mine = pairs_sent(batch.topk_idx, shape.experts, ranks)
     sent = [torch.empty_like(mine) for _ in range(ranks)]
     dist.all_gather(sent, mine)
     per_expert = batch.routing_map.sum(dim=0)
@@ -111,7 +111,7 @@ def _traffic(batch: Batch, shape: Shape, ranks: int) -> tuple[torch.Tensor, floa
 
 
 def _run_once(entry: Entry[Layer]) -> None:
-    """Relative L2 of this rank's results against the closed form."""
+    """Run once, and record the relative L2 errors of this rank's results against the closed form."""
     assert entry.layer is not None
     entry.layer.enter()
     try:
@@ -127,7 +127,7 @@ def _run_once(entry: Entry[Layer]) -> None:
 
 
 def _judge(entry: Entry[Layer], tolerance: float, device: torch.device) -> None:
-    """The worst errors of all ranks; a wrong variant gets no time."""
+    """Mark the entry as wrong, so that it is not timed, if the worst errors of all ranks exceed the tolerance."""
     assert entry.errors is not None
     worst = timing.slowest_rank(list(entry.errors.values()), device)
     entry.errors = dict(zip(entry.errors, worst, strict=True))
@@ -140,7 +140,8 @@ def _judge(entry: Entry[Layer], tolerance: float, device: torch.device) -> None:
 def _take_times(
     entries: list[Entry[Layer]], repeats: int, device: torch.device, progress: Progress
 ) -> dict[int, dict[str, Any]]:
-    """By id of the entry: microseconds of each kind and repeat, slowest rank; peak memory, largest over ranks."""
+    """Time entries. Returns by id of the entry: microseconds of each kind and repeat, of the slowest rank; largest peak
+    memory of the ranks."""
     on_gpu = device.type == "cuda"
     in_a_row = timing.IN_A_ROW if on_gpu else 1
     kinds = {"forward": (in_a_row, False), "forward_backward": (in_a_row, True)}
@@ -168,7 +169,7 @@ def _take_times(
                 times[id(entry)]["host"].append(host)
 
     def take_memory(entry: Entry[Layer], layer: Layer) -> None:
-        layer.results()  # nothing of the last run is left
+        layer.results()  # frees the results of the last run
         peak = timing.peak_memory(lambda: layer.run(backward=True), device)
         times[id(entry)]["peak_memory"] = [math.nan if peak is None else peak]
         layer.results()

@@ -1,4 +1,4 @@
-"""Times that can be trusted: ranks start together, the slowest rank counts, and noise is called noise."""
+"""Timing: ranks start together, the slowest rank counts, and noisy repeats are marked."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _CLEAR_PEAK = Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class Summary:
-    """Of one variant's repeats, in microseconds.
+    """Summary of one variant's repeats, in microseconds.
 
     Attributes:
-        noise: Why the median is not to be trusted, or "".
+        noise: Why the median cannot be trusted, or "".
     """
 
     median: float
@@ -33,8 +33,8 @@ class Summary:
 
 
 def summarise(values: Sequence[float]) -> Summary:
-    """Median, p20, p80; noisy if two halves of the repeats (every other one, or first and last) tell different medians
-    or if the repeats are widely spread."""
+    """Summarize repeats; noisy if two halves of them (every other one, or first and last) have different medians, or if
+    they are widely spread."""
     if len(values) < 4:
         middle = statistics.median(values)
         return Summary(middle, min(values), max(values), "fewer than 4 repeats")
@@ -52,7 +52,8 @@ def summarise(values: Sequence[float]) -> Summary:
 
 
 def measure(run: Callable[[], None], device: torch.device, count: int = 1) -> tuple[float, float]:
-    """Microseconds of a run divided by `count`, the layers in it: on the device; and of the host until it goes on."""
+    """Microseconds of a run divided by `count`, its number of layers: on the device, and of the host until `run`
+    returns."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         dist.barrier(device_ids=[device.index])
@@ -73,15 +74,15 @@ def measure(run: Callable[[], None], device: torch.device, count: int = 1) -> tu
 
 
 def slowest_rank(values: Sequence[float], device: torch.device) -> list[float]:
-    """For each repeat, the largest value of any rank."""
+    """Largest value of any rank, for each repeat."""
     tensor = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor.tolist()
 
 
 def peak_memory(run: Callable[[], None], device: torch.device) -> int | None:
-    """Bytes that a run needs at its peak beyond what was there before: torch's allocator on a GPU, the resident set on
-    a CPU (None where it cannot be told)."""
+    """Bytes of a run's peak above the memory in use before: torch's allocator on a GPU, the resident set on a CPU (None
+    if it cannot be measured)."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -91,7 +92,7 @@ def peak_memory(run: Callable[[], None], device: torch.device) -> int | None:
         return torch.cuda.max_memory_allocated() - before
     try:
         _CLEAR_PEAK.write_text("5")
-    except OSError:  # no Linux
+    except OSError:  # not on Linux
         return None
     before = _status("VmRSS")
     run()
@@ -99,7 +100,7 @@ def peak_memory(run: Callable[[], None], device: torch.device) -> int | None:
 
 
 def measure_link(device: torch.device, repeats: int = 5) -> float:
-    """GB/s that a rank sends to the others in a plain all_to_all_single of large equal blocks, of the slowest rank."""
+    """GB/s that the slowest rank sends to the others in a plain all_to_all_single of large equal blocks."""
     ranks = dist.get_world_size()
     block = (32 if device.type == "cuda" else 2) * 2**20
     outgoing = torch.zeros(ranks * block, dtype=torch.uint8, device=device)

@@ -1,4 +1,4 @@
-"""`python -m megatron_ep_v2 bench`: Megatron's dispatchers side by side on this machine."""
+"""`python -m megatron_ep_v2 bench`: compare Megatron's dispatchers on this machine."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from megatron_ep_v2.errors import EPError, SettingsError
 
 
 def main(arguments: list[str]) -> None:
-    """`bench`, with errors as messages."""
+    """Run `bench`, and print an EPError as a message."""
     try:
         status = bench(arguments)
     except EPError as error:
@@ -39,28 +39,28 @@ def main(arguments: list[str]) -> None:
 
 
 def bench(arguments: list[str]) -> int:
-    """Measure and print; the exit status, 1 if a variant gave a wrong result.
+    """Measure and print. Returns the exit status: 1 if a variant gave a wrong result.
 
     Raises:
-        SettingsError: The options do not fit together, or this machine.
+        SettingsError: The options do not fit each other or this machine.
     """
     options = parse(arguments)
-    place = settings.launch()
-    num_ranks = place.ranks if place else options.ranks or (torch.cuda.device_count() or 2)
-    if place and options.ranks and options.ranks != place.ranks:
+    job = settings.launch()
+    num_ranks = job.ranks if job else options.ranks or (torch.cuda.device_count() or 2)
+    if job and options.ranks and options.ranks != job.ranks:
         raise SettingsError(
             "--ranks is for starting ranks, but they are started already",
-            found=f"--ranks {options.ranks} and {place.ranks} ranks",
+            found=f"--ranks {options.ranks} and {job.ranks} ranks",
             fix="leave --ranks out under torchrun",
         )
     shapes = [_shape(name, options, num_ranks) for name in options.shapes]
     variants = _variants(options)
     whole_step = _whole_step() if options.step or options.tune else None
-    if place is None:
+    if job is None:
         return ranks.start(num_ranks, arguments)
-    command = _command(arguments, place)
+    command = _command(arguments, job)
     if whole_step:
-        return int(whole_step.run(options, shapes, variants, place, command))
+        return int(whole_step.run(options, shapes, variants, job, command))
     points = [
         Point(
             shape=shape,
@@ -75,7 +75,7 @@ def bench(arguments: list[str]) -> int:
         for routing in options.routing
         for tokens in options.tokens
     ]
-    with session(place) as device:
+    with session(job) as device:
         return _measure(points, variants, device, command, options.out)
 
 
@@ -88,13 +88,13 @@ def _measure(
     header = report.environment(command) if main else {}
     for point in points:
         progress.next_table(f"{point.shape.name} {point.routing} {point.tokens}")
-        torch.compiler.reset()  # else shapes that change from table to table are compiled as unknown
+        torch.compiler.reset()  # else shapes that change between tables are compiled as dynamic
         measured = measure_table(point, variants, device, groups, progress)
         rows += measured
         if main:
             print(report.table(measured), end="\n\n", flush=True)
             if out:
-                report.write_rows(out, header, rows)  # after each table: a run that is cut off leaves what it has
+                report.write_rows(out, header, rows)  # after each table, so that an aborted run keeps its rows
     summary = report.summary(rows)
     if main:
         print(report.noise_warning(summary), end="")
@@ -123,8 +123,8 @@ def _shape(name: str, options: argparse.Namespace, num_ranks: int) -> Shape:
 
 
 def _variants(options: argparse.Namespace) -> list[Variant]:
-    """Those asked for; by default all that fit: no raw calls in a training step, only this package's own for --tune
-    alone, and on GPUs not the reference, which is slow there and compared with nothing."""
+    """The requested variants; by default all that fit: no raw calls in a training step, only this package's own for
+    --tune alone, and on GPUs no reference, which is slow there."""
     on_gpu, whole_step = torch.cuda.is_available(), options.step or options.tune
 
     def fits(variant: Variant) -> bool:
@@ -152,20 +152,20 @@ def _variants(options: argparse.Namespace) -> list[Variant]:
 
 
 def _whole_step() -> Any:
-    """The part that trains a model: it lives beside the example whose model it is, and is not installed."""
+    """Import the part that trains the example's model. It is in the source tree only, next to the example."""
     root = Path(megatron_ep_v2.__file__).resolve().parents[1]
     folders = [root / "benchmarks", root / "examples"]
     if not (folders[0] / "whole_step").is_dir():
         raise SettingsError(
             "bench --step and --tune need the source tree, for the example's model",
-            found=f"no benchmarks/whole_step beside the installed package in {root.name}",
+            found=f"no benchmarks/whole_step next to the installed package in {root.name}",
             fix="git clone the repository and run the same command in it",
         )
     sys.path[:0] = [str(folder) for folder in folders]
     return importlib.import_module("whole_step")
 
 
-def _command(arguments: list[str], place: settings.Launch) -> str:
-    """What to type to get the same again."""
-    launcher = "python" if place.store else f"torchrun --nproc-per-node {place.local_ranks}"
+def _command(arguments: list[str], job: settings.Launch) -> str:
+    """The command line that repeats this run."""
+    launcher = "python" if job.store else f"torchrun --nproc-per-node {job.local_ranks}"
     return " ".join([launcher, "-m megatron_ep_v2 bench", *arguments])

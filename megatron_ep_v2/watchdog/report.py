@@ -75,7 +75,7 @@ def write_report(
 
 
 def choose_threads(text: str, *threads: int) -> str:
-    """Pick the newest frames of these threads from faulthandler's text, and of threads that Python's threading did not
+    """Select the newest frames of these threads from faulthandler's text, and of threads that Python's threading did not
     start: autograd runs a backward on the GPU in its own threads."""
     chosen = []
     for block in text.split("\n\n"):
