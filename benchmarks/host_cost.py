@@ -35,7 +35,7 @@ from megatron_ep_v2.bench.runner import Row, Run, main
 from megatron_ep_v2.buffers import elastic, pool
 from megatron_ep_v2.buffers.contract import BufferSpec
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
-from megatron_ep_v2.watchdog.rendezvous import Meeting
+from megatron_ep_v2.watchdog.rendezvous import Rendezvous
 from megatron_ep_v2.watchdog.watched_buffer import watch
 
 TOKENS, HIDDEN, TOPK, EXPERTS, LOCAL_EXPERTS, ROWS = 4096, 2048, 8, 128, 16, 32768  # of one rank of eight
@@ -140,10 +140,10 @@ def make_buffers(device: str, stub: Any) -> dict[str, Any]:
         group = dist.new_group()
         buffer: Any = kind(group, SPEC, settings.active(), ["here"])
         if name == "watched":
-            meeting = Meeting(group, settings.active().watchdog_secs)
-            meeting.listener = socket.create_server(("localhost", 0))  # which a group of one rank has no need of
-            meeting.address = (*meeting.listener.getsockname()[:2], "nobody asks")
-            buffer = watch(buffer, meeting, [meeting.address], ["here"])
+            rendezvous = Rendezvous(group, settings.active().watchdog_secs)
+            rendezvous.listener = socket.create_server(("localhost", 0))  # which a group of one rank has no need of
+            rendezvous.address = (*rendezvous.listener.getsockname()[:2], "nobody asks")
+            buffer = watch(buffer, rendezvous, [rendezvous.address], ["here"])
         pool._pool[group], pool._capacity_source[group] = buffer, "host_cost.py"
         buffers[name] = buffer
     return buffers

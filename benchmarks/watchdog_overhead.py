@@ -58,9 +58,9 @@ def measure(run: Run) -> Iterator[list[Row]]:
         for _ in range(options.warmup):
             step()
     watched = next(buffer for buffer in pool.buffers() if isinstance(buffer, WatchedBuffer))
-    start, cpu = time.perf_counter(), _cpu_seconds(watched.watch.line.process.pid)
+    start, cpu = time.perf_counter(), _cpu_seconds(watched.watch.client.process.pid)
     times = run.time_alone(steps, warmup=0, swap=True)
-    watcher_share = (_cpu_seconds(watched.watch.line.process.pid) - cpu) / (time.perf_counter() - start)
+    watcher_share = (_cpu_seconds(watched.watch.client.process.pid) - cpu) / (time.perf_counter() - start)
     by_variant = {name: [us / 1e3 for us in values] for name, values in times.items()}
     facts = {"ranks": run.ranks, **{name: getattr(options, name) for name in SIZES}}
     rows = []

@@ -25,7 +25,8 @@ def install(**settings: Any) -> dict[str, Any]:
 
 
 def moe_submodules(submodules: Any) -> Any:
-    """`install()`, and Megatron's MoESubmodules with the experts that are installed: what a patched Megatron calls."""
+    """Call `install()` and return Megatron's MoESubmodules with the installed experts. A patched Megatron calls
+    this."""
     from megatron_ep_v2.megatron import binding
 
     return binding.moe_submodules(submodules)
@@ -39,7 +40,7 @@ def uninstall() -> None:
 
 
 def status() -> dict[str, Any]:
-    """What is installed and active, as JSON-able values; see `megatron.binding.status`."""
+    """Report what is installed and active, as JSON-able values; see `megatron.binding.status`."""
     from megatron_ep_v2.megatron import binding
 
     return binding.status()
@@ -53,21 +54,22 @@ def destroy_buffers() -> None:
 
 
 def stragglers(group: Any = None) -> Any:
-    """Which rank arrives last at its dispatches, and by how much. Collective; see `watchdog.stragglers.stragglers`."""
+    """Report which rank arrives last at dispatches, and how late. Collective; see `watchdog.stragglers.stragglers`."""
     from megatron_ep_v2.watchdog import stragglers
 
     return stragglers.stragglers(group)
 
 
 def expert_load() -> Any:
-    """Tokens of each expert since the last reading, by MoE layer. Collective; see `megatron.expert_load`."""
+    """Read the tokens per expert since the last call, by MoE layer. Collective; see `megatron.expert_load`."""
     from megatron_ep_v2.megatron import expert_load
 
     return expert_load.expert_load()
 
 
 def log_expert_load(iteration: int) -> dict[str, float]:
-    """The same as scalars, written to Megatron's loggers. Collective; see `megatron.expert_load.log_expert_load`."""
+    """Write the expert load as scalars to Megatron's loggers. Collective; see
+    `megatron.expert_load.log_expert_load`."""
     from megatron_ep_v2.megatron import expert_load
 
     return expert_load.log_expert_load(iteration)

@@ -14,10 +14,10 @@ _USAGE = """usage: python -m megatron_ep_v2 COMMAND ...
   patch apply|revert|check [PATH]
                        make the Megatron in PATH (default: the installed one) do so by itself
   doctor [--json] [--ranks N]
-                       say what is wrong with this environment; with --ranks, try it on N processes
+                       report what is wrong with this environment; with --ranks, try it on N processes
   bench                time Megatron's dispatchers side by side on this machine (bench --help)"""
 
-# Each takes its arguments and returns the exit status, None for 0. Imported when asked for: not each needs torch.
+# Each takes its arguments and returns the exit status, None for 0. Imported lazily: some work without torch.
 _COMMANDS = {
     "run": "cli.run:run",
     "patch": "cli.patch:patch",
@@ -27,7 +27,7 @@ _COMMANDS = {
 
 
 def main(arguments: list[str]) -> None:
-    """Hand over to a command; usage on anything else."""
+    """Run a command; print the usage for anything else."""
     command, *rest = arguments or ["--help"]
     if command in ("-h", "--help"):
         print(_USAGE)
@@ -40,7 +40,7 @@ def main(arguments: list[str]) -> None:
     except UsageError as error:
         raise SystemExit(f"{error}\n\n{_USAGE}") from error
     except EPError as error:
-        if command == "run":  # raised by the script: its place matters
+        if command == "run":  # raised in the user's script: keep the traceback
             raise
         raise SystemExit(f"{type(error).__name__}: {error}") from error
     sys.exit(status)

@@ -1,19 +1,19 @@
-"""Checks whose answer is on the device: counted there without a host wait, read once before the optimizer's step.
+"""Device checks: violations are counted on the device without a host wait and read once before the optimizer's step.
 
-A check that asked the device at once would stop the host in every layer. Here each call adds its violations to an
-integer that stays on the device, also inside a captured CUDA graph; before the next optimizer's step the host reads all
-of them in one copy, and raises the error of the check that counted something.
+A check that the host reads at once would stop it in every layer. Instead each call adds its violations to an integer
+that stays on the device, also inside a captured CUDA graph. Before the next optimizer's step the host reads all of them
+in one copy, and raises the error of the check that counted something.
 
-Who reads:
+They are read:
 
-- Under `install()`, Megatron's optimizers (`megatron.optimizer_step`), before they look at a gradient, also where it
-  is replayed from a CUDA graph. All ranks of the model decide together: where one group's check counted something,
-  every rank raises, and no rank changes a weight.
-- Any other optimizer of torch's, in a hook before the first parameter changes. Ranks of one expert-parallel group
-  decide together; those of other groups do not know. A job with several groups calls `read_all(group of all its ranks)`
-  before it steps.
-- A loop that captures its own optimizer's step into a CUDA graph, in which hooks do not run: it calls `read_all()`
-  before each replay, and says so with `read_by_caller()` around the capture, without which the capture is refused.
+- Under `install()` by Megatron's optimizers (`megatron.optimizer_step`), before they read a gradient, also if the step
+  is replayed from a CUDA graph. All ranks of the model decide together: if one group's check counted something, every
+  rank raises, and no rank changes a weight.
+- By any other torch optimizer, in a hook before the first parameter changes. Ranks of one expert-parallel group decide
+  together; other groups do not learn of it. A job with several groups calls `read_all(group of all its ranks)` before
+  it steps.
+- By a loop that captures its own optimizer's step into a CUDA graph, in which hooks do not run: it calls `read_all()`
+  before each replay, and captures inside `read_by_caller()`, without which the capture is refused.
 """
 
 from __future__ import annotations
@@ -37,77 +37,77 @@ from megatron_ep_v2.errors import EPError, LayoutOverflowError, PeerError, Routi
 logger = logging.getLogger("megatron_ep_v2")
 
 _numbers = itertools.count()
-# What a rank raises because another one's check did, the gravest last: whoever repeats a step must not repeat that one.
+# Errors that a rank raises because of another rank's check. The most severe is last: that step must not be repeated.
 _ELSEWHERE: tuple[type[EPError], ...] = (PeerError, LayoutOverflowError, RoutingChangedError)
 _live: weakref.WeakValueDictionary[int, DeviceCheck] = weakref.WeakValueDictionary()  # by age, as on the other ranks
 os.register_at_fork(after_in_child=_live.clear)  # a forked child that steps an optimizer must not read for its parent
 
 
 class DeviceCheck:
-    """An integer on the device that stays 0 while all is well. Lives as long as somebody holds it.
+    """An integer on the device that is 0 unless a violation was counted. Weakly registered: the owner keeps it alive.
 
     Args:
-        to_error: Makes the error from `{rank: count}`, the ranks that counted something; never called with none. None =
-            no error: it has said what there was to say.
-        device: Where the violations are.
-        group: Read together: every rank of it gets the counts of all and raises the same error, by one small
-            all-gather at the read. Every rank of the group must make its checks in the same order and add to the same
-            ones between two reads, as calls that are collective do, and come to the same reads: where one of them steps
-            an optimizer, all do. None, or a group that was destroyed meanwhile: each rank for itself, as rank 0.
+        to_error: Makes the error from `{rank: count}` of the ranks that counted something; not called if none did.
+            Returns None for no error, e.g. if it only logs.
+        device: Device of the violations.
+        group: Reads are collective over it: one small all-gather gives every rank all counts, and every rank raises the
+            same error. Its ranks must create their checks in the same order, add to the same ones between two reads (as
+            collective calls do), and read at the same steps. None, or a group destroyed since: each rank reads alone,
+            as rank 0.
 
     Attributes:
-        count: [1] int32 on the device. Code that writes it by itself (a kernel) calls `touch()`, too.
+        count: [1] int32 on the device. Code that writes it directly (a kernel) must also call `touch()`.
     """
 
     def __init__(self, to_error: Callable[[dict[int, int]], EPError | None], device: torch.device, group: Any = None):
         self.to_error, self.group = to_error, group
-        with torch.inference_mode(False):  # one made there could not be written to in training
+        with torch.inference_mode(False):  # else an inference tensor, which training cannot write to
             self.count = torch.zeros(1, dtype=torch.int32, device=device)
         self._touched = self._captured = False
         _live[next(_numbers)] = self
         _hook_into_optimizers()
 
     def add(self, violations: torch.Tensor) -> None:
-        """Count, with no host wait. violations: bool (each True is one) or integers (added up), of any shape."""
+        """Count violations without a host wait. violations: bool (each True is one) or integers (summed), any shape."""
         self.count += violations.sum(dtype=torch.int32)
         self.touch()
 
     def touch(self) -> None:
-        """Have the next read look at `count`. A check that a CUDA graph writes is looked at by every read from now on,
-        because nobody says when the graph is replayed."""
+        """Make the next read include `count`. A check that a CUDA graph writes is included in every later read, because
+        a replay does not call this."""
         self._touched = True
         self._captured = self._captured or (self.count.is_cuda and torch.cuda.is_current_stream_capturing())
 
     def read(self) -> None:
-        """Wait for the device and raise if something was counted; collective where there is a group."""
+        """Wait for the device and raise if something was counted; collective if there is a group."""
         error = _read([self])
         if error is not None:
             raise error
 
     @property
     def waiting(self) -> bool:
-        """Whether a read has something to look at."""
+        """Whether a read includes this check."""
         return self._touched or self._captured
 
     def reset(self) -> None:
-        """Forget what was counted."""
+        """Set the count to 0."""
         self.count.zero_()
         self._touched = False
 
 
 def read_all(*groups: Any) -> None:
-    """Wait for the device, raise the error of the check that counted something, and begin again at 0. Collective for
-    checks with a group; costs nothing where nothing was added since the last read.
+    """Wait for the device, raise the error of the check that counted something, and reset the counts. Collective for
+    checks with a group; costs nothing if nothing was added since the last read.
 
     Args:
-        *groups: Process groups, or ones that forward to them (see `buffers.groups`), over which the ranks decide
-            together, one after the other: where a rank has an error, all of them raise one. One small all-reduce each,
-            and a wait for the device. Usually the world, in a job with several expert-parallel groups; all ranks of it
-            must call.
+        *groups: Process groups, or groups that forward to one (see `buffers.groups`), over which the ranks decide
+            together, one after the other: if one rank has an error, all raise one. Each costs one small all-reduce and
+            a wait for the device. In a job with several expert-parallel groups, usually the world; all its ranks must
+            call.
 
     Raises:
-        EPError: Of the oldest check that counted something; what the others counted stands in its notes. Where only
-            another rank of `groups` has an error: one of the same class, or PeerError.
+        EPError: Of the oldest check that counted something; errors of other checks are in its notes. If only another
+            rank of `groups` has an error: one of the same class, or PeerError.
     """
     error = _read([check for _, check in sorted(_live.items())])
     if groups:
@@ -133,7 +133,7 @@ def forget(group: Any) -> None:
 
 
 def _read(checks: list[DeviceCheck]) -> EPError | None:
-    """One gather for each group, one copy to the host for each group and device: nearly always one in all."""
+    """Read checks with one gather per group and one copy to the host per group and device."""
     alike: dict[tuple[Any, torch.device], list[DeviceCheck]] = {}
     for check in checks:
         if check.waiting:
@@ -142,9 +142,9 @@ def _read(checks: list[DeviceCheck]) -> EPError | None:
     for (group, _), members in alike.items():
         counts = torch.cat([check.count for check in members])
         if group is not None:
-            everyone = counts.new_empty(group.size(), len(members))
-            dist.all_gather(list(everyone), counts, group=group)  # torch 2.13 deprecates the one into a single tensor
-            counts = everyone
+            gathered = counts.new_empty(group.size(), len(members))
+            dist.all_gather(list(gathered), counts, group=group)  # torch 2.13 deprecates the gather into one tensor
+            counts = gathered
         by_rank = counts.view(-1, len(members)).tolist()
         for i, check in enumerate(members):
             check.reset()
@@ -158,7 +158,7 @@ def _read(checks: list[DeviceCheck]) -> EPError | None:
 
 
 def _decide_together(error: EPError | None, groups: tuple[Any, ...]) -> EPError | None:
-    """The error that this rank raises: its own, or for that of another rank one of the gravest class."""
+    """The error that this rank raises: its own, or one of the most severe class that another rank has."""
     mine = 0 if error is None else 1 + max(n for n, kind in enumerate(_ELSEWHERE) if n == 0 or isinstance(error, kind))
     on_cpu = "gloo" in dist.get_backend(groups[0])
     worst = torch.tensor([mine], device="cpu" if on_cpu else "cuda")
@@ -169,8 +169,8 @@ def _decide_together(error: EPError | None, groups: tuple[Any, ...]) -> EPError 
         return error
     elsewhere = _ELSEWHERE[gravest - 1](
         "this rank must not step, because another expert-parallel group of the job has an error",
-        needed="one decision of all ranks that step together, so that their weights stay those of one step",
-        fix="read the error of the ranks that say what was found; whoever repeats the step repeats it on all ranks",
+        needed="one decision of all ranks that step together, so that their weights belong to the same step",
+        fix="read the error of the ranks whose message has `found:`; to repeat the step, repeat it on all ranks",
     )
     if error is not None:
         elsewhere.add_note(str(error))
@@ -178,7 +178,7 @@ def _decide_together(error: EPError | None, groups: tuple[Any, ...]) -> EPError 
 
 
 def _closed(group: Any) -> bool:
-    """Whether the group was destroyed: an output that the user keeps can keep a check beyond that."""
+    """Whether the group was destroyed: an output that the user keeps can keep a check alive longer than its group."""
     try:
         return group is not None and not dist.get_process_group_ranks(group)
     except (KeyError, ValueError, RuntimeError):
@@ -187,7 +187,7 @@ def _closed(group: Any) -> bool:
 
 @functools.cache
 def _hook_into_optimizers() -> None:
-    """Once, with the first check."""
+    """Register the hook once, with the first check."""
     register_optimizer_step_pre_hook(_before_step)
 
 
@@ -196,8 +196,8 @@ _callers_that_read = 0
 
 @contextlib.contextmanager
 def read_by_caller() -> Iterator[None]:
-    """Around an optimizer's step, or its capture into a CUDA graph: the hook does not read, the caller has, and does so
-    again before each replay."""
+    """Turn the hook off around an optimizer's step or its capture into a CUDA graph: the caller reads, also before each
+    replay."""
     global _callers_that_read
     _callers_that_read += 1
     try:
@@ -207,7 +207,7 @@ def read_by_caller() -> Iterator[None]:
 
 
 def _before_step(*_: Any) -> None:
-    """Several optimizers step one after the other: the first reads, the others find nothing new to read."""
+    """Read before the first of several optimizers steps; the others find nothing new."""
     if _callers_that_read:
         return
     if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
@@ -216,7 +216,7 @@ def _before_step(*_: Any) -> None:
         raise EPError(
             "an optimizer's step is being captured into a CUDA graph, in which the checks before it do not run",
             found="checks of sync-free dispatches or of recompute that are read before each step",
-            needed="a read before each replay, or rows that were dropped are trained on unseen",
+            needed="a read before each replay; without it, training goes on unnoticed after rows were dropped",
             fix="call megatron_ep_v2.device_checks.read_all() before each graph.replay(), and capture inside "
             "`with megatron_ep_v2.device_checks.read_by_caller():`",
         )

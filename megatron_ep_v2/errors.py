@@ -28,7 +28,7 @@ class EPError(RuntimeError):
 
 
 class SettingsError(EPError, ValueError):
-    """A setting has a value that cannot be used."""
+    """A setting has an invalid value."""
 
 
 class UnavailableError(EPError):
@@ -36,11 +36,11 @@ class UnavailableError(EPError):
 
 
 class SeamError(EPError):
-    """Megatron-Core does not have the names or signatures that `install()` binds to."""
+    """Megatron-Core lacks a symbol that `install()` binds, or the symbol has another signature."""
 
 
 class InputError(EPError, ValueError):
-    """A tensor or number handed to a dispatch or combine is not what the contract asks for."""
+    """A tensor or number passed to a dispatch or combine violates the contract."""
 
 
 class TokenCapacityError(InputError):
@@ -48,11 +48,11 @@ class TokenCapacityError(InputError):
 
 
 class LayoutOverflowError(InputError):
-    """More picks arrived for this rank's experts than a layout of fixed size has places."""
+    """More selections arrived for this rank's experts than a layout of fixed size has slots."""
 
 
 class PeerError(EPError):
-    """Another rank of the group refused this call, and says so instead of leaving this rank waiting."""
+    """Another rank of the group refused its input to this call. Raised so that this rank does not wait for it."""
 
 
 class GroupMismatchError(EPError):

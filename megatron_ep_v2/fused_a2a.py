@@ -6,17 +6,18 @@ Names and signatures are those of `megatron.core.transformer.moe.fused_a2a`, so 
     dispatch  x, probs  -> rows    combine(grad rows, topk_weights=grad probs)
     combine   rows      -> y       cached dispatch(grad y, handle)
 
-One handle per layer and micro-batch, held by the two autograd contexts that need it and by nobody else. The buffer is
-looked up once, in forward, and kept on the context.
+One handle per layer and micro-batch, held only by the two autograd contexts that need it. The buffer is looked up once,
+in forward, and kept on the context.
 
-Both dispatches may carry 8 bits an element (settings `dispatch_dtype` and `grad_dispatch_dtype`): rows are quantised
-before and dequantised behind, and the gradient takes no notice of it. Combines carry rows as they are.
+Both dispatches may carry 8 bits per element (settings `dispatch_dtype` and `grad_dispatch_dtype`): rows are quantised
+before and dequantised after the dispatch, and the gradient treats both as the identity. Combines carry rows unchanged.
 
-Megatron passes `async_finish` and `allocate_on_comm_stream`, and waits for the event before it does anything else. A
-call in stream order is the same order with less work: the communication stream waits for the current one, which then
-waits for it; the host waits for neither; and memory of inputs and outputs belongs to the current stream, so that it
-cannot be reused before the communication is done with it. No events and no `record_stream`, which cost time in every
-layer (benchmarks/gpu_layer_cost.py measures it) and keep freed memory from being reused.
+Megatron passes `async_finish` and `allocate_on_comm_stream`, and waits for the event immediately. Calls in stream order
+give the same order with less work: the communication stream waits for the current one, which then waits for it, while
+    the
+host waits for neither. Memory of inputs and outputs belongs to the current stream, so it cannot be reused before the
+communication has finished. Events and `record_stream` would cost time in every layer (benchmarks/gpu_layer_cost.py
+measures it) and delay the reuse of freed memory.
 """
 
 from __future__ import annotations
@@ -36,12 +37,13 @@ from megatron_ep_v2.wire.quantize import from_wire, to_wire
 HAVE_DEEP_EP: bool  # deep_ep imports here and has the legacy `Buffer`
 HAVE_DEEP_EP_V2: bool  # deep_ep imports here and has `ElasticBuffer`
 
-# Megatron-Core passes 20 when the user set nothing (moe_deepep_num_sms' default in 0.16-0.18, a fallback from 0.19 on).
+# Megatron-Core passes 20 if the user has not set it (moe_deepep_num_sms' default in 0.16-0.18, a fallback from 0.19
+# on).
 MEGATRON_DEFAULT_NUM_SMS = 20
 
 
 def __getattr__(name: str) -> Any:
-    """HAVE_DEEP_EP and HAVE_DEEP_EP_V2, found out at first use: importing this module imports no deep_ep."""
+    """Probe HAVE_DEEP_EP and HAVE_DEEP_EP_V2 at first use, so that importing this module does not import deep_ep."""
     if name == "HAVE_DEEP_EP":
         return probe().have_deep_ep
     if name == "HAVE_DEEP_EP_V2":
@@ -50,7 +52,7 @@ def __getattr__(name: str) -> Any:
 
 
 class FusedDispatch(torch.autograd.Function):
-    """Dispatch; the gradient flows back through a combine that carries the probabilities' gradient along."""
+    """Dispatch; its backward is a combine that also carries the probabilities' gradient."""
 
     @staticmethod
     def forward(
@@ -66,7 +68,7 @@ class FusedDispatch(torch.autograd.Function):
         expert_alignment: int = 1,
         do_cpu_sync: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, Any]:
-        """`(recv_x, recv_indices, recv_probs, handle)`; see `fused_dispatch`."""
+        """Return `(recv_x, recv_indices, recv_probs, handle)`; see `fused_dispatch`."""
         active, first = settings.active(), recompute.take()
         # A replayed handle's own: the group may have another buffer by now, to which the handle means nothing.
         buffer = getattr(first, "carrier", None) or pool.find(group)
@@ -99,12 +101,12 @@ class FusedDispatch(torch.autograd.Function):
         if active.reuse_recompute_handle:
             recompute.note(buffer, handle, sent_probs)
         recv_x = from_wire(received, active.dispatch_dtype, x.dtype)
-        assert recv_probs is not None  # as token_probs were
+        assert recv_probs is not None  # because token_probs were sent
         ctx.buffer = vars(handle)["carrier"] = buffer
         save_handle(ctx, handle, routings)
         ctx.rows = recv_x.shape, recv_x.dtype, recv_x.device
         ctx.probs = recv_probs.shape, recv_probs.dtype, recv_x.device
-        ctx.set_materialize_grads(False)  # else zeros are written for the outputs that have no gradient
+        ctx.set_materialize_grads(False)  # else torch writes zeros for outputs without a gradient
         return recv_x, recv_idx, recv_probs, handle
 
     @staticmethod
@@ -131,7 +133,7 @@ class FusedDispatch(torch.autograd.Function):
 
 
 class FusedCombine(torch.autograd.Function):
-    """Combine; the gradient flows back through a dispatch that repeats the handle's routing."""
+    """Combine; its backward is a dispatch that repeats the handle's routing."""
 
     @staticmethod
     def forward(
@@ -142,7 +144,7 @@ class FusedCombine(torch.autograd.Function):
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> tuple[torch.Tensor, None]:
-        # The handle's own: the group may have another by now, to which the handle means nothing.
+        # The handle's own buffer: the group's may be a newer one, which does not know the handle.
         buffer = getattr(handle, "carrier", None) or pool.find(group)
         buffer = buffer or get_buffer(group, x, handle.topk_idx, handle.num_experts)
         combined_x, _, _ = buffer.combine(x, handle, num_sms=handle.num_sms)
@@ -165,7 +167,7 @@ class FusedCombine(torch.autograd.Function):
         )
         rows = from_wire(received, sent_as, grad.dtype)
         if torch.is_anomaly_enabled() and not handle.num_recv_tokens_per_expert_list:
-            # Rows past those received are garbage that is not read, and would be taken for the NaN that is looked for.
+            # Unowned rows may be NaN, which torch's anomaly mode would report.
             num_recv = handle.psum_num_recv_tokens_per_scaleup_rank[-1]
             rows.masked_fill_(torch.arange(len(rows), device=rows.device)[:, None] >= num_recv, 0)
         return (
@@ -196,9 +198,9 @@ def fused_dispatch(
         num_experts: Experts in the whole group.
         group: Process group of the experts.
         async_finish, allocate_on_comm_stream: Megatron's; see the module's docstring for why they change nothing.
-        do_expand: Rows sorted by local expert instead of one row per received token.
+        do_expand: Return rows sorted by local expert instead of one row per received token.
         expert_alignment: Pad each expert's rows to a multiple of this; in the expanded layout with zero rows.
-        do_cpu_sync: False, compact only: no wait on the host, and W rows; see `buffers.contract` for what they hold.
+        do_cpu_sync: False, compact only: no wait on the host, and W rows; see `buffers.contract`.
 
     Returns:
         `(recv_x, recv_indices, recv_probs, tokens_per_expert, handle)`:
@@ -209,7 +211,7 @@ def fused_dispatch(
         EPError: See `pool.get` and the buffer's own `dispatch`.
     """
     if settings.active().deterministic:
-        # deep_ep adds up a token's picks in the order of its columns, Megatron's unpermute in the order of the experts.
+        # deep_ep sums a token's selections in column order, Megatron's unpermute in expert order.
         token_indices, order = token_indices.sort(dim=1, stable=True)
         token_probs = token_probs.gather(1, order)
     recv_x, recv_idx, recv_probs, handle = FusedDispatch.apply(
@@ -226,7 +228,7 @@ def fused_dispatch(
     )
     if not do_cpu_sync:
         return recv_x, recv_idx, recv_probs, None, handle
-    # Not torch.tensor(list), which takes three times as long: the experts' first kernel waits for this line.
+    # Not torch.tensor(list), which takes three times as long and would delay the experts' first kernel.
     tokens_per_expert = torch.frombuffer(array("q", handle.num_recv_tokens_per_expert_list), dtype=torch.int64)
     return recv_x, recv_idx, recv_probs, tokens_per_expert, handle
 
@@ -234,10 +236,10 @@ def fused_dispatch(
 def fused_combine(
     x: torch.Tensor, group: Any, handle: Any, async_finish: bool = False, allocate_on_comm_stream: bool = False
 ) -> tuple[torch.Tensor, None]:
-    """Send rows back to their tokens' ranks and add them up, unweighted.
+    """Send rows back to their tokens' ranks and sum them, unweighted.
 
     Args:
-        x: [R, H] or [P, H], as `fused_dispatch` delivered them.
+        x: [R, H] or [P, H], one row for each row from `fused_dispatch`.
         group: The dispatch's group.
         handle: The dispatch's handle.
         async_finish, allocate_on_comm_stream: As in `fused_dispatch`.
@@ -249,7 +251,7 @@ def fused_combine(
 
 
 def set_deepep_num_sms(num_sms: int) -> None:
-    """Take Megatron's SM count. Its default of 20 stands for "not set", where V2 has a better answer of its own.
+    """Offer Megatron's SM count to the settings. Its default of 20 means "not set", and V2 then chooses a better one.
 
     Args:
         num_sms: SMs per kernel; 20 and 0 leave the choice to deep_ep. For exactly 20, set

@@ -1,9 +1,9 @@
-"""What the backwards of this package share: whole gradients, the handle that fits the activations, first order only.
+"""Shared parts of this package's backwards: whole gradients, the handle that fits the activations, first order only.
 
-Torch's checkpoint without reentry runs a forward a second time and gives its backward the activations of that run. A
-dispatch may order its rows anew each time, so the backward must take the handle of the same run. Torch hands over only
-saved tensors. So a handle is saved as one: its mark, an integer on the CPU. What the hooks give back is the mark of the
-run whose activations they give back, whoever set them up.
+Torch's checkpoint without reentry runs a forward a second time and gives its backward the activations of that run. The
+row order may differ between runs, so the backward must use the handle of the same run. Torch passes only saved tensors.
+So a handle is saved as a tensor: its mark, an integer on the CPU. Saved-tensor hooks then return the mark of the run
+whose activations they return.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from megatron_ep_v2.errors import EPError
 Routings: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 
 _numbers = itertools.count()
-# By number: the mark's memory, and what `take_handle` returns, which lives as long as that or until it is taken.
+# By number: the mark's storage, and what `take_handle` returns. An entry lives as long as the storage, or until taken.
 _marked: dict[int, tuple[weakref.ref[Any], tuple[Any, Routings | None]]] = {}
 
 
 def whole_gradient(
     grad: torch.Tensor | None, shape: torch.Size, dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    """An output's gradient, contiguous; zeros where autograd has none: the backward is a collective, in which a rank
-    that used nothing of the output takes part.
+    """An output's gradient, contiguous; zeros if autograd has none, because the backward is a collective in which a
+    rank that did not use the output must take part.
 
     Args:
-        grad: In the output's dtype, to which autograd brings it; None = the output was not used.
+        grad: In the output's dtype (autograd casts it); None = the output was not used.
         shape, dtype, device: The output's.
     """
     if grad is None:
@@ -41,20 +41,21 @@ def whole_gradient(
 
 
 def save_handle(ctx: Any, handle: Any, routings: Routings | None) -> None:
-    """In a dispatch's forward: keep the handle for its backward, and for the combine's. It saves one tensor.
+    """In a dispatch's forward: keep the handle for its backward and for the combine's. Saves one tensor.
 
     Args:
         handle: Of the dispatch.
-        routings: [T, K] each, what a recomputed dispatch repeated and what it selected itself; None = it repeated none.
+        routings: [T, K] each, the routing that a recomputed dispatch repeated, and the one that its router selected;
+            None = not recomputed.
     """
     vars(handle)["dispatch"] = weakref.ref(ctx)
     _save_mark(ctx, handle, routings)
 
 
 def share_handle(ctx: Any, handle: Any) -> None:
-    """In a combine's forward: keep the handle that its dispatch has kept. Where autograd did not record the dispatch,
-    as none of its inputs had a gradient, the combine keeps its own. (Not always: what a checkpoint saves last, it also
-    recomputes, and a combine is a collective.)"""
+    """In a combine's forward: use the handle that its dispatch keeps. If autograd did not record the dispatch, because
+    no input needed a gradient, the combine saves its own. (Only then: a checkpoint recomputes up to the last tensor
+    saved, and a combine is a collective.)"""
     dispatch = getattr(handle, "dispatch", None)
     ctx.dispatch, ctx.taken = dispatch and dispatch(), False
     if ctx.dispatch is None:
@@ -62,8 +63,8 @@ def share_handle(ctx: Any, handle: Any) -> None:
 
 
 def take_handle(ctx: Any) -> tuple[Any, Routings | None]:
-    """In a backward: handle and `routings` of the run whose activations it gets. Given up with that: they must not live
-    on in a loss that the user keeps.
+    """In a backward: take handle and `routings` of the run whose activations it gets. The context drops them, so that a
+    loss that the user keeps does not keep them alive.
 
     Raises:
         EPError: They were taken before, or a hook has lost them.
@@ -89,7 +90,7 @@ def take_handle(ctx: Any) -> tuple[Any, Routings | None]:
 def _save_mark(ctx: Any, handle: Any, routings: Routings | None) -> None:
     number = next(_numbers)
     mark = torch.tensor(number, device="cpu")
-    memory = mark.untyped_storage()  # one object as long as any tensor has it: a checkpoint may save a detached one
+    memory = mark.untyped_storage()  # shared by detached copies, which a checkpoint may save
     ctx.kept = handle, routings
     _marked[number] = weakref.ref(memory, lambda _: _marked.pop(number, None)), ctx.kept
     ctx.save_for_backward(mark)
@@ -97,8 +98,8 @@ def _save_mark(ctx: Any, handle: Any, routings: Routings | None) -> None:
 
 
 def _settle(holder: Any) -> None:
-    """Once, because a checkpoint unpacks a saved tensor once."""
-    mark = holder.saved_tensors[0]  # held here: without it the handle would go
+    """Find the handle of the run. Called once, because a checkpoint unpacks a saved tensor only once."""
+    mark = holder.saved_tensors[0]  # a reference, which keeps the entry in _marked
     number = int(mark)
     if number != holder.number:
         if number not in _marked:
@@ -114,15 +115,15 @@ def _settle(holder: Any) -> None:
 
 
 def first_order(backward: Callable[..., Any] | None = None, *, linear: bool = False) -> Callable[..., Any]:
-    """A backward whose own gradient is refused with an error, where torch would take it for a constant.
+    """Wrap a backward to raise when its own gradient is asked for, where torch would treat it as a constant.
 
-    Unlike `once_differentiable`, the error comes wherever a gradient would have to flow: the result stays connected to
-    all that it depends on.
+    Unlike with `once_differentiable`, the error comes wherever a gradient would have to flow: the result stays
+    connected to all that it depends on.
 
     Args:
         backward: Of a `torch.autograd.Function`.
-        linear: It depends on the outputs' gradients alone, and not on saved tensors. Where none of them has a gradient
-            itself, neither has the result, and nothing is refused.
+        linear: The backward depends only on the outputs' gradients, not on saved tensors. If none of these requires a
+            gradient, neither does the result, and nothing raises.
     """
     if backward is None:
         return functools.partial(first_order, linear=linear)
@@ -145,7 +146,7 @@ def first_order(backward: Callable[..., Any] | None = None, *, linear: bool = Fa
 
 
 class _Unpacked:
-    """A context whose saved tensors are unpacked once, as a checkpoint asks for. Everything else is the context's."""
+    """A context whose saved tensors are unpacked once, as a checkpoint requires; other attributes are the context's."""
 
     def __init__(self, ctx: Any):
         vars(self).update(_ctx=ctx, saved_tensors=ctx.saved_tensors)
@@ -158,7 +159,7 @@ class _Unpacked:
 
 
 class _Refused(torch.autograd.Function):
-    """A first-order gradient as it is, and what it was computed from."""
+    """Identity on a first-order gradient, connected to the tensors it was computed from; its backward raises."""
 
     @staticmethod
     def forward(ctx: Any, grad: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:

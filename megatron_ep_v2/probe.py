@@ -1,4 +1,5 @@
-"""What is installed here. deep_ep's generation is told by its API: V1, V2 and the hybrid-ep branch share one name."""
+"""Detects what is installed, deep_ep's generation by its API: V1, V2 and the hybrid-ep branch share one package
+name."""
 
 from __future__ import annotations
 
@@ -16,19 +17,19 @@ from megatron_ep_v2.buffers.carriers import CARRIERS, MEGATRONS_OWN, REFERENCE
 from megatron_ep_v2.errors import UnavailableError
 from megatron_ep_v2.settings import Settings
 
-# What `import deep_ep` was seen to raise besides ImportError: its NCCL check asserts, its JIT set-up looks for files,
-# and a missing shared library is an OSError.
+# `import deep_ep` also raises these: its NCCL check asserts, its JIT set-up looks for files, and a missing shared
+# library is an OSError.
 _IMPORT_FAILURES = (ImportError, AssertionError, FileNotFoundError, OSError)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What was found.
+    """Result of `probe()`.
 
     Attributes:
-        carriers: Names in `CARRIERS` of those whose class deep_ep has, in that order.
+        carriers: Names in `CARRIERS` whose class deep_ep has, in that order.
         have_hybrid: deep_ep imports and has `HybridEPBuffer` (its hybrid-ep branch).
-        version: deep_ep's own version string, or None. Reported, never decided by.
+        version: deep_ep's own version string, or None. For reports only.
         failure: Why `import deep_ep` failed, or None.
         cuda: A CUDA device is usable.
     """
@@ -50,7 +51,7 @@ class Probe:
         return any(CARRIERS[name].is_v2 for name in self.carriers)
 
     def describe(self) -> str:
-        """One line: deep_ep as found."""
+        """deep_ep as found, in one line."""
         if self.failure is not None:
             return f"deep_ep cannot be imported: {self.failure}"
         names = [CARRIERS[name].deep_ep_class for name in self.carriers] + ["HybridEPBuffer"] * self.have_hybrid
@@ -58,13 +59,13 @@ class Probe:
 
 
 def import_deep_ep() -> ModuleType:
-    """deep_ep itself. Raises whatever its import raises."""
+    """Import deep_ep. Raises whatever its import raises."""
     return importlib.import_module("deep_ep")
 
 
 @functools.cache
 def probe() -> Probe:
-    """Look once; `probe.cache_clear()` looks again."""
+    """Probe once and cache the result; `probe.cache_clear()` forgets it."""
     cuda = torch.cuda.is_available()
     try:
         deep_ep = import_deep_ep()
@@ -89,11 +90,11 @@ def _installed_version() -> str | None:
 
 @dataclass(frozen=True)
 class Choice:
-    """Which buffer carries the tokens, and why.
+    """The carrier of the tokens.
 
     Attributes:
-        kind: A name of `CARRIERS`, or "megatron": Megatron's own legacy path, left alone.
-        reason: For the log.
+        kind: A name of `CARRIERS`, or "megatron": Megatron's own legacy path, unchanged.
+        reason: Why it was chosen, for the log.
     """
 
     kind: str
@@ -101,15 +102,16 @@ class Choice:
 
 
 def choose(found: Probe, settings: Settings, *, managed: bool = False) -> Choice:
-    """The buffer for what was found and asked for.
+    """Choose the buffer.
 
     Args:
         found: What is installed.
-        settings: What was asked for.
+        settings: The requested buffer.
         managed: The caller is this package's own code, so the answer cannot be "megatron".
 
     Raises:
-        UnavailableError: What was asked for is not here, or nothing is and a GPU run would have to fall back silently.
+        UnavailableError: The requested buffer is not installed; or none is, on a GPU machine, where falling back to the
+            reference must not be silent.
     """
     asked, source = settings.buffer, settings.source("buffer")
     if asked == "auto":
@@ -147,7 +149,7 @@ def _choose_automatically(found: Probe, managed: bool) -> Choice:
 def loaded_nccl_version() -> str | None:
     """The version of the NCCL library in this process, e.g. "2.30.4"; None without one.
 
-    Asked of the library itself (ncclGetVersion): torch.cuda.nccl.version() tells what torch was compiled with.
+    From the library itself (ncclGetVersion): torch.cuda.nccl.version() is the version that torch was compiled with.
     """
     for library in loaded_libraries("libnccl.so"):
         code = ctypes.c_int()
@@ -157,7 +159,8 @@ def loaded_nccl_version() -> str | None:
 
 
 def loaded_libraries(name: str) -> list[str]:
-    """Files in this process's memory whose name starts so, each once; not those that were deleted since."""
+    """Paths of the libraries mapped into this process whose file name starts with `name`; deleted files are left
+    out."""
     maps = Path("/proc/self/maps")
     lines = (line.split(maxsplit=5) for line in maps.read_text().splitlines()) if maps.exists() else ()
     paths = {Path(line[5]).resolve() for line in lines if len(line) == 6 and Path(line[5]).name.startswith(name)}

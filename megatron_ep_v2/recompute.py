@@ -1,19 +1,20 @@
 """Activation recompute without a second layout: the replayed dispatch takes the handle of the first one.
 
-A checkpoint runs a function twice: first without keeping what is inside, and once more in the backward, to have it. The
-second run dispatches the same tokens to the same experts, so the first run's handle fits: no counts are exchanged, and
-the host waits for nothing. The handle rides with the checkpoint itself. `Replayed` takes the place of the function that
-the checkpoint keeps for its second run; it notes the handles made inside in the first run and hands them out, in order,
-in the second. So micro-batches in flight cannot be mixed up, and handles are freed with the checkpoint: at once where
-nothing will be recomputed (no_grad), and with the autograd graph where a step is given up.
+A checkpoint runs a function twice: first without saving activations, and again in the backward, to get them. The second
+run dispatches the same tokens to the same experts, so the first run's handle fits: no counts are exchanged, and the
+host does not wait. The checkpoint itself keeps the handle: `Replayed` wraps the function that the checkpoint keeps for
+its second run, records the handles made in the first run, and returns them in order in the second. So micro-batches in
+flight cannot be mixed up, and handles are freed with the checkpoint: at once if nothing will be recomputed (no_grad),
+    and with
+the autograd graph if a step is abandoned.
 
 `install()` binds `wrapped` around the two checkpoints that Megatron uses: its own CheckpointFunction, and
 TransformerEngine's. For torch's, pass `Replayed(function)` yourself.
 
-The second run uses the selections of the first and its own probabilities for them. A forward that does not repeat bit
-by bit (atomic adds, several layers in one checkpoint) may swap two experts of nearly equal probability. Such near ties
-are counted, and a warning says how many; the probability of the expert that was selected stands for the one that was
-not. More than that is a changed routing: every rank raises before the optimizer's step (see `device_checks`).
+The second run uses the selections of the first, with its own probabilities. A forward that does not repeat bit by bit
+(atomic adds, several layers in one checkpoint) may swap two experts of nearly equal probability. Such near ties are
+counted, and a warning gives their number; the missing expert gets the probability of the one selected instead. More
+changes than that are a changed routing: every rank raises before the optimizer's step (see `device_checks`).
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ logger = logging.getLogger("megatron_ep_v2")
 
 
 class _Runs(threading.local):
-    """The checkpointed functions that run on this thread now, the innermost last: (function, whether it runs again).
-    Autograd recomputes on a thread of its own."""
+    """Checkpointed functions running on this thread, the innermost last: (function, whether it runs again).
+    Thread-local, because autograd recomputes on its own threads."""
 
     def __init__(self) -> None:
         self.stack: list[tuple[Replayed, bool]] = []
@@ -47,18 +48,18 @@ _runs = _Runs()
 
 
 class Replayed:
-    """A function for one checkpoint: what it dispatches in its first run is replayed in its second. Make a new one for
-    each checkpointed call.
+    """A function for one checkpoint, whose second run replays the dispatches of its first. Make a new one for each
+    checkpointed call.
 
-    Torch's checkpoint without reentry may run it again for each backward that comes by, and each run begins with the
-    first handle: the graph of the first run is the one that is used. A handle that was taken is kept for that only as
-    long as somebody else keeps it, which is until its own backward.
+    Torch's checkpoint without reentry may run it again for each backward. Each run begins with the first handle,
+    because autograd uses the graph of the first run. A handle that was taken is only weakly referenced from then on: it
+    lives until its own backward.
     """
 
     def __init__(self, function: Callable[..., Any]):
         self.function = function
-        self._handles: list[Callable[[], Any]] = []  # of the first run, in order; each returns None once it is gone
-        self._taken = 0  # by the run that goes on
+        self._handles: list[Callable[[], Any]] = []  # of the first run, in order; each returns None once it is freed
+        self._taken = 0  # by the current run
         self._has_run = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -75,7 +76,7 @@ class Replayed:
         self._handles.append(lambda: handle)
 
     def take(self) -> Any:
-        """The next handle; None if there is none, or no more."""
+        """Return the next handle; None if there is none or it was freed."""
         if self._taken == len(self._handles):
             return None
         handle = self._handles[self._taken]()
@@ -86,7 +87,7 @@ class Replayed:
 
 
 def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A checkpoint's forward, which runs a function and keeps it: `forward(ctx, run_function, ...)`, on `Replayed`."""
+    """Wrap a checkpoint's `forward(ctx, run_function, ...)` to run and keep `Replayed(run_function)`."""
 
     @functools.wraps(forward)
     def forward_replayed(ctx: Any, run_function: Callable[..., Any], *args: Any) -> Any:
@@ -96,15 +97,16 @@ def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def runs_again() -> bool:
-    """Whether a checkpoint recomputes now, on this thread."""
+    """Whether a checkpoint is recomputing on this thread."""
     return any(again for _, again in _runs.stack)
 
 
 def take() -> Any:
-    """The handle of the dispatch that is being replayed; None where nothing is recomputed, or nothing was noted.
+    """Take the handle of the dispatch that is being replayed; None if nothing is recomputed, or nothing was recorded.
 
-    Of checkpoints inside each other, the innermost that runs again has it. One inside that which runs for the first
-    time (as it does again whenever the outer one recomputes) notes it for its own second run: see `note`.
+    Among nested checkpoints, the innermost that runs again has it. A checkpoint inside that one, which runs its
+    function for the first time (whenever the outer one recomputes), records the handle for its own second run: see
+    `note`.
     """
     if not _runs.stack:
         return None
@@ -115,15 +117,15 @@ def take() -> Any:
 
 
 def runs_first() -> bool:
-    """Whether a checkpoint runs its function for the first time now, on this thread, to run it again in backward."""
+    """Whether a checkpoint on this thread is in its first run, which the backward will repeat."""
     return any(not again for _, again in _runs.stack)
 
 
 def note(buffer: Any, handle: Any, topk_weights: torch.Tensor) -> None:
-    """Keep a handle for the second run of each checkpoint that is in its first run now.
+    """Record a handle for the second run of each checkpoint that is in its first run.
 
     Args:
-        buffer: Of the handle; one that cannot repeat a dispatch with weights keeps none.
+        buffer: Of the handle; nothing is recorded if it cannot repeat a dispatch with weights.
         handle: Of the dispatch.
         topk_weights: [T, K], its probabilities; kept with the handle.
     """
@@ -138,37 +140,37 @@ def note(buffer: Any, handle: Any, topk_weights: torch.Tensor) -> None:
 
 # -------------------------------------------------------------------------------------------- routing of the second run
 
-# A selection that changed is a near tie where the probabilities of the two experts differ by less than this part of the
+# A changed selection is a near tie if the probabilities of the two experts differ by less than this fraction of the
 # first one's: rounding to bf16, 2**-9 of a value, moves a logit of size 10 by 0.02, and its probability by 2 %.
 NEAR = 1 / 16
-# The routing has changed where more of a dispatch's selections than this part have changed: in all, and by more than a
-# near tie. (Routers with a bias or with groups of experts select by other numbers than the probabilities.)
+# The routing has changed if more than this fraction of a dispatch's selections differ: in total, and by more than a
+# near tie. (Routers with a bias or with expert groups select by other numbers than the probabilities.)
 MOST_CHANGED, MOST_FAR = 1 / 4, 1 / 64
 
-# By buffer: selections of changed routings, and of near ties.
+# By buffer: counts of selections of changed routings, and of near ties.
 _checks: weakref.WeakKeyDictionary[Any, tuple[DeviceCheck, DeviceCheck]] = weakref.WeakKeyDictionary()
 
 
 def as_first(first: Any, topk_idx: torch.Tensor, topk_weights: torch.Tensor, buffer: Any) -> torch.Tensor:
-    """In a second run: its own probabilities for the selections of the first. Changed selections are counted on the
-    device, with no host wait.
+    """In a second run: return its own probabilities for the selections of the first. Counts changed selections on the
+    device, without a host wait.
 
     Args:
         first: The handle of the first run's dispatch, with its `topk_weights` (see `recompute.note`).
-        topk_idx: [T, K] int64, what this run selects, in any order.
+        topk_idx: [T, K] int64, this run's selections, in any order.
         topk_weights: [T, K], its probabilities.
         buffer: Of the handle.
 
     Returns:
-        [T, K], in the first run's columns. An expert that this run does not select has the mean of the probabilities of
-        those that it selects instead.
+        [T, K], in the first run's columns. An expert that this run does not select gets the mean probability of those
+        that it selects instead.
 
     Raises:
         RoutingChangedError: On every rank of the group, before the optimizer's step.
     """
     wanted = first.topk_idx
     if topk_idx.shape != wanted.shape:
-        return topk_weights  # the buffer says what is wrong
+        return topk_weights  # the buffer raises
     if buffer not in _checks:
         device = topk_idx.device
         _checks[buffer] = (
@@ -187,26 +189,26 @@ def as_first(first: Any, topk_idx: torch.Tensor, topk_weights: torch.Tensor, buf
 
 
 def grad_of_own(wanted: torch.Tensor, topk_idx: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """The gradient of `topk_weights` in `as_first`: [T, K].
+    """Gradient of `topk_weights` in `as_first`: [T, K].
 
     Args:
         wanted: [T, K], the first run's selections.
         topk_idx: [T, K], this run's.
-        grad: [T, K], of what `as_first` returned.
+        grad: [T, K], gradient of the result of `as_first`.
     """
     own: torch.Tensor = _kernels(grad).back(wanted, topk_idx, grad.contiguous())
     return own
 
 
 def _kernels(weights: torch.Tensor) -> Any:
-    """Triton's for fp32 on CUDA devices; else PyTorch."""
+    """The Triton module for fp32 on CUDA devices; else PyTorch's."""
     if not weights.is_cuda or weights.dtype != torch.float32:
         return replay
     return triton_if_installed(replay.__name__, "PyTorch compares recomputed routings") or replay
 
 
 def _near_ties(group: Any) -> Callable[[dict[int, int]], None]:
-    """Warns, on the group's first rank, at the first near ties, and whenever there are ten times as many as before."""
+    """A function that warns at a buffer's first near ties, and at each tenfold increase, on the group's first rank."""
     total, next_warning = 0, 1
 
     def warn(selections: dict[int, int]) -> None:
@@ -230,7 +232,7 @@ def _routing_changed(selections: dict[int, int]) -> RoutingChangedError:
         f"the recomputed forward chose other experts than the first on rank(s) {sorted(selections)} of the group",
         found=f"selections that differ, by rank: {selections}, too many or too far apart for near ties",
         needed="the same selections, because a recomputed dispatch repeats the routing of the first",
-        fix="compare what the router gets in the two forwards of one checkpoint: a state that has changed, a generator "
+        fix="compare the router's inputs in the two forwards of one checkpoint: a state that has changed, a generator "
         "that the checkpoint does not restore, a layer that does not repeat; or set "
-        "MCORE_DEEPEP_V2_REUSE_RECOMPUTE_HANDLE=off, and each run keeps a routing of its own",
+        "MCORE_DEEPEP_V2_REUSE_RECOMPUTE_HANDLE=off, so that each run uses its own routing",
     )

@@ -1,7 +1,7 @@
-"""Every setting of this package, where it comes from, and the only reader of the environment.
+"""Every setting of this package and its source. Nothing else reads the environment.
 
 A value given to `install()` wins over the environment, the environment over Megatron's configuration, and that over the
-default. `Settings.sources` says which it was, for the log and for `status()`.
+default. `Settings.sources` names the source that won, for the log and for `status()`.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ def _setting(
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Immutable settings. The environment variable of a field is MCORE_DEEPEP_V2_ and its name in capitals. For
-    `num_max_tokens_per_rank` it is the name that upstream's pull request introduced; the regular one is accepted, too.
+    `num_max_tokens_per_rank` it is the name that upstream's pull request introduced; the regular one is also accepted.
 
     Raises:
-        SettingsError: A value is not of the field's kind; the message names the source.
+        SettingsError: A value has the wrong type or is not one of the choices; the message names its source.
     """
 
     buffer: str = _setting("auto", "what carries the tokens", choices=("auto", *CARRIERS))
-    layout: str = _setting("auto", "rows as the experts get them", choices=("auto", "compact", "expanded"))
+    layout: str = _setting("auto", "layout of the rows that the experts get", choices=("auto", "compact", "expanded"))
     dispatch_dtype: str = _setting(
         "auto", "what rows travel as to the experts", choices=DISPATCH_DTYPES, note=f" ({NOT_CARRIED})"
     )
@@ -56,13 +56,13 @@ class Settings:
         "which experts MoE layers are built with",
         choices=("megatron", "grouped", "deepgemm", "sequential"),
     )
-    expert_alignment: int = _setting(0, "pad an expert's expanded rows to a multiple of this; 0 = as the recipe needs")
+    expert_alignment: int = _setting(0, "pad an expert's expanded rows to a multiple of it; 0 = as fp8_recipe needs")
     num_sms: int = _setting(0, "SMs of a dispatch or combine; 0 = the library's analytic choice")
     num_qps: int = _setting(0, "RDMA queue pairs to allocate; 0 = the library's choice; fabrics such as EFA need a cap")
     gin: str = _setting("auto", "NCCL's device-side RDMA; off = one NVLink host", choices=("auto", "on", "off"))
-    allow_hybrid_mode: bool = _setting(True, "NVLink inside and RDMA between hosts, in two hops")
-    allow_multiple_reduction: bool = _setting(True, "add up on the way back; off = once, at the end, in more bytes")
-    prefer_overlap_with_compute: bool = _setting(True, "take fewer SMs, to leave some to the compute beside")
+    allow_hybrid_mode: bool = _setting(True, "two hops: RDMA between hosts, NVLink inside")
+    allow_multiple_reduction: bool = _setting(True, "reduce on the way back; off = once, at the end, in more bytes")
+    prefer_overlap_with_compute: bool = _setting(True, "take fewer SMs, to leave some to concurrent compute")
     sync_free: bool = _setting(False, "dispatch without a wait on the host; needs grouped experts")
     sync_free_rows_percent: int = _setting(
         200, "room for expert rows, in % of an even share; 0 = all that could arrive"
@@ -99,12 +99,12 @@ class Settings:
             )
 
     def _variable(self, name: str) -> str:
-        """The one that was used, else the usual one."""
+        """Return the variable that set the field, else the first of `variables(name)`."""
         source = self.source(name)
         return source if source in variables(name) else variable(name)
 
     def source(self, name: str) -> str:
-        """Where the value of a field came from: "install()", a variable's name, "Megatron's ..." or "default"."""
+        """Source of a field's value: "install()", a variable's name, "Megatron's ..." or "default"."""
         return self.sources.get(name, "default")
 
     def describe(self) -> dict[str, str]:
@@ -123,7 +123,7 @@ def variable(name: str) -> str:
 
 
 def variables(name: str) -> tuple[str, ...]:
-    """All variables that are read for a setting, the usual one first."""
+    """All variables that are read for a setting, `variable(name)` first."""
     return tuple(dict.fromkeys((variable(name), PREFIX + name.upper())))
 
 
@@ -160,7 +160,7 @@ def resolve(environ: Mapping[str, str] | None = None, **explicit: Any) -> Settin
 
 
 def _refuse_unknown(environ: Iterable[str], explicit: Iterable[str]) -> None:
-    """A misspelt name would have no effect, and nothing would say so."""
+    """Raise for an unknown name: a misspelt one would silently have no effect."""
     for name in sorted(set(explicit) - set(_DEFAULTS)):
         needed, fix = _nearest(name, list(_DEFAULTS))
         raise SettingsError(f"unknown setting {name!r}", needed=needed, fix=fix)
@@ -172,7 +172,7 @@ def _refuse_unknown(environ: Iterable[str], explicit: Iterable[str]) -> None:
 
 
 def _nearest(name: str, known: list[str]) -> tuple[str, str]:
-    """What is needed, and the fix: the nearest known name, compared without the prefix of variables; all if none is."""
+    """`(needed, fix)` of an error: the nearest known name, compared without the prefix; all names if none is near."""
     short = {each.removeprefix(PREFIX).upper(): each for each in known}
     nearest = difflib.get_close_matches(name.removeprefix(PREFIX).upper(), short, 1)
     if nearest:
@@ -195,7 +195,7 @@ _active: Settings | None = None
 
 
 def active() -> Settings:
-    """The settings in force: those of the last `activate()`, else the environment's."""
+    """The settings in force: those of the last `activate()`, else those of the environment."""
     global _active
     if _active is None:
         _active = resolve()
@@ -217,14 +217,14 @@ def offer(name: str, value: Any, source: str) -> None:
 
 
 def settle_dispatch_dtypes(dtype: str, reason: str) -> None:
-    """Give both dispatch dtypes that are still "auto" a value, once: a settled one does not change any more.
+    """Give each dispatch dtype that is still "auto" its final value.
 
     Args:
-        dtype: What the recipe of a model says, for both directions.
-        reason: Why; becomes the source, as "auto: reason".
+        dtype: Follows from the model's fp8_recipe, for both directions.
+        reason: Becomes the source, as "auto: reason".
 
     Raises:
-        SettingsError: "auto" was settled before, as something else.
+        SettingsError: "auto" got another value before.
     """
     for name in ("dispatch_dtype", "grad_dispatch_dtype"):
         current = active()
@@ -241,7 +241,7 @@ def settle_dispatch_dtypes(dtype: str, reason: str) -> None:
 
 
 def keep_offers(new: Settings, before: Settings) -> Settings:
-    """`new`, with what the models of `before` have decided where nobody gives it a value now."""
+    """Return `new` with the values that models decided in `before`, for fields that `new` leaves default or "auto"."""
     kept: dict[str, Any] = {}
     for name in NAMES:
         by_model = before.source(name).startswith(("Megatron's ", "auto: the model"))
@@ -252,7 +252,7 @@ def keep_offers(new: Settings, before: Settings) -> Settings:
 
 @contextlib.contextmanager
 def environment(**values: str) -> Iterator[None]:
-    """Set variables that a library reads while it builds something, and put back what was there."""
+    """Set environment variables for the duration of a block; restores the previous values."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -266,26 +266,26 @@ def environment(**values: str) -> Iterator[None]:
 
 
 def gin_disabled_by_user() -> bool:
-    """Whether DeepEP's own EP_DISABLE_GIN is set, by whoever started the job."""
+    """Whether DeepEP's own EP_DISABLE_GIN was set when the job started."""
     return os.environ.get("EP_DISABLE_GIN", "0") not in ("", "0")
 
 
 def shown_environment() -> dict[str, str]:
-    """The variables that matter to expert parallelism, for reports that people pass on: nothing else is shown."""
+    """Environment variables that affect expert parallelism, and no others: people publish the reports with them."""
     return {name: value for name, value in sorted(os.environ.items()) if _SHOWN.fullmatch(name)}
 
 
 def is_first_rank() -> bool:
-    """Whether this is rank 0 of a torchrun job, or no such job at all: the one that logs."""
+    """Whether this process logs: rank 0 of a torchrun job, or any process outside one."""
     return os.environ.get("RANK", "0") == "0"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """This process' place in a job, as torchrun's variables tell it.
+    """Rank and size of the job that this process belongs to, from torchrun's variables.
 
     Attributes:
-        store: File over which the ranks meet, where `bench` started them itself; else "".
+        store: File of the ranks' rendezvous, where `bench` started them itself; else "".
     """
 
     rank: int
@@ -296,7 +296,7 @@ class Launch:
 
 
 def launch() -> Launch | None:
-    """From RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE; None where this process was not launched as a rank."""
+    """Read RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE; None if this process was not launched as a rank."""
     if "RANK" not in os.environ:
         return None
     rank, ranks = int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,27 +1,28 @@
-"""A MoE layer's dispatch and combine without a wait on the host: nothing in it depends on a number that the device has.
+"""Dispatch and combine of a MoE layer without a wait on the host: no shape depends on a number on the device.
 
     compact dispatch, W rows     the most that could arrive; ids from R on are ignored (R stays on the device)
-    place_contiguous             a place among M rows, sorted by local expert, for each received pick
-    gather_rows, gather_weights  [M, H] and [M]: what the experts get, with their counts on the device
+    place_contiguous             a slot among M rows, sorted by local expert, for each received selection
+    gather_rows, gather_weights  [M, H] and [M] for the experts, with their counts on the device
     reduce_rows, combine         back to [T, H]
 
-M is fixed beforehand: `sync_free_rows_percent` of an even share, which is the picks of one full rank. In a step whose
-routing is less even, some picks find no place. They are left out, counted on the device, and reported before the
-optimizer's step, on every rank of the group alike:
+M is fixed beforehand: `sync_free_rows_percent` of an even share, which is the selections of one full rank. In a step
+    with
+less even routing, some selections find no slot. They are left out, counted on the device, and reported before the
+optimizer's step, on every rank of the group:
 
     try:
         optimizer.step()
     except LayoutOverflowError:
-        sync_free.grow()  # then zero the gradients and run the same batch again; graphs have to be captured again
+        sync_free.grow()  # then zero the gradients, run the same batch again, and capture graphs again
 
-Where a model has several such groups, all of them repeat the step: Megatron's optimizers raise on every rank, other
-loops ask with `device_checks.read_all(group of all ranks)`. docs/sync_free.md has the loop.
+If a model has several such groups, all of them repeat the step: Megatron's optimizers raise on every rank, other loops
+call `device_checks.read_all(group of all ranks)`. docs/sync_free.md has the loop.
 
-An evaluation (a forward without gradients) has no step that could be refused. So it waits on the host, as other layouts
-do, and makes room for what has come. Where a CUDA graph captures it, it cannot: then the overflow is counted by a check
-of its own, whose error says that it was an evaluation.
+An evaluation (a forward without gradients) has no optimizer's step to stop. So it waits on the host, as other layouts
+do, and makes room for all rows that arrived. If a CUDA graph captures it, it cannot wait: then a separate check counts
+the overflow, and its error names an evaluation.
 
-Everything here can be captured in a CUDA graph, forward and backward. docs/sync_free.md says what it costs and needs.
+Everything here can be captured in a CUDA graph, forward and backward. docs/sync_free.md has its costs and limits.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ logger = logging.getLogger("megatron_ep_v2")
 
 @dataclass(frozen=True)
 class SyncFreeHandle:
-    """What a dispatch leaves for its combine: the buffer's own handle, and where each pick lies among the M rows."""
+    """State of a dispatch for its combine: the buffer's handle, and the slot of each selection among the M rows."""
 
     handle: Any
     places: Places
@@ -67,22 +68,22 @@ def sync_free_dispatch(
 
     Returns:
         `(rows, row_probs, tokens_per_expert, handle)`: [M, H] sorted by local expert; [M] fp32; both zero on padding;
-        [L] int32 ON THE DEVICE, padded counts. The rows behind the last expert's are padding too: a grouped GEMM may
-        leave them unwritten, and `sync_free_combine` never reads them.
+        [L] int32 ON THE DEVICE, padded counts. Rows after the last expert's are unowned: a grouped GEMM may leave them
+        unwritten, and `sync_free_combine` never reads them.
 
     Raises:
-        EPError: See `fused_dispatch`. For picks without a place LayoutOverflowError, before the optimizer's step.
+        EPError: See `fused_dispatch`. For selections without a slot LayoutOverflowError, before the optimizer's step.
     """
     recv_x, recv_idx, recv_probs, _, handle = fused_dispatch(
         x, token_indices, token_probs, num_experts, group, do_cpu_sync=False
     )
     assert recv_idx is not None  # compact
     buffer = pool.find(group)
-    assert buffer is not None  # the dispatch has made it
+    assert buffer is not None  # the dispatch has built it
     room = _room(buffer, token_indices.shape[1], num_experts, x.device)
     num_local = num_experts // group.size()
     num_recv = handle.psum_num_recv_tokens_per_scaleup_rank[-1:]
-    num_rows = rows_that_fit(room.num_picks, num_local, expert_alignment)
+    num_rows = rows_that_fit(room.num_selections, num_local, expert_alignment)
     places = place_contiguous(recv_idx, num_recv, num_local, num_rows, expert_alignment)
     training = torch.is_grad_enabled() or recompute.runs_first()
     if training or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -95,10 +96,10 @@ def sync_free_dispatch(
 
 
 def sync_free_combine(rows: torch.Tensor, group: Any, handle: SyncFreeHandle) -> torch.Tensor:
-    """Send rows back to their tokens' ranks and add them up, unweighted.
+    """Send rows back to their tokens' ranks and sum them, unweighted.
 
     Args:
-        rows: [M, H], as `sync_free_dispatch` delivered them.
+        rows: [M, H], one row for each row from `sync_free_dispatch`.
         group, handle: The dispatch's.
 
     Returns:
@@ -110,37 +111,38 @@ def sync_free_combine(rows: torch.Tensor, group: Any, handle: SyncFreeHandle) ->
     try:
         by_token = reduce_rows(rows, handle.places)
     except InputError as refusal:
-        buffer = handle.handle.carrier  # of the dispatch, whatever the group has by now
+        buffer = handle.handle.carrier  # of the dispatch: the group may have another by now
         buffer.combine(rows, handle.handle, **pass_on(buffer, [refusal]))
         raise
     return fused_combine(by_token, group, handle.handle)[0]
 
 
 def grow() -> list[int]:
-    """After a LayoutOverflowError: make room for what the step needed and an eighth more. Every rank does the same,
-    since the error told each the same number. CUDA graphs that were captured before keep their old room.
+    """After a LayoutOverflowError: make room for what the step needed and an eighth more. Equal on every rank, because
+    the error had the same number everywhere. CUDA graphs that were captured before keep their old room.
 
     Returns:
         The room of each buffer that overflowed, in percent of an even share.
     """
     grown = []
     for room in list(_rooms.values()):
-        if room.needed > room.num_picks:
-            room.num_picks = min(room.most, room.needed + room.needed // 8)
-            grown.append(room.percent(room.num_picks))
-            logger.info("sync-free: room for %d expert rows now, %d %% of an even share", room.num_picks, grown[-1])
+        if room.needed > room.num_selections:
+            room.num_selections = min(room.most, room.needed + room.needed // 8)
+            percent = room.percent(room.num_selections)
+            grown.append(percent)
+            logger.info("sync-free: room for %d expert rows now, %d %% of an even share", room.num_selections, percent)
     return grown
 
 
 class _Room:
-    """How many picks find a place on a rank, and whether that was enough. One for each buffer, equal on every rank.
+    """Number of selections for which a rank has slots, with its overflow checks. One per buffer, equal on every rank.
 
     Attributes:
         capacity: The buffer's `num_max_tokens_per_rank`.
-        num_picks: Places, padding between experts not counted.
-        even_share: Picks of one full rank, which is what a rank gets where the routing is even.
-        most: Picks that could arrive at all.
-        needed: What the steps before the last LayoutOverflowError needed; 0 = enough so far.
+        num_selections: Slots, without padding between experts.
+        even_share: Selections of one full rank, which is what each rank receives if routing is even.
+        most: Upper bound of selections that can arrive.
+        needed: Slots that the steps before the last LayoutOverflowError needed; 0 = no overflow so far.
     """
 
     def __init__(self, buffer: Buffer, num_topk: int, num_experts: int, device: torch.device):
@@ -148,18 +150,18 @@ class _Room:
         self.even_share = self.capacity * num_topk
         self.most = ranks * self.capacity * min(num_topk, num_experts // ranks)
         percent = settings.active().sync_free_rows_percent
-        self.num_picks = min(self.most, -(-self.even_share * percent // 100)) if percent else self.most
+        self.num_selections = min(self.most, -(-self.even_share * percent // 100)) if percent else self.most
         self.needed = 0
-        own = weakref.ref(self)  # or the checks, which each step asks, would outlive the buffer
+        own = weakref.ref(self)  # a strong reference would keep the checks alive longer than the buffer
         self.checks = [
             DeviceCheck(functools.partial(_to_error, own, training), device, buffer.group) for training in (False, True)
         ]
 
-    def percent(self, num_picks: int) -> int:
-        return -(-100 * num_picks // self.even_share)
+    def percent(self, num_selections: int) -> int:
+        return -(-100 * num_selections // self.even_share)
 
     def watch(self, places: Places, training: bool) -> None:
-        """Note on the device by how many rows a dispatch exceeded its room; the largest excess of the step counts."""
+        """Record on the device by how many rows a dispatch exceeded its room; keeps the largest excess of the step."""
         check = self.checks[training]
         torch.maximum(check.count, places.needed - places.num_rows, out=check.count)
         check.touch()
@@ -176,14 +178,14 @@ def _room(buffer: Buffer, num_topk: int, num_experts: int, device: torch.device)
 
 
 def _to_error(own: weakref.ref[_Room], training: bool, excess: dict[int, int]) -> LayoutOverflowError:
-    """excess: rank -> rows beyond its room; every rank of the group gets the same."""
+    """Make the error. excess: rank -> rows beyond its room; equal on every rank of the group."""
     room = own()
     assert room is not None  # it owns the check
     worst = max(excess, key=lambda rank: excess[rank])
-    room.needed = max(room.needed, room.num_picks + excess[worst])
-    percent = room.percent(room.needed)
+    room.needed = max(room.needed, room.num_selections + excess[worst])
+    percent, now = room.percent(room.needed), room.percent(room.num_selections)
     facts = {
-        "found": f"{room.needed} rows for {room.num_picks} places ({room.percent(room.num_picks)} % of an even share); "
+        "found": f"{room.needed} rows for {room.num_selections} slots ({now} % of an even share); "
         f"too many on ranks {sorted(excess)}",
         "needed": f"sync_free_rows_percent={percent} or more for this routing",
     }
@@ -198,5 +200,5 @@ def _to_error(own: weakref.ref[_Room], training: bool, excess: dict[int, int]) -
     return LayoutOverflowError(
         f"rank {worst} was sent more rows in a captured evaluation than its experts have room for; its result is wrong",
         **facts,
-        fix=f"call megatron_ep_v2.sync_free.grow(), capture and evaluate again, {setting}; training is not concerned",
+        fix=f"call megatron_ep_v2.sync_free.grow(), capture and evaluate again, {setting}; training is not affected",
     )

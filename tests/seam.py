@@ -23,10 +23,10 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron_ep_v2 import settings
 from megatron_ep_v2.megatron import binding, optimizer_step
 from megatron_ep_v2.megatron.symbols import MANAGER as MANAGER_NAME
-from megatron_ep_v2.megatron.symbols import SCHEDULE, find_seam
+from megatron_ep_v2.megatron.symbols import SCHEDULE, find_symbols
 from megatron_ep_v2.probe import probe
 
-FOUND = find_seam()[1]
+FOUND = find_symbols()[1]
 SCHEDULE_MODULE = FOUND[SCHEDULE]
 MODULES = (fused_a2a, token_dispatcher, dist, dist.distributed_c10d, SCHEDULE_MODULE, dist_checkpointing)
 MODULES += (optimizer, muon, planner, resharding)

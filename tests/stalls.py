@@ -112,7 +112,7 @@ STALLS = {
     "skips a layer": Stall(
         skip_the_layer,
         (
-            f"rank {CULPRIT} took another way: its call 17 is backward of the combine (step {STEP}, MoE call 2)",
+            f"rank {CULPRIT} diverged: its call 17 is backward of the combine (step {STEP}, MoE call 2)",
             f"elsewhere forward dispatch (step {STEP}, MoE call 3)",
         ),
         reporters=(0, 1, 2, 3),

@@ -12,13 +12,13 @@ import pytest
 import torch
 from harness import run_ranks
 from mcore import DTYPES, Layer, Shape, Split, make_config, make_hidden, megatron_ranks
+from megatron_ep_v2.recipe import dtype_of_recipe, settle_dispatch_dtypes
 
 import megatron_ep_v2
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.reference import ReferenceBuffer
 from megatron_ep_v2.errors import SettingsError
-from megatron_ep_v2.recipe import dtype_of_recipe, settle_dispatch_dtypes
 from megatron_ep_v2.settings import resolve
 
 EP2 = Split(1, 2)
@@ -185,7 +185,7 @@ RUNS: dict[str, tuple[str | None, dict[str, Any], str, list[str], list[str]]] = 
         MXFP8,
         PLAIN,
     ),
-    "compact": ("blockwise", {"layout": "compact"}, "bf16 (auto: no model told its recipe; in", PLAIN, PLAIN),
+    "compact": ("blockwise", {"layout": "compact"}, "bf16 (auto: no model with an fp8_recipe in", PLAIN, PLAIN),
     "compact, by name": (
         None,
         {"layout": "compact", "dispatch_dtype": "fp8", "grad_dispatch_dtype": "mxfp8"},

@@ -42,7 +42,7 @@ def assert_fault(report: Report, expected: dict[str, str], said: str, gpus: bool
     if first["status"] in ("warn", "fail"):
         assert first["needed"] and first["fix"]
     assert report.code == int("fail" in expected.values())
-    assert report.usable.startswith("nothing, before this is mended") == ("fail" in expected.values())
+    assert report.usable.startswith("nothing, before this is fixed") == ("fail" in expected.values())
 
 
 def put(**values: Any) -> Change:
@@ -209,7 +209,7 @@ FAULTS: dict[str, tuple[Change, dict[str, str], str]] = {
     "no nvcc": (put(nvcc=None), {"nvcc": "fail"}, "None at "),
     "an old nvcc": (put(nvcc="12.2"), {"nvcc": "fail"}, "12.2 at "),
     "nvcc newer than the driver": (put(nvcc="14.0"), {"nvcc": "fail"}, "14.0 at "),
-    "no cuobjdump": (no_cuobjdump, {"nvcc": "fail"}, "no cuobjdump beside it"),
+    "no cuobjdump": (no_cuobjdump, {"nvcc": "fail"}, "no cuobjdump next to it"),
     "a JIT folder that cannot be written": (
         put(environment={"EP_JIT_CACHE_DIR": "/proc/self/deep_ep"}),
         {"JIT cache": "fail"},

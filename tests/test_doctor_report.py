@@ -38,8 +38,8 @@ USABLE = [
     (V1, {}, f"Megatron's own path on the legacy Buffer, {GPUS}"),
     (HYBRID_EP, {}, f"Megatron's own path on the legacy Buffer, {GPUS}"),
     (None, REFERENCE, f"reference buffer on nccl ({GPUS}), expanded layout"),
-    (None, {}, "nothing, before this is mended: deep_ep"),
-    (V1, {"MCORE_DEEPEP_V2_BUFFER": "elastic"}, "nothing, before this is mended: deep_ep"),
+    (None, {}, "nothing, before this is fixed: deep_ep"),
+    (V1, {"MCORE_DEEPEP_V2_BUFFER": "elastic"}, "nothing, before this is fixed: deep_ep"),
 ]
 
 
@@ -75,8 +75,8 @@ def test_on_a_laptop_megatron_goes_on_without_deep_ep_after_an_import_error_only
     assert "(there is no NVIDIA driver)" in found["deep_ep"]
     for statement in ("assert False, 'Duplicate NCCL runtime'", "import os; os._exit(1)"):
         usable, code, found = run_anew(machine, statement)
-        assert usable == "nothing, before this is mended: deep_ep" and code == 1
-        assert found["megatron-core"].startswith("0.19.2, seam found"), "judged on its own"
+        assert usable == "nothing, before this is fixed: deep_ep" and code == 1
+        assert found["megatron-core"].startswith("0.19.2, symbols found"), "judged on its own"
 
 
 def test_install_says_what_comes_through_megatrons_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,7 +91,7 @@ def test_install_says_what_comes_through_megatrons_import(tmp_path: Path, monkey
     for name in [name for name in sys.modules if name.partition(".")[0] in ("megatron", "deep_ep")]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(SeamError, match="fused_a2a cannot be imported: AssertionError: Duplicate NCCL runtime"):
-        symbols.find_seam()
+        symbols.find_symbols()
 
 
 # Five seconds for the process that imports deep_ep only.
@@ -109,9 +109,9 @@ facts._run = run_in_short
 def test_an_import_that_hangs_is_given_up(tmp_path: Path) -> None:
     machine = Machine(tmp_path, site=SHORT)
     usable, code, found = run_anew(machine, "import time; time.sleep(3600)")
-    assert (usable, code) == ("nothing, before this is mended: deep_ep", 1)
+    assert (usable, code) == ("nothing, before this is fixed: deep_ep", 1)
     assert "not done after 5 s" in found["deep_ep"]
-    assert found["megatron-core"].startswith("0.19.2, seam found")
+    assert found["megatron-core"].startswith("0.19.2, symbols found")
 
 
 def test_variables_that_deep_ep_was_built_with_count(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_the_table(tmp_path: Path) -> None:
     done = machine.run()
     lines = done.stdout.splitlines()
     assert done.returncode == 1 and done.stderr == ""
-    assert lines[-1] == "usable now: nothing, before this is mended: nvcc"
+    assert lines[-1] == "usable now: nothing, before this is fixed: nvcc"
     rows = [line for line in lines[:-1] if not line.startswith(" ")]
     assert {row.split()[0] for row in rows} == {"ok", "warn", "fail", "skip"}
     width = len("TransformerEngine")
@@ -171,7 +171,7 @@ def test_what_a_failed_import_wrote_is_in_the_document(tmp_path: Path) -> None:
     [
         ("9", V2_1, "fail", "9 ranks, 8 GPUs"),
         ("-1", V2_1, "fail", "-1 ranks, 8 GPUs"),
-        ("2", None, "skip", "not before this is mended: deep_ep"),
+        ("2", None, "skip", "not before this is fixed: deep_ep"),
     ],
 )
 def test_a_trial_that_cannot_start(ranks: str, source: str | None, status: str, said: str, tmp_path: Path) -> None:

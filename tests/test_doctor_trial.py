@@ -34,7 +34,7 @@ def test_the_real_command(tmp_path: Path) -> None:
     assert document["usable"] == "reference buffer on gloo (CPU), expanded layout"
     assert {check["status"] for check in checks.values()} <= {"ok", "skip"}
     assert checks["torch"]["found"] == torch.__version__
-    assert checks["megatron-core"]["found"].endswith(", seam found, not patched")
+    assert checks["megatron-core"]["found"].endswith(", symbols found, not patched")
     assert "2 ranks, reference buffer, expanded, torch.float32" in checks["trial"]["found"]
     for rank in ("0", "1"):
         errors = document["facts"]["trial"][rank]["errors"]

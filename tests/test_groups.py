@@ -66,7 +66,7 @@ def layer(group: Any, tokens: int = TOKENS) -> float:
 
 def watchers() -> list[Any]:
     """The lines to the watchers of all buffers; one whose watcher was ended has no process."""
-    return [buffer.watch.line for buffer in pool.buffers()]  # type: ignore[attr-defined]
+    return [buffer.watch.client for buffer in pool.buffers()]  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

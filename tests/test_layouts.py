@@ -201,8 +201,8 @@ def test_rows_that_fit_are_enough_and_no_block_more(alignment: int) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"picks": torch.zeros(3, dtype=torch.int64)}, "a layout cannot be made of these picks"),
-        ({"picks": torch.zeros(3, 2, dtype=torch.int32)}, "a layout cannot be made of these picks"),
+        ({"picks": torch.zeros(3, dtype=torch.int64)}, "a layout cannot be made of these selections"),
+        ({"picks": torch.zeros(3, 2, dtype=torch.int32)}, "a layout cannot be made of these selections"),
         ({"num_recv": torch.tensor(3)}, "has to be on the device"),
         ({"num_rows": 100}, "come in blocks"),
         ({"experts": 0}, "for 0 experts"),

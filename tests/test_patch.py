@@ -141,7 +141,7 @@ def test_a_released_megatron(version: str, tmp_path: Path, request: pytest.Fixtu
         assert report == {
             "file": str(tmp_path / CHANGED),
             "another backend": [False, None, None],
-            "a wrong setting": "the setting layout (rows as the experts get them) cannot be 'sorted'",
+            "a wrong setting": "the setting layout (layout of the rows that the experts get) cannot be 'sorted'",
             "alone": [True, "reference", "expanded"],
             "after install()": [True, "reference", "compact"],
             "after uninstall()": [True, "reference", "expanded"],  # bound again with the next layer

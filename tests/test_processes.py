@@ -32,7 +32,7 @@ from megatron_ep_v2.device_checks import DeviceCheck
 from megatron_ep_v2.errors import EPError
 from megatron_ep_v2.fused_a2a import fused_dispatch
 from megatron_ep_v2.watchdog import client, rendezvous
-from megatron_ep_v2.watchdog.call_log import ENTERED, LEFT, RECORD_BYTES
+from megatron_ep_v2.watchdog.call_log import ENTERED, LEFT, LOG_BYTES
 from megatron_ep_v2.watchdog.watcher import Task
 
 LIMIT = 60  # seconds; no call is late here
@@ -110,18 +110,18 @@ def have_a_worker(group: Any, folder: str) -> dict[str, Any]:
             inherited[0] = pool.find(group)
             check = DeviceCheck(found_something, torch.device("cpu"), group)
             check.add(torch.ones(1))
-            watch, process = inherited[0].watch, inherited[0].watch.line.process
+            watch, process = inherited[0].watch, inherited[0].watch.client.process
             if group.rank() == 0:
                 gc.collect()  # or the child would find process groups in cycles, whose threads it does not have
-                before = list(watch.record.cells)
+                before = list(watch.call_log.cells)
                 found["status"], found["said"] = fork(use_the_model, group, inherited)
-                found["written"] = list(watch.record.cells) != before
+                found["written"] = list(watch.call_log.cells) != before
             dist.barrier(group)
             check.reset()
-            watch.line.report_failure(RuntimeError("a test"))
+            watch.client.report_failure(RuntimeError("a test"))
             send(group, rows())
             pool.destroy_buffers()
-            found["calls"], found["ended"] = list(watch.record.cells[ENTERED : LEFT + 1]), process.poll()
+            found["calls"], found["ended"] = list(watch.call_log.cells[ENTERED : LEFT + 1]), process.poll()
     finally:
         ReferenceBuffer.destroy = destroy  # type: ignore[method-assign]
     return found | {"votes": votes, "reports": file.read_text()}
@@ -159,12 +159,12 @@ def test_a_watcher_ends_whose_rank_was_killed_while_it_started(has_task: bool, t
     end of its line, as a fork of the rank would."""
     with contextlib.ExitStack() as stack:
         record, stacks = (stack.enter_context(open(tmp_path / name, "w+b")) for name in ("record", "stacks"))
-        record.truncate(RECORD_BYTES)
+        record.truncate(LOG_BYTES)
         listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         files = [record.fileno(), stacks.fileno(), listener.fileno()]
         task = Task(
             **{"rank": 0, "host": "here", "seconds": LIMIT, "token": "word", "peers": {}, "main_thread": 0},
-            **{"stack_signal": 0, "record": files[0], "stacks": files[1], "listener": files[2]},
+            **{"stack_signal": 0, "call_log": files[0], "stacks": files[1], "listener": files[2]},
         )
         words = json.dumps(dataclasses.asdict(task)).encode()
         (gate, open_gate), (task_end, line_end) = os.pipe(), os.pipe()
@@ -205,7 +205,7 @@ def test_a_host_whose_name_is_loopback_announces_its_name(
     monkeypatch.setattr(NamedStore, "host", name)
     store = NamedStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     group = SimpleNamespace(size=lambda: 2, get_group_store=lambda: dist.PrefixStore("group", store))
-    rank = rendezvous.Meeting(group, LIMIT)
+    rank = rendezvous.Rendezvous(group, LIMIT)
     assert rank.address is not None
     address, port, _ = rank.address
     with rank.listener:

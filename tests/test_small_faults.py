@@ -133,7 +133,7 @@ def copy_layers(group: Any) -> dict[str, dict[str, Any]]:
             with torch.no_grad():
                 layer(mcore.make_hidden(SHAPE, TOKENS, 1))
             manager = twin.token_dispatcher._comm_manager
-            parts = [manager, manager.load]
+            parts = [manager, manager.expert_load]
             found[name] = {
                 "equal": equal(got, expected),
                 "loads": [int(load.sum()) for load in megatron_ep_v2.expert_load()[-2:]],

@@ -89,4 +89,4 @@ def test_the_room_follows_a_buffer_whose_capacity_was_raised() -> None:
     buffer.num_max_tokens_per_rank = 20
     rooms += [sync_free._room(buffer, 3, 8, torch.device("cpu")) for _ in range(2)]
     assert [room.most for room in rooms] == [60, 120, 120] and rooms[1] is rooms[2]
-    assert [room.num_picks for room in rooms] == [60, 120, 120], "200 % of an even share, which is all"
+    assert [room.num_selections for room in rooms] == [60, 120, 120], "200 % of an even share, which is all"

@@ -118,7 +118,7 @@ def test_too_little_room_is_noticed_on_every_rank_and_the_step_replayed() -> Non
     assert len(errors) == 1, "all ranks must say the same"
     (error,) = errors
     assert "rank 3 was sent more rows" in error and "too many on ranks [3]" in error
-    assert "12 places (50 % of an even share)" in error  # 50 % of 8 tokens x top-3
+    assert "12 slots (50 % of an even share)" in error  # 50 % of 8 tokens x top-3
     for rank, (_, grown, untouched, replayed) in enumerate(answers):
         assert untouched, "the optimizer stepped although picks were left out"
         assert grown == answers[0][1] and grown[0] > 50

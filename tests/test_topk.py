@@ -112,7 +112,7 @@ from triton.compiler import ASTSource
 from megatron_ep_v2.kernels import topk_triton
 
 found = {}
-for kernel, pointers in ((topk_triton._pick, "*fp32 *fp32 *i64"), (topk_triton._spread, "*fp32 *i64 *fp32")):
+for kernel, pointers in ((topk_triton._select, "*fp32 *fp32 *i64"), (topk_triton._spread, "*fp32 *i64 *fp32")):
     constants = {"EXPERTS": 128, "WIDTH": 128, "TOPK": 8, "ROWS": 16}
     kinds = [*pointers.split(), "i32", *["constexpr"] * 4]
     source = ASTSource(kernel, dict(zip(kernel.arg_names, kinds, strict=True)), constants,
@@ -127,4 +127,4 @@ print(json.dumps(found))
 @needs_triton
 def test_the_kernels_compile_for_gpus_and_move_16_bytes_at_a_time(tmp_path: Path) -> None:
     found = child(COMPILE, TRITON_CACHE_DIR=str(tmp_path))
-    assert "ld.global.v4.b32" in found["_pick"] and "st.global.v4.b32" in found["_spread"]
+    assert "ld.global.v4.b32" in found["_select"] and "st.global.v4.b32" in found["_spread"]

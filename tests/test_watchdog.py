@@ -128,7 +128,7 @@ def pause_everywhere(group: Any, folder: str) -> list[bool]:
         y = layer(group, rows())
         time.sleep(LIMIT + 0.5)
         y.sum().backward()
-        process = pool.find(group).watch.line.process  # type: ignore[union-attr]
+        process = pool.find(group).watch.client.process  # type: ignore[union-attr]
         alive = process.poll() is None
         pool.destroy_buffers()
     return [alive, process.poll() == 0]

@@ -18,23 +18,23 @@ from megatron_ep_v2.watchdog.call_log import (
     ENTERED,
     FORWARD_COMBINE,
     LEFT,
+    LOG_BYTES,
     MARKED,
     NUMBERS,
-    RECORD_BYTES,
     SYNC_FREE_DISPATCH,
-    Record,
+    CallLog,
 )
 
 
 @pytest.fixture
-def record(tmp_path: Path) -> Record:
+def record(tmp_path: Path) -> CallLog:
     path = tmp_path / "record"
-    path.write_bytes(bytes(RECORD_BYTES))
+    path.write_bytes(bytes(LOG_BYTES))
     with path.open("r+b") as file:
-        return Record(file.fileno())
+        return CallLog(file.fileno())
 
 
-def test_the_record_knows_the_first_call_that_has_not_finished(record: Record) -> None:
+def test_the_record_knows_the_first_call_that_has_not_finished(record: CallLog) -> None:
     assert record.pending() == 0
     for kind in range(4):  # a dispatch, which waits on the host; then three calls that the GPU queues
         assert record.enter(kind, 1, 7, 40) == record.pending() == kind + 1
@@ -54,14 +54,14 @@ def test_the_record_knows_the_first_call_that_has_not_finished(record: Record) -
     assert record.pending() == 0
 
 
-def test_calls_that_are_never_marked_are_done_when_they_are_left(record: Record) -> None:
+def test_calls_that_are_never_marked_are_done_when_they_are_left(record: CallLog) -> None:
     """Those of a buffer on the CPU, however many."""
     record.cells[ENTERED] = record.cells[LEFT] = NUMBERS + 5
     assert record.pending() == 0
     assert record.enter(FORWARD_COMBINE, 1, 7, 40) == record.pending() == NUMBERS + 6
 
 
-def test_a_sync_free_dispatch_has_not_finished_when_it_was_left(record: Record) -> None:
+def test_a_sync_free_dispatch_has_not_finished_when_it_was_left(record: CallLog) -> None:
     number = record.enter(SYNC_FREE_DISPATCH, 1, 7, 40)
     record.cells[LEFT] = record.cells[MARKED] = number
     assert record.pending() == number
@@ -120,7 +120,7 @@ class Driver:
 
 @pytest.mark.parametrize("comm_stream", [None, "deep_ep's"])
 def test_the_gpu_writes_the_number_of_a_call_when_its_kernels_are_done(
-    comm_stream: Any, record: Record, monkeypatch: pytest.MonkeyPatch
+    comm_stream: Any, record: CallLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver = Driver(monkeypatch)
     clock = completion.GpuClock(record, comm_stream)
@@ -138,7 +138,7 @@ def test_the_gpu_writes_the_number_of_a_call_when_its_kernels_are_done(
     assert record.cells[MARKED] == NUMBERS + 9, "nothing was queued"
 
 
-def test_what_the_gpu_still_has_to_write_to_stays_registered(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_gpu_still_has_to_write_to_stays_registered(record: CallLog, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver(monkeypatch)
     kept: list[Any] = []
     monkeypatch.setattr(completion, "_unfinished", kept)
@@ -153,14 +153,14 @@ def test_what_the_gpu_still_has_to_write_to_stays_registered(record: Record, mon
     assert not driver.registered
 
 
-def test_calls_are_marked_behind_the_kernels_of_the_buffer(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_are_marked_behind_the_kernels_of_the_buffer(record: CallLog, monkeypatch: pytest.MonkeyPatch) -> None:
     """And not in the stream that is the current one."""
     made: list[tuple[Any, ...]] = []
     clock = SimpleNamespace(every=7, mark=lambda number: None)
     monkeypatch.setattr(watched_buffer, "GpuClock", lambda *arguments: made.append(arguments) or clock)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     rank = object.__new__(watched_buffer.Watch)
-    rank.clock, rank.record, rank.step = None, record, 1
+    rank.clock, rank.call_log, rank.step = None, record, 1
     buffer: Any = SimpleNamespace(comm_stream="deep_ep's", combine=lambda *arguments: "an answer")
     rows: Any = SimpleNamespace(is_cuda=True)
     watched = watched_buffer.WatchedBuffer(buffer, rank)
@@ -168,7 +168,7 @@ def test_calls_are_marked_behind_the_kernels_of_the_buffer(record: Record, monke
     assert made == [(record, "deep_ep's")]
 
 
-def test_what_the_gpu_writes_begins_anew(record: Record) -> None:
+def test_what_the_gpu_writes_begins_anew(record: CallLog) -> None:
     """It writes numbers modulo NUMBERS."""
     record.cells[ENTERED] = NUMBERS - 2
     for _ in range(4):
@@ -178,7 +178,7 @@ def test_what_the_gpu_writes_begins_anew(record: Record) -> None:
         assert record.pending() == pending
 
 
-def test_the_gpu_may_be_done_before_the_host_has_written_that_it_will_be(record: Record) -> None:
+def test_the_gpu_may_be_done_before_the_host_has_written_that_it_will_be(record: CallLog) -> None:
     for _ in range(2):
         record.cells[LEFT] = record.enter(FORWARD_COMBINE, 1, 1, 40)
     record.cells[MARKED], record.cells[DONE] = 1, 2
@@ -190,7 +190,7 @@ def fault_of_a_kernel(code: int) -> None:
 
 
 @pytest.mark.parametrize(("registered", "code"), [(1, 0), (0, 801)], ids=["not registered", "not copied"])
-def test_a_gpu_that_cannot_write(registered: int, code: int, record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_cannot_write(registered: int, code: int, record: CallLog, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver(monkeypatch, registered)
     driver.code = code
     with pytest.raises(UnavailableError, match=f"cannot write .* answers {registered or code}"):
@@ -198,9 +198,9 @@ def test_a_gpu_that_cannot_write(registered: int, code: int, record: Record, mon
     assert not driver.registered
 
 
-def test_a_machine_without_the_driver(record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_the_driver(record: CallLog, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver(monkeypatch)
     monkeypatch.setattr(completion.ctypes, "CDLL", lambda name: SimpleNamespace())
-    with pytest.raises(UnavailableError, match="cannot write to the watchdog's record"):
+    with pytest.raises(UnavailableError, match="cannot write to the watchdog's call log"):
         completion.GpuClock(record)
     assert not driver.registered

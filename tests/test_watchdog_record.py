@@ -20,7 +20,7 @@ from stalls import CULPRIT, HEAD, RANKS, layer, rows, standard_error_in, start, 
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.errors import EPError
 from megatron_ep_v2.fused_a2a import fused_dispatch
-from megatron_ep_v2.watchdog.call_log import DONE, ENTERED, LEFT, MARKED, NUMBERS, RING, SYNC_FREE_DISPATCH, Record
+from megatron_ep_v2.watchdog.call_log import DONE, ENTERED, LEFT, MARKED, NUMBERS, RING, SYNC_FREE_DISPATCH, CallLog
 from megatron_ep_v2.watchdog.completion import HostClock
 from megatron_ep_v2.watchdog.report import STACK_FRAMES, choose_threads, find_late
 
@@ -50,15 +50,15 @@ class QueuingBuffer:
 class SlowGpu(HostClock):
     """In a GPU's place: it does what is queued only as far as `work` says."""
 
-    def __init__(self, record: Record):
+    def __init__(self, record: CallLog):
         super().__init__()
-        self.record = record
+        self.call_log = record
 
     def mark(self, number: int) -> None:
-        self.record.cells[MARKED] = number
+        self.call_log.cells[MARKED] = number
 
     def work(self, number: int) -> None:
-        self.record.cells[DONE] = number % NUMBERS
+        self.call_log.cells[DONE] = number % NUMBERS
 
 
 @own_package
@@ -70,8 +70,8 @@ def stick_on_the_gpu(group: Any, folder: str) -> str:
         layer(group, rows())
         watched: Any = pool.find(group)
         watched.buffer = QueuingBuffer(watched.buffer)
-        gpu = watched.watch.clock = SlowGpu(watched.watch.record)
-        cells = gpu.record.cells
+        gpu = watched.watch.clock = SlowGpu(watched.watch.call_log)
+        cells = gpu.call_log.cells
         cells[ENTERED] = cells[LEFT] = NUMBERS - 2 * RING  # what the GPU writes begins anew, too
         x, picks = rows(), torch.zeros(stalls.TOKENS, 1, dtype=torch.int64)
         for _ in range(2 * RING):  # the record's places have come round
@@ -127,7 +127,7 @@ def refuse_one(group: Any) -> list[tuple[int, int, int]]:
         except EPError:
             assert number == 1
         watch = pool.find(group).watch  # type: ignore[union-attr]
-        seen.append((watch.record.cells[LEFT], watch.step, watch.moe_calls))
+        seen.append((watch.call_log.cells[LEFT], watch.step, watch.moe_calls))
         for _ in range(2):
             torch.optim.SGD([x], lr=0.1).step()
     return seen
@@ -141,17 +141,17 @@ def test_calls_and_steps_are_counted_alike_on_all_ranks() -> None:
 def ask_without_the_word(group: Any) -> list[bytes]:
     start(LIMIT)
     heard: list[Any] = []
-    listen = pool.Meeting.__init__
+    listen = pool.Rendezvous.__init__
 
     def remember(self: Any, *arguments: Any) -> None:
         listen(self, *arguments)
         heard.append(self.address)
 
-    pool.Meeting.__init__ = remember  # type: ignore[method-assign]
+    pool.Rendezvous.__init__ = remember  # type: ignore[method-assign]
     try:
         layer(group, rows())
     finally:
-        pool.Meeting.__init__ = listen  # type: ignore[method-assign]
+        pool.Rendezvous.__init__ = listen  # type: ignore[method-assign]
     address, port, token = heard[0]
     answers = []
     for word in ("guess", token):
@@ -176,13 +176,13 @@ def dispatch_sync_free(group: Any) -> tuple[int, int, int]:
     start(LIMIT)
     layer(group, rows())
     watched: Any = pool.find(group)
-    watched.watch.clock = SlowGpu(watched.watch.record)
+    watched.watch.clock = SlowGpu(watched.watch.call_log)
     x = rows()
     picks = torch.zeros(len(x), stalls.TOPK, dtype=torch.int64) + torch.arange(stalls.TOPK)
     weights = torch.ones(picks.shape)
     arguments = {"topk_idx": picks, "topk_weights": weights, "num_experts": stalls.EXPERTS, "do_cpu_sync": False}
     watched.dispatch(x, **arguments)
-    record = watched.watch.record
+    record = watched.watch.call_log
     found = (record.call(record.cells[ENTERED])[1], record.cells[MARKED], record.cells[ENTERED])
     record.cells[DONE] = record.cells[MARKED]  # few calls
     return found
@@ -203,7 +203,7 @@ VERDICTS: dict[str, tuple[dict[int, dict[str, Any]], int, dict[int, str]]] = {
     "all are there": ({0: answer(4), 1: answer(4), 2: answer(5)}, 4, {}),
     "one is behind": ({0: answer(4), 1: answer(4), 2: answer(3)}, 4, {2: "not arrived"}),
     "one is behind and dead": ({0: answer(4), 1: answer(4), 2: answer(3, end="died")}, 4, {2: "not arrived"}),
-    "one has no watcher": ({0: answer(4), 1: answer(4)}, 4, {2: "no answer"}),
+    "one has no watcher": ({0: answer(4), 1: answer(4)}, 4, {2: "does not answer"}),
     "one took another way": (
         {0: answer(4), 1: answer(4), 2: answer(4, kinds="dcDC")},
         4,
@@ -227,7 +227,7 @@ VERDICTS: dict[str, tuple[dict[int, dict[str, Any]], int, dict[int, str]]] = {
     "the others died of it": (
         {0: answer(4, end="died"), 1: answer(4, end="died"), 2: answer(4, kinds="dcDC")},
         4,
-        {2: "another way"},
+        {2: "diverged"},
     ),
 }
 

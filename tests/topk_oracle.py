@@ -37,7 +37,7 @@ def wrong(kernels: Any, device: str) -> list[str]:
     """Names of cases in which `pick` or `spread` differs. Values of 0 have no column; their gradient goes nowhere."""
     found = []
     for name, probs, topk in cases():
-        values, indices = kernels.pick(probs.to(device), topk)
+        values, indices = kernels.select(probs.to(device), topk)
         columns = picked(probs, topk)
         taken = np.take_along_axis(probs.numpy(), columns.numpy(), axis=1)
         expected = columns.numpy().copy()

@@ -1,7 +1,8 @@
-"""Bytes that really crossed the links: NVLink counters of a GPU through NVML, port counters of RDMA and EFA devices.
+"""Counters of bytes sent: NVLink counters of a GPU through NVML, port counters of RDMA and EFA devices.
 
-Counters run from the start of the driver and count everybody's traffic: take the difference of two readings, on a
-machine that does nothing else.
+Counters run from the start of the driver and count all traffic: take the difference of two readings, on an otherwise
+    idle
+machine.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ _INFINIBAND = Path("/sys/class/infiniband")
 
 
 def read() -> tuple[dict[str, int], str]:
-    """Counters of the current CUDA device and of this host's network devices.
+    """Read the counters of the current CUDA device and of this host's network devices.
 
     Returns:
-        `(bytes by counter, reason)`: a counter that cannot be read is missing, and the reason says why NVLink's are.
+        `(bytes by counter, reason)`: unreadable counters are missing; the reason says why NVLink's are, "" if they are
+        not.
     """
     counters, reason = _read_nvlink()
     counters.update(_read_infiniband())
@@ -28,7 +30,7 @@ def read() -> tuple[dict[str, int], str]:
 
 
 def difference(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
-    """Bytes between two readings, for the counters that both have."""
+    """Bytes between two readings, for counters in both."""
     return {name: after[name] - before[name] for name in after if name in before}
 
 

@@ -1,1 +1,1 @@
-"""Expert-parallel buffers: one contract, several carriers. See `contract.py`."""
+"""Expert-parallel buffers: one contract (`contract.py`), several carriers (`carriers.py`)."""

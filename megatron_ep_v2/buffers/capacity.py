@@ -1,10 +1,10 @@
-"""How many tokens a rank may bring to a dispatch, as far as Megatron's configuration says it before the first one.
+"""The capacity of a buffer: the most tokens that a rank may dispatch, from Megatron's configuration where it says so.
 
-Imports nothing of Megatron, and reads of it only what is imported already.
+Does not import Megatron; reads only modules that are imported already.
 
-What changes the size of a micro-batch (read in megatron-core 0.16.1 and 0.19.2): `--micro-batch-size`, and for
+These options change the size of a micro-batch (megatron-core 0.16.1 and 0.19.2): `--micro-batch-size`, and for
 evaluations `--eval-micro-batch-size`. `--rampup-batch-size`, `--step-batch-size-schedule` and
-`--decrease-batch-size-if-needed` change how many there are in a step. Evaluations have the sequence length of training;
+`--decrease-batch-size-if-needed` change only their number in a step. Evaluations have the sequence length of training;
 the decoder of a model with an encoder has `--decoder-seq-length`. With `--hybrid-context-parallel` a rank has up to
 `--max-seqlen-per-dp-cp-rank` tokens, whatever the context parallel size is.
 """
@@ -30,12 +30,12 @@ _warned = False
 
 @dataclass(frozen=True)
 class Expected:
-    """What a rank may bring to a dispatch.
+    """The expected size of a rank's dispatches.
 
     Attributes:
         tokens: Most tokens; 0 = unknown.
-        source: Where that comes from.
-        varies: Batches are of any length (`variable_seq_lengths`, or rollouts), so that it may also be more.
+        source: Where that number comes from.
+        varies: Batches have any length (`variable_seq_lengths`, or rollouts), so `tokens` may be exceeded.
     """
 
     tokens: int = 0
@@ -43,7 +43,7 @@ class Expected:
     varies: bool = False
 
 
-# Process group -> the configurations of the models that live, by identity: they have no hash.
+# Process group -> configurations of the live models, by id(): they are not hashable.
 _models: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[int, Any]] = weakref.WeakKeyDictionary()
 
 
@@ -60,9 +60,9 @@ def note_model(group: Any, config: Any) -> None:
 
 def expected(group: Any) -> Expected:
     """The most tokens of one rank: from Megatron-LM's arguments; outside its training loop from the model's own
-    `seq_length` and the micro-batch size that was given to Megatron's calculator of micro-batches.
+    `seq_length` and the micro-batch size of Megatron's `num_microbatches_calculator`.
 
-    A model whose batches vary in length is not asked. Its `seq_length` is the longest that its positions allow then
+    The `seq_length` of a model with batches of any length is ignored: it is the longest that the positions allow
     (Megatron-Bridge takes it from Hugging Face's `max_position_embeddings`), which would make buffers far too large.
 
     Args:
@@ -93,10 +93,10 @@ def _of_model(config: Any) -> int:
 
 
 def _tokens_of_rank(config: Any, sequence: int, batch: int) -> int:
-    """Of `batch` sequences, of which a rank has one part in context parallel and one in sequence parallel; 0 = unknown.
+    """Tokens of one rank in `batch` sequences, split by context and sequence parallelism; 0 = unknown.
 
     Args:
-        config: Arguments or configuration.
+        config: Megatron's arguments or TransformerConfig.
         sequence: Tokens; 0 = unknown.
         batch: Sequences; 0 = unknown.
     """
@@ -122,17 +122,17 @@ def check_stated(group: Any, num_tokens: int, settings: Settings) -> None:
 def choose_capacity(
     settings: Settings, tokens: Sequence[tuple[int, Expected]], observed: bool
 ) -> tuple[int, str, bool]:
-    """The capacity of a buffer; equal on every rank, as the arguments are.
+    """Choose the capacity of a buffer. Equal arguments on every rank give an equal capacity.
 
-    A capacity that a later batch may exceed is logged, with what that costs and how to avoid it.
+    A capacity that a later batch may exceed is logged, with its cost and how to avoid it.
 
     Args:
         settings: The settings in force.
-        tokens: Of each rank of the group: the tokens that it has, and what is expected.
-        observed: The tokens that it has are those of one batch.
+        tokens: For each rank of the group: its tokens, and what is expected.
+        observed: Those tokens are the size of one batch.
 
     Returns:
-        `(capacity, where it comes from, whether the buffer may grow)`.
+        `(capacity, its source, whether the buffer may grow)`.
     """
     if settings.num_max_tokens_per_rank:
         return settings.num_max_tokens_per_rank, settings.source("num_max_tokens_per_rank"), False
@@ -158,5 +158,5 @@ def choose_capacity(
             "all-reduce of two numbers, for which the host waits, to find out",
             CAPACITY_VARIABLE,
         )
-        _warned = True  # once is enough, also where groups are made again and again
+        _warned = True  # once, also where groups are created repeatedly
     return capacity, source, exceeded and not settings.sync_free

@@ -1,7 +1,7 @@
-"""What can carry tokens. A new carrier is its own file and one row of `CARRIERS`; everything that depends on which
-carriers there are (settings, probe, pool, binding, doctor, bench, examples) reads this table.
+"""The table of carriers. A new carrier is its own file and one row of `CARRIERS`; everything that depends on the list
+of carriers (settings, probe, pool, binding, doctor, bench, examples) iterates this table.
 
-Imports nothing: the settings and the command line read it where torch cannot be imported.
+Imports nothing, because settings and the command line must work where torch cannot be imported.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ class Carrier:
 
     Attributes:
         name: Value of the setting `buffer`.
-        path: Module and class that answer `contract.Buffer`, built as `class(group, spec, settings, hosts)`.
+        path: Module and class that implement `contract.Buffer`, built as `class(group, spec, settings, hosts)`.
         deep_ep_class: The class of deep_ep that it wraps, by which the probe finds it; None = needs neither deep_ep nor
             a GPU.
         is_v2: Whether that is DeepEP V2.
-        label: In reports.
+        label: Name in reports.
         requirement: What has to be installed, for errors.
         advantage: Why `buffer=auto` takes it, for the log.
-        layouts: How it can deliver rows; `layout=auto` takes the first. "sync-free": dispatches without a host wait.
-        row_prefix: Before the layout in the names of the bench's rows.
+        layouts: Layouts that it delivers; `layout=auto` takes the first. "sync-free": dispatches without a host wait.
+        row_prefix: Goes before the layout in the names of the bench's rows.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""Checks that every buffer shares: what a call may be given, and what must be equal over a group.
+"""Checks that every buffer shares: the arguments of a call, and what must be equal over a group.
 
-None of them waits for a device: the range of the picks is checked on CPU tensors only. They run in every layer, so a
-good call builds no text, and asks each tensor for its shape once: `tensor.shape` takes a third of the time of `len`.
+None waits for a device: the range of the selections is checked on CPU tensors only. They run in every layer, so a valid
+call builds no text and reads each tensor's shape once: `tensor.shape` takes a third of the time of `len`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ _of_parent: set[Any] = set()  # in a forked child: the groups whose buffers belo
 
 
 def leave_to_parent(groups: Iterable[Any]) -> None:
-    """In a forked child: refuse these groups from now on. Their connections, and what the store says of their ranks,
-    are those of the process that it was forked from."""
+    """In a forked child: refuse these groups from now on. Their connections and their entries in the store belong to
+    the parent process."""
     _of_parent.update(groups)
 
 
 def check_group_open(group: Any) -> None:
-    """Raise ClosedError if the process group was destroyed, or belongs to the process that this one was forked from."""
+    """Raise ClosedError if the process group was destroyed, or belongs to the parent that this process was forked
+    from."""
     if _of_parent and group in _of_parent:
         raise ClosedError(
             "this process was forked from a rank, and the process group of this expert-parallel call is that rank's",
@@ -86,9 +87,9 @@ def check_dispatch(
             f"rank {group.rank()}: the expanded layout cannot be sized without a host wait",
             found="do_expand=True, do_cpu_sync=False",
             needed="the compact layout: in the expanded one the most rows that could arrive are top-k times as many",
-            fix="pass do_expand=False and place the rows by expert behind it, as megatron_ep_v2.sync_free does",
+            fix="pass do_expand=False and sort the rows by expert after it, as megatron_ep_v2.sync_free does",
         )
-    _check_picks(group, num_tokens, rows.dtype, topk_idx, topk_weights, num_experts)
+    _check_selections(group, num_tokens, rows.dtype, topk_idx, topk_weights, num_experts)
     if num_tokens > capacity:
         raise TokenCapacityError(
             f"rank {group.rank()} has {num_tokens} tokens to dispatch; "
@@ -97,7 +98,7 @@ def check_dispatch(
         )
 
 
-def _check_picks(
+def _check_selections(
     group: Any,
     num_tokens: int,
     dtype: torch.dtype,
@@ -122,7 +123,7 @@ def _check_picks(
     if not 1 <= shape[1] <= MAX_TOPK:
         raise InputError(
             f"rank {group.rank()}: top-k of {shape[1]} cannot be dispatched",
-            needed=f"1 to {MAX_TOPK} picks per token (a limit of deep_ep's kernels)",
+            needed=f"1 to {MAX_TOPK} selections per token (a limit of deep_ep's kernels)",
             fix="lower --moe-router-topk (times the expert tensor parallel size)",
         )
     if topk_weights is not None:
@@ -137,9 +138,9 @@ def _check_picks(
     if topk_idx.is_cpu and topk_idx.numel() and not -1 <= int(topk_idx.min()) <= int(topk_idx.max()) < num_experts:
         token = int(((topk_idx < -1) | (topk_idx >= num_experts)).any(dim=1).nonzero()[0])
         raise InputError(
-            f"rank {group.rank()}: token {token} picks an expert that does not exist",
+            f"rank {group.rank()}: token {token} selects an expert that does not exist",
             found=f"topk_idx[{token}] = {topk_idx[token].tolist()}",
-            needed=f"ids from 0 to {num_experts - 1}, or -1 for no pick",
+            needed=f"ids from 0 to {num_experts - 1}, or -1 for no selection",
             fix="num_experts must count the experts of the whole group (times the expert tensor parallel size)",
         )
 
@@ -155,7 +156,7 @@ def _check_cached(
     if topk_idx is not None:
         raise InputError(
             f"rank {group.rank()}: topk_idx and handle were both given",
-            fix="pass one: the handle repeats its own picks",
+            fix="pass one: the handle repeats its own selections",
         )
     if do_expand != handle.do_expand:
         raise InputError(
@@ -163,13 +164,13 @@ def _check_cached(
             found=f"handle.do_expand={handle.do_expand}, do_expand={do_expand}",
             fix="pass do_expand=handle.do_expand",
         )
-    picks = handle.topk_idx.shape
-    if num_tokens != picks[0] or (topk_weights is not None and topk_weights.shape != picks):
+    first = handle.topk_idx.shape
+    if num_tokens != first[0] or (topk_weights is not None and topk_weights.shape != first):
         weights = "" if topk_weights is None else f" and weights {tuple(topk_weights.shape)}"
         raise InputError(
             f"rank {group.rank()}: a cached dispatch must bring as many tokens as the first one",
             found=f"{num_tokens} tokens{weights}",
-            needed=f"{picks[0]} tokens, weights {tuple(picks)}",
+            needed=f"{first[0]} tokens, weights {tuple(first)}",
             fix="use the handle only for gradients or replays of the batch that it was made for",
         )
 
@@ -198,7 +199,7 @@ def check_combine(x: torch.Tensor, handle: Any, topk_weights: torch.Tensor | Non
 
 
 def _weight_dtypes(rows: torch.dtype) -> tuple[torch.dtype, ...]:
-    """What weights may be, next to rows of this dtype."""
+    """Allowed dtypes of the weights that go with rows of this dtype."""
     return (torch.float32, torch.float64) if rows == torch.float64 else (torch.float32,)
 
 
@@ -207,11 +208,12 @@ def _layout(do_expand: bool) -> str:
 
 
 def pass_on(buffer: Any, refusals: list[EPError]) -> dict[str, Any]:
-    """For checks of what goes to a buffer: an error as an argument of the refused call, which then tells the others
-    and raises it. Raised here where the buffer cannot tell them.
+    """Arguments with which the refused call reports the error to the other ranks and then raises it. Raises it here if
+    the buffer cannot report it.
 
     Args:
-        refusals: The error. Whoever raises it takes it out, so that no frame on its way holds it, and with it the rows.
+        refusals: The error. The code that raises it pops it, so that no frame keeps the error, and with it the rows,
+            alive.
     """
     if getattr(buffer, "tells_refusals", False):
         return {"refusals": refusals}
@@ -223,7 +225,7 @@ def raise_refusals(group: Any, refused: Sequence[Any], call: str = "dispatch") -
 
     Args:
         group: Process group.
-        refused: Rank -> whether it did.
+        refused: Whether each rank refused.
         call: "dispatch", "cached dispatch" or "combine".
     """
     culprits = [rank for rank, flag in enumerate(refused) if flag]
@@ -239,7 +241,7 @@ def compare_over_group(what: str, values: Mapping[str, Sequence[Any]]) -> None:
     """Raise the same GroupMismatchError on every rank if a value differs between ranks.
 
     Args:
-        what: What is being compared for, e.g. "a dispatch".
+        what: Purpose of the comparison, e.g. "a dispatch".
         values: Name -> the values of rank 0, 1, ... of the group.
     """
     differing = []

@@ -5,19 +5,20 @@ answer these calls, with these argument names, shapes and dtypes. The autograd f
 
 Letters in shapes:
     T  local tokens (may differ between ranks, may be 0)          H  hidden size
-    K  picks per token (top-k, including -1 = dropped)            L  local experts = num_experts / group size
-    R  received rows, one per (source rank, token) with at least one pick on this rank
-    P  expert-sorted rows, one per received pick, each expert's rows padded to a multiple of `expert_alignment`
+    K  selections per token (top-k, including -1 = dropped)       L  local experts = num_experts / group size
+    R  received rows, one per (source rank, token) with at least one selection on this rank
+    P  expert-sorted rows, one per received selection, each expert's rows padded to a multiple of `expert_alignment`
 
 Layouts:
-    compact   recv_x [R, H]; recv_topk_idx [R, K] int64 LOCAL expert ids, -1 where the pick belongs to another rank;
+    compact   recv_x [R, H]; recv_topk_idx [R, K] int64 LOCAL expert ids, -1 where the selection belongs to another
+    rank;
               recv_topk_weights [R, K] fp32, only meaningful where recv_topk_idx >= 0
     expanded  recv_x [P, H] sorted by local expert; recv_topk_idx is None; recv_topk_weights [P] fp32.
               Padding rows are uninitialised unless `do_zero_padding` (then rows and weights are zero)
 
 Without a host wait (`do_cpu_sync=False`, compact only) the host does not learn R: outputs have W rows instead, the most
 that could arrive (group size * num_max_tokens_per_rank). R is `psum_num_recv_tokens_per_scaleup_rank[-1]`, on the
-device; rows from there on are garbage in every output, ids included, and nobody may read them.
+device; rows from R on are unowned: garbage in every output, ids included, which must not be read.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ import torch
 # x, or (x in float8_e4m3fn, scales [T, S] of 4 bytes per element): deep_ep's two kinds of payload.
 Payload: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
-MAX_TOPK = 32  # deep_ep 2.1.0: one warp lane per pick (impls/dispatch_copy_epilogue.cuh)
+MAX_TOPK = 32  # deep_ep 2.1.0: one warp lane per selection (impls/dispatch_copy_epilogue.cuh)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BufferSpec:
-    """What a buffer is built for. Equal on every rank of the group.
+    """Sizes that a buffer is built for. Equal on every rank of the group.
 
     Attributes:
         num_max_tokens_per_rank: Most tokens that any rank may dispatch at once; the row stride of the wire.
@@ -52,7 +53,7 @@ class BufferSpec:
 
 
 class Handle(Protocol):
-    """What a dispatch leaves behind for its combine and for the two backwards (names of deep_ep 2.1.0's EPHandle).
+    """State of a dispatch that its combine and the two backwards need (names of deep_ep 2.1.0's EPHandle).
 
     Attributes:
         do_expand: True for the expanded layout.
@@ -60,16 +61,16 @@ class Handle(Protocol):
         expert_alignment: Rows of each local expert are padded to a multiple of this.
         num_max_tokens_per_rank: The capacity that the dispatch ran with.
         num_sms: SMs of the dispatch. The combine and both backwards must use the same.
-        topk_idx: [T, K] int64, a copy of the picks.
+        topk_idx: [T, K] int64, a copy of the selections.
         num_recv_tokens: R; W without a host wait.
-        num_expanded_tokens: P; without a host wait the most that could be.
+        num_expanded_tokens: P; without a host wait its upper bound.
         num_recv_tokens_per_expert_list: L host integers, each padded to `expert_alignment`. Empty without a host wait.
         psum_num_recv_tokens_per_scaleup_rank: int32, running sum of rows received by source rank; the last is R.
         psum_num_recv_tokens_per_expert: [L] int32. Compact: running sum of the padded counts. Expanded: where each
             expert's real rows end, its first row being `align(psum[i - 1], expert_alignment)`.
         num_unaligned_recv_tokens_per_expert: [L] int32, real rows of each local expert (expanded only).
         recv_src_metadata: [R, 2 + K] int32; W rows without a host wait. Column 0: source rank *
-            num_max_tokens_per_rank + token. Columns 2 and on, expanded only: the row of [P, H] of pick k, or -1.
+            num_max_tokens_per_rank + token. Columns 2 and on, expanded only: the row of [P, H] of selection k, or -1.
     """
 
     do_expand: bool
@@ -96,10 +97,10 @@ class Buffer(Protocol):
         group: The process group.
         num_max_tokens_per_rank: The capacity.
         num_bytes: Device memory that the buffer holds.
-        num_sms: SMs that a call takes unless told otherwise; 0 where there are none.
-        num_qps: RDMA queue pairs allocated; 0 where that is not the buffer's choice.
-        comm_stream: The CUDA stream that the communication's kernels run on; None where that is the current one.
-        supports_expand: Whether `do_expand=True` is carried.
+        num_sms: SMs that a call uses by default; 0 on a CPU.
+        num_qps: RDMA queue pairs allocated; 0 if the buffer does not choose them.
+        comm_stream: The CUDA stream that the communication's kernels run on; None = the current one.
+        supports_expand: Whether `do_expand=True` works.
         supports_cached_weights: Whether a dispatch with a `handle` carries `topk_weights`.
     """
 
@@ -131,7 +132,7 @@ class Buffer(Protocol):
 
         Args:
             x: [T, H], or ([T, H] float8_e4m3fn, [T, S] scales).
-            topk_idx: [T, K] int64 global expert ids, -1 = no pick, no id twice in one token. None with `handle`.
+            topk_idx: [T, K] int64 global expert ids, -1 = no selection, no id twice in one token. None with `handle`.
             topk_weights: [T, K] fp32, or None.
             num_experts: Experts in the whole group; a multiple of its size. None with `handle`.
             num_max_tokens_per_rank: None = the buffer's own.
@@ -139,14 +140,14 @@ class Buffer(Protocol):
             num_sms: 0 = the library decides. With `handle`, pass `handle.num_sms`.
             handle: Of an earlier dispatch: repeat its routing, with no exchange of counts and no host wait.
             do_cpu_sync: Wait on the host for R and P. False: W rows, see the module's docstring; such a call can be
-                captured in a CUDA graph. Without meaning with `handle`: its numbers hold.
-            do_expand: The expanded layout. With `handle`, must repeat the handle's own.
+                captured in a CUDA graph. Ignored with `handle`, whose numbers apply.
+            do_expand: Return the expanded layout. With `handle`, must equal `handle.do_expand`.
             do_zero_padding: Zero the padding rows (expanded only).
 
         Returns:
             `(recv_x, recv_topk_idx, recv_topk_weights, handle, _)`; see the module's docstring for the layouts.
-            recv_x has x's own type; recv_topk_weights is None when none were sent. The last is deep_ep's event, which
-            a call in stream order has no use for.
+            recv_x has the type of x; recv_topk_weights is None if topk_weights is. The last is deep_ep's event, which
+            calls in stream order do not need.
         """
 
     def combine(
@@ -157,21 +158,21 @@ class Buffer(Protocol):
         *,
         num_sms: int = 0,
     ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
-        """Send rows back and add up those of one token. `x` is NOT scaled by the weights.
+        """Send rows back and sum those of each token. `x` is NOT scaled by the weights.
 
         Args:
             x: [R, H] compact, [P, H] expanded.
             handle: Of the dispatch.
-            topk_weights: [R, K] compact, [P] expanded, fp32, or None: carried back pick by pick, not added up.
+            topk_weights: [R, K] compact, [P] expanded, fp32, or None: returned per selection, not summed.
             num_sms: 0 = the handle's own.
 
         Returns:
             `(combined_x [T, H], combined_topk_weights [T, K] fp32 or None, _)`, the last as in `dispatch`. Weights of
-            -1 picks are 0.
+            -1 selections are 0.
         """
 
     def get_theoretical_num_sms(self, num_experts: int, num_topk: int) -> int:
-        """SMs that the library would take for `num_sms=0`; 0 where there are none."""
+        """SMs that the library takes for `num_sms=0`; 0 on a CPU."""
 
     def destroy(self) -> None:
-        """Release everything. Harmless a second time."""
+        """Release everything. A second call does nothing."""

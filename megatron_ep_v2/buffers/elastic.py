@@ -1,6 +1,6 @@
-"""`deep_ep.ElasticBuffer` (DeepEP V2) as a buffer of the contract: built safely, checked, and torn down without a hang.
+"""`deep_ep.ElasticBuffer` (DeepEP V2) as a buffer of the contract, with checks and a teardown that cannot hang.
 
-The calls themselves are handed through; ElasticBuffer is what the contract was taken from.
+Calls are passed through unchanged: the contract is ElasticBuffer's own interface.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _RDMA_DEVICES = Path("/sys/class/infiniband")
 class ElasticBuffer:
     """An expert-parallel buffer on `deep_ep.ElasticBuffer`; `contract.Buffer` documents the calls.
 
-    Sized for bf16 with the real top-k, whatever the forward payload is: the backward carries gradients in bf16.
+    Sized for bf16 with the model's top-k, whatever the forward payload is: the backward carries gradients in bf16.
 
     Args:
         group: NCCL process group whose communicator exists (a collective ran on it).
@@ -101,7 +101,8 @@ class ElasticBuffer:
         do_expand: bool = False,
         do_zero_padding: bool = False,
     ) -> tuple[Payload, torch.Tensor | None, torch.Tensor | None, Any, Any]:
-        """See `contract.Buffer.dispatch`. InputError, TokenCapacityError, ClosedError come before any kernel runs."""
+        """See `contract.Buffer.dispatch`. Raises InputError, TokenCapacityError and ClosedError before any kernel
+        runs."""
         self._check_ready()
         if handle is None:
             check_group_open(self.group)
@@ -124,7 +125,7 @@ class ElasticBuffer:
             expert_alignment=expert_alignment,
             num_sms=num_sms,
             handle=handle,
-            do_cpu_sync=do_cpu_sync if handle is None else None,  # which a handle has decided
+            do_cpu_sync=do_cpu_sync if handle is None else None,  # fixed by the handle
             do_expand=do_expand,
             do_zero_padding=do_zero_padding,
         )
@@ -149,8 +150,8 @@ class ElasticBuffer:
         )
 
     def destroy(self) -> None:
-        """Release the buffer. deep_ep's own destroy is a barrier of kernels, so it runs only once every rank came here;
-        where one does not come (it failed, or left), the memory is left to the end of the process instead."""
+        """Release the buffer. deep_ep's own destroy is a barrier of kernels, so it runs only if every rank arrives. If
+        one does not (it failed, or left), the memory is freed when the process ends."""
         buffer, self._buffer = self._buffer, None
         if buffer is None:
             return
@@ -177,13 +178,13 @@ def _sort_would_wait(rank: int) -> SettingsError:
 
 
 def _check_generation(kind: Any) -> None:
-    """deep_ep 2.0 has an ElasticBuffer, too; what 2.1 added is told by its API."""
+    """Refuse deep_ep 2.0, which has an ElasticBuffer too; detected by an argument that 2.1 added."""
     if "do_zero_padding" not in inspect.signature(kind.dispatch).parameters:
         raise UnavailableError(
             f"{probe().describe()} is too old",
             found="ElasticBuffer.dispatch without do_zero_padding, as in deep_ep 2.0",
             needed="deep_ep >= 2.1.0",
-            fix="build deep_ep anew from its repository",
+            fix="build deep_ep again from its repository",
         )
 
 

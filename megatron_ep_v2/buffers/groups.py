@@ -1,8 +1,8 @@
-"""Which process group a buffer is built on, where the caller's own is a class that forwards to another.
+"""The process group that a buffer is built on, if the caller's group only forwards to another.
 
 RL trainers that offload give Megatron groups of a subclass of `ProcessGroup`. It holds a real group in an attribute,
-destroys it while the rollout runs, and makes another one afterwards. Rank and size are forwarded; torch.distributed
-knows the real group only, and so do the names, stores and communicators that a buffer needs.
+destroys it while the rollout runs, and creates another one afterwards. It forwards rank and size; but torch.distributed
+registers only the real group, with the name, store and communicator that a buffer needs.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ def registered(group: Any) -> Any:
     """The process group that torch.distributed knows.
 
     Args:
-        group: A process group; or one of a subclass of `ProcessGroup`, one of whose attributes holds that group.
+        group: A process group; or an instance of a subclass of `ProcessGroup` with that group in an attribute.
 
     Returns:
-        `group` itself, or the one that it forwards to. A plain group is returned also when it was destroyed: what is
-        done with it says so.
+        `group` itself, or the one that it forwards to. A plain group is returned even if it was destroyed: its use
+        raises then.
 
     Raises:
-        ClosedError: None of its attributes, or more than one, holds a group that torch.distributed knows.
+        ClosedError: No attribute, or more than one, holds a group that torch.distributed knows.
     """
     if is_registered(group) or type(group) is dist.ProcessGroup or not isinstance(group, dist.ProcessGroup):
         return group
@@ -50,7 +50,7 @@ def registered(group: Any) -> Any:
 
 
 def find_registered(group: Any) -> Any:
-    """As `registered`; None where it raises."""
+    """`registered(group)`, or None where it raises."""
     try:
         return registered(group)
     except ClosedError:
@@ -58,8 +58,8 @@ def find_registered(group: Any) -> Any:
 
 
 def is_registered(group: Any) -> bool:
-    """Whether torch.distributed knows this very object. Its own table is asked, because frameworks with groups of their
-    own replace the functions of torch.distributed that could be asked."""
+    """Whether torch.distributed has registered this object. Reads its private table, because frameworks with their own
+    groups replace its public functions."""
     return group in dist.distributed_c10d._world.pg_map
 
 

@@ -1,10 +1,10 @@
-"""A buffer whose capacity the ranks raise together, where only the batches themselves say how large they get.
+"""A buffer whose capacity the ranks raise together, for batches whose largest size is not known beforehand.
 
-Packed fine-tuning and RL have micro-batches of any length, so the first one says little about the largest. Hence each
+Packed fine-tuning and RL have micro-batches of any length, so the first one says little about the largest. So each
 forward dispatch that may wait on the host begins with one small all-reduce: the most tokens of any rank. If they are
-more than the buffer holds, all ranks build a larger one and go on. A handle belongs to the buffer that made it: its
+more than the buffer holds, all ranks build a larger one and continue. A handle belongs to the buffer that made it: its
 combine and both backwards still use that one. The all-reduce also says whether any rank has a handle of an old buffer.
-If none has, the old ones are destroyed, which is collective; else with the group's buffers.
+If none has, the old ones are destroyed, which is collective; else they are destroyed with the group's buffers.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ logger = logging.getLogger("megatron_ep_v2")
 
 
 class GrowingBuffer:
-    """Calls of `contract.Buffer`, answered by the newest of a row of buffers, or by the one that made the handle.
+    """`contract.Buffer` on a list of buffers: the newest dispatches, and the one that made a handle serves the handle.
 
-    Dispatches that must not wait (`do_cpu_sync=False`, a CUDA graph is captured) ask nobody: there a rank with too many
-    tokens is refused, as by any buffer. So are those that state a capacity of their own.
+    Dispatches that must not wait (`do_cpu_sync=False`, a CUDA graph is captured) skip the all-reduce: a rank with too
+    many tokens raises, as with any buffer. So do dispatches with an explicit capacity.
 
     Args:
-        build: Makes a buffer; collective.
-        spec: Of the first one.
+        build: Builds a buffer; collective.
+        spec: Of the first buffer.
 
     Attributes:
-        buffer: The newest.
+        buffer: The newest buffer.
         grown_from: Capacity of the first one; 0 while it is the newest.
-        comm_stream: None: each buffer has a stream of its own, and the current one waits for it.
+        comm_stream: None: each buffer has its own stream, and the current one waits for it.
     """
 
     comm_stream: torch.cuda.Stream | None = None
@@ -55,11 +55,11 @@ class GrowingBuffer:
 
     @property
     def num_bytes(self) -> int:
-        """Of all that live."""
+        """Device memory of all live buffers."""
         return sum(made.buffer.num_bytes for made in (*self._old, self._newest))
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # so that one without attributes, as a copy begins, does not look for them for ever
+        if name.startswith("_"):  # a copy has no attributes yet, and would recurse for ever
             raise AttributeError(name)
         return getattr(self._newest.buffer, name)
 
@@ -87,7 +87,7 @@ class GrowingBuffer:
         return made.buffer.combine(x, handle, topk_weights, **arguments)
 
     def destroy(self) -> None:
-        """All of them, newest first. Collective, as for one."""
+        """Destroy all buffers, newest first. Collective."""
         self._destroyed = True
         try:
             self._newest.buffer.destroy()
@@ -100,7 +100,7 @@ class GrowingBuffer:
     def _agree(self, rows: torch.Tensor) -> None:
         """Build a larger buffer if a rank has more tokens, and destroy the old ones once no rank needs them."""
         check_group_open(self.group)
-        most, old_needed = self._ask(rows, any(made.needed() for made in self._old))
+        most, old_needed = self._gather(rows, any(made.needed() for made in self._old))
         if self._old and not old_needed:
             if torch.cuda.is_initialized():
                 torch.cuda.synchronize()  # the last kernels of an old buffer may still run
@@ -108,13 +108,13 @@ class GrowingBuffer:
         if most > self._spec.num_max_tokens_per_rank:
             self._grow(most)
 
-    def _ask(self, rows: torch.Tensor, old_needed: bool) -> tuple[int, bool]:
+    def _gather(self, rows: torch.Tensor, old_needed: bool) -> tuple[int, bool]:
         """The most tokens of any rank, and whether any needs an old buffer."""
         num_tokens, buffer = rows.shape[0] if rows.dim() else 0, self._newest.buffer
-        tell = getattr(buffer, "tell_everyone", None)
-        if tell is not None:  # the reference's, which names a rank that is in another call
-            told = tell(2 * num_tokens + old_needed, rows.device)
-            return max(told) // 2, any(value % 2 for value in told)
+        gather_numbers = getattr(buffer, "gather_numbers", None)
+        if gather_numbers is not None:  # the reference's, which names a rank that is in another call
+            gathered = gather_numbers(2 * num_tokens + old_needed, rows.device)
+            return max(gathered) // 2, any(value % 2 for value in gathered)
         stream = buffer.comm_stream
         wanted = torch.tensor([num_tokens, int(old_needed)], device=stream.device if stream else rows.device)
         dist.all_reduce(wanted, dist.ReduceOp.MAX, group=self.group)
@@ -130,7 +130,7 @@ class GrowingBuffer:
         logger.log(
             logging.WARNING if settings.is_first_rank() else logging.INFO,
             "the expert-parallel group's num_max_tokens_per_rank grows from %d to %d, because a rank has %d tokens to "
-            "dispatch; %s=%d (the same on every rank) has it so from the start",
+            "dispatch; set %s=%d (the same on every rank) to start with that capacity",
             before,
             capacity,
             most,
@@ -145,18 +145,19 @@ class GrowingBuffer:
 
 
 class _Made:
-    """A buffer, and who still needs it.
+    """A buffer and its live handles.
 
     Attributes:
-        captured: A CUDA graph has recorded calls of it, and nobody says when that is replayed for the last time.
+        captured: A CUDA graph has recorded calls of it. It is needed for ever, because any replay may be followed by
+            another.
     """
 
     def __init__(self, buffer: Buffer):
         self.buffer, self.captured = buffer, False
-        self._handles: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # they have no hash
+        self._handles: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # not hashable: by id()
 
     def note(self, handle: Any) -> None:
-        """Keep in mind a handle that the buffer has made; a cached dispatch may answer with the one that it got."""
+        """Remember a handle that the buffer returned; a cached dispatch may return the handle that it was given."""
         vars(handle)["maker"] = self
         self._handles[id(handle)] = handle
 
@@ -168,13 +169,13 @@ def round_up(tokens: int) -> int:
     """The next power of two, or three quarters of it.
 
     Each growth costs seconds (a buffer is built, deep_ep compiles kernels for it), so it must not happen for each batch
-    that is a little larger. This way a capacity has doubled after two at most, and a third of the memory at most is not
-    needed. Few values also mean that kernels which an earlier job has compiled are found again.
+    that is a little larger. Two growths at least double the capacity, and at most a third of the memory is unused. Few
+    values also mean that kernels from an earlier job are found in deep_ep's cache.
     """
     power = 1 << max(0, tokens - 1).bit_length()
     return power // 4 * 3 if tokens <= power // 4 * 3 else power
 
 
 def _captured(rows: torch.Tensor) -> bool:
-    """Whether a CUDA graph is recording what is done with these rows."""
+    """Whether a CUDA graph is capturing the calls on these rows."""
     return rows.is_cuda and torch.cuda.is_current_stream_capturing()

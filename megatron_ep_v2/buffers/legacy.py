@@ -1,6 +1,6 @@
 """deep_ep's legacy `Buffer` (DeepEP V1) as a buffer of the contract: compact layout only.
 
-For installations that have only V1 but want this package's checks and pool, and for comparing V1 with V2 in one job.
+For installations with V1 only that use this package's checks and pool, and for comparing V1 with V2 in one job.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DEFAULT_NUM_SMS = 20  # deep_ep's own default for Buffer, and Megatron-Core's
 
 @dataclass(frozen=True)
 class LegacyHandle:
-    """The fields of `contract.Handle` that a compact dispatch of V1 can tell, around V1's own tuple."""
+    """The fields of `contract.Handle` that a compact dispatch of V1 provides, and V1's own tuple."""
 
     raw: tuple[Any, ...]
     rank: int
@@ -45,7 +45,7 @@ class LegacyHandle:
 
     @property
     def psum_num_recv_tokens_per_scaleup_rank(self) -> torch.Tensor:
-        """Of one host: column r of V1's first matrix [ranks, ranks] is what rank r has from all ranks up to a row."""
+        """On one host: column r of V1's first matrix [ranks, ranks] is the running sum of rows that rank r receives."""
         return self.raw[0][:, self.rank].contiguous()
 
     @property
@@ -55,7 +55,7 @@ class LegacyHandle:
 
     @property
     def recv_src_metadata(self) -> torch.Tensor:
-        """Of one host; made on request, for comparisons. Columns as in `contract.Handle`, column 1 and slots unset."""
+        """On one host; built when read, for comparisons. Columns as in `contract.Handle`; column 1 and slots are -1."""
         ends = self.psum_num_recv_tokens_per_scaleup_rank
         source = torch.bucketize(torch.arange(self.num_recv_tokens, device=ends.device), ends, right=True)
         metadata = ends.new_full((self.num_recv_tokens, 2 + self.topk_idx.shape[1]), -1)
@@ -70,7 +70,7 @@ class LegacyBuffer:
         group: NCCL process group.
         spec: What the buffer is built for; V1 sizes by hidden size alone.
         settings: The settings in force.
-        hosts: Unused; V1 finds its hosts itself.
+        hosts: Unused; V1 finds the hosts itself.
 
     Raises:
         SettingsError: An odd number of SMs.
@@ -84,7 +84,7 @@ class LegacyBuffer:
         self.group, self.spec = group, spec
         self.num_max_tokens_per_rank = spec.num_max_tokens_per_rank
         self.num_sms = settings.num_sms or DEFAULT_NUM_SMS
-        self.num_qps = 0  # not a choice of this class
+        self.num_qps = 0  # chosen by deep_ep
         if self.num_sms % 2:
             raise SettingsError(
                 "deep_ep's legacy Buffer sends with one half of its SMs and receives with the other",
@@ -133,8 +133,8 @@ class LegacyBuffer:
         """See `contract.Buffer.dispatch`. `num_sms` is fixed when the buffer is built.
 
         Raises:
-            InputError: Also for the expanded layout, for weights with a handle and for a dispatch without a host wait,
-                which V1 does not have.
+            InputError: Also for what V1 lacks: the expanded layout, weights with a handle, a dispatch without a host
+                wait.
         """
         self._check_open()
         capacity = num_max_tokens_per_rank or self.num_max_tokens_per_rank
@@ -194,12 +194,12 @@ class LegacyBuffer:
         """See `contract.Buffer.combine`."""
         self._check_open()
         check_combine(x, handle, topk_weights, self.group)
-        if topk_weights is not None:  # V1 adds up what all ranks send for a pick, so only its own rank may send
+        if topk_weights is not None:  # V1 sums a selection's weights over ranks, so other ranks must send 0
             topk_weights = topk_weights.masked_fill(handle.recv_topk_idx < 0, 0.0)
         return memory_left_as_it_is(self._buffer.combine)(x, handle.raw, topk_weights=topk_weights)
 
     def destroy(self) -> None:
-        """Release the buffer once every rank came here; see `ElasticBuffer.destroy`."""
+        """Release the buffer once every rank arrives; see `ElasticBuffer.destroy`."""
         buffer, self._buffer = self._buffer, None
         if buffer is not None and everyone_arrives(self.group, "Buffer.destroy") and self._explicit:
             buffer.destroy()

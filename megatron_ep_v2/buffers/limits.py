@@ -1,7 +1,7 @@
-"""What DeepEP's ElasticBuffer carries. It is checked there before a kernel runs, and by the reference buffer in its
-strict mode: so a model that cannot run on DeepEP is refused on a laptop, and not only on the first GPU.
+"""Limits of DeepEP's ElasticBuffer. `elastic.py` checks them before a kernel runs. So does the reference buffer in its
+strict mode, so that a model that cannot run on DeepEP is refused on a laptop already.
 
-None of this waits for a device, and a good call builds no text.
+No check waits for a device, and a valid call builds no text.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def check_limits(group: Any, spec: BufferSpec, *, simulated: bool = False) -> No
     """Refuse a group or a model that ElasticBuffer is not built for.
 
     Args:
-        group: Process group; only its size is asked.
+        group: Process group; only its size is used.
         spec: What the buffer is built for.
-        simulated: It is the strict reference that asks, and says so.
+        simulated: The caller is the strict reference buffer; the message says so.
 
     Raises:
-        InputError: A limit of deep_ep's kernels; the same on every rank.
+        InputError: A limit of deep_ep's kernels is exceeded; the same on every rank.
     """
     num_ranks = group.size()
     num_local = spec.num_experts // num_ranks
@@ -48,7 +48,7 @@ def check_limits(group: Any, spec: BufferSpec, *, simulated: bool = False) -> No
     for good, found, needed in limits:
         if not good:
             raise InputError(
-                f"deep_ep's ElasticBuffer does not carry this shape{_who_asks(simulated)}",
+                f"deep_ep's ElasticBuffer does not carry this shape{_note(simulated)}",
                 found=found,
                 needed=needed,
                 fix=f"change the model's shape, or {_without_deep_ep(simulated)}",
@@ -58,12 +58,12 @@ def check_limits(group: Any, spec: BufferSpec, *, simulated: bool = False) -> No
 def check_rows(
     group: Any, spec: BufferSpec, rows: torch.Tensor, dtype: torch.dtype, *, simulated: bool = False
 ) -> None:
-    """Refuse rows that ElasticBuffer cannot carry: of a dispatch, or to combine.
+    """Refuse rows to dispatch or combine that ElasticBuffer cannot carry.
 
     Args:
-        group, spec, simulated: As in `check_limits`. Rows need not be on a GPU where this is simulated.
-        rows: A matrix [rows, hidden].
-        dtype: bf16; float8_e4m3fn of values that have scales.
+        group, spec, simulated: As in `check_limits`. If simulated, rows need not be on a GPU.
+        rows: [rows, hidden].
+        dtype: bf16; float8_e4m3fn for values with scales.
 
     Raises:
         InputError: Another dtype or hidden size, not contiguous, not on a GPU.
@@ -81,7 +81,7 @@ def check_rows(
         fix = f"move the rows to the GPU of this rank, or {_without_deep_ep(simulated)}"
     strided = "" if rows.is_contiguous() else f", strides {rows.stride()}"
     raise InputError(
-        f"rank {group.rank()}: ElasticBuffer cannot carry these rows{_who_asks(simulated)}",
+        f"rank {group.rank()}: ElasticBuffer cannot carry these rows{_note(simulated)}",
         found=f"{rows.dtype} {tuple(rows.shape)} on {rows.device}{strided}",
         needed=f"{dtype} [rows, {spec.hidden}], contiguous" + ("" if simulated else ", on a CUDA device"),
         fix=fix,
@@ -97,7 +97,7 @@ def check_selections(
     *,
     simulated: bool = False,
 ) -> None:
-    """Refuse what goes with the rows of a dispatch, of what `checks.check_dispatch` lets through.
+    """Refuse selections and weights that pass `checks.check_dispatch` but that ElasticBuffer cannot carry.
 
     Args:
         group, spec, simulated: As in `check_limits`.
@@ -109,7 +109,7 @@ def check_selections(
     if topk_idx is not None:
         if topk_idx.shape[1] != spec.num_topk:
             raise InputError(
-                f"rank {group.rank()}: the group's ElasticBuffer was built for another top-k{_who_asks(simulated)}",
+                f"rank {group.rank()}: the group's ElasticBuffer was built for another top-k{_note(simulated)}",
                 found=f"topk_idx {tuple(topk_idx.shape)}",
                 needed=f"[{len(topk_idx)}, {spec.num_topk}]",
                 fix=f"use one top-k for all layers of a group, or {_ANOTHER_BUFFER}{_or_off(simulated)}",
@@ -121,16 +121,16 @@ def check_selections(
 
 
 def check_contiguous(group: Any, tensor: torch.Tensor | None, name: str, *, simulated: bool = False) -> None:
-    """Refuse a strided tensor with an InputError. name: Of the argument."""
+    """Raise InputError for a strided tensor. name: The argument's name."""
     if tensor is not None and not tensor.is_contiguous():
         raise InputError(
-            f"rank {group.rank()}: ElasticBuffer needs contiguous tensors{_who_asks(simulated)}",
+            f"rank {group.rank()}: ElasticBuffer needs contiguous tensors{_note(simulated)}",
             found=f"{name} of shape {tuple(tensor.shape)} with strides {tensor.stride()}",
             fix=f"pass {name}.contiguous(){_or_off(simulated)}",
         )
 
 
-def _who_asks(simulated: bool) -> str:
+def _note(simulated: bool) -> str:
     return " (the strict reference buffer refuses what DeepEP would refuse on GPUs)" if simulated else ""
 
 

@@ -1,12 +1,12 @@
 """One buffer per process group, shared by all layers, micro-batches and pipeline chunks.
 
-The first dispatch of a group builds its buffer. That is the one moment when the ranks compare what must be equal and
-agree on a capacity; afterwards no rank changes it on its own. Where nothing but that first batch says how large batches
-get, the buffer is one that all ranks can make larger together (see `growing`).
+The first dispatch of a group builds its buffer. Only then do the ranks compare what must be equal and agree on a
+capacity; afterwards no rank changes it on its own. If only that first batch says how large batches get, all ranks can
+enlarge the buffer together (see `growing`).
 
-A buffer is kept under the group that torch.distributed knows, which is also what it is built on. Where the caller's is
-one that forwards to it (see `groups`) and gets another, the buffer of before is not found any more, and goes when the
-next one is built.
+A buffer is built on the group that torch.distributed knows and kept under it. If the caller's group forwards to it (see
+`groups`) and later forwards to another group, the old buffer is not found any more. It is destroyed when the next one
+is built.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from megatron_ep_v2.buffers.growing import GrowingBuffer
 from megatron_ep_v2.errors import EPError
 from megatron_ep_v2.probe import choose, loaded_nccl_version, probe
 from megatron_ep_v2.settings import Settings
-from megatron_ep_v2.watchdog.rendezvous import Meeting
+from megatron_ep_v2.watchdog.rendezvous import Rendezvous
 from megatron_ep_v2.watchdog.watched_buffer import WatchedBuffer, watch
 
 logger = logging.getLogger("megatron_ep_v2")
@@ -49,14 +49,13 @@ logger = logging.getLogger("megatron_ep_v2")
 _pool: dict[Any, Buffer] = {}  # by process group, as torch.distributed knows it
 _capacity_source: dict[Any, str] = {}  # likewise
 _expected_tokens: Callable[[Any], Expected] | None = None
-# Of groups that forward: by the group that they forward to, and the capacity of the buffers that went.
+# For groups that forward: the caller's group by the group that it forwards to, and the capacity of its last buffer.
 _callers: dict[Any, weakref.ref[Any]] = {}
 _reached: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 def find(group: Any) -> Buffer | None:
-    """The group's buffer, if it was built. Once a layer, so it is no more than a look-up; where the group forwards to
-    another, two and what leads there."""
+    """The group's buffer, or None if it was not built. Called once per layer, so it is only a dictionary look-up."""
     return _pool.get(group) or _pool.get(find_registered(group))
 
 
@@ -71,8 +70,8 @@ def get(
     observed: bool = False,
     check: Callable[[], None] = lambda: None,
 ) -> Buffer:
-    """The buffer of a group; built by the first call, which is collective. Later calls only look it up: a rank whose
-    shape changes alone must meet the buffer's own checks, and not a collective that the other ranks are not in.
+    """The buffer of a group; built by the first call, which is collective. Later calls only look it up: if one rank's
+    shape changes, the buffer's checks must raise. A collective here would hang, because the other ranks are not in it.
 
     Args:
         group: Process group, or one that forwards to it (see `groups.registered`).
@@ -81,13 +80,13 @@ def get(
         num_experts: Experts in the whole group.
         num_tokens: Tokens of this rank; they count towards the agreed capacity when the buffer is built.
         payload: Name of the payload's dtype.
-        observed: They are those of one batch, and another may have more. Where nothing else says how many, the capacity
-            can grow.
-        check: Raises an EPError if this rank's input cannot be dispatched. Called before a buffer is built, so that bad
-            input never decides what it looks like; the other ranks are told.
+        observed: `num_tokens` is the size of one batch, and another may be larger. If nothing else gives the size, the
+            capacity can grow.
+        check: Raises an EPError if this rank's input cannot be dispatched. Called before a buffer is built, so that
+            invalid input never decides its size; the other ranks raise PeerError.
 
     Raises:
-        EPError: What `check` raised; on the other ranks PeerError.
+        EPError: Raised by `check`; on the other ranks PeerError.
         GroupMismatchError: On every rank, naming the rank whose value differs.
         TokenCapacityError: The capacity of the settings is below `num_tokens`; on the other ranks PeerError.
         UnavailableError: No buffer can be built here.
@@ -102,7 +101,7 @@ def get(
         expected = _expect(caller)
         settings = settings_module.active()
         if "auto" in (settings.dispatch_dtype, settings.grad_dispatch_dtype):
-            settings_module.settle_dispatch_dtypes("bf16", "no model told its recipe; in the expanded layout they do")
+            settings_module.settle_dispatch_dtypes("bf16", "no model with an fp8_recipe in the expanded layout")
             settings = settings_module.active()
         found = probe()
         kind, refusal = "", None
@@ -110,9 +109,9 @@ def get(
             kind = choose(found, settings, managed=True).kind
             check()
             check_stated(group, num_tokens, settings)
-        except EPError as error:  # the others are told before it is raised
+        except EPError as error:  # raised below, after the other ranks have learnt of it
             refusal = error
-        beliefs: dict[str, Any] = {
+        facts: dict[str, Any] = {
             "hidden": hidden,
             "top-k": num_topk,
             "num_experts": num_experts,
@@ -122,17 +121,17 @@ def get(
             "NCCL": loaded_nccl_version() if found.cuda else None,
             **{name: getattr(settings, name) for name in settings_module.NAMES},
         }
-        meeting = Meeting(group, settings.watchdog_secs)
-        mine = (refusal is not None, beliefs, (num_tokens, expected), socket.gethostname(), meeting.address)
-        meeting.await_everyone()
-        # On NCCL this is also the first collective of the group: it makes the communicator that DeepEP borrows.
-        told: list[Any] = [None] * group.size()
-        dist.all_gather_object(told, mine, group=group)
-        refused, believed, tokens, hosts, addresses = zip(*told, strict=True)
+        rendezvous = Rendezvous(group, settings.watchdog_secs)
+        mine = (refusal is not None, facts, (num_tokens, expected), socket.gethostname(), rendezvous.address)
+        rendezvous.await_everyone()
+        # On NCCL this is also the group's first collective, which creates the communicator that DeepEP borrows.
+        gathered: list[Any] = [None] * group.size()
+        dist.all_gather_object(gathered, mine, group=group)
+        refused, facts_of_ranks, tokens, hosts, addresses = zip(*gathered, strict=True)
         if refusal is not None:
             raise refusal
         raise_refusals(group, refused)
-        compare_over_group("their buffer", {name: [each[name] for each in believed] for name in beliefs})
+        compare_over_group("their buffer", {name: [each[name] for each in facts_of_ranks] for name in facts})
 
         capacity, source, may_grow = choose_capacity(settings, tokens, observed)
         spec = BufferSpec(num_max_tokens_per_rank=capacity, hidden=hidden, num_topk=num_topk, num_experts=num_experts)
@@ -143,7 +142,7 @@ def get(
             return made
 
         own: Any = GrowingBuffer(build, spec) if may_grow else build(spec)
-        buffer = _pool[group] = watch(own, meeting, addresses, hosts)
+        buffer = _pool[group] = watch(own, rendezvous, addresses, hosts)
         _capacity_source[group] = source
         if caller is not group:
             _callers[group] = weakref.ref(caller)
@@ -152,7 +151,7 @@ def get(
 
 
 def _expect(caller: Any) -> Expected:
-    """Of the caller's group, whose last buffer may have grown for good reason."""
+    """What the caller's group may dispatch: at least the capacity that its last buffer had grown to."""
     expected = _expected_tokens(caller) if _expected_tokens else Expected()
     before = _reached.get(caller, 0)
     if before > expected.tokens:
@@ -190,9 +189,9 @@ def get_buffer(
 
 
 def describe(buffer: Buffer, settings: Settings) -> dict[str, str]:
-    """The live facts of a buffer, each with where it came from: the proof that it, and nothing else, is in use."""
+    """Class, sizes and dtypes of a live buffer, each with its source, for the log and `status()`."""
     carrier: Any = buffer
-    while hasattr(carrier, "buffer"):  # below the watchdog, and what lets it grow
+    while hasattr(carrier, "buffer"):  # unwrap WatchedBuffer and GrowingBuffer
         carrier = carrier.buffer
     source, grown_from = _capacity_source[buffer.group], getattr(buffer, "grown_from", 0)
     if grown_from:
@@ -214,7 +213,8 @@ def _explain(value: int, settings: Settings, name: str) -> str:
 
 
 def set_expected_tokens(source: Callable[[Any], Expected] | None) -> None:
-    """Give a function that says how many tokens a rank of a group may dispatch (`capacity.expected`); None: unknown."""
+    """Set the function that returns how many tokens a rank of a group may dispatch (`capacity.expected`); None =
+    unknown."""
     global _expected_tokens
     _expected_tokens = source
 
@@ -225,9 +225,9 @@ def buffers() -> list[Buffer]:
 
 
 def destroy_buffers(group: Any = None) -> None:
-    """Destroy the buffers of a group (None or the world: all), newest first. Called again, it does nothing.
+    """Destroy the buffers of a group (None or the world: all), newest first. A second call does nothing.
 
-    Must come before torch.distributed.destroy_process_group(); after `install()` that happens by itself.
+    Must run before torch.distributed.destroy_process_group(); `install()` makes that automatic.
 
     Args:
         group: Process group, or one that forwards to it.
@@ -248,16 +248,16 @@ def _destroy(group: Any) -> None:
 
 
 def _drop_closed() -> None:
-    """Let go of the buffers of groups that were destroyed without our hook on `destroy_process_group`, and end their
-    watchers. Not collective: a buffer whose group is closed waits for nobody."""
+    """Drop the buffers of groups that were destroyed without our hook on `destroy_process_group`, and end their
+    watchers. Not collective: the buffer of a closed group waits for no rank."""
     for group in [group for group in _pool if not is_registered(group)]:
         _destroy(group)
 
 
 def _leave_to_parent() -> None:
-    """In a forked child: buffers and watchers, and the vote in a teardown, are its parent's. Nothing finds them here
-    any more, neither `destroy_buffers` at the child's exit nor a dispatch; and one reference stays for good, so that no
-    destructor of theirs runs, even when the interpreter ends."""
+    """In a forked child: drop the parent's buffers and watchers, so that neither `destroy_buffers` at exit nor a
+    dispatch finds them. One reference to each is leaked, so that their destructors never run here, even at interpreter
+    exit."""
     of_parent = list(_pool.values())
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(of_parent))
     leave_to_parent([*_pool, *(buffer.group for buffer in of_parent)])

@@ -1,16 +1,16 @@
 """The reference buffer: the contract of `contract.py` on `torch.distributed`, on CPU (gloo) and GPU (nccl).
 
-It is what a laptop trains with and what the other buffers are compared against, so it is strict where they are fast:
+It trains on a laptop and is the reference for the other buffers, so it is strict where they are fast:
 
 - Results repeat bit for bit. Received rows are ordered by (source rank, token), an expert's rows likewise, and sums run
-  in a fixed order, accumulated in at least fp32 (fp64 for fp64): the picks on one rank first, in pick order, rounded to
-  the payload's dtype as the wire carries it, then the ranks in order.
-- Rows that deep_ep leaves uninitialised are NaN here, with ids that look real, so that code which reads them fails on
-  every machine.
-- A rank that refuses its input, in whatever call, tells the others in the call's header, and every rank raises at once.
+  in a fixed order, accumulated in at least fp32 (fp64 for fp64): first a token's selections on one rank, in column
+  order, rounded to the payload's dtype as the wire carries it; then the ranks in order.
+- Rows that deep_ep leaves uninitialised are NaN here, with plausible ids, so that code which reads them fails on every
+  machine.
+- A rank that refuses its input reports so in the call's header, and every rank raises at once.
 - What DeepEP would refuse on GPUs is refused here too, unless the setting `reference_strict` is off (see `limits`).
 
-Two collectives a call: the header, for which the host waits on every device, and the rows with what belongs to them.
+Each call runs two collectives: the header, for which the host waits on every device; and the rows with weights and ids.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ class ReferenceBuffer:
         group: Process group; its backend must carry the payload's device.
         spec: What the buffer is built for.
         settings: None = those in force.
-        hosts: Unused: one row of `carriers.CARRIERS` is built as the other.
+        hosts: Unused; all carriers take the same arguments.
 
     Attributes:
-        strict: As the setting `reference_strict` was when the buffer was built.
-        tells_refusals: A refusal of the caller's own goes to the other ranks as the argument `refusals` of the refused
-            call: see `checks.pass_on`.
+        strict: The setting `reference_strict` when the buffer was built.
+        tells_refusals: The argument `refusals` of a call reports the caller's refusal to the other ranks; see
+            `checks.pass_on`.
 
     Raises:
         InputError: Strict, and ElasticBuffer is not built for this shape.
     """
 
     supports_expand = supports_cached_weights = tells_refusals = True
-    num_bytes = num_sms = num_qps = 0  # it holds nothing between calls
+    num_bytes = num_sms = num_qps = 0  # holds no memory between calls
     comm_stream: torch.cuda.Stream | None = None
 
     def __init__(self, group: Any, spec: BufferSpec, settings: Settings | None = None, hosts: Sequence[str] = ()):
@@ -73,10 +73,11 @@ class ReferenceBuffer:
     def destroy(self) -> None:
         self._destroyed = True
 
-    def tell_everyone(self, value: int, device: torch.device) -> list[int]:
-        """One number of each rank, before a dispatch with rows on this device. Collective; errors as of `dispatch`."""
+    def gather_numbers(self, value: int, device: torch.device) -> list[int]:
+        """Gather one number from each rank, before a dispatch with rows on `device`. Collective; raises as
+        `dispatch`."""
         self._check_open()
-        return tell_everyone(self.group, self._num_dispatches + 1, value, device)
+        return gather_numbers(self.group, self._num_dispatches + 1, value, device)
 
     def dispatch(
         self,
@@ -97,7 +98,7 @@ class ReferenceBuffer:
         """See `contract.Buffer.dispatch`. With an fp64 payload, fp64 weights are carried too.
 
         Args:
-            refusals: An error to raise instead of a dispatch, once the other ranks have been told.
+            refusals: An error to raise instead of a dispatch, once it has been reported to the other ranks.
 
         Raises:
             InputError, TokenCapacityError: This rank's input is refused.
@@ -119,7 +120,7 @@ class ReferenceBuffer:
             refusals.append(error)
         if handle is not None:
             agree_to_repeat(self.group, "cached dispatch", handle, x, topk_weights, refusals)
-            route, picks = handle.route, []
+            route, selections = handle.route, []
         else:
             self._num_dispatches += 1
             route = agree_on_route(
@@ -137,12 +138,12 @@ class ReferenceBuffer:
             )
             assert topk_idx is not None
             token = torch.arange(len(topk_idx), device=topk_idx.device)[:, None]
-            picks = [torch.cat([token, topk_idx], dim=1).to(torch.int32)]
+            selections = [torch.cat([token, topk_idx], dim=1).to(torch.int32)]
         weights = [] if topk_weights is None else [topk_weights]
-        columns = values + weights + picks
+        columns = values + weights + selections
         received = exchange_rows(self.group, columns, route.send_tokens, route.send_counts, route.recv_counts)
         if handle is None:
-            assert topk_idx is not None and num_experts is not None  # or they would have been refused
+            assert topk_idx is not None and num_experts is not None  # else check_dispatch raised
             handle = make_handle(
                 self.group, topk_idx, received.pop(), num_experts, capacity, alignment, num_sms, do_expand, route
             )
@@ -172,7 +173,7 @@ class ReferenceBuffer:
         num_sms: int = 0,
         refusals: list[EPError] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
-        """See `contract.Buffer.combine`. refusals: As of `dispatch`.
+        """See `contract.Buffer.combine`. refusals: See `dispatch`.
 
         Raises:
             InputError: Shapes or dtypes do not fit the handle.
@@ -192,7 +193,7 @@ class ReferenceBuffer:
         except EPError as error:
             refusals.append(error)
         agree_to_repeat(self.group, "combine", handle, x, topk_weights, refusals)
-        real = sum(handle.route.recv_counts)  # fewer than x has, where the dispatch did not wait for the count
+        real = sum(handle.route.recv_counts)  # x has more rows if the dispatch did not wait for the count
         columns, weights = [x[:real]], topk_weights
         if handle.do_expand:
             slots = handle.recv_src_metadata[:, 2:]
@@ -205,22 +206,22 @@ class ReferenceBuffer:
         returned = exchange_rows(self.group, columns, None, route.recv_counts, route.send_counts)
 
         num_tokens, num_topk = handle.topk_idx.shape
-        by_token = torch.argsort(route.send_tokens, stable=True)  # of one token: in the order of the ranks
+        by_token = torch.argsort(route.send_tokens, stable=True)  # rows of one token stay in rank order
         combined_x = sum_rows(returned[0], by_token, torch.bincount(route.send_tokens, minlength=num_tokens))
         if topk_weights is None:
             return combined_x, None, None
         ranks = torch.arange(self.num_ranks, device=x.device)
         sent_to = ranks.repeat_interleave(torch.tensor(route.send_counts, device=x.device))
-        picked_rank = handle.topk_idx[route.send_tokens] // (handle.num_experts // self.num_ranks)  # -1 stays -1
-        row, pick = (picked_rank == sent_to[:, None]).nonzero(as_tuple=True)
+        selected_rank = handle.topk_idx[route.send_tokens] // (handle.num_experts // self.num_ranks)  # -1 stays -1
+        row, k = (selected_rank == sent_to[:, None]).nonzero(as_tuple=True)
         combined_weights = topk_weights.new_zeros(num_tokens, num_topk)
-        combined_weights[route.send_tokens[row], pick] = returned[1][row, pick]
+        combined_weights[route.send_tokens[row], k] = returned[1][row, k]
         return combined_x, combined_weights, None
 
     def _check_carried(
         self, x: Payload, topk_idx: torch.Tensor | None, topk_weights: torch.Tensor | None, num_experts: int | None
     ) -> None:
-        """What the reference does not take; and, where it is strict, what ElasticBuffer would not."""
+        """Refuse what the reference cannot carry; if strict, also what ElasticBuffer cannot."""
         rows, dtype = (x[0], torch.float8_e4m3fn) if isinstance(x, tuple) else (x, torch.bfloat16)
         check_dtype(rows, self.rank)
         if self.strict:
@@ -237,10 +238,9 @@ class ReferenceBuffer:
 
 # ----------------------------------------------------------------------------------------------------- header of a call
 #
-# Who sends how many rows to whom, and whether every rank agrees. It is of one size for all calls, and comes before
-# any row does. So a rank that refuses its rows tells the others in it, whatever is wrong with them; and where ranks
-# differ in what they are about to send, or in the call itself, all of them raise before a message arrives that is not
-# of the size they wait for.
+# The number of rows between each pair of ranks, and the facts that every rank must agree on. It has one size for all
+# calls and goes before the rows. So a rank can report that it refuses its rows; and if ranks differ in what they send,
+# or in the call itself, all of them raise before a message of an unexpected size arrives.
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn)
 _CALLS = ("dispatch", "cached dispatch", "combine")
@@ -248,10 +248,10 @@ _CALLS = ("dispatch", "cached dispatch", "combine")
 
 @dataclass(frozen=True)
 class Route:
-    """Who sends what to whom, for one batch.
+    """Rows that the ranks exchange for one batch.
 
     Attributes:
-        number: Of the dispatch, counted by its buffer; the same on every rank.
+        number: Number of the dispatch, counted by its buffer; the same on every rank.
         send_tokens: [S] int64, the token of each row that this rank sends, by (destination rank, token).
         send_counts: Rows sent to each rank.
         recv_counts: Rows received from each rank.
@@ -276,17 +276,17 @@ def agree_on_route(
     do_cpu_sync: bool,
     refusals: list[EPError],
 ) -> Route:
-    """The header of a first dispatch. number: See `Route`. refusals: What this rank raises instead of sending rows,
-    which is taken out of the list; empty = nothing.
+    """Exchange the header of a first dispatch. number: See `Route`. refusals: The error that this rank raises instead
+    of sending rows, popped from the list; empty = none.
 
     Raises:
-        EPError: That, once the other ranks have it; PeerError on those.
-        GroupMismatchError: On every rank, if they differ in what they dispatch.
+        EPError: From `refusals`, once it has been reported to the other ranks; PeerError on those.
+        GroupMismatchError: On every rank, if their dispatches differ.
     """
     num_ranks = group.size()
     rows, counts = x[0] if isinstance(x, tuple) else x, None
     if not refusals:
-        assert topk_idx is not None and num_experts is not None  # or they would have been refused
+        assert topk_idx is not None and num_experts is not None  # else `refusals` has the error
         selected_rank = torch.where(topk_idx >= 0, topk_idx // (num_experts // num_ranks), num_ranks)
         goes_to = torch.zeros(len(topk_idx), num_ranks + 1, dtype=torch.bool, device=rows.device)
         goes_to = goes_to.scatter_(1, selected_rank, True)[:, :num_ranks]
@@ -295,14 +295,15 @@ def agree_on_route(
         "dispatch", number, x, topk_idx, topk_weights, num_experts, capacity, alignment, do_expand, do_cpu_sync
     )
     recv_counts = _exchange(group, rows.device, facts, refusals, counts)
-    assert counts is not None  # as it is raised otherwise
+    assert counts is not None  # else _exchange raised
     return Route(number, goes_to.t().nonzero()[:, 1], counts.tolist(), recv_counts)
 
 
 def agree_to_repeat(
     group: Any, call: str, handle: Any, x: Payload, topk_weights: torch.Tensor | None, refusals: list[EPError]
 ) -> None:
-    """The header of a call by a handle. call: "cached dispatch" or "combine". refusals, errors: As `agree_on_route`."""
+    """Exchange the header of a call with a handle. call: "cached dispatch" or "combine". refusals: See
+    `agree_on_route`."""
     rows = x[0] if isinstance(x, tuple) else x
     facts = _facts(
         call,
@@ -319,14 +320,14 @@ def agree_to_repeat(
     _exchange(group, rows.device, facts, refusals)
 
 
-def tell_everyone(group: Any, number: int, value: int, device: torch.device) -> list[int]:
-    """The header with nothing to send: one number of each rank. It begins a dispatch, so a rank that is in another call
-    is named.
+def gather_numbers(group: Any, number: int, value: int, device: torch.device) -> list[int]:
+    """Gather one number from each rank, with a header that announces no rows. It counts as a dispatch's header, so that
+    a rank in another call is named.
 
     Args:
-        number: Of the dispatch.
-        value: Of this rank, 0 or more.
-        device: Of the rows that the dispatch will carry.
+        number: Number of the dispatch.
+        value: This rank's number, 0 or more.
+        device: Device of the rows that the dispatch will carry.
     """
     facts = _facts("dispatch", number, torch.empty(0), None, None, 0, 0, 0, do_expand=False, do_cpu_sync=True)
     return _exchange(group, device, facts, [], torch.full((group.size(),), value, device=device))
@@ -344,7 +345,7 @@ def _facts(
     do_expand: bool,
     do_cpu_sync: bool,
 ) -> dict[str, int]:
-    """What must be equal on every rank, of any call: as many numbers in each."""
+    """Values that must be equal on every rank; the same number of them for every call."""
     rows, scales = x if isinstance(x, tuple) else (x, None)
     return {
         "call": _CALLS.index(call),
@@ -365,7 +366,7 @@ def _facts(
 def _exchange(
     group: Any, device: torch.device, facts: dict[str, int], refusals: list[EPError], counts: torch.Tensor | None = None
 ) -> list[int]:
-    """The rows that come from each rank; or what any of them refuses is raised. counts: [ranks], rows that go there."""
+    """Exchange headers; returns the number of rows from each rank. counts: [ranks], rows sent to each; None = 0."""
     mine = [len(refusals), *facts.values()]
     outgoing = torch.tensor([0, *mine], device=device).repeat(group.size(), 1)
     if counts is not None:
@@ -375,7 +376,7 @@ def _exchange(
     by_rank = incoming.tolist()
     if refusals:
         raise refusals.pop()
-    if any(told[1:] != mine for told in by_rank):
+    if any(header[1:] != mine for header in by_rank):
         _, refused, *columns = zip(*by_rank, strict=True)
         call = _CALLS[facts["call"]]
         raise_refusals(group, refused, call)
@@ -383,11 +384,11 @@ def _exchange(
         by_name["call"] = [_CALLS[code] for code in by_name["call"]]
         by_name["payload dtype"] = [str(_DTYPES[code]) for code in by_name["payload dtype"]]
         compare_over_group(f"a {call}", by_name)
-    return [told[0] for told in by_rank]
+    return [header[0] for header in by_rank]
 
 
 def check_dtype(rows: torch.Tensor, rank: int) -> None:
-    """Refuse rows that are no floating-point numbers. rank: Of this process in the group."""
+    """Refuse rows of another dtype than `_DTYPES`. rank: This rank in the group."""
     if rows.dtype not in _DTYPES:
         raise InputError(
             f"rank {rank}: the reference buffer cannot carry {rows.dtype}",
@@ -397,13 +398,13 @@ def check_dtype(rows: torch.Tensor, rank: int) -> None:
 
 
 def check_distinct(topk_idx: torch.Tensor, rank: int) -> None:
-    """Refuse what other buffers only meet on the device: deep_ep answers a repeated id with a device assertion."""
+    """Refuse a token that selects one expert twice. deep_ep finds it only on the device, with an assertion."""
     ordered = topk_idx.sort(dim=1).values
     twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(dim=1)
     if bool(twice.any()):
         token = int(twice.nonzero()[0])
         raise InputError(
-            f"rank {rank}: token {token} picks one expert twice",
+            f"rank {rank}: token {token} selects one expert twice",
             found=f"topk_idx[{token}] = {topk_idx[token].tolist()}",
             needed="distinct ids, or -1, in each token",
             fix="take the ids from a top-k over distinct experts",
@@ -415,7 +416,7 @@ def check_distinct(topk_idx: torch.Tensor, rank: int) -> None:
 
 @dataclass(frozen=True)
 class ReferenceHandle:
-    """`contract.Handle`, and what the reference needs beyond it to repeat or reverse the routing."""
+    """`contract.Handle`, and the route and ids with which the reference repeats or reverses the routing."""
 
     do_expand: bool
     num_experts: int
@@ -437,7 +438,7 @@ class ReferenceHandle:
 def make_handle(
     group: Any,
     topk_idx: torch.Tensor,
-    recv_picks: torch.Tensor,
+    recv_selections: torch.Tensor,
     num_experts: int,
     capacity: int,
     alignment: int,
@@ -445,14 +446,15 @@ def make_handle(
     do_expand: bool,
     route: Route,
 ) -> ReferenceHandle:
-    """Find a place for every received pick. recv_picks: [R, 1 + K] int32, source token and global expert ids."""
+    """Assign a slot to every received selection. recv_selections: [R, 1 + K] int32, source token and global expert
+    ids."""
     device = topk_idx.device
     num_local = num_experts // group.size()
-    local_idx = recv_picks[:, 1:].long() - group.rank() * num_local
+    local_idx = recv_selections[:, 1:].long() - group.rank() * num_local
     is_local = (local_idx >= 0) & (local_idx < num_local)
     local_idx = torch.where(is_local, local_idx, -1)
-    row, pick = is_local.nonzero(as_tuple=True)
-    expert = local_idx[row, pick]
+    row, k = is_local.nonzero(as_tuple=True)
+    expert = local_idx[row, k]
     counts = torch.bincount(expert, minlength=num_local)
     padded = (counts + alignment - 1) // alignment * alignment
     ends = padded.cumsum(dim=0)
@@ -460,13 +462,13 @@ def make_handle(
     slots = torch.full_like(local_idx, -1)
     by_expert = torch.argsort(expert, stable=True)
     rank_in_expert = torch.arange(len(expert), device=device) - (counts.cumsum(0) - counts)[expert[by_expert]]
-    slots[row[by_expert], pick[by_expert]] = (ends - padded)[expert[by_expert]] + rank_in_expert
+    slots[row[by_expert], k[by_expert]] = (ends - padded)[expert[by_expert]] + rank_in_expert
 
     recv_counts = torch.tensor(route.recv_counts, device=device)
     source_rank = torch.arange(group.size(), device=device).repeat_interleave(recv_counts)
-    source = source_rank * capacity + recv_picks[:, 0]
-    first_pick = is_local.int().argmax(dim=1)
-    metadata = torch.stack([source, source_rank * topk_idx.shape[1] + first_pick], dim=1)
+    source = source_rank * capacity + recv_selections[:, 0]
+    first_selection = is_local.int().argmax(dim=1)
+    metadata = torch.stack([source, source_rank * topk_idx.shape[1] + first_selection], dim=1)
     return ReferenceHandle(
         do_expand=do_expand,
         num_experts=num_experts,
@@ -474,7 +476,7 @@ def make_handle(
         num_max_tokens_per_rank=capacity,
         num_sms=num_sms,
         topk_idx=topk_idx.clone(),
-        num_recv_tokens=len(recv_picks),
+        num_recv_tokens=len(recv_selections),
         num_expanded_tokens=int(ends[-1]),
         num_recv_tokens_per_expert_list=padded.tolist(),
         psum_num_recv_tokens_per_scaleup_rank=recv_counts.cumsum(0).int(),
@@ -487,16 +489,16 @@ def make_handle(
 
 
 def forget_counts(handle: ReferenceHandle, num_ranks: int) -> ReferenceHandle:
-    """The handle of a dispatch without a host wait: the most rows that could arrive, garbage from R on."""
+    """The handle of a dispatch without a host wait: upper bounds instead of counts, garbage from row R on."""
     num_local = handle.num_experts // num_ranks
     most, alignment = num_ranks * handle.num_max_tokens_per_rank, handle.expert_alignment
-    picks = most * min(handle.topk_idx.shape[1], num_local) + (alignment - 1) * num_local
+    selections = most * min(handle.topk_idx.shape[1], num_local) + (alignment - 1) * num_local
     ids = with_garbage(handle.recv_topk_idx, most)
-    ids[handle.num_recv_tokens :] %= num_local  # ids that nobody can tell from real ones
+    ids[handle.num_recv_tokens :] %= num_local  # ids that look real
     return replace(
         handle,
         num_recv_tokens=most,
-        num_expanded_tokens=-(-picks // alignment) * alignment,
+        num_expanded_tokens=-(-selections // alignment) * alignment,
         num_recv_tokens_per_expert_list=[],
         recv_src_metadata=with_garbage(handle.recv_src_metadata, most),
         recv_topk_idx=ids,
@@ -520,9 +522,9 @@ def exchange_rows(
 
     Args:
         group: Process group.
-        columns: Matrices [N, ...] with a common N, of any dtypes. Emptied, so that rows made only to be sent are freed
+        columns: Matrices [N, ...] with a common N, of any dtypes. The list is emptied, so that temporary rows are freed
             once they are packed.
-        chosen: [sum(send_counts)] int64, the row that goes out at each place; None = all N, in order.
+        chosen: [sum(send_counts)] int64, the row sent at each position; None = all N, in order.
         send_counts, recv_counts: Rows to and from each rank.
 
     Returns:
@@ -530,23 +532,23 @@ def exchange_rows(
     """
     if len(columns) == 1 and chosen is None:
         message = columns.pop()
-        # An empty view counts as contiguous whatever its strides, and then cannot be seen as bytes.
+        # An empty view counts as contiguous whatever its strides, but cannot be viewed as bytes.
         message = message.contiguous() if len(message) else message.new_empty(message.shape)
         incoming = message.new_empty(sum(recv_counts), message.shape[1])
         _all_to_all(incoming.view(torch.uint8), message.view(torch.uint8), recv_counts, send_counts, group)
         return [incoming]
 
-    # Each matrix starts at a multiple of 8 bytes, and so does each row, so that every dtype can be viewed in place.
-    places, row_bytes = [], 0
+    # Each matrix and each row starts at a multiple of 8 bytes, so that every dtype can be viewed in place.
+    spans, row_bytes = [], 0
     for column in columns:
         num_bytes = column.shape[1] * column.element_size()
-        places.append((slice(row_bytes, row_bytes + num_bytes), column.dtype))
+        spans.append((slice(row_bytes, row_bytes + num_bytes), column.dtype))
         row_bytes += -(-num_bytes // 8) * 8
 
     outgoing = torch.empty(sum(send_counts), row_bytes, dtype=torch.uint8, device=columns[0].device)
-    for place, dtype in reversed(places):
+    for span, dtype in reversed(spans):
         kind = _SAME_SIZE_INT[dtype.itemsize]
-        source, target = columns.pop().contiguous().view(kind), outgoing[:, place].view(kind)
+        source, target = columns.pop().contiguous().view(kind), outgoing[:, span].view(kind)
         if chosen is None:
             target.copy_(source)
         else:
@@ -554,13 +556,13 @@ def exchange_rows(
     del source
     incoming = outgoing.new_empty(sum(recv_counts), row_bytes)
     _all_to_all(incoming, outgoing, recv_counts, send_counts, group)
-    return [incoming[:, place].view(dtype) for place, dtype in places]
+    return [incoming[:, span].view(dtype) for span, dtype in spans]
 
 
 def sum_rows(rows: torch.Tensor, order: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Add up groups of rows: group i takes the next counts[i] entries of `order`, one after the other.
+    """Sum groups of rows: group i takes the next counts[i] entries of `order`.
 
-    embedding_bag does it in one pass, in the order given, with fp32 accumulators for 2-byte rows.
+    embedding_bag sums in one pass, in the given order, with fp32 accumulators for 2-byte rows.
 
     Args:
         rows: [N, H].
@@ -576,40 +578,40 @@ def sum_rows(rows: torch.Tensor, order: torch.Tensor, counts: torch.Tensor) -> t
 
 
 def expand_rows(
-    columns: list[torch.Tensor], slots: torch.Tensor, num_places: int, *, has_weights: bool, zero: bool
+    columns: list[torch.Tensor], slots: torch.Tensor, num_slots: int, *, has_weights: bool, zero: bool
 ) -> list[torch.Tensor]:
-    """Spread received rows over the places of their picks.
+    """Copy received rows to the slots of their selections.
 
     Args:
         columns: Matrices [R, ...]; with `has_weights`, the last one is [R, K] weights.
-        slots: [R, K] int64, the place of each pick, -1 = none here.
-        num_places: P; places that no pick has are padding.
+        slots: [R, K] int64, the slot of each selection, -1 = none here.
+        num_slots: P; slots without a selection are padding.
         has_weights: See `columns`.
         zero: Fill padding with zeros instead of NaN.
 
     Returns:
         [P, ...] for each matrix; [P] for the weights.
     """
-    row, pick = (slots >= 0).nonzero(as_tuple=True)
-    place = slots[row, pick]
-    source = torch.full((num_places,), -1, device=slots.device)
-    source[place] = row
+    row, k = (slots >= 0).nonzero(as_tuple=True)
+    slot = slots[row, k]
+    source = torch.full((num_slots,), -1, device=slots.device)
+    source[slot] = row
     spread = []
     if has_weights:
         *columns, weights = columns
-        spread_weights = weights.new_full((num_places,), 0.0 if zero else float("nan"))
-        spread_weights[place] = weights[row, pick]
+        spread_weights = weights.new_full((num_slots,), 0.0 if zero else float("nan"))
+        spread_weights[slot] = weights[row, k]
     for column in columns:
         bits = column.view(_SAME_SIZE_INT[column.dtype.itemsize]).index_select(0, source.clamp(min=0))
-        if len(row) < num_places:
+        if len(row) < num_slots:
             bits[source < 0] = 0 if zero else _nan_bits(column.dtype)
         spread.append(bits.view(column.dtype))
     return [*spread, spread_weights] if has_weights else spread
 
 
 def with_garbage(rows: torch.Tensor, num_rows: int) -> torch.Tensor:
-    """The rows [N, ...], contiguous, and behind them what deep_ep leaves uninitialised: NaN, or row numbers where the
-    dtype has none. num_rows: N or more."""
+    """The rows [N, ...], contiguous, extended to `num_rows` (N or more) with garbage, which deep_ep leaves
+    uninitialised: NaN, or row numbers for integer dtypes."""
     if len(rows) == num_rows:
         return rows.contiguous()
     longer = rows.new_empty(num_rows, *rows.shape[1:])

@@ -1,4 +1,4 @@
-"""`python -m megatron_ep_v2 doctor [--json] [--ranks N]`: what is wrong here, before a job finds out."""
+"""`python -m megatron_ep_v2 doctor [--json] [--ranks N]`: find out what is wrong here before a job does."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from megatron_ep_v2.doctor.trial import run_trial
 
 
 def doctor(arguments: list[str]) -> int:
-    """Look at everything and print a table; with --json, one document, which an issue report should carry.
+    """Run all checks and print a table; with --json, one document for issue reports.
 
-    Run it as the job is run: in its folder, with its environment variables, on its machine.
+    Run it as the job runs: in its folder, with its environment variables, on its machine.
 
     Returns:
         The exit status: 1 if a check failed, else 0.
@@ -51,7 +51,7 @@ def doctor(arguments: list[str]) -> int:
 def _try(ranks: int, facts: Facts, checks: list[Check]) -> tuple[Check, Facts]:
     failed, count = _failed(checks), len(gpus(facts))
     if failed:
-        return Check("skip", f"not before this is mended: {failed}", name="trial"), {}
+        return Check("skip", f"not before this is fixed: {failed}", name="trial"), {}
     if ranks < 1 or 0 < count < ranks:
         fix = f"--ranks {count or 2}, or CUDA_VISIBLE_DEVICES= for processes on the CPU"
         return Check("fail", f"{ranks} ranks, {count} GPUs", "a GPU for each rank, or no GPU", fix, "trial"), {}
@@ -63,9 +63,9 @@ def _failed(checks: list[Check]) -> str:
 
 
 def _usable(facts: Facts, checks: list[Check]) -> str:
-    """What carries the tokens after `install()`, with the settings as they are."""
+    """The carrier after `install()` with the present settings, in words."""
     if failed := _failed(checks):
-        return f"nothing, before this is mended: {failed}"
+        return f"nothing, before this is fixed: {failed}"
     settings, kind, count = facts["settings"], facts["deep_ep"]["choice"], len(gpus(facts))
     if kind == "megatron":
         return f"Megatron's own path on the legacy Buffer, {count} GPUs of this host"
@@ -82,7 +82,7 @@ def _usable(facts: Facts, checks: list[Check]) -> str:
 
 
 def _table(checks: list[Check]) -> str:
-    """Aligned: status, name, what was found; below what is not right, what is needed and how to fix it."""
+    """Format aligned lines: status, name, found; below each problem, what is needed and how to fix it."""
     width = max(len(check.name) for check in checks)
     lines = []
     for check in checks:

@@ -1,9 +1,8 @@
 """`python -m megatron_ep_v2 patch apply|revert|check [PATH]`: a Megatron that needs no `install()` call.
 
-A patch of `patches/` adds a hook to one file of Megatron: it calls `install()` before a MoE layer with the flex
-dispatcher of backend "deepep" is built, where this package is installed, and does nothing where it is not. The files
-are plain unified diffs, which `git apply` and `patch` take as well; here they are applied to the exact text or not at
-all.
+A patch of `patches/` adds a hook to one file of Megatron. If this package is installed, the hook calls `install()`
+before a MoE layer with the flex dispatcher of backend "deepep" is built; else it does nothing. The files are plain
+unified diffs, which `git apply` and `patch` accept too; here they are applied to the exact text or not at all.
 """
 
 from __future__ import annotations
@@ -28,9 +27,9 @@ class Patch:
     """A unified diff of one file.
 
     Attributes:
-        name: The patch's own file name.
-        path: The file that it changes, from the folder that holds `megatron/`.
-        hunks: (text before, text after) of each, with its context; whole lines.
+        name: File name of the patch.
+        path: The file that it changes, relative to the folder that holds `megatron/`.
+        hunks: (text before, text after) of each hunk, with its context; whole lines.
     """
 
     name: str
@@ -39,29 +38,29 @@ class Patch:
 
     @classmethod
     def read(cls, file: Path) -> Patch:
-        """One of our own files: tests check that it is well-formed."""
+        """Parse one of this package's own files; tests check that they are well-formed."""
         head, *hunks = re.split(rb"^@@.*\n", file.read_bytes(), flags=re.MULTILINE)
         (path,) = re.findall(rb"^\+\+\+ b/(\S+)$", head, flags=re.MULTILINE)
         return cls(file.name, path.decode(), tuple((_side(hunk, b"-"), _side(hunk, b"+")) for hunk in hunks))
 
     def turn(self, content: bytes, *, back: bool = False) -> bytes | None:
-        """The file with the patch applied (or taken back); None unless every hunk's text is there exactly once."""
+        """Apply the patch (or revert it) to a file's content; None unless each hunk's text occurs exactly once."""
         for before, after in self.hunks:
             old, new = (after, before) if back else (before, after)
-            places = [match.start() for match in re.finditer(rb"^" + re.escape(old), content, flags=re.MULTILINE)]
-            if len(places) != 1:
+            matches = [match.start() for match in re.finditer(rb"^" + re.escape(old), content, flags=re.MULTILINE)]
+            if len(matches) != 1:
                 return None
-            content = content[: places[0]] + new + content[places[0] + len(old) :]
+            content = content[: matches[0]] + new + content[matches[0] + len(old) :]
         return content
 
 
 @dataclass(frozen=True)
 class Found:
-    """How a Megatron stands to a patch: `applied`, or it fits and `other` is the file with it applied.
+    """A patch that fits a Megatron or is applied to it.
 
     Attributes:
         file: The file in that Megatron.
-        other: What the file becomes: with the patch, or without it if it is applied.
+        other: Content of the file with the patch, or without it if it is applied.
     """
 
     patch: Patch
@@ -71,17 +70,17 @@ class Found:
 
 
 def patch(arguments: list[str]) -> int:
-    """Run the command; see the module.
+    """Run the command; see the module's docstring.
 
     Args:
         arguments: An action, and the folder that holds `megatron/`: a Megatron-LM source tree or site-packages.
             Without one, the Megatron that this Python imports.
 
     Returns:
-        Exit status: of `check`, 0 if the patch is applied and 1 if it fits but is not; else 0.
+        Exit status of `check`: 0 if the patch is applied, 1 if it fits but is not applied. Else 0.
 
     Raises:
-        SettingsError: There is no such action, no Megatron at that place, or its file cannot be written.
+        SettingsError: The action is unknown, there is no Megatron at that path, or its file cannot be written.
         SeamError: No patch fits; nothing was changed.
     """
     action, *rest = arguments or [""]
@@ -102,7 +101,7 @@ def patch(arguments: list[str]) -> int:
 
 
 def installed_megatron() -> Path:
-    """The folder of the `megatron` that this Python would import, without importing it."""
+    """Find the folder of the `megatron` that this Python would import, without importing it."""
     try:
         spec = importlib.util.find_spec("megatron.core")
     except ModuleNotFoundError:
@@ -117,11 +116,11 @@ def installed_megatron() -> Path:
 
 
 def find(root: Path) -> Found:
-    """The patch that is applied to the Megatron in `root`, or else one that fits it.
+    """Find the patch that is applied to the Megatron in `root`, or else one that fits it.
 
     Raises:
         SettingsError: There is no `megatron/core` in `root`.
-        SeamError: Neither; the message says why, patch by patch.
+        SeamError: There is neither; the message gives the reason for each patch.
     """
     if not (root / "megatron" / "core").is_dir():
         raise SettingsError(
@@ -154,7 +153,7 @@ def load_patches() -> list[Patch]:
 
 
 def _side(hunk: bytes, sign: bytes) -> bytes:
-    """The lines of one side: those with its sign, and the context."""
+    """The lines of one side of a hunk: those with its sign, and the context."""
     lines = hunk.splitlines(keepends=True)
     return b"".join(line[1:] for line in lines if line[:1] in (b" ", sign))
 
@@ -168,7 +167,7 @@ def _refusal(content: bytes | None, one: Patch) -> str:
 
 
 def _write(file: Path, content: bytes) -> None:
-    """In one step, and as a new file: installers such as uv share a file with their cache through a hard link."""
+    """Replace a file atomically by a new one: installers such as uv share files with their cache through hard links."""
     temporary = file.with_name(file.name + ".megatron_ep_v2")
     try:
         temporary.write_bytes(content)

@@ -1,4 +1,4 @@
-"""`python -m megatron_ep_v2 run SCRIPT ARGS...`: install(), then the script, unchanged and with its own arguments."""
+"""`python -m megatron_ep_v2 run SCRIPT ARGS...`: call install(), then run the unchanged script with its arguments."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from megatron_ep_v2.settings import is_first_rank
 
 
 class UsageError(SettingsError):
-    """This command's own arguments cannot be used."""
+    """The command's arguments are invalid."""
 
 
 def run(arguments: list[str]) -> None:
     """Run a training script with Megatron's flex dispatcher on this package.
 
     The script sees sys.argv, sys.path[0] and __name__ as if Python had been started with it, so that a Megatron-LM
-    source tree beside it is imported before an installed megatron-core. Works under torchrun:
+    source tree next to it is imported before an installed megatron-core. Works under torchrun:
 
         torchrun --nproc-per-node 8 -m megatron_ep_v2 run pretrain_gpt.py ...
 
@@ -30,8 +30,8 @@ def run(arguments: list[str]) -> None:
         arguments: The script's path and its own arguments; or -m, a module's name and its arguments.
 
     Raises:
-        SettingsError: No script, or no file at its path.
-        EPError: From `install()`; nothing was run.
+        SettingsError: No script was given, or its path is no file.
+        EPError: From `install()`; the script did not run.
     """
     as_module = arguments[:1] == ["-m"]
     script, *rest = (arguments[1:] if as_module else arguments) or [""]
@@ -42,7 +42,7 @@ def run(arguments: list[str]) -> None:
             needed="the path of a Python file, or -m MODULE",
             fix="python -m megatron_ep_v2 run pretrain_gpt.py --moe-token-dispatcher-type flex ...",
         )
-    if not getattr(sys.flags, "safe_path", False):  # then nothing stands before PYTHONPATH
+    if not getattr(sys.flags, "safe_path", False):  # with safe_path, sys.path[0] is not the script's folder
         sys.path[0] = os.getcwd() if as_module else str(Path(script).resolve().parent)
     sys.argv = [script, *rest]
     logger = logging.getLogger("megatron_ep_v2")

@@ -1,1 +1,2 @@
-"""What is wrong with this environment: facts are gathered (facts.py, host.py, imports.py), then judged (checks.py)."""
+"""Diagnosis of this environment: gathers facts (facts.py, host.py, imports.py), then checks them (software.py,
+hardware.py)."""

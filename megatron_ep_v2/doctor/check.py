@@ -1,4 +1,4 @@
-"""What a check is, and the few questions about the facts that most checks ask."""
+"""The class of a check, and functions of the facts that several checks use."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Check:
     """One line of the table.
 
     Attributes:
-        status: "ok"; "warn": works, but not everything or not well; "fail": cannot work; "skip": does not matter here.
-        found: What is there.
-        needed: What should be there.
+        status: "ok"; "warn": works, but not everything or not well; "fail": cannot work; "skip": not relevant here.
+        found: What was found.
+        needed: What is needed.
         fix: What the reader can do about it.
-        name: What was looked at.
+        name: Name of the check.
     """
 
     status: str
@@ -37,11 +37,11 @@ class Checks(list[_Judge]):
     """Functions of the facts, in the table's order."""
 
     def add(self, name: str, *, for_v2: bool = False, imports: bool = False) -> Callable[[_Judge], _Judge]:
-        """A decorator: the function is the check of that name.
+        """Decorator that registers a function as the check `name`.
 
         Args:
-            for_v2: It matters only where DeepEP V2 is wanted.
-            imports: It is about imports that need torch.
+            for_v2: Skip the check unless DeepEP V2 is wanted.
+            imports: Skip the check if torch cannot be imported.
         """
 
         def register(judge: _Judge) -> _Judge:
@@ -60,7 +60,7 @@ class Checks(list[_Judge]):
 
 
 def gpus(facts: Facts) -> list[dict[str, str]]:
-    """The GPUs that a job would use, name and sm of each. Empty where CUDA_VISIBLE_DEVICES hides them all."""
+    """The GPUs that a job would use, with name and sm. Empty if CUDA_VISIBLE_DEVICES hides them all."""
     if facts["environment"].get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
         return []
     return facts["torch"].get("devices") or facts["driver"]["gpus"]
@@ -72,7 +72,7 @@ def is_blackwell(facts: Facts) -> bool:
 
 
 def generation(facts: Facts) -> str:
-    """Which deep_ep this is, told by its API: "none", "broken", "V1", "hybrid-ep", "V2 2.0" or "V2 2.1"."""
+    """The generation of deep_ep, detected by its API: "none", "broken", "V1", "hybrid-ep", "V2 2.0" or "V2 2.1"."""
     found = facts["deep_ep"]
     if failure := found.get("failure"):
         return "none" if "No module named 'deep_ep'" in failure["how"] else "broken"
@@ -82,7 +82,8 @@ def generation(facts: Facts) -> str:
 
 
 def wants_v2(facts: Facts) -> bool:
-    """Whether DeepEP V2 is wanted here: there are GPUs, and neither the user nor a lone V1 says otherwise."""
+    """Whether DeepEP V2 is wanted: there are GPUs, and the settings ask for V2, or for auto without only V1
+    installed."""
     asked = facts["settings"]["buffer"]
     v2 = asked in CARRIERS and CARRIERS[asked].is_v2
     return bool(gpus(facts)) and (v2 or (asked == "auto" and not has_only_v1(facts)))
@@ -94,7 +95,8 @@ def has_only_v1(facts: Facts) -> bool:
 
 
 def gin_off(facts: Facts) -> str | None:
-    """Why a buffer on this host would be built without NCCL GIN, as buffers.elastic decides it; None if with it."""
+    """Reason why a buffer on this host would be built without NCCL GIN (decided as in buffers.elastic); None = with
+    it."""
     asked, source = facts["settings"]["gin"], facts["settings"]["sources"].get("gin")
     if asked != "auto":
         return f"gin=off by {source}" if asked == "off" else None

@@ -1,4 +1,4 @@
-"""All facts about an environment, as plain JSON-able values: the host's, and what imports show in other processes."""
+"""All facts about an environment as JSON-able values: the host's, and those from imports in other processes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from megatron_ep_v2 import __version__
 from megatron_ep_v2.doctor.host import read_host, read_toolkit
 from megatron_ep_v2.doctor.imports import STEPS
 
-SECONDS = 300  # for a process of imports; slow shared file systems take a minute
+SECONDS = 300  # time limit for a process of imports; slow shared file systems take a minute
 
 Facts = dict[str, Any]
 
 
 def gather() -> Facts:
-    """Look at everything. Takes as long as importing Megatron-Core.
+    """Gather all facts. Takes as long as importing Megatron-Core.
 
     Returns:
-        The host's facts (`host.read_host`), "toolkit" (`host.read_toolkit`), and for each step of imports.py what it
-        found, or {"failure": {"how": in one line, "stderr": its end}} where it ended the process.
+        The host's facts (`host.read_host`), "toolkit" (`host.read_toolkit`), and the result of each step of imports.py,
+        or {"failure": {"how": in one line, "stderr": its end}} if the step ended its process.
     """
     host, imports = read_host(), _look_at_imports()
     environment = {**host["environment"], **imports["deep_ep"].get("environment", {})}
@@ -33,7 +33,7 @@ def gather() -> Facts:
 
 
 def _look_at_imports() -> Facts:
-    """Every step's facts. A step that ends its process is noted, and another process takes the remaining ones."""
+    """Facts of every step. If a step ends its process, that is recorded, and a new process runs the remaining steps."""
     found: Facts = {}
     hidden: list[str] = []
     with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
@@ -50,7 +50,7 @@ def _look_at_imports() -> Facts:
 
 
 def _run(*module: str) -> tuple[str, str]:
-    """How a process ended, and what it wrote to stderr."""
+    """Run a module; returns how its process ended, and its stderr."""
     command = [sys.executable, "-m", *module]
     try:
         done = subprocess.run(command, capture_output=True, check=False, timeout=SECONDS)
@@ -61,7 +61,7 @@ def _run(*module: str) -> tuple[str, str]:
 
 
 def describe_end(code: int, stderr: str) -> str:
-    """In one line, how a process ended: the error of its traceback, else its signal or exit code."""
+    """Describe in one line how a process ended: the error of its traceback, else its signal or exit code."""
     if code < 0:
         return f"killed the process ({signal.Signals(-code).name})"
     lines = re.sub(r"^\[rank\d+\]: ", "", stderr, flags=re.MULTILINE)  # torch marks its ranks' tracebacks so

@@ -1,4 +1,4 @@
-"""Checks of the machine: driver, GPUs, NVLink, the JIT's compiler and folder, RDMA; and known-bad combinations."""
+"""Checks of the machine: driver, GPUs, NVLink, the JIT's compiler and cache, RDMA; and known-bad combinations."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def check_gpus(facts: Facts) -> Check:
 def check_nvlink(facts: Facts) -> Check:
     links = facts["links"]
     if len(gpus(facts)) < 2 or len(links) < 2:
-        return Check("skip", "fewer than two GPUs" if len(gpus(facts)) < 2 else "nvidia-smi topo -m does not tell")
+        return Check("skip", "fewer than two GPUs" if len(gpus(facts)) < 2 else "nvidia-smi topo -m does not show it")
     pairs = {f"GPU{j}-GPU{i}": links[i][j] for i in range(len(links)) for j in range(i)}
     without = [f"{pair} {link}" for pair, link in pairs.items() if not link.startswith("NV")]
     if not without:
@@ -58,7 +58,7 @@ def check_nvlink(facts: Facts) -> Check:
 @checks.add("nvcc", for_v2=True)
 def check_nvcc(facts: Facts) -> Check:
     toolkit, driver = facts["toolkit"], version(facts["driver"]["cuda"])
-    found = f"{toolkit['version']} at {toolkit['nvcc']}" + ("" if toolkit["cuobjdump"] else ", no cuobjdump beside it")
+    found = f"{toolkit['version']} at {toolkit['nvcc']}" + ("" if toolkit["cuobjdump"] else ", no cuobjdump next to it")
     least, most = (12, 8) if is_blackwell(facts) else (12, 3), driver[0] if driver else 99
     needed = f"CUDA {'.'.join(map(str, least))} or newer, with cuobjdump: DeepEP V2 compiles at run time"
     if driver:

@@ -1,6 +1,6 @@
-"""What can be read about this host without importing anything that may fail: driver, toolkit, folders, RDMA devices.
+"""Facts about this host that need no import that may fail: driver, toolkit, folders, RDMA devices.
 
-Nothing here raises: what cannot be read is empty or None, and a check says what that means.
+Nothing here raises: facts that cannot be read are empty or None, and the checks interpret that.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from megatron_ep_v2.errors import SettingsError
 
 INFINIBAND = Path("/sys/class/infiniband")
 CUDA = Path("/usr/local/cuda")
-# Any package whose version may explain a failure, under the names of its wheels.
+# Packages whose version may explain a failure, by the names of their wheels.
 _PACKAGES = re.compile(
     r"megatron[-_](core|ep[-_]v2)|deep[-_]ep|transformer[-_]engine.*|torch|triton"
     r"|nvidia[-_](nccl|nvshmem|cuda[-_]runtime|cuda[-_]nvcc|ml[-_]py).*"
@@ -47,12 +47,14 @@ def read_host() -> dict[str, Any]:
 
 def _packages() -> dict[str, str]:
     found = importlib.metadata.distributions()
-    versions = {str(each.metadata["Name"]): each.version for each in found if each.metadata}  # some are only half there
+    versions = {
+        str(each.metadata["Name"]): each.version for each in found if each.metadata
+    }  # half-removed packages have none
     return {name: versions[name] for name in sorted(versions) if _PACKAGES.fullmatch(name.lower())}
 
 
 def _settings() -> dict[str, Any]:
-    """Values and sources; or the defaults and the error of a variable that cannot be used."""
+    """Values and sources of the settings; or the defaults and the error of an invalid variable."""
     try:
         return {**asdict(settings.resolve()), "error": None}
     except SettingsError as error:
@@ -71,7 +73,7 @@ def _driver() -> dict[str, Any]:
 
 
 def _links(matrix: str) -> list[list[str]]:
-    """Row by GPU: how it is connected to GPU 0, 1, ... ("NV18", "PIX", "X" to itself)."""
+    """One row per GPU: its connections to GPU 0, 1, ... ("NV18", "PIX", "X" to itself)."""
     rows = [line.split() for line in re.sub(r"\x1b\[[\d;]*m", "", matrix).splitlines()]
     rows = [row[1:] for row in rows if len(row) > 1 and re.fullmatch(r"GPU\d+", row[0]) and row[1] != "GPU1"]
     return [row[: len(rows)] for row in rows]
@@ -93,10 +95,10 @@ def _rdma_devices() -> list[dict[str, Any]]:
 
 
 def read_toolkit(environment: Mapping[str, str]) -> dict[str, Any]:
-    """The compiler that deep_ep's JIT will call, found as deep_ep finds it, and the folder that it fills.
+    """Find the compiler that deep_ep's JIT will call, as deep_ep does, and its cache folder.
 
     Args:
-        environment: After `import deep_ep`, which adds the variables that it was built with.
+        environment: Variables after `import deep_ep`, which adds those that it was built with.
     """
     on_path = shutil.which("nvcc")
     named = environment.get("CUDA_HOME") or environment.get("CUDA_PATH")
@@ -112,7 +114,7 @@ def read_toolkit(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _folder(path: Path) -> dict[str, Any]:
-    """Whether files can be written there, tried in the nearest folder that exists: nothing is left behind."""
+    """Whether files can be written to a folder, tried with a temporary file in its nearest existing parent."""
     nearest = next(folder for folder in (path, *path.absolute().parents) if os.path.exists(folder))
     error = None
     try:
@@ -127,12 +129,12 @@ def _folder(path: Path) -> dict[str, Any]:
 def _text(path: Path) -> str:
     try:
         return path.read_text().strip()
-    except OSError:  # some files of a port that is down answer so
+    except OSError:  # some files of a port that is down raise it
         return ""
 
 
 def _output(*command: str) -> str:
-    """What a program writes; nothing if it is not there, fails or takes too long."""
+    """A program's stdout; "" if it does not exist, fails or takes too long."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
     except (OSError, subprocess.SubprocessError):

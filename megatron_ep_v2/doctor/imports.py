@@ -1,10 +1,10 @@
-"""What importing torch, deep_ep, TransformerEngine and Megatron-Core shows, in a process that an import may kill.
+"""Facts from importing torch, deep_ep, TransformerEngine and Megatron-Core, in a process that an import may kill.
 
     python -m megatron_ep_v2.doctor.imports REPORT STEP...
 
-Each step adds one line of JSON to the file REPORT. Nothing is caught but what the package itself expects: any other
-error ends this process, and facts.py sees in which step. "-NAME" instead of a step hides a package, so that Megatron is
-looked at on its own where another import is known to fail.
+Each step adds one line of JSON to the file REPORT. Only errors that the package itself expects are caught: any other
+error ends this process, and facts.py finds out in which step. "-NAME" instead of a step hides a package, so that
+Megatron is imported without one that is known to fail.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from megatron_ep_v2.megatron import symbols
 
 
 def look_at_torch() -> dict[str, Any]:
-    """Its version, what it was built with, and the devices that it can use."""
+    """torch's version, the versions it was built with, and the devices that it can use."""
     import torch
 
     with warnings.catch_warnings(record=True) as caught:
@@ -46,7 +46,7 @@ def look_at_torch() -> dict[str, Any]:
 
 
 def look_at_deep_ep() -> dict[str, Any]:
-    """What it offers, by its API; which buffer `install()` would take; the NCCL and CUDA libraries then in use."""
+    """deep_ep's API; the buffer that `install()` would choose; the NCCL and CUDA libraries then in use."""
     from megatron_ep_v2.probe import choose, import_deep_ep, loaded_libraries, loaded_nccl_version, probe
 
     found = probe()
@@ -54,7 +54,7 @@ def look_at_deep_ep() -> dict[str, Any]:
         sys.modules["deep_ep"] = None  # type: ignore[assignment]  # for Megatron: as if it were not installed
     elastic = import_deep_ep().ElasticBuffer if "elastic" in found.carriers else None
     choice = None
-    with contextlib.suppress(EPError):  # its causes have checks of their own
+    with contextlib.suppress(EPError):  # other checks report its causes
         choice = choose(found, settings.resolve()).kind
     environment, libraries = settings.shown_environment(), loaded_libraries("libnccl.so")
     root = environment.get("EP_NCCL_ROOT_DIR") or environment.get("NCCL_DIR")
@@ -74,14 +74,15 @@ def look_at_deep_ep() -> dict[str, Any]:
 
 
 def _header_version(root: Path) -> str | None:
-    """Of the NCCL headers that deep_ep's kernels are compiled with at run time."""
+    """Version of the NCCL headers that deep_ep's kernels are compiled with at run time."""
     header = root / "include" / "nccl.h"
     text = header.read_text() if header.exists() else ""
     return ".".join(re.findall(r"#define NCCL_(?:MAJOR|MINOR|PATCH)\s+(\d+)", text)) or None
 
 
 def look_at_fabric() -> dict[str, Any]:
-    """What NCCL loads for RDMA: the newest symbol version of libmlx5, and whether there is a plugin (EFA's)."""
+    """Libraries that NCCL loads for RDMA: the newest symbol version of libmlx5, and whether there is a plugin
+    (EFA's)."""
     from megatron_ep_v2.probe import loaded_libraries
 
     plugin = settings.shown_environment().get("NCCL_NET_PLUGIN", "ofi")
@@ -95,7 +96,7 @@ def look_at_fabric() -> dict[str, Any]:
 
 
 def look_at_transformer_engine() -> dict[str, Any]:
-    """Optional: Megatron-Core uses it where it is installed."""
+    """TransformerEngine's version; None if it is not installed (it is optional)."""
     if importlib.util.find_spec("transformer_engine") is None:
         return {"version": None}
     module = importlib.import_module("transformer_engine")
@@ -103,9 +104,10 @@ def look_at_transformer_engine() -> dict[str, Any]:
 
 
 def look_at_megatron() -> dict[str, Any]:
-    """The seam, who owns the names in it now, and whether upstream's own DeepEP V2 backend is there."""
+    """The symbols that are bound, the packages that own them now, and whether Megatron has its own DeepEP V2
+    backend."""
     try:
-        version, modules = symbols.find_seam()
+        version, modules = symbols.find_symbols()
     except SeamError as error:
         return {"error": {"what": error.what, "found": error.found, "needed": error.needed, "fix": error.fix}}
     names = [getattr(modules[symbols.FUSED_A2A], name) for name in ("FusedDispatch", "FusedCombine")]
@@ -130,7 +132,7 @@ STEPS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def main(report: str, steps: list[str]) -> None:
-    """Take the steps, each noted when it is done."""
+    """Run the steps; writes the facts of each when it has finished."""
     for step in steps:
         if step.startswith("-"):
             sys.modules[step[1:]] = None  # type: ignore[assignment]

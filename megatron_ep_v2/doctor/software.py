@@ -11,7 +11,7 @@ _MINIMUM_NCCL = (2, 30, 4)  # deep_ep 2.1.0's README; below 2.31 it asks for the
 _GET_NCCL = "pip install --no-deps 'nvidia-nccl-cu13>=2.30.4' (cu12 for CUDA 12); take others off LD_LIBRARY_PATH"
 _REBUILD = "build deep_ep again, in this environment"
 
-# What `import deep_ep` was seen to say: a part of it, its cause, the fix.
+# Known errors of `import deep_ep`: a part of the text, the cause, the fix.
 _CAUSES = (
     ("ncclGetLsaDevicePointer", "the NCCL in the process is older than the one deep_ep was built with", _GET_NCCL),
     ("Duplicate NCCL runtime", "two libnccl in one process", _GET_NCCL),
@@ -122,12 +122,14 @@ def check_transformer_engine(facts: Facts) -> Check:
 def check_megatron(facts: Facts) -> Check:
     found = facts["megatron"]
     if failure := found.get("failure"):
-        return Check("fail", f"import: {failure['how']}", "megatron-core 0.16.1 to 0.19.2", "mend what it names")
+        return Check("fail", f"import: {failure['how']}", "megatron-core 0.16.1 to 0.19.2", "repair what it names")
     if error := found["error"]:
         what = f"{error['what']} ({error['found']})" if error["found"] else error["what"]
         return Check("fail", what, error["needed"], error["fix"])
     patched = found["patched_by"]
-    text = f"{found['version']}, seam found, {'already patched by ' + ', '.join(patched) if patched else 'not patched'}"
+    text = (
+        f"{found['version']}, symbols found, {'already patched by ' + ', '.join(patched) if patched else 'not patched'}"
+    )
     if found["own_v2_backend"]:
         text += "; its own backend deepepv2 is there, which is not this package (that is deepep)"
     strangers = [owner for owner in patched if not owner.startswith("megatron_ep_v2")]
@@ -139,7 +141,7 @@ def check_megatron(facts: Facts) -> Check:
 def check_experts(facts: Facts) -> Check:
     asked, devices = facts["settings"]["experts"], gpus(facts)
     unable = [device for device in devices if not (9,) <= version(device["sm"]) < (11,)]
-    lacking = ""  # what torch's grouped GEMM, which deepgemm's experts need as well, does not find here
+    lacking = ""  # why torch's grouped GEMM, which deepgemm's experts need too, cannot run here
     if version(facts["torch"]["version"]) < (2, 8):
         lacking = f"torch {facts['torch']['version']} has no grouped GEMM (2.8 has)"
     elif unable:

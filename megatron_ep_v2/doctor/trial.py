@@ -1,7 +1,7 @@
 """A real dispatch and combine, forward and backward, through Megatron's own flex dispatcher, on processes of this host.
 
-Each rank is `python -m megatron_ep_v2.doctor.trial RANK RANKS FOLDER`. It compares with what a dense computation gives,
-and leaves its findings in FOLDER/RANK.json.
+Each rank is `python -m megatron_ep_v2.doctor.trial RANK RANKS FOLDER`. It compares with a dense computation, and writes
+its results to FOLDER/RANK.json.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from megatron_ep_v2.doctor.check import Check
 from megatron_ep_v2.doctor.facts import Facts, describe_end
 
-# Against hangs only: a slow or busy machine is no fault. A trial takes 6 s on two CPU cores, and about a minute where
+# Limit against hangs only, not for slow or busy machines. A trial takes 6 s on two CPU cores, and about a minute if
 # deep_ep's cache is empty and it compiles some 14 kernels.
 SECONDS = 600  # for everything
 GRACE_SECONDS = 60  # for the other ranks, once one has failed
@@ -30,10 +30,10 @@ HIDDEN, TOPK, LOCAL_EXPERTS, TOKENS = 1024, 3, 4, 64
 
 
 def run_trial(ranks: int) -> tuple[Check, Facts]:
-    """Start the ranks and judge what they found.
+    """Start the ranks and check their results.
 
     Returns:
-        The check "trial", and by rank its findings, or "stderr" where it failed or hung.
+        The check "trial", and for each rank its results, or "stderr" if it failed or hung.
     """
     with tempfile.TemporaryDirectory(prefix="doctor-") as name:
         processes: list[subprocess.Popen[bytes]] = []
@@ -60,7 +60,7 @@ def run_trial(ranks: int) -> tuple[Check, Facts]:
 
 
 def _wait(processes: list[subprocess.Popen[bytes]]) -> list[int]:
-    """Until all ranks have ended, or time is up; once one has failed, that is soon. The ranks that were stuck."""
+    """Wait until all ranks have ended or time is up, which is soon after one has failed. Returns the stuck ranks."""
     deadline, failed = time.monotonic() + SECONDS, False
     while None in (codes := [process.poll() for process in processes]) and time.monotonic() < deadline:
         if any(codes) and not failed:
@@ -70,7 +70,7 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> list[int]:
 
 
 def _ask_for_stacks(stuck: dict[subprocess.Popen[bytes], Path]) -> None:
-    """Have processes write their stacks to their stderr, in these files; one that has not begun to run ends instead."""
+    """Make processes write their stacks to their stderr, in these files; one that has not begun to run ends instead."""
     before = {process: stderr.stat().st_size for process, stderr in stuck.items()}
     for process in stuck:
         process.send_signal(signal.SIGUSR1)
@@ -81,7 +81,7 @@ def _ask_for_stacks(stuck: dict[subprocess.Popen[bytes], Path]) -> None:
 
     while any(map(silent, stuck)) and time.monotonic() < deadline:
         time.sleep(0.05)
-    time.sleep(0.5 if stuck else 0)  # until those that have begun to write have ended
+    time.sleep(0.5 if stuck else 0)  # lets those that have begun to write finish
 
 
 def _judge(found: Facts, ends: dict[int, str]) -> Check:
@@ -98,9 +98,9 @@ def _judge(found: Facts, ends: dict[int, str]) -> Check:
 
 
 def run_rank(rank: int, ranks: int, folder: Path) -> Facts:
-    """One rank's part. Raises whatever goes wrong."""
+    """Run one rank. Raises whatever goes wrong."""
     faulthandler.register(signal.SIGUSR1)
-    faulthandler.dump_traceback_later(2 * SECONDS, exit=True)  # nobody is left behind if the doctor itself is killed
+    faulthandler.dump_traceback_later(2 * SECONDS, exit=True)  # ends this rank if the doctor itself is killed
 
     import torch
     import torch.distributed as dist
@@ -115,7 +115,7 @@ def run_rank(rank: int, ranks: int, folder: Path) -> Facts:
     dist.init_process_group("nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks, timeout=limit)
     dtype = torch.bfloat16 if cuda else torch.float32  # on the reference a wrong result shows best in fp32
     installed = megatron_ep_v2.install(reference_strict=dtype == torch.bfloat16)
-    with torch.compiler.set_stance("force_eager"):  # Megatron compiles small functions, which is not on trial
+    with torch.compiler.set_stance("force_eager"):  # Megatron compiles small functions, which is not tested here
         errors = _compare(rank, ranks, device, dtype)
     dist.barrier()
     dist.destroy_process_group()
@@ -151,12 +151,12 @@ def _compare(rank: int, ranks: int, device: Any, dtype: Any) -> dict[str, float]
     y = dispatcher.combine_postprocess(dispatcher.token_combine(rows))
     y.backward(grad)
 
-    # Densely, in fp64: a token times the sum of its probabilities, each times its expert's number.
+    # Dense reference in fp64: a token times the sum of its probabilities, each times its expert's factor.
     dense_x, dense_p = hidden.double().requires_grad_(), probs.double().requires_grad_()
     dense_y = dense_x * (dense_p @ factors.double()).view(-1, 1, 1)
     dense_y.backward(grad.double())
     pairs = {"output": (y, dense_y), "gradient of x": (x.grad, dense_x.grad)}
-    # The dispatcher gives no gradient to experts that were not chosen.
+    # The dispatcher gives no gradient to experts that were not selected.
     pairs["gradient of the probabilities"] = (p.grad, dense_p.grad.masked_fill(~chosen, 0.0))  # type: ignore[union-attr]
     return {name: float((mine.double() - wanted).norm() / wanted.norm()) for name, (mine, wanted) in pairs.items()}  # type: ignore[union-attr]
 

@@ -1,4 +1,4 @@
-"""Experts for rows that are sorted by expert: a SwiGLU MLP on DeepGEMM, on torch's grouped GEMM, or in a loop.
+"""Experts for rows sorted by expert: a SwiGLU MLP on DeepGEMM, on torch's grouped GEMM, or in a loop.
 
-`mlp` is plain PyTorch; `module` is the same as a Megatron module, and imports megatron.
+`mlp` is plain PyTorch; `module` has the same experts as Megatron modules, and imports Megatron.
 """

@@ -2,9 +2,9 @@
 
     forward   x [P, K]    , w [L, N, K] -> x @ w.T    [P, N]    each row with its own expert's w
     dgrad     grad [P, N] , w [L, N, K] -> grad @ w   [P, K]
-    wgrad     grad [P, N] , x [P, K]    -> grad.T @ x [L, N, K] over each expert's rows; zero where it has none
+    wgrad     grad [P, N] , x [P, K]    -> grad.T @ x [L, N, K] over each expert's rows; zero without rows
 
-Rows that belong to no expert come out as whatever was in memory, and go into nothing.
+Unowned rows are not read, and their outputs are uninitialised.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from megatron_ep_v2.layouts.places import CONTIGUOUS_ALIGNMENT
 
 
 class Gemm(Protocol):
-    """A backend.
+    """Interface of a backend.
 
     Attributes:
-        alignment: Each expert's rows have to be padded to a multiple of this.
+        alignment: Each expert's rows must be padded to a multiple of this.
     """
 
     alignment: int
 
     def require(self, device: torch.device) -> None:
-        """Raise UnavailableError where this backend cannot run on this device."""
+        """Raise UnavailableError if this backend cannot run on this device."""
 
     def check(self, x: torch.Tensor, w: torch.Tensor) -> None:
-        """Raise an EPError where this backend cannot multiply these."""
+        """Raise an EPError if this backend cannot multiply these tensors."""
 
     def forward(self, x: torch.Tensor, w: torch.Tensor, groups: Groups) -> torch.Tensor: ...
 
@@ -43,17 +43,18 @@ class Gemm(Protocol):
 
 
 class Sequential:
-    """One GEMM an expert, any dtype and device. The host has to know the sizes."""
+    """One GEMM per expert, for any dtype and device. The host must know the sizes."""
 
     alignment = 1
 
     def require(self, device: torch.device) -> None:
-        """It runs anywhere."""
+        """Do nothing: this backend runs on any device."""
 
     def check(self, x: torch.Tensor, w: torch.Tensor) -> None:
-        """
+        """Check the dtypes.
+
         Raises:
-            InputError: Rows and weights of different dtypes.
+            InputError: Rows and weights have different dtypes.
         """
         if x.dtype != w.dtype:
             raise InputError(
@@ -92,12 +93,13 @@ class Grouped:
     alignment = 1
 
     def require(self, device: torch.device) -> None:
-        """
+        """Check torch and the GPU.
+
         Raises:
             UnavailableError: This torch has no grouped GEMM, or none for this GPU that leaves the sizes on the device.
         """
         _grouped_mm()
-        # Elsewhere it is a loop that waits for the sizes (pytorch, aten/src/ATen/native/cuda/GroupedBlas.cpp).
+        # On other GPUs it is a loop that waits for the sizes (pytorch, aten/src/ATen/native/cuda/GroupedBlas.cpp).
         if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10):
             raise UnavailableError(
                 "torch has no grouped GEMM for this GPU",
@@ -107,14 +109,15 @@ class Grouped:
             )
 
     def check(self, x: torch.Tensor, w: torch.Tensor) -> None:
-        """
+        """Check device, dtypes and sizes.
+
         Raises:
             UnavailableError: See `require`.
-            InputError: A dtype or size that it does not take.
+            InputError: The dtype or size is not supported.
         """
         self.require(x.device)
         good = (torch.bfloat16,) if x.is_cuda else (torch.bfloat16, torch.float16, torch.float32)
-        step = 16 // x.element_size()  # its rows start at multiples of 16 bytes
+        step = 16 // x.element_size()  # rows must start at multiples of 16 bytes
         if x.dtype not in good or w.dtype != x.dtype or w.shape[1] % step or w.shape[2] % step:
             raise InputError(
                 "torch's grouped GEMM does not take these experts",
@@ -132,7 +135,7 @@ class Grouped:
     def wgrad(self, grad: torch.Tensor, x: torch.Tensor, groups: Groups) -> torch.Tensor:
         if not len(x):
             return x.new_zeros(len(groups.ends), grad.shape[1], x.shape[1])
-        # The one pair of layouts in which a group may be empty, and of any size (GroupMMCommon.cuh).
+        # The only pair of layouts that allows empty groups and groups of any size (GroupMMCommon.cuh).
         return _grouped_mm()(grad.t(), x, offs=groups.ends)  # type: ignore[no-any-return]
 
     def _multiply(self, x: torch.Tensor, w: torch.Tensor, groups: Groups) -> torch.Tensor:
@@ -144,15 +147,16 @@ class Grouped:
 class DeepGemm(Grouped):
     """DeepGEMM's bf16 GEMMs on the contiguous layout, forward and dgrad.
 
-    wgrad is torch's: on SM90 DeepGEMM's own (k_grouped_bf16_gemm_tn_contiguous) wants the sizes on the host.
+    wgrad is torch's: on SM90 DeepGEMM's own (k_grouped_bf16_gemm_tn_contiguous) needs the sizes on the host.
     """
 
     alignment = CONTIGUOUS_ALIGNMENT
 
     def require(self, device: torch.device) -> None:
-        """
+        """Check DeepGEMM, torch and the GPU.
+
         Raises:
-            UnavailableError: DeepGEMM is not here, or this is no GPU, or torch has no grouped GEMM for it.
+            UnavailableError: DeepGEMM is not installed, the device is no GPU, or torch has no grouped GEMM for it.
         """
         deep_gemm()
         if device.type != "cuda":
@@ -162,10 +166,11 @@ class DeepGemm(Grouped):
         super().require(device)
 
     def check(self, x: torch.Tensor, w: torch.Tensor) -> None:
-        """
+        """Check device, dtypes and sizes.
+
         Raises:
             UnavailableError: See `require`.
-            InputError: A dtype or size that it does not take.
+            InputError: The dtype or size is not supported.
         """
         super().check(x, w)
         if w.shape[1] % 64 or w.shape[2] % 64:  # DeepGEMM, impls/sm90_bf16_gemm.hpp: k % 64 == 0; N is dgrad's K
@@ -203,10 +208,10 @@ def gemm(backend: str) -> Gemm:
 
 @functools.cache
 def deep_gemm() -> Any:
-    """The package deep_gemm.
+    """Import the package deep_gemm.
 
     Raises:
-        UnavailableError: It cannot be imported. It asserts, too, that it finds a CUDA toolkit.
+        UnavailableError: It cannot be imported. Its import also asserts that it finds a CUDA toolkit.
     """
     try:
         return importlib.import_module("deep_gemm")
@@ -221,7 +226,7 @@ def deep_gemm() -> Any:
 
 @functools.cache
 def _grouped_mm() -> Any:
-    """torch.nn.functional.grouped_mm from torch 2.10 on; torch._grouped_mm, with the same arguments, before."""
+    """torch.nn.functional.grouped_mm from torch 2.10 on; before, torch._grouped_mm with the same arguments."""
     public = getattr(torch.nn.functional, "grouped_mm", None)
     found = public or getattr(torch, "_grouped_mm", None)
     if found is None:

@@ -1,4 +1,4 @@
-"""Which rows belong to which expert, as much of it on the host as is known there for free."""
+"""Groups of rows by expert, with sizes on the host where it knows them without a wait."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from megatron_ep_v2.layouts.places import Places
 
 @dataclass(frozen=True, kw_only=True)
 class Groups:
-    """Rows [P] of L experts, one behind the other.
+    """Rows [P] of L experts, one after the other.
 
     Attributes:
         ends: [L] int32 on the rows' device, where each expert's rows end.
-        sizes: Rows of each expert, where the host knows them; None = only the device does.
+        sizes: Rows of each expert if the host knows them; None = only the device does.
         alignment: Each size is a multiple of this.
-        used: One int32 on the device: rows from here on belong to nobody, and may hold anything. None = there are none.
+        used: One int32 on the device: rows from this one on are unowned. None = there are none.
         num_rows: P.
     """
 
@@ -31,27 +31,27 @@ class Groups:
 
     @classmethod
     def from_places(cls, places: Places) -> Groups:
-        """Of rows that `layouts.gather_rows` laid out, contiguous or masked. No host wait."""
+        """Groups of rows that `layouts.gather_rows` laid out, contiguous or masked. No host wait."""
         used = places.ends[-1] if places.expected_m is None else None
         return cls(ends=places.ends, sizes=None, alignment=places.alignment, used=used, num_rows=places.num_rows)
 
     @classmethod
     def from_counts(cls, tokens_per_expert: torch.Tensor, rows: torch.Tensor) -> Groups:
-        """From what Megatron hands to its experts. No host wait.
+        """Groups from the counts that Megatron passes to its experts. No host wait.
 
         Args:
-            tokens_per_expert: [L] integers. On the CPU with rows on a GPU, they add up to P; else to P at most. On the
-                device, an attribute `alignment` of theirs says that each is a multiple of it.
+            tokens_per_expert: [L] integers. On the CPU with rows on a GPU, their sum must be P; else P at most. On the
+                device, an attribute `alignment` says that each is a multiple of it.
             rows: [P, H].
 
         Raises:
-            InputError: Counts that do not add up to the rows, where that is seen without a wait.
+            InputError: The counts do not fit the rows, if that is known without a wait.
         """
         if tokens_per_expert.device == rows.device and rows.is_cuda:
             ends = tokens_per_expert.cumsum(0).to(torch.int32)
             alignment = getattr(tokens_per_expert, "alignment", 1)
             return cls(ends=ends, sizes=None, alignment=alignment, used=ends[-1], num_rows=len(rows))
-        sizes = tuple(tokens_per_expert.long().tolist())  # of sync-free mode, int32, they refuse to be asked directly
+        sizes = tuple(tokens_per_expert.long().tolist())  # .long() gives plain tensors: CountsOnDevice.tolist() raises
         used = sum(sizes)
         if used > len(rows) or (used < len(rows) and rows.is_cuda):
             raise InputError(
@@ -62,16 +62,16 @@ class Groups:
             )
         ends = tokens_per_expert.cumsum(0).to(torch.int32)
         if rows.is_cuda:
-            ends = ends.to(rows.device, non_blocking=True)  # staged by the driver: nothing waits, and it may be freed
+            ends = ends.to(rows.device, non_blocking=True)  # the driver stages it: no wait, and the source may be freed
         alignment = 1
         while alignment < 128 and all(size % (2 * alignment) == 0 for size in sizes):
             alignment *= 2
-        behind = ends[-1] if used < len(rows) else None
-        return cls(ends=ends, sizes=sizes, alignment=alignment, used=behind, num_rows=len(rows))
+        tail = ends[-1] if used < len(rows) else None
+        return cls(ends=ends, sizes=sizes, alignment=alignment, used=tail, num_rows=len(rows))
 
     def of_run(self, ends: torch.Tensor) -> Groups:
-        """These groups with the ends that a backward was given: those of the run whose rows it was given, which is not
-        the first one under a checkpoint without reentry."""
+        """These groups with the `ends` saved with the rows of a backward. Under a checkpoint without reentry they come
+        from a later run than the first."""
         if ends is self.ends:
             return self
         return Groups(
@@ -84,13 +84,13 @@ class Groups:
 
     @functools.cached_property
     def m_indices(self) -> torch.Tensor:
-        """[P] int32, the expert of each row; -1 = nobody's. Unlike those of `Places`, padding inside an expert's rows
-        counts as its own: zeros go in, so zeros come out, where DeepGEMM would write nothing."""
-        place = torch.arange(self.num_rows, dtype=torch.int32, device=self.ends.device)
-        expert = torch.searchsorted(self.ends, place, right=True, out_int32=True)
+        """[P] int32, the expert of each row; -1 = unowned. Unlike in `Places`, padding belongs to the expert: its zeros
+        give zeros, where DeepGEMM would write nothing."""
+        slot = torch.arange(self.num_rows, dtype=torch.int32, device=self.ends.device)
+        expert = torch.searchsorted(self.ends, slot, right=True, out_int32=True)
         return expert if self.used is None else torch.where(expert < len(self.ends), expert, -1)
 
     @functools.cached_property
     def host_sizes(self) -> tuple[int, ...]:
-        """Rows of each expert. Waits for the device, once, where the host does not know them."""
+        """Rows of each expert. Waits for the device, once, if the host does not know them."""
         return self.sizes if self.sizes is not None else tuple(self.ends.diff(prepend=self.ends.new_zeros(1)).tolist())

@@ -2,9 +2,9 @@
 
     h = x @ w1.T [P, 2 * F]  ->  a = silu(gate) * up * prob [P, F]  ->  y = a @ w2.T [P, H]
 
-Four kernels forward (two GEMMs, one activation, one that clears rows of no expert) or three where the host knows that
-there are no such rows. What such rows hold reaches neither a weight's gradient nor another row: GEMMs skip them, and
-where a kernel has to write them, it writes zeros.
+Four kernels forward (two GEMMs, one activation, one that zeroes unowned rows), or three if the host knows that there
+are no unowned rows. Their contents reach neither a weight's gradient nor another row: GEMMs skip them, and kernels that
+write them write zeros.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_ep_v2.layouts.rows import gather_rows, gather_weights, reduce_rows
 
 
 class Linear(Protocol):
-    """A linear layer of several experts: `linear` with the weights given, or the module that owns them."""
+    """Interface of a linear layer of several experts: `Weights`, or a module that owns its weights."""
 
     @property
     def weight(self) -> torch.Tensor:
@@ -44,7 +44,7 @@ class Linear(Protocol):
 
 @dataclass(frozen=True)
 class Weights:
-    """The linear layer of a plain tensor, [L, N, K]."""
+    """Linear layer with a plain tensor [L, N, K] as its weight."""
 
     weight: torch.Tensor
 
@@ -62,18 +62,19 @@ class Weights:
 def swiglu_experts(
     x: torch.Tensor, probs: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, groups: Groups, backend: str
 ) -> torch.Tensor:
-    """
+    """Run SwiGLU experts on rows sorted by expert.
+
     Args:
         x: [P, H].
         probs: [P], of a floating dtype: a factor for each row.
         w1: [L, 2 * F, H]: the gate's rows first, then up's.
         w2: [L, H, F].
         groups: Of the rows.
-        backend: `deepgemm`, `grouped` or `sequential`. Where it needs padded experts and these are not, rows are moved
-            once there and once back.
+        backend: `deepgemm`, `grouped` or `sequential`. If it needs padded experts and the rows are not padded, they are
+            copied there and back.
 
     Returns:
-        [P, H]; rows that belong to no expert are zero.
+        [P, H]; unowned rows are zero.
 
     Raises:
         EPError: The backend cannot run here, or not with these dtypes and sizes.
@@ -90,13 +91,13 @@ def run_experts(
     backend: str,
     recompute_activation: bool = False,
 ) -> torch.Tensor:
-    """`swiglu_experts` through linear layers that own their weights.
+    """`swiglu_experts` with linear layers that own their weights.
 
-    Whoever owns a parameter has to be called for it: Megatron's DDP gathers a parameter in a hook before its module's
-    forward (`--overlap-param-gather`).
+    A module that owns a parameter must be called to use it: Megatron's DDP gathers the parameter in a hook before the
+    module's forward (`--overlap-param-gather`).
 
     Args:
-        recompute_activation: Compute the activation again in backward instead of keeping it: P * F elements less.
+        recompute_activation: Compute the activation again in backward instead of saving its P * F elements.
     """
     w1, w2 = fc1.weight, fc2.weight
     fits = x.dim() == 2 and probs.shape == x.shape[:1] and len(w1) == len(w2) == len(groups.ends)
@@ -128,9 +129,9 @@ def _padded(
     alignment: int,
     recompute_activation: bool,
 ) -> torch.Tensor:
-    """With each expert's rows moved apart to a multiple of `alignment`."""
-    place = torch.arange(len(x), dtype=torch.int32, device=x.device)
-    expert = torch.searchsorted(groups.ends, place, right=True)[:, None]  # L = no expert's
+    """`run_experts` on a copy of the rows in which each expert is padded to a multiple of `alignment`."""
+    slot = torch.arange(len(x), dtype=torch.int32, device=x.device)
+    expert = torch.searchsorted(groups.ends, slot, right=True)[:, None]  # L = unowned
     if groups.sizes is None:
         num_rows = rows_that_fit(len(x), len(groups.ends), alignment)
     else:
@@ -150,18 +151,17 @@ def linear(
     activation: tuple[torch.Tensor, torch.Tensor] | None = None,
     main_grad: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Each row with its own expert's weights.
+    """Multiply each row by its own expert's weights.
 
     Args:
         x: [P, K].
         w: [L, N, K].
         groups: Of the rows.
         multiply: The backend.
-        last: The second linear of the two: its output has zeros in rows that belong to no expert.
-        activation: What `x` was made from, h [P, 2 * K] and probs [P], where it is not to be kept for backward.
-        main_grad: [L, N, K], fp32 or w's dtype. Backward adds the gradient of `w` to it, in fp32 inside, and autograd
-            gets none: the convention of Megatron's `gradient_accumulation_fusion`, which its DDP reads. None = the
-            gradient goes to autograd.
+        last: Whether this is the second linear: it zeroes unowned rows of its output.
+        activation: h [P, 2 * K] and probs [P], from which backward computes `x` again; None = save `x`.
+        main_grad: [L, N, K], fp32 or w's dtype. Backward adds the gradient of `w` to it, accumulated in fp32, and
+            autograd gets none, as with Megatron's `gradient_accumulation_fusion`. None = the gradient goes to autograd.
 
     Returns:
         [P, N].
@@ -170,8 +170,8 @@ def linear(
 
 
 class _Linear(torch.autograd.Function):
-    """Rows of no expert are zeroed where they leave the block: in the output of the last linear, and in the first one's
-    gradient of x. Between the two the activation does it."""
+    """Zeroes unowned rows where they leave the MLP: in the output of the last linear, and in the gradient of x of the
+    first. Between the two, the activation zeroes them."""
 
     @staticmethod
     def forward(
@@ -187,7 +187,7 @@ class _Linear(torch.autograd.Function):
         x = x.contiguous()
         ctx.save_for_backward(w, groups.ends, *(activation or (x,)))
         ctx.groups, ctx.gemm, ctx.last = groups, multiply, last
-        # The parameter itself: what saved-tensor hooks (activation offload) give back may be a copy without attributes.
+        # Keeps the parameter: saved-tensor hooks (activation offload) may return a copy without its attributes.
         ctx.parameter, ctx.main_grad = (w, main_grad) if main_grad is not None else (None, None)
         y = multiply.forward(x, w, groups)
         return _kernels(y).zero_tail_(y, groups.used) if last else y  # type: ignore[no-any-return]
@@ -218,8 +218,8 @@ class _Linear(torch.autograd.Function):
 
 
 def _mark_added(parameter: torch.Tensor) -> None:
-    """Tell Megatron's DDP, whose hook runs next, that the gradient is in `main_grad`. The hook wants a `grad` all the
-    same: this one is zero and takes no memory, so that whoever adds it adds nothing."""
+    """Mark for Megatron's DDP, whose hook runs next, that the gradient is in `main_grad`. The hook also requires a
+    `grad`: this one is zero, so that adding it changes nothing, and takes no memory."""
     parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
     if parameter.grad is None:
         parameter.grad = _zero(parameter.dtype, parameter.device).expand(parameter.shape)

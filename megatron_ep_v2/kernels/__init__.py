@@ -1,1 +1,1 @@
-"""Triton kernels, each beside its PyTorch reference."""
+"""Triton kernels, each next to its PyTorch reference."""

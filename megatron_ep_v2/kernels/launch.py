@@ -1,8 +1,8 @@
-"""Launches of Triton kernels with less work on the host.
+"""Launch of Triton kernels with less work on the host.
 
-`kernel[grid](...)` finds the compiled kernel anew each time: it looks at every argument, at every constant and at the
-environment, which takes longer than most of these kernels run. Here the caller says what decides, and what was compiled
-is launched as it is: `compiled[grid](...)`, which takes the constants along from Triton 3.3 on.
+`kernel[grid](...)` looks up the compiled kernel at each call: it inspects every argument, every constant and the
+environment, which takes longer than most of these kernels run. Here the caller states what the compiled kernel depends
+on, and it is launched directly: `compiled[grid](...)`, which passes the constants from Triton 3.3 on.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ def launch(
     Args:
         kernel: A function under `triton.jit`, with its parameters in this order.
         grid: Programs.
-        tensors: Pointers, on the current device; compiled for their dtypes, and whether they begin at a multiple of 16
-            bytes.
+        tensors: Pointers, on the current device; compiled for their dtypes and for 16-byte alignment.
         numbers: Below 2**31; the kernel names all of them in `do_not_specialize`.
         constants: `tl.constexpr`; compiled for their values.
         options: Triton's, such as num_warps.
@@ -56,6 +55,6 @@ def launch(
     if compiled is None:  # in Triton's interpreter
         return
     for parameter in kernel.params[len(tensors) : len(tensors) + len(numbers)]:
-        assert parameter.do_not_specialize, f"{parameter.name} would be compiled for the value that it has first"
-    if device < 0 or device == torch.cuda.current_device():  # else it was loaded into another one
+        assert parameter.do_not_specialize, f"{parameter.name} would be compiled for its first value"
+    if device < 0 or device == torch.cuda.current_device():  # else it was loaded on another device
         _compiled[key] = compiled

@@ -1,14 +1,14 @@
-"""Rows to their places and back. A row with a place is read once and written once; no other row is read.
+"""Copies rows to their slots and back. A row with a slot is read once and written once; no other row is read.
 
-This is PyTorch, for every device; `move_triton` does the same on CUDA tensors, bit by bit (but for `spread`'s dot
-products, whose terms it adds up in another order).
+PyTorch, for every device. `move_triton` is equal on CUDA tensors bit by bit, except for the dot products of `spread`,
+which it sums in another order.
 """
 
 from __future__ import annotations
 
 import torch
 
-# float8 can neither be compared nor selected everywhere, so rows are moved as integers.
+# float8 supports neither comparison nor selection on every device, so rows are moved as integers.
 _SAME_SIZE_INT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -46,7 +46,7 @@ def reduce(y: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor | None) -
         weights: [R, K] of a floating dtype; None = 1.
 
     Returns:
-        [R, H] in y's dtype. Rows without a place are zero.
+        [R, H] in y's dtype. Rows without a slot are zero.
     """
     kind = accumulator(y)
     total = torch.zeros(len(slots), y.shape[1], dtype=kind, device=y.device)
@@ -61,43 +61,43 @@ def reduce(y: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor | None) -
 def spread(
     grad: torch.Tensor, y: torch.Tensor, rows: torch.Tensor, sources: torch.Tensor, weights: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of a weighted `reduce`.
+    """Gradients of a weighted `reduce`.
 
     Args:
         grad: [R, H], of the output.
         y: [M, H].
         rows: [M] int32.
-        sources: [M] int32, row * K + pick.
+        sources: [M] int32, row * K + k.
         weights: [R, K].
 
     Returns:
         Of y: [M, H], weight * grad[row], zero on padding. Of the weights: [R, K], the dot product of y's row and grad's
-        row, zero without a place.
+        row, zero without a slot.
     """
     kind = accumulator(y)
     spread_grad = gather(grad, rows).to(kind)
     grad_y = spread_grad * take(weights, sources)[:, None].to(kind)
     dots = (spread_grad * y.to(kind)).sum(dim=1)
-    # One weight more, where the padding's dots go.
+    # One extra entry takes the dot products of padding.
     grad_weights = dots.new_zeros(weights.numel() + 1)
     grad_weights.scatter_(0, torch.where(sources >= 0, sources, weights.numel()).long(), dots)
     return grad_y.to(y.dtype), grad_weights[:-1].view(weights.shape).to(weights.dtype)
 
 
 def accumulator(y: torch.Tensor) -> torch.dtype:
-    """What sums of y's elements are kept in."""
+    """dtype in which y's elements are summed."""
     return torch.float64 if y.dtype == torch.float64 else torch.float32
 
 
 def gather_columns(scales: torch.Tensor, rows: torch.Tensor, group: int, stride: int, pack: bool) -> torch.Tensor:
-    """Gathered scales by column, for each group of rows.
+    """Gather scales and transpose them, for each group of rows.
 
     Args:
         scales: [R, S] fp32 or int32.
         rows: [M] int32; M is a multiple of `group`.
         group: Rows of one matrix of the result.
-        stride: Of a column, at least `group`; what is past the rows is zero.
-        pack: fp32 powers of two to int32 packs of four exponents.
+        stride: Elements between columns, at least `group`; elements past the rows are zero.
+        pack: Convert fp32 powers of two to int32 packs of four exponents.
 
     Returns:
         [M / group, S, stride], or [M / group, ceil(S / 4), stride] int32. With M = 0, one empty group.

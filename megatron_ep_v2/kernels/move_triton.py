@@ -1,4 +1,4 @@
-"""The Triton kernels of `move`. One program a row of the result, in accesses of 16 bytes; offsets are 64-bit."""
+"""The Triton kernels of `move`: one program per row of the result, 16-byte accesses, 64-bit offsets."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import triton.language as tl
 from megatron_ep_v2.kernels.launch import launch
 from megatron_ep_v2.kernels.move import accumulator
 
-BYTES = 4096  # of a row that a program has in flight at a time: two accesses of 16 bytes a thread of four warps
-TAKEN = 1024  # numbers of a program of `take`
-PLACES = 64  # rows of a program of `gather_columns`
+BYTES = 4096  # of a row that a program loads at a time: two accesses of 16 bytes per thread of four warps
+TAKEN = 1024  # elements per program of `take`
+SLOTS = 64  # rows per program of `gather_columns`
 
 _TRITON = {torch.float32: tl.float32, torch.float64: tl.float64}
 _SAME_SIZE_INT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -80,21 +80,21 @@ def gather_columns(scales: torch.Tensor, rows: torch.Tensor, group: int, stride:
     if out.numel():
         launch(
             _gather_columns,
-            (groups, triton.cdiv(stride, PLACES), 1),
+            (groups, triton.cdiv(stride, SLOTS), 1),
             (scales.view(torch.int32), rows, out.view(torch.int32)),
             (group, stride),
-            (scales.shape[1], columns, pack, triton.next_power_of_2(columns), PLACES),
+            (scales.shape[1], columns, pack, triton.next_power_of_2(columns), SLOTS),
         )
     return out
 
 
 def accumulator_kind(y: torch.Tensor) -> tl.dtype:
-    """What sums of y's elements are kept in."""
+    """Triton dtype in which y's elements are summed."""
     return _TRITON[accumulator(y)]
 
 
 def tile(columns: int, element_size: int) -> tuple[int, int]:
-    """Columns at a time, a power of two, one that divides the row if it can be large enough; warps for them."""
+    """(columns per step, warps). The columns are a power of two that divides the row, if a large enough one does."""
     most = min(BYTES // element_size, triton.next_power_of_2(columns))
     divisor = columns & -columns
     block = min(most, divisor) if divisor >= most // 4 else most
@@ -103,13 +103,13 @@ def tile(columns: int, element_size: int) -> tuple[int, int]:
 
 @triton.jit
 def _gather(x, out, rows, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    place = tl.program_id(0).to(tl.int64)
-    row = tl.load(rows + place).to(tl.int64)
-    width = tl.where(row >= 0, COLUMNS, 0)  # nothing is read for padding
+    slot = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + slot).to(tl.int64)
+    width = tl.where(row >= 0, COLUMNS, 0)  # padding reads nothing
     for first in tl.static_range(0, COLUMNS, BLOCK):
         column = first + tl.arange(0, BLOCK)
         words = tl.load(x + row * COLUMNS + column, mask=column < width, other=0)
-        tl.store(out + place * COLUMNS + column, words, mask=column < COLUMNS)
+        tl.store(out + slot * COLUMNS + column, words, mask=column < COLUMNS)
 
 
 @triton.jit(do_not_specialize=["number"])
@@ -159,18 +159,18 @@ def _spread(  # type: ignore[no-untyped-def]
     KIND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    place = tl.program_id(0).to(tl.int64)
-    row = tl.load(rows + place).to(tl.int64)
-    source = tl.load(sources + place)
+    slot = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + slot).to(tl.int64)
+    source = tl.load(sources + slot)
     weight = tl.load(weights + source, mask=row >= 0, other=0).to(KIND)
     width = tl.where(row >= 0, COLUMNS, 0)
     dots = tl.zeros([BLOCK], KIND)
     for first in range(0, COLUMNS, BLOCK):
         column = first + tl.arange(0, BLOCK)
         incoming = tl.load(grad + row * COLUMNS + column, mask=column < width, other=0).to(KIND)
-        dots += incoming * tl.load(y + place * COLUMNS + column, mask=column < width, other=0).to(KIND)
+        dots += incoming * tl.load(y + slot * COLUMNS + column, mask=column < width, other=0).to(KIND)
         back = (incoming * weight).to(grad_y.dtype.element_ty)
-        tl.store(grad_y + place * COLUMNS + column, back, mask=column < COLUMNS)
+        tl.store(grad_y + slot * COLUMNS + column, back, mask=column < COLUMNS)
     dot = tl.sum(dots, axis=0)
     tl.store(grad_weights + source, dot.to(grad_weights.dtype.element_ty), mask=row >= 0)
 
@@ -186,14 +186,14 @@ def _gather_columns(  # type: ignore[no-untyped-def]
     COLUMNS: tl.constexpr,
     PACK: tl.constexpr,
     WIDTH: tl.constexpr,
-    PLACES: tl.constexpr,
+    SLOTS: tl.constexpr,
 ):
     matrix = tl.program_id(0)
-    place = tl.program_id(1) * PLACES + tl.arange(0, PLACES)
+    slot = tl.program_id(1) * SLOTS + tl.arange(0, SLOTS)
     column = tl.arange(0, WIDTH)
-    row = tl.load(rows + matrix * group + place, mask=place < group, other=-1).to(tl.int64)
+    row = tl.load(rows + matrix * group + slot, mask=slot < group, other=-1).to(tl.int64)
     if PACK:
-        words = tl.zeros([PLACES, WIDTH], tl.int32)
+        words = tl.zeros([SLOTS, WIDTH], tl.int32)
         for i in tl.static_range(4):
             scale = column * 4 + i
             here = (row >= 0)[:, None] & (scale < SCALES)[None, :]
@@ -202,6 +202,6 @@ def _gather_columns(  # type: ignore[no-untyped-def]
     else:
         here = (row >= 0)[:, None] & (column < COLUMNS)[None, :]
         words = tl.load(scales + row[:, None] * SCALES + column[None, :], mask=here, other=0)
-    inside = (place < stride)[:, None] & (column < COLUMNS)[None, :]
-    target = (matrix.to(tl.int64) * COLUMNS + column[None, :]) * stride + place[:, None]
+    inside = (slot < stride)[:, None] & (column < COLUMNS)[None, :]
+    target = (matrix.to(tl.int64) * COLUMNS + column[None, :]) * stride + slot[:, None]
     tl.store(out + target, words, mask=inside)

@@ -1,7 +1,7 @@
-"""Where each received pick goes in an expert-grouped matrix with a fixed number of rows: counts, padding, overflow.
+"""Assigns received selections to slots of an expert-grouped matrix with a fixed number of rows.
 
-Stable: an expert's rows stand in the order of (row, pick). Nothing is read on the host, so that a CUDA graph can hold
-it. This is PyTorch, for every device; `places_triton` does the same on CUDA tensors, number by number.
+Stable: an expert's rows are in the order of (row, k). Nothing is read on the host, so CUDA graphs can capture it.
+PyTorch, for every device; `places_triton` is equal on CUDA tensors.
 """
 
 from __future__ import annotations
@@ -13,50 +13,55 @@ Found = tuple[torch.Tensor, ...]
 
 
 def place(
-    picks: torch.Tensor, num_recv: torch.Tensor | None, num_local_experts: int, num_rows: int, alignment: int
+    selections: torch.Tensor, num_recv: torch.Tensor | None, num_local_experts: int, num_rows: int, alignment: int
 ) -> Found:
-    """Experts one behind the other, each padded to a multiple of `alignment`. `layouts.Places` has the meaning.
+    """Lay out experts one after the other, each padded to a multiple of `alignment`. Returns the fields of
+    `layouts.Places`.
 
     Args:
-        picks: [R, K] int64 local expert ids; anything outside 0 to L - 1 is no pick.
-        num_recv: int32 with one element: rows from here on are ignored. None = all rows count.
+        selections: [R, K] int64 local expert ids; ids outside 0 to L - 1 are ignored.
+        num_recv: int32 with one element: rows from this one on are ignored. None = all rows count.
         num_local_experts: L.
         num_rows: M.
         alignment: Divides M.
     """
-    flat, valid = _flat_picks(picks, num_recv, num_local_experts)
+    flat, valid = _flat_selections(selections, num_recv, num_local_experts)
     totals, rank = _rank(flat, num_local_experts)
     padded = (totals + alignment - 1) // alignment * alignment
     wanted = padded.cumsum(0)
     starts = (wanted - padded).clamp(max=num_rows)
     counts = torch.minimum(totals, num_rows - starts)
-    return _finish(picks, flat, valid, rank, totals, starts, counts, wanted.clamp(max=num_rows), wanted[-1], num_rows)
+    return _finish(
+        selections, flat, valid, rank, totals, starts, counts, wanted.clamp(max=num_rows), wanted[-1], num_rows
+    )
 
 
-def place_masked(picks: torch.Tensor, num_recv: torch.Tensor | None, num_local_experts: int, expected_m: int) -> Found:
-    """Each expert in `expected_m` rows of its own. Arguments as for `place`."""
-    flat, valid = _flat_picks(picks, num_recv, num_local_experts)
+def place_masked(
+    selections: torch.Tensor, num_recv: torch.Tensor | None, num_local_experts: int, expected_m: int
+) -> Found:
+    """Give each expert `expected_m` rows. Arguments as for `place`."""
+    flat, valid = _flat_selections(selections, num_recv, num_local_experts)
     totals, rank = _rank(flat, num_local_experts)
-    starts = torch.arange(num_local_experts, device=picks.device) * expected_m
+    starts = torch.arange(num_local_experts, device=selections.device) * expected_m
     counts = totals.clamp(max=expected_m)
     num_rows = num_local_experts * expected_m
     ends = starts + expected_m
-    return _finish(picks, flat, valid, rank, totals, starts, counts, ends, totals.amax(), num_rows)
+    return _finish(selections, flat, valid, rank, totals, starts, counts, ends, totals.amax(), num_rows)
 
 
-def _flat_picks(
-    picks: torch.Tensor, num_recv: torch.Tensor | None, num_local_experts: int
+def _flat_selections(
+    selections: torch.Tensor, num_recv: torch.Tensor | None, num_local_experts: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[R * K] ids with L for "no pick", and whether each is one."""
-    valid = (picks >= 0) & (picks < num_local_experts)
+    """[R * K] ids, with L for ignored ones; and [R * K] bool, False for ignored ones."""
+    valid = (selections >= 0) & (selections < num_local_experts)
     if num_recv is not None:
-        valid &= torch.arange(len(picks), device=picks.device)[:, None] < num_recv.reshape(1, 1)
+        valid &= torch.arange(len(selections), device=selections.device)[:, None] < num_recv.reshape(1, 1)
     valid = valid.flatten()
-    return torch.where(valid, picks.flatten(), num_local_experts), valid
+    return torch.where(valid, selections.flatten(), num_local_experts), valid
 
 
 def _rank(flat: torch.Tensor, num_local_experts: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[L] picks of each expert, and [R * K] the number of each pick within its expert."""
+    """[L] number of selections per expert, and [R * K] rank of each selection within its expert."""
     bins = torch.zeros(num_local_experts + 1, dtype=torch.int64, device=flat.device)
     bins.scatter_add_(0, flat, torch.ones_like(flat))
     order = torch.argsort(flat, stable=True)
@@ -65,7 +70,7 @@ def _rank(flat: torch.Tensor, num_local_experts: int) -> tuple[torch.Tensor, tor
 
 
 def _finish(
-    picks: torch.Tensor,
+    selections: torch.Tensor,
     flat: torch.Tensor,
     valid: torch.Tensor,
     rank: torch.Tensor,
@@ -79,13 +84,13 @@ def _finish(
     expert = flat.clamp(max=len(totals) - 1)
     placed = valid & (rank < counts[expert])
     slots = torch.where(placed, starts[expert] + rank, -1)
-    # One row more, where all picks without a place go.
-    sources = torch.full((num_rows + 1,), -1, device=picks.device)
-    sources.scatter_(0, torch.where(placed, slots, num_rows), torch.arange(len(flat), device=picks.device))
+    # One extra row takes all selections without a slot.
+    sources = torch.full((num_rows + 1,), -1, device=selections.device)
+    sources.scatter_(0, torch.where(placed, slots, num_rows), torch.arange(len(flat), device=selections.device))
     m_indices = torch.full_like(sources, -1)
     m_indices.scatter_(0, torch.where(placed, slots, num_rows), flat)
     sources, m_indices = sources[:-1], m_indices[:-1]
-    rows = torch.where(sources >= 0, sources // max(1, picks.shape[1]), -1)
+    rows = torch.where(sources >= 0, sources // max(1, selections.shape[1]), -1)
     overflow = (totals - counts).sum()
-    found = (slots.view(picks.shape), rows, sources, m_indices, counts, ends, overflow, needed)
+    found = (slots.view(selections.shape), rows, sources, m_indices, counts, ends, overflow, needed)
     return tuple(tensor.to(torch.int32) for tensor in found)

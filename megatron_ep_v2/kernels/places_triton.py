@@ -1,8 +1,8 @@
-"""The Triton kernels of `places`, equal to its reference number by number.
+"""The Triton kernels of `places`, equal to its PyTorch reference.
 
-Three kernels in a row, all with a grid that the shapes alone decide: count the picks of each block of 128 by expert;
-add up over the blocks; lay the experts out, mark the padding and give each pick its place. No atomics, so the order of
-rows is that of the picks.
+Three kernels, with grids that depend on shapes only: count the selections of each block of 128 by expert; sum over the
+blocks; lay out the experts, mark the padding and assign the slots. No atomics, so rows are in the order of the
+selections.
 """
 
 from __future__ import annotations
@@ -13,51 +13,53 @@ import triton.language as tl
 
 from megatron_ep_v2.kernels.launch import launch
 
-BLOCK = 128  # picks of a program of the first and the last kernel, and places of one of the last
-CHUNK = 256  # blocks that the second one adds up at a time
+BLOCK = 128  # selections per program of the first and the last kernel, and slots per program of the last
+CHUNK = 256  # blocks that the second kernel sums at a time
 
 Found = tuple[torch.Tensor, ...]
 
 
 def place(
-    picks: torch.Tensor, num_recv: torch.Tensor | None, num_local_experts: int, num_rows: int, alignment: int
+    selections: torch.Tensor, num_recv: torch.Tensor | None, num_local_experts: int, num_rows: int, alignment: int
 ) -> Found:
     """See `places.place`."""
-    return _place(picks, num_recv, num_local_experts, num_rows, alignment, masked=False)
+    return _place(selections, num_recv, num_local_experts, num_rows, alignment, masked=False)
 
 
-def place_masked(picks: torch.Tensor, num_recv: torch.Tensor | None, num_local_experts: int, expected_m: int) -> Found:
+def place_masked(
+    selections: torch.Tensor, num_recv: torch.Tensor | None, num_local_experts: int, expected_m: int
+) -> Found:
     """See `places.place_masked`."""
-    return _place(picks, num_recv, num_local_experts, num_local_experts * expected_m, expected_m, masked=True)
+    return _place(selections, num_recv, num_local_experts, num_local_experts * expected_m, expected_m, masked=True)
 
 
 def _place(
-    picks: torch.Tensor,
+    selections: torch.Tensor,
     num_recv: torch.Tensor | None,
     num_local_experts: int,
     num_rows: int,
     step: int,
     masked: bool,
 ) -> Found:
-    """step: the alignment, or with `masked` each expert's number of rows."""
-    num_picks, topk = picks.numel(), picks.shape[1]
-    blocks = max(1, triton.cdiv(num_picks, BLOCK))
-    # Of each expert: its picks in each block, then those in all earlier blocks, and at the end of the row all of them.
-    before = torch.empty(num_local_experts, blocks + 1, dtype=torch.int32, device=picks.device)
-    counts, ends, overflow, needed = _aligned(4, num_local_experts, picks.device)
-    rows, sources, m_indices = _aligned(3, num_rows, picks.device)
-    slots = torch.empty_like(picks, dtype=torch.int32)
+    """Launch the three kernels. step: The alignment; with `masked`, the number of rows per expert."""
+    num_selections, topk = selections.numel(), selections.shape[1]
+    blocks = max(1, triton.cdiv(num_selections, BLOCK))
+    # Per expert: its selections in each block, later those in all earlier blocks; at the end of the row their total.
+    before = torch.empty(num_local_experts, blocks + 1, dtype=torch.int32, device=selections.device)
+    counts, ends, overflow, needed = _aligned(4, num_local_experts, selections.device)
+    rows, sources, m_indices = _aligned(3, num_rows, selections.device)
+    slots = torch.empty_like(selections, dtype=torch.int32)
     has_num_recv = num_recv is not None
-    received = picks if num_recv is None else num_recv  # some pointer; not read
+    received = selections if num_recv is None else num_recv  # a valid pointer that is not read
     width = max(16, triton.next_power_of_2(num_local_experts))
 
-    sizes = (num_picks, topk, num_local_experts, blocks)
-    launch(_count, (blocks, 1, 1), (picks, received, before), sizes, (has_num_recv, width, BLOCK))
+    sizes = (num_selections, topk, num_local_experts, blocks)
+    launch(_count, (blocks, 1, 1), (selections, received, before), sizes, (has_num_recv, width, BLOCK))
     launch(_add_up, (num_local_experts, 1, 1), (before,), (blocks,), (CHUNK,))
     launch(
         _lay_out,
         (max(blocks, triton.cdiv(num_rows, BLOCK)), 1, 1),
-        (picks, received, before, slots, rows, sources, m_indices, counts, ends, overflow, needed),
+        (selections, received, before, slots, rows, sources, m_indices, counts, ends, overflow, needed),
         (*sizes, num_rows, step),
         (has_num_recv, masked, width, BLOCK),
     )
@@ -65,26 +67,26 @@ def _place(
 
 
 def _aligned(number: int, size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """int32 vectors in one allocation, each at a multiple of 16 bytes: Triton compiles anew for other alignments."""
+    """int32 vectors in one allocation, each 16-byte aligned: Triton compiles again for another alignment."""
     return torch.empty(number, -(-size // 4) * 4, dtype=torch.int32, device=device)[:, :size].unbind()
 
 
 @triton.jit
-def _experts(picks, num_recv, index, num_picks, topk, experts, HAS_NUM_RECV: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The local expert of each of these picks; -1 where there is none. Rows that have not come are not read."""
-    here = index < num_picks
+def _experts(selections, num_recv, index, num_selections, topk, experts, HAS_NUM_RECV: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The local expert of each selection, -1 if it is ignored. Rows past num_recv are not read."""
+    here = index < num_selections
     if HAS_NUM_RECV:
         here = here & (index // topk < tl.load(num_recv))
-    expert = tl.load(picks + index, mask=here, other=-1)
+    expert = tl.load(selections + index, mask=here, other=-1)
     return tl.where((expert >= 0) & (expert < experts), expert, -1).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["num_picks", "topk", "experts", "blocks"])
+@triton.jit(do_not_specialize=["num_selections", "topk", "experts", "blocks"])
 def _count(  # type: ignore[no-untyped-def]
-    picks,
+    selections,
     num_recv,
     before,
-    num_picks,
+    num_selections,
     topk,
     experts,
     blocks,
@@ -94,7 +96,7 @@ def _count(  # type: ignore[no-untyped-def]
 ):
     block = tl.program_id(0)
     index = block * BLOCK + tl.arange(0, BLOCK)
-    expert = _experts(picks, num_recv, index, num_picks, topk, experts, HAS_NUM_RECV)
+    expert = _experts(selections, num_recv, index, num_selections, topk, experts, HAS_NUM_RECV)
     lane = tl.arange(0, EXPERTS)
     counts = tl.sum((expert[:, None] == lane[None, :]).to(tl.int32), axis=0)
     tl.store(before + lane * (blocks + 1) + block, counts, mask=lane < experts)
@@ -102,7 +104,7 @@ def _count(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["blocks"])
 def _add_up(before, blocks, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """One program an expert: its picks in each block become its picks in all earlier blocks."""
+    """One program per expert: replaces the count of each block by the sum of all earlier blocks."""
     own = before + tl.program_id(0) * (blocks + 1)
     total = 0
     for first in range(0, blocks, CHUNK):
@@ -114,9 +116,9 @@ def _add_up(before, blocks, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def
     tl.store(own + blocks, total)
 
 
-@triton.jit(do_not_specialize=["num_picks", "topk", "experts", "blocks", "num_rows", "step"])
+@triton.jit(do_not_specialize=["num_selections", "topk", "experts", "blocks", "num_rows", "step"])
 def _lay_out(  # type: ignore[no-untyped-def]
-    picks,
+    selections,
     num_recv,
     before,
     slots,
@@ -127,7 +129,7 @@ def _lay_out(  # type: ignore[no-untyped-def]
     ends,
     overflow,
     needed,
-    num_picks,
+    num_selections,
     topk,
     experts,
     blocks,
@@ -138,8 +140,8 @@ def _lay_out(  # type: ignore[no-untyped-def]
     EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Each program finds all experts' starts, so that none waits for another; then it does as many places as picks. A
-    place is written once: as padding here, or by its pick there."""
+    """Each program computes all experts' starts, so that none waits for another. Then it handles BLOCK slots, of which
+    it writes the padding, and BLOCK selections, which write the other slots: each slot is written once."""
     lane = tl.arange(0, EXPERTS)
     total = tl.load(before + lane * (blocks + 1) + blocks, mask=lane < experts, other=0)
     if MASKED:
@@ -172,7 +174,7 @@ def _lay_out(  # type: ignore[no-untyped-def]
         tl.store(sources + index, tl.full([BLOCK], -1, tl.int32), mask=padding)
 
     if block < blocks:
-        expert = _experts(picks, num_recv, index, num_picks, topk, experts, HAS_NUM_RECV)
+        expert = _experts(selections, num_recv, index, num_selections, topk, experts, HAS_NUM_RECV)
         local = expert >= 0
         later = tl.arange(0, BLOCK)[:, None] > tl.arange(0, BLOCK)[None, :]
         earlier = (expert[:, None] == expert[None, :]) & later
@@ -180,7 +182,7 @@ def _lay_out(  # type: ignore[no-untyped-def]
         number += tl.sum(earlier.to(tl.int32), axis=1)
         own = tl.maximum(expert, 0)
         placed = local & (number < tl.gather(count, own, axis=0))
-        place = tl.gather(start, own, axis=0) + number
-        tl.store(slots + index, tl.where(placed, place, -1), mask=index < num_picks)
-        tl.store(rows + place, index // topk, mask=placed)
-        tl.store(sources + place, index, mask=placed)
+        slot = tl.gather(start, own, axis=0) + number
+        tl.store(slots + index, tl.where(placed, slot, -1), mask=index < num_selections)
+        tl.store(rows + slot, index // topk, mask=placed)
+        tl.store(sources + slot, index, mask=placed)

@@ -1,7 +1,7 @@
-"""The probabilities of a recomputed routing in the columns of the first one, and what has changed between the two.
+"""Reorders the probabilities of a recomputed routing to the columns of the first one, and counts changed selections.
 
-This is PyTorch, for every device; `replay_triton` does the same on CUDA tensors in a few launches. Letters: T tokens, K
-selections of a token.
+PyTorch, for every device; `replay_triton` does the same on CUDA tensors in a few launches. Letters: T tokens, K
+selections per token.
 """
 
 from __future__ import annotations
@@ -20,19 +20,20 @@ def follow(
     another: torch.Tensor,
     ties: torch.Tensor,
 ) -> torch.Tensor:
-    """
+    """Reorder probabilities, and add the number of changed selections to `another` or `ties`.
+
     Args:
         wanted: [T, K] int64, the first routing.
         before: [T, K], its probabilities.
         idx: [T, K] int64, the recomputed routing, in any order.
         weights: [T, K], its probabilities.
         near: Relative difference of probabilities up to which a change is a near tie.
-        most_far, most_changed: Changed selections that are no near ties, and changed ones at all, above which it is
-            another routing.
-        another, ties: [1] int32. The changed selections are added to the one of them that they are.
+        most_far, most_changed: Limits of changed selections that are no near ties, and of all changed selections, above
+            which it is another routing.
+        another, ties: [1] int32. Changed selections are added to `another` if it is another routing, else to `ties`.
 
     Returns:
-        [T, K] in weights' dtype. Where an expert of `wanted` is not in `idx`: the mean of those that are new.
+        [T, K] in weights' dtype. For an expert of `wanted` that is not in `idx`: the mean of the token's new experts.
     """
     same, gone, new = _compare(wanted, idx)
     moved = torch.where(same, weights[:, None, :], 0).sum(dim=2)
@@ -47,7 +48,7 @@ def follow(
 
 
 def back(wanted: torch.Tensor, idx: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
-    """The gradient of `weights` in `follow`. grad: [T, K], of its result."""
+    """Gradient of `weights` in `follow`. grad: [T, K], of its result."""
     same, gone, new = _compare(wanted, idx)
     moved = torch.where(same, grad[:, :, None], 0).sum(dim=1)
     share = torch.where(gone, grad, 0).sum(dim=1) / new.sum(dim=1).clamp(min=1)

@@ -1,4 +1,4 @@
-"""The Triton kernels of `replay`. One program some tokens, each with all pairs of its selections."""
+"""The Triton kernels of `replay`: each program compares all pairs of selections of a few tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import triton.language as tl
 
 from megatron_ep_v2.kernels.launch import launch
 
-ELEMENTS = 2048  # pairs of a program: four warps with 16 each a thread
+ELEMENTS = 2048  # pairs per program: 16 per thread of four warps
 
 
 def follow(
@@ -50,17 +50,17 @@ def _launch(kernel: Any, tensors: tuple[torch.Tensor, ...], shape: torch.Size, m
 
 @triton.jit
 def _compare(wanted, idx, tokens, TOPK: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Where the selections lie, which exist, which are equal, which are gone and which are new."""
+    """Offsets of the selections, and which of them exist, are equal, are gone and are new."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     here = (row < tokens)[:, None] & (column < TOPK)[None, :]
-    place = row.to(tl.int64)[:, None] * TOPK + column[None, :]
-    first = tl.load(wanted + place, mask=here, other=-2).to(tl.int32)
-    second = tl.load(idx + place, mask=here, other=-3).to(tl.int32)
+    entry = row.to(tl.int64)[:, None] * TOPK + column[None, :]
+    first = tl.load(wanted + entry, mask=here, other=-2).to(tl.int32)
+    second = tl.load(idx + entry, mask=here, other=-3).to(tl.int32)
     same = (first[:, :, None] == second[:, None, :]).to(tl.int32)
     gone = here & (tl.max(same, axis=2) == 0)
     new = here & (tl.max(same, axis=1) == 0)
-    return place, here, same != 0, gone, new
+    return entry, here, same != 0, gone, new
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -77,13 +77,13 @@ def _follow(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     NEAR: tl.constexpr,
 ):
-    place, here, same, gone, new = _compare(wanted, idx, tokens, TOPK, WIDTH, ROWS)
-    old = tl.load(before + place, mask=here, other=0.0)
-    now = tl.load(weights + place, mask=here, other=0.0)
+    entry, here, same, gone, new = _compare(wanted, idx, tokens, TOPK, WIDTH, ROWS)
+    old = tl.load(before + entry, mask=here, other=0.0)
+    now = tl.load(weights + entry, mask=here, other=0.0)
     moved = tl.sum(tl.where(same, now[:, None, :], 0.0), axis=2)
     number = tl.maximum(tl.sum(new.to(tl.int32), axis=1), 1).to(tl.float32)
     instead = tl.sum(tl.where(new, now, 0.0), axis=1) / number
-    tl.store(out + place, tl.where(gone, instead[:, None], moved), mask=here)
+    tl.store(out + entry, tl.where(gone, instead[:, None], moved), mask=here)
     close = tl.abs(now[:, None, :] - old[:, :, None]) <= NEAR * old[:, :, None]
     near = tl.max((close & new[:, None, :]).to(tl.int32), axis=2) != 0
     tl.atomic_add(counts, tl.sum(tl.sum(gone.to(tl.int32), axis=1), axis=0))
@@ -94,12 +94,12 @@ def _follow(  # type: ignore[no-untyped-def]
 def _back(  # type: ignore[no-untyped-def]
     wanted, idx, grad, out, tokens, TOPK: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr
 ):
-    place, here, same, gone, new = _compare(wanted, idx, tokens, TOPK, WIDTH, ROWS)
-    value = tl.load(grad + place, mask=here, other=0.0)
+    entry, here, same, gone, new = _compare(wanted, idx, tokens, TOPK, WIDTH, ROWS)
+    value = tl.load(grad + entry, mask=here, other=0.0)
     moved = tl.sum(tl.where(same, value[:, :, None], 0.0), axis=1)
     number = tl.maximum(tl.sum(new.to(tl.int32), axis=1), 1).to(tl.float32)
     share = tl.sum(tl.where(gone, value, 0.0), axis=1) / number
-    tl.store(out + place, tl.where(new, share[:, None], moved), mask=here)
+    tl.store(out + entry, tl.where(new, share[:, None], moved), mask=here)
 
 
 @triton.jit(do_not_specialize=["most_far", "most_changed"])

@@ -1,4 +1,4 @@
-"""Which of a kernel's two modules runs: `name`, its definition in PyTorch; or `name_triton`, its equal on CUDA."""
+"""Chooses between a kernel's two modules: `name`, its definition in PyTorch; `name_triton`, the same on CUDA."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ logger = logging.getLogger("megatron_ep_v2")
 
 
 def kernels_for(tensor: torch.Tensor, definition: ModuleType, what: str, otherwise: str = "") -> Any:
-    """The module whose functions take this tensor.
+    """The module whose functions work on this tensor's device.
 
     Args:
-        tensor: Any of the functions' tensors.
+        tensor: Any argument of the functions.
         definition: The module in PyTorch.
-        what: Needs Triton on GPUs, for the error: "layouts".
-        otherwise: What else the reader can do: ", or set ...".
+        what: Subject of the error, "layouts" for example.
+        otherwise: Alternative fix for the error: ", or set ...".
 
     Raises:
-        UnavailableError: A CUDA tensor, and no Triton that has what the kernels use.
+        UnavailableError: A CUDA tensor without a Triton that the kernels can use.
     """
     return _required(definition, what, otherwise) if tensor.is_cuda else definition
 
@@ -45,12 +45,12 @@ def _required(definition: ModuleType, what: str, otherwise: str) -> ModuleType:
 
 @functools.cache
 def triton_if_installed(name: str, what: str) -> Any:
-    """The Triton module of a kernel whose definition is as good on GPUs, only slower; None where there is none, which
-    is logged once.
+    """The Triton module of a kernel whose definition also works on GPUs, only slower; None without Triton, which is
+    logged once.
 
     Args:
-        name: Of the definition: "megatron_ep_v2.kernels.topk".
-        what: PyTorch does then, for the log: "torch.topk finds each token's experts".
+        name: The definition's module: "megatron_ep_v2.kernels.topk".
+        what: What runs without Triton, for the log: "torch.topk finds each token's experts".
     """
     try:
         return importlib.import_module(f"{name}_triton")

@@ -1,9 +1,8 @@
-"""SwiGLU weighted by the router's probability: silu(gate) * up * prob, in fp32 inside (fp64 for fp64).
+"""SwiGLU weighted by the router's probability: silu(gate) * up * prob, computed in fp32 (fp64 for fp64).
 
-Rows from `used` on are left-overs of a layout: whatever a GEMM left there is not read, and zeros are written.
+Rows from `used` on are unowned: they are not read, and zeros are written.
 
-This is PyTorch, for every device; `swiglu_triton` does the same on CUDA tensors, but for the last bit of exp and the
-order of sums.
+PyTorch, for every device; `swiglu_triton` is equal on CUDA tensors up to the last bit of exp and the order of sums.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ from megatron_ep_v2.kernels.move import accumulator
 
 
 def forward(h: torch.Tensor, probs: torch.Tensor, used: torch.Tensor | None) -> torch.Tensor:
-    """
+    """Weighted SwiGLU.
+
     Args:
         h: [P, 2 * F]: gate in the first F columns, up in the others.
         probs: [P].
@@ -31,7 +31,7 @@ def forward(h: torch.Tensor, probs: torch.Tensor, used: torch.Tensor | None) -> 
 def backward(
     grad: torch.Tensor, h: torch.Tensor, probs: torch.Tensor, used: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of h, [P, 2 * F], and of probs, [P]. grad: [P, F]."""
+    """Gradients of h, [P, 2 * F], and of probs, [P]. grad: [P, F]."""
     gate, up = h.to(accumulator(h)).chunk(2, dim=1)
     grad = grad.to(gate.dtype)
     sigmoid = gate.sigmoid()

@@ -1,4 +1,4 @@
-"""The Triton kernels of `swiglu`: one program a row, one pass over memory each."""
+"""The Triton kernels of `swiglu`: one program per row, one pass over memory each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton.language as tl
 from megatron_ep_v2.kernels.launch import launch
 from megatron_ep_v2.kernels.move_triton import accumulator_kind, tile
 
-TAIL_ROWS = 8  # of a program of `zero_tail_`
+TAIL_ROWS = 8  # rows per program of `zero_tail_`
 
 
 def forward(h: torch.Tensor, probs: torch.Tensor, used: torch.Tensor | None) -> torch.Tensor:
@@ -58,7 +58,7 @@ def zero_tail_(rows: torch.Tensor, used: torch.Tensor | None) -> torch.Tensor:
 
 @triton.jit
 def _width(row, used, BOUNDED: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Columns of this row that may be read: none past the rows in use."""
+    """Number of columns of this row to read: 0 for unowned rows."""
     width = COLUMNS
     if BOUNDED:
         width = tl.where(row < tl.load(used), COLUMNS, 0)

@@ -1,4 +1,4 @@
-"""The Triton kernels of `topk`. One program some rows; a row's picks are found by taking its largest entry K times."""
+"""The Triton kernels of `topk`: a few rows per program; K times, each row's largest entry is taken."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import triton.language as tl
 
 from megatron_ep_v2.kernels.launch import launch
 
-ELEMENTS = 2048  # of a program: four warps with 16 each a thread
+ELEMENTS = 2048  # per program: 16 per thread of four warps
 
 
-def pick(probs: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest entries of each row, the largest first; of equals, that of the lowest column first. An entry of 0
-    selects nothing.
+def select(probs: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Select the largest entries of each row, the largest first; among equals, the lowest column first. An entry of 0
+    is not selected.
 
     Args:
         probs: [T, E] fp32, contiguous.
@@ -28,16 +28,16 @@ def pick(probs: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
     values = torch.empty(tokens, topk, dtype=probs.dtype, device=probs.device)
     indices = torch.empty(tokens, topk, dtype=torch.int64, device=probs.device)
     if tokens:
-        _launch(_pick, (probs, values, indices), tokens, experts, topk)
+        _launch(_select, (probs, values, indices), tokens, experts, topk)
     return values, indices
 
 
 def spread(grad: torch.Tensor, indices: torch.Tensor, experts: int) -> torch.Tensor:
-    """torch.zeros(T, E).scatter(1, indices, grad), without the columns of -1: their gradient is written nowhere.
+    """torch.zeros(T, E).scatter(1, indices, grad), which ignores columns of -1.
 
     Args:
         grad: [T, K] fp32, contiguous.
-        indices: [T, K] int64, those of a row all different but for -1.
+        indices: [T, K] int64, distinct in each row except for -1.
         experts: E.
     """
     tokens, topk = indices.shape
@@ -48,14 +48,14 @@ def spread(grad: torch.Tensor, indices: torch.Tensor, experts: int) -> torch.Ten
 
 
 def _launch(kernel: Any, tensors: tuple[torch.Tensor, ...], tokens: int, experts: int, topk: int) -> None:
-    """A program takes as many rows as make up ELEMENTS, at least one."""
+    """Launch with ELEMENTS elements per program, at least one row."""
     width = triton.next_power_of_2(experts)
     rows = max(1, ELEMENTS // width)
     launch(kernel, (triton.cdiv(tokens, rows), 1, 1), tensors, (tokens,), (experts, width, topk, rows))
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _pick(  # type: ignore[no-untyped-def]
+def _select(  # type: ignore[no-untyped-def]
     probs,
     values,
     indices,
@@ -71,7 +71,7 @@ def _pick(  # type: ignore[no-untyped-def]
     start = row.to(tl.int64) * EXPERTS
     inside = here[:, None] & (column < EXPERTS)[None, :]
     bits = tl.load(probs + start[:, None] + column[None, :], mask=inside, other=0).to(tl.int32, bitcast=True)
-    # In the order of the numbers, NaN above all of them as in PyTorch, -0.0 below 0.0.
+    # Integers in the order of the floats: NaN above all of them as in PyTorch, -0.0 below 0.0.
     order = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
     order = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FFFFFFF, order)
     keys = (order.to(tl.int64) << 32) | (WIDTH - 1 - column)[None, :].to(tl.int64)
@@ -81,7 +81,7 @@ def _pick(  # type: ignore[no-untyped-def]
         best = tl.max(keys, axis=1)
         expert = WIDTH - 1 - (best & 0xFFFFFFFF)
         value = tl.load(probs + start + expert, mask=here)
-        # By its bits: a comparison of numbers may take the smallest of them for 0.
+        # Compare bits: a comparison of floats may flush subnormals to 0.
         zero = (value.to(tl.int32, bitcast=True) & 0x7FFFFFFF) == 0
         tl.store(indices + row.to(tl.int64) * TOPK + k, tl.where(zero, -1, expert), mask=here)
         tl.store(values + row.to(tl.int64) * TOPK + k, value, mask=here)
@@ -104,8 +104,8 @@ def _spread(  # type: ignore[no-untyped-def]
     here = row < tokens
     dense = tl.zeros([ROWS, WIDTH], grad.dtype.element_ty)
     for k in tl.static_range(TOPK):
-        pick = row.to(tl.int64) * TOPK + k
-        expert = tl.load(indices + pick, mask=here, other=-1).to(tl.int32)
-        dense = tl.where(column[None, :] == expert[:, None], tl.load(grad + pick, mask=here, other=0)[:, None], dense)
+        entry = row.to(tl.int64) * TOPK + k
+        expert = tl.load(indices + entry, mask=here, other=-1).to(tl.int32)
+        dense = tl.where(column[None, :] == expert[:, None], tl.load(grad + entry, mask=here, other=0)[:, None], dense)
     inside = here[:, None] & (column < EXPERTS)[None, :]
     tl.store(out + row.to(tl.int64)[:, None] * EXPERTS + column[None, :], dense, mask=inside)

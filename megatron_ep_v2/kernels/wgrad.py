@@ -2,8 +2,8 @@
 
     out[l] += grad[rows of l].T @ x[rows of l]
 
-An expert without rows leaves its part untouched, so nothing is read, written or zeroed for it. This is PyTorch, for the
-CPU and for fp64; `wgrad_triton` does the same on CUDA tensors. Both add up in fp32 (fp64 for fp64) and round once.
+Nothing is read, written or zeroed for an expert without rows. PyTorch, for the CPU and for fp64; `wgrad_triton` does
+the same on CUDA tensors. Both sum in fp32 (fp64 for fp64) and round once.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from megatron_ep_v2.kernels.select import kernels_for
 
 
 def add_(out: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, ends: torch.Tensor) -> None:
-    """
+    """Add weight gradients to `out` in place.
+
     Args:
-        out: [L, N, K], contiguous; added to, in place.
+        out: [L, N, K], contiguous.
         grad: [P, N], contiguous.
         x: [P, K], contiguous.
         ends: [L] int32 on the same device: where each expert's rows end. Rows past the last end are not read.

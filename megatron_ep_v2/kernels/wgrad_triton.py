@@ -1,4 +1,4 @@
-"""The Triton kernel of `wgrad`: one program a tile of one expert's weight, which reads that expert's rows."""
+"""The Triton kernel of `wgrad`: one program per tile of one expert's weight, which reads that expert's rows."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import triton.language as tl
 
 from megatron_ep_v2.kernels.launch import launch
 
-# Tile of the weight, rows of a step, warps, stages: of those that `benchmarks/gpu_wgrad.py --tiles` tries, the fastest
-# on an H200. Two such programs share a multiprocessor: one reads and writes its tile while the other multiplies.
+# Tile of the weight, rows per step, warps, stages: the fastest on an H200 of those that `benchmarks/gpu_wgrad.py
+# --tiles` tries. Two such programs share a multiprocessor: one reads and writes its tile while the other multiplies.
 TILE_N, TILE_K, ROWS, WARPS, STAGES = 128, 128, 64, 4, 3
 
 
 def add_(out: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, ends: torch.Tensor) -> None:
-    """See `wgrad.add_`; grad and x of one dtype, out of theirs or fp32."""
+    """See `wgrad.add_`; grad and x have one dtype, out has it too or fp32."""
     experts, columns_n, columns_k = out.shape
     if not out.numel():
         return
@@ -59,7 +59,7 @@ def _add(  # type: ignore[no-untyped-def]
         a = tl.load(grad + row[None, :] * COLUMNS_N + n[:, None], mask=good_n[:, None] & inside[None, :], other=0.0)
         b = tl.load(x + row[:, None] * COLUMNS_K + k[None, :], mask=inside[:, None] & good_k[None, :], other=0.0)
         total = tl.dot(a, b, total, input_precision="ieee")
-    place = out + expert.to(tl.int64) * COLUMNS_N * COLUMNS_K + n[:, None].to(tl.int64) * COLUMNS_K + k[None, :]
+    target = out + expert.to(tl.int64) * COLUMNS_N * COLUMNS_K + n[:, None].to(tl.int64) * COLUMNS_K + k[None, :]
     good = good_n[:, None] & good_k[None, :]
-    before = tl.load(place, mask=good, other=0.0).to(tl.float32)
-    tl.store(place, (before + total).to(out.dtype.element_ty), mask=good)
+    before = tl.load(target, mask=good, other=0.0).to(tl.float32)
+    tl.store(target, (before + total).to(out.dtype.element_ty), mask=good)

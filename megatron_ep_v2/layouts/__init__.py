@@ -1,8 +1,8 @@
-"""Between what a dispatch delivers and what a grouped GEMM takes.
+"""Layouts of received rows for grouped GEMMs.
 
     compact rows [R, H]    place_contiguous -> gather_rows -> GEMM [M, H] -> reduce_rows -> [R, H] for combine
     compact rows [R, H]    place_masked     -> gather_rows -> GEMM [L, expected_m, H] -> reduce_rows -> [R, H]
-    expanded rows [P, H]   expanded_m_indices, expanded_ends or m_splits: the rows stay where they are
+    expanded rows [P, H]   expanded_m_indices, expanded_ends or m_splits: the rows are not copied
 
 docs/layouts.md shows each with the calls around it.
 """

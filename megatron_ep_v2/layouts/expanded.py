@@ -1,6 +1,6 @@
-"""What grouped GEMMs want to know about the rows of an expanded dispatch, which are sorted by expert already.
+"""Group descriptions for GEMMs on the rows of an expanded dispatch, which are sorted by expert already.
 
-Nothing is copied and, but for `m_splits`, nothing is read on the host.
+No row is copied, and only `m_splits` reads counts on the host.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ def expanded_m_indices(handle: Handle, num_rows: int) -> torch.Tensor:
 
     Args:
         handle: Of an expanded dispatch.
-        num_rows: P, `len(recv_x)`; more than the experts hold is padding.
+        num_rows: P, `len(recv_x)`; rows past the last expert's are padding.
 
     Returns:
         [P] int32, -1 on padding.
     """
     ends = expanded_ends(handle)
-    place = torch.arange(num_rows, dtype=torch.int32, device=ends.device)
-    # The first expert that ends behind the place; empty ones end where the one before them does.
-    expert = torch.searchsorted(ends, place, right=True, out_int32=True)
+    slot = torch.arange(num_rows, dtype=torch.int32, device=ends.device)
+    # The first expert that ends after the slot; empty experts end where the previous one ends.
+    expert = torch.searchsorted(ends, slot, right=True, out_int32=True)
     real_ends = handle.psum_num_recv_tokens_per_expert
-    inside = place < real_ends[expert.clamp(max=len(ends) - 1)]
+    inside = slot < real_ends[expert.clamp(max=len(ends) - 1)]
     return torch.where((expert < len(ends)) & inside, expert, -1)
 
 
 def expanded_ends(handle: Handle) -> torch.Tensor:
-    """[L] int32, where each expert's rows end, padding counted: `offs` of torch's grouped_mm."""
+    """[L] int32, the end of each expert's rows with padding: `offs` of torch's grouped_mm."""
     if not handle.do_expand:
         raise InputError(
             "the rows of this handle are not sorted by expert",
@@ -44,5 +44,5 @@ def expanded_ends(handle: Handle) -> torch.Tensor:
 
 
 def m_splits(handle: Handle) -> list[int]:
-    """Rows of each local expert, padding counted: TransformerEngine's `m_splits`, from what the dispatch knows."""
+    """Rows of each local expert with padding, from the handle: TransformerEngine's `m_splits`."""
     return list(handle.num_recv_tokens_per_expert_list)

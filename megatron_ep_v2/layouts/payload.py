@@ -1,8 +1,8 @@
-"""8-bit rows gathered together with their scales, which arrive in the layout that a GEMM wants.
+"""Gathers 8-bit rows together with their scales, in the scale layout that a GEMM needs.
 
-DeepGEMM wants the scales of the rows "mn-major": [M, S] with strides (1, M rounded up to 16 bytes), for TMA to load a
-column. SM90 takes fp32 for 128 columns; SM100 takes int32 packs of four UE8M0 scales. It converts other layouts in a
-kernel of its own, which a gather into the right one saves.
+DeepGEMM needs the scales of the rows "mn-major": [M, S] with strides (1, M rounded up to 16 bytes), so that TMA can
+load a column. SM90 takes fp32 for 128 columns; SM100 takes int32 packs of four UE8M0 scales. It converts other layouts
+in an extra kernel, which gathering into the right one saves.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_ep_v2.kernels import move
 from megatron_ep_v2.kernels.select import kernels_for
 from megatron_ep_v2.layouts.places import Places
 
-# row_major: as on the wire. mn_major: the same numbers by column. ue8m0: fp32 powers of two to packs, by column.
+# row_major: as on the wire. mn_major: transposed. ue8m0: transposed, with fp32 powers of two converted to packs.
 ScaleLayout: TypeAlias = Literal["row_major", "mn_major", "ue8m0"]
 
 _TMA_BYTES = 16  # DeepGEMM's get_tma_aligned_size
@@ -25,20 +25,20 @@ _TMA_BYTES = 16  # DeepGEMM's get_tma_aligned_size
 def gather_payload(
     payload: tuple[torch.Tensor, torch.Tensor], places: Places, layout: ScaleLayout = "row_major"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows and scales to their places. No gradient: quantised rows have none.
+    """Copy rows and scales to their slots. No gradient: quantised rows have none.
 
     Args:
-        payload: Values [R, H] of 1 byte an element; scales [R, S], fp32 or int32 packs of UE8M0.
-        places: Of the picks.
-        layout: Of the scales. `ue8m0` packs the exponents of fp32 scales, which have to be powers of two (as those of
-            `wire.quantize` are), four neighbours to an int32, the first in its lowest byte.
+        payload: Values [R, H] of 1 byte per element; scales [R, S], fp32 or int32 packs of UE8M0.
+        places: Slots of the selections.
+        layout: Layout of the scales. `ue8m0` packs the exponents of fp32 scales, which must be powers of two (as those
+            of `wire.quantize` are), four neighbours to an int32, the first in its lowest byte.
 
     Returns:
         Values [M, H], and scales: [M, S], or [M, ceil(S / 4)] int32 for `ue8m0`; with `expected_m`, 3-D as
         `Places.by_expert` gives it: [L, expected_m, H] and [L, expected_m, S]. Both are zero on padding.
 
     Raises:
-        InputError: Scales that the layout cannot be made of, or numbers of rows that differ.
+        InputError: The scales cannot be converted to this layout, or the numbers of rows differ.
     """
     values, scales = payload
     if layout not in get_args(ScaleLayout) or scales.dtype not in (torch.float32, torch.int32):
@@ -57,7 +57,7 @@ def gather_payload(
         )
     if values.dim() != 2 or scales.dim() != 2 or not len(values) == len(scales) == len(places.slots):
         raise InputError(
-            "the rows and scales do not fit their places",
+            "the rows and scales do not fit their slots",
             found=f"{tuple(values.shape)} and {tuple(scales.shape)}",
             needed=f"({len(places.slots)}, hidden) and ({len(places.slots)}, scales)",
             fix="pass the payload and the places of one dispatch",
@@ -74,6 +74,6 @@ def gather_payload(
 
 
 def tma_aligned(num_rows: int, element_size: int = 4) -> int:
-    """The stride of a column of so many rows: rounded up to 16 bytes."""
+    """Stride of a column of `num_rows` elements: rounded up to 16 bytes."""
     step = _TMA_BYTES // element_size
     return -(-num_rows // step) * step

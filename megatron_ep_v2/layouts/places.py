@@ -1,7 +1,7 @@
-"""The places of received picks in an expert-grouped matrix whose number of rows the host fixes beforehand.
+"""Slots of received selections in an expert-grouped matrix whose number of rows the host fixes beforehand.
 
-Letters as in `buffers.contract`, and M: the rows of that matrix. The counts stay on the device, so none of this waits
-for it, and a CUDA graph can hold all of it. Rows at or past `num_recv` may hold anything: their picks are ignored and
+Letters as in `buffers.contract`, and M: the rows of that matrix. The counts stay on the device, so nothing here waits
+for it, and a CUDA graph can capture all of it. Rows from `num_recv` on are unowned: their selections are ignored and
 they are never read.
 """
 
@@ -15,22 +15,23 @@ from megatron_ep_v2.errors import InputError, LayoutOverflowError
 from megatron_ep_v2.kernels import places as definition
 from megatron_ep_v2.kernels.select import kernels_for
 
-CONTIGUOUS_ALIGNMENT = 128  # DeepGEMM's get_mk_alignment_for_contiguous_layout(): its block of rows, one expert in each
+CONTIGUOUS_ALIGNMENT = 128  # DeepGEMM's get_mk_alignment_for_contiguous_layout(): a block of rows has one expert
 
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """One place for each local pick, as many as fit. All tensors are int32 and on the device.
+    """A slot for each local selection that fits. All tensors are int32 and on the device.
 
     Attributes:
-        slots: [R, K], the place of pick k of row r; -1 where the pick is not local, or found no place.
-        rows: [M], the received row of each place; -1 = padding.
-        sources: [M], row * K + pick of each place; -1 = padding.
-        m_indices: [M], the local expert of each place, -1 = padding: DeepGEMM's `m_indices` (`grouped_layout`).
-        counts: [L], places in use of each expert, padding not counted: DeepGEMM's `masked_m`.
-        ends: [L], where each expert's rows end, padding counted: `offs` of torch's grouped_mm. Each expert starts where
-            the one before it ends.
-        overflow: Scalar: local picks that found no place; 0 = all fit. Never silent: see `check_overflow`.
+        slots: [R, K], the slot of selection k of row r; -1 if the selection is not local or did not fit.
+        rows: [M], the received row of each slot; -1 = padding.
+        sources: [M], row * K + k of each slot; -1 = padding.
+        m_indices: [M], the local expert of each slot, -1 = padding: DeepGEMM's `m_indices` (`grouped_layout`).
+        counts: [L], slots in use of each expert, without padding: DeepGEMM's `masked_m`.
+        ends: [L], the end of each expert's rows with padding: `offs` of torch's grouped_mm. Each expert starts at the
+            end of the previous one.
+        overflow: Scalar: local selections that did not fit; 0 = all fit. The caller must check it: see
+            `check_overflow`.
         needed: Scalar: the number of rows (contiguous), or `expected_m` (masked), with which all would fit.
         alignment: Each expert's rows are a multiple of this; `expected_m` in the masked layout.
         expected_m: Rows of each expert; None in the contiguous layout.
@@ -54,11 +55,11 @@ class Places:
 
     @property
     def padded_counts(self) -> torch.Tensor:
-        """[L] int32, rows of each expert with its padding: `tokens_per_expert` of grouped experts."""
+        """[L] int32, rows of each expert with padding: `tokens_per_expert` of grouped experts."""
         return self.ends.diff(prepend=self.ends.new_zeros(1))
 
     def by_expert(self, rows: torch.Tensor) -> torch.Tensor:
-        """[M, ...] -> [L, expected_m, ...], a view, as masked GEMMs take it; [M, ...] as it is if contiguous."""
+        """View [M, ...] as [L, expected_m, ...] for masked GEMMs; unchanged in the contiguous layout."""
         return rows if self.expected_m is None else rows.unflatten(0, (-1, self.expected_m))
 
 
@@ -69,19 +70,18 @@ def place_contiguous(
     num_rows: int,
     alignment: int = CONTIGUOUS_ALIGNMENT,
 ) -> Places:
-    """Experts one behind the other; each one's rows are padded to a multiple of `alignment`.
+    """Assign slots with experts one after the other, each padded to a multiple of `alignment`.
 
     Args:
-        recv_topk_idx: [R, K] int64 LOCAL expert ids, -1 = the pick belongs to another rank, as a compact dispatch
-            delivers them.
+        recv_topk_idx: [R, K] int64 LOCAL expert ids of a compact dispatch, -1 = the selection belongs to another rank.
         num_recv: One int32 on the device, received rows: `handle.psum_num_recv_tokens_per_scaleup_rank[-1]`. None = R.
         num_local_experts: L.
-        num_rows: M, a multiple of `alignment`; `rows_that_fit` is always enough. With fewer, the picks of the last
-            experts may find no place, and `overflow` counts them.
+        num_rows: M, a multiple of `alignment`; `rows_that_fit` is always enough. With fewer, selections of the last
+            experts may not fit, and `overflow` counts them.
         alignment: 1 = no padding.
 
     Raises:
-        InputError: A shape, dtype or number is not as above.
+        InputError: A shape, dtype or number differs from the above.
     """
     _check(recv_topk_idx, num_recv, num_local_experts)
     if alignment < 1 or num_rows < 0 or num_rows % alignment:
@@ -99,15 +99,16 @@ def place_contiguous(
 def place_masked(
     recv_topk_idx: torch.Tensor, num_recv: torch.Tensor | None, num_local_experts: int, expected_m: int
 ) -> Places:
-    """Expert e owns the rows from e * expected_m on; what it does not use is padding.
+    """Assign slots with `expected_m` rows per expert: expert e owns the rows from e * expected_m on; unused ones are
+    padding.
 
     Args:
         recv_topk_idx, num_recv, num_local_experts: As for `place_contiguous`.
-        expected_m: Rows of each expert. An expert's picks beyond it find no place, and `overflow` counts them; R is
-            always enough, as an expert is picked once in a row at most.
+        expected_m: Rows of each expert. Selections beyond it do not fit, and `overflow` counts them. R is always
+            enough, because a row selects an expert at most once.
 
     Raises:
-        InputError: A shape, dtype or number is not as above.
+        InputError: A shape, dtype or number differs from the above.
     """
     _check(recv_topk_idx, num_recv, num_local_experts)
     if expected_m < 1:
@@ -122,27 +123,27 @@ def place_masked(
 
 
 def rows_that_fit(num_picks: int, num_local_experts: int, alignment: int = CONTIGUOUS_ALIGNMENT) -> int:
-    """M of a contiguous layout in which this many local picks fit, however they spread over the experts.
+    """M of a contiguous layout in which `num_picks` local selections fit, however they are spread over the experts.
 
     Args:
-        num_picks: At most R * min(K, L).
+        num_picks: Number of selections, at most R * min(K, L).
     """
     padding = min(num_local_experts, num_picks) * (alignment - 1)
     return (num_picks + padding) // alignment * alignment
 
 
 def check_overflow(places: Places) -> None:
-    """Wait for the device, and raise if a pick found no place. Not for the hot path: once a step at most.
+    """Wait for the device, and raise if a selection did not fit. Call it at most once a step.
 
     Raises:
-        LayoutOverflowError: With the size that would have been enough.
+        LayoutOverflowError: Names the size that would have been enough.
     """
     overflow, needed = torch.stack([places.overflow, places.needed]).tolist()
     if overflow:
         masked = places.expected_m is not None
         name, size = ("expected_m", places.expected_m) if masked else ("num_rows", places.num_rows)
         raise LayoutOverflowError(
-            f"{overflow} received picks found no place in the experts' layout",
+            f"{overflow} received selections found no slot in the experts' layout",
             found=f"{name}={size}",
             needed=f"{name}={needed} for this routing",
             fix=f"repeat the step with {name}={needed} or more",
@@ -152,10 +153,10 @@ def check_overflow(places: Places) -> None:
 def _check(recv_topk_idx: torch.Tensor, num_recv: torch.Tensor | None, num_local_experts: int) -> None:
     if recv_topk_idx.dim() != 2 or recv_topk_idx.dtype != torch.int64:
         raise InputError(
-            "a layout cannot be made of these picks",
+            "a layout cannot be made of these selections",
             found=f"{recv_topk_idx.dtype} {tuple(recv_topk_idx.shape)}",
             needed="recv_topk_idx [R, K] int64 of a compact dispatch",
-            fix="dispatch with do_expand=False and pass its recv_topk_idx; an expanded dispatch has placed its rows",
+            fix="dispatch with do_expand=False and pass its recv_topk_idx; an expanded dispatch has sorted its rows",
         )
     if num_recv is not None and (
         num_recv.dtype != torch.int32 or num_recv.numel() != 1 or num_recv.device != recv_topk_idx.device

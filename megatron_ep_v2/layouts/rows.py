@@ -1,6 +1,6 @@
-"""Rows and weights to their places and back, with gradients. Each is one kernel, forward and backward.
+"""Copies rows and weights to their slots and back, with gradients. One kernel each, forward and backward.
 
-Places are saved as activations are, so that a checkpoint that places rows again gives the backward both of one run.
+Slots are saved like activations, so that under a checkpoint the backward gets rows and slots of the same run.
 """
 
 from __future__ import annotations
@@ -17,42 +17,42 @@ from megatron_ep_v2.layouts.places import Places
 
 
 def gather_rows(x: torch.Tensor, places: Places) -> torch.Tensor:
-    """Received rows to their places.
+    """Copy received rows to their slots.
 
     Args:
-        x: [R, H]. Rows without a place are not read.
+        x: [R, H]. Rows without a slot are not read.
 
     Returns:
-        [M, H], zero on padding. The gradient of x is the sum over a row's places, in pick order, in fp32; zero for rows
-        without one.
+        [M, H], zero on padding. The gradient of x is the sum over a row's slots, in the order of k, in fp32; zero for
+        rows without a slot.
     """
     _check_rows("received rows", x, len(places.slots))
     return _Gather.apply(x, places)  # type: ignore[no-any-return]
 
 
 def gather_weights(weights: torch.Tensor, places: Places) -> torch.Tensor:
-    """Weights of picks to the picks' places.
+    """Copy the weights of selections to their slots.
 
     Args:
-        weights: [R, K]. Weights without a place are not read.
+        weights: [R, K]. Weights without a slot are not read.
 
     Returns:
-        [M], zero on padding. The gradient is zero where a pick has no place.
+        [M], zero on padding. The gradient is zero where a selection has no slot.
     """
     _check_weights(weights, places)
     return _Take.apply(weights, places)  # type: ignore[no-any-return]
 
 
 def reduce_rows(y: torch.Tensor, places: Places, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """What the experts made of a row's picks, added up: what `combine` takes.
+    """Sum the experts' outputs of each row's selections, for `combine`.
 
     Args:
         y: [M, H], or [L, expected_m, H]. Padding is not read.
-        weights: [R, K], a factor for each pick; None = 1.
+        weights: [R, K], a factor for each selection; None = 1.
 
     Returns:
-        [R, H] in y's dtype, added up in pick order in fp32 (fp64 for fp64). Rows without a place, which includes those
-        past `num_recv`, are zero. The gradient of y is zero on padding.
+        [R, H] in y's dtype, summed in the order of k in fp32 (fp64 for fp64). Rows without a slot, including those from
+        `num_recv` on, are zero. The gradient of y is zero on padding.
     """
     y = y.flatten(0, -2)
     _check_rows("experts' rows", y, places.num_rows)
@@ -132,20 +132,20 @@ class _WeightedReduce(torch.autograd.Function):
 def _check_rows(name: str, rows: torch.Tensor, number: int) -> None:
     if rows.dim() != 2 or len(rows) != number:
         raise InputError(
-            f"the {name} do not fit their places",
+            f"the {name} do not fit their slots",
             found=str(tuple(rows.shape)),
             needed=f"({number}, hidden)",
-            fix="pass all rows of the dispatch, or of the experts, that these places were made for, in their order",
+            fix="pass all rows of the dispatch, or of the experts, that these Places were made for, in their order",
         )
 
 
 def _check_weights(weights: torch.Tensor, places: Places) -> None:
     if weights.shape != places.slots.shape:
         raise InputError(
-            "the weights do not fit their places",
+            "the weights do not fit their slots",
             found=str(tuple(weights.shape)),
-            needed=f"{tuple(places.slots.shape)}, one for each pick",
-            fix="pass the recv_topk_weights of the compact dispatch that these places were made for",
+            needed=f"{tuple(places.slots.shape)}, one for each selection",
+            fix="pass the recv_topk_weights of the compact dispatch that these Places were made for",
         )
 
 

@@ -1,1 +1,1 @@
-"""Everything that imports Megatron-Core: the names that are bound, and what takes their place."""
+"""All code that imports Megatron-Core: the symbols that `install()` binds, and their replacements."""

@@ -1,7 +1,7 @@
-"""Bind this package to an installed Megatron-Core, all names or none, and undo it.
+"""Bind this package to an installed Megatron-Core, all symbols or none, and undo it.
 
-Megatron's `token_dispatcher` imports `fused_dispatch` and its kin by name, so they are bound there as well as in
-`fused_a2a`. Nothing in Megatron is edited, and `uninstall()` restores only what is still ours.
+Megatron's `token_dispatcher` imports the functions of `fused_a2a` by name, so they are bound in both modules. No file
+of Megatron is edited, and `uninstall()` restores only symbols that are still bound to this package.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from megatron_ep_v2.megatron.symbols import (
     SCHEDULE,
     TOKEN_DISPATCHER,
     checkpoints,
-    find_experts_seam,
-    find_seam,
+    find_expert_symbols,
+    find_symbols,
 )
 from megatron_ep_v2.probe import Choice, choose, probe
 
@@ -44,7 +44,7 @@ logger = logging.getLogger("megatron_ep_v2")
 
 @dataclass
 class _Installation:
-    """What `install()` did."""
+    """Result of `install()`."""
 
     choice: Choice
     layout: str
@@ -60,13 +60,13 @@ _installation: _Installation | None = None
 
 def install(**explicit: Any) -> dict[str, Any]:
     """Make Megatron-Core's flex token dispatcher (backend "deepep") run on this package. Call it before the model is
-    built. A second call without arguments changes nothing; with arguments, it replaces the first (and if it fails then,
-    Megatron is as it was before both). Models that are alive then go on: what Megatron's configuration decided for them
-    holds, unless it is given a value now; but a layer that was built for another layout or other experts raises a
+    built. A second call without arguments changes nothing; with arguments, it replaces the first (if it then fails,
+    Megatron is as before both calls). Existing models continue: the settings that Megatron's configuration decided for
+    them are kept unless the call sets them. But a layer that was built for another layout or other experts raises a
     SettingsError before it dispatches.
 
-    With only the legacy deep_ep installed, Megatron's own dispatcher is left exactly as it is, and the log says so.
-    Other experts than Megatron's are bound whatever carries the tokens.
+    If only the legacy deep_ep is installed, Megatron's own dispatcher stays unchanged, and the log says so. Experts
+    other than Megatron's are bound with any carrier.
 
     Args:
         **explicit: Settings by name (see `settings.Settings`): buffer, layout, num_max_tokens_per_rank, num_sms, ...
@@ -74,7 +74,7 @@ def install(**explicit: Any) -> dict[str, Any]:
     Returns:
         `status()`.
 
-    Raises: (in each case nothing in Megatron was changed)
+    Raises: (without a change to Megatron)
         SettingsError: A setting cannot be used.
         UnavailableError: No buffer can be used here.
         SeamError: Megatron-Core is missing, or a name or signature is not the expected one.
@@ -88,8 +88,8 @@ def install(**explicit: Any) -> dict[str, Any]:
     choice = choose(probe(), settings)
     layout, layout_reason = _choose_layout(settings, choice)
     _check_experts(settings)
-    uninstall()  # before the seam is looked at: it must be Megatron's own
-    version, modules = find_seam()
+    uninstall()  # first, so that Megatron's own symbols are checked
+    version, modules = find_symbols()
 
     experts_reason = f"asked for by {settings.source('experts')}" if settings.experts != "megatron" else "default"
     installation = _Installation(choice, layout, layout_reason, settings.experts, experts_reason, version)
@@ -106,7 +106,7 @@ def install(**explicit: Any) -> dict[str, Any]:
     _installation = installation
     found = probe()
     logger.info("HAVE_DEEP_EP=%s HAVE_DEEP_EP_V2=%s; %s", found.have_deep_ep, found.have_deep_ep_v2, found.describe())
-    # Where nobody asked for less than DeepEP V2 and nobody gets it, the log shows it even to who did not set it up.
+    # Falling back from DeepEP V2 without being asked to is a warning, so that it shows at the default log level.
     second_best = choice.kind in ("megatron", REFERENCE) and settings.buffer == "auto"
     level = logging.WARNING if second_best and settings_module.is_first_rank() else logging.INFO
     logger.log(level, "megatron-core %s: %s", version, _sentence(installation))
@@ -114,8 +114,8 @@ def install(**explicit: Any) -> dict[str, Any]:
 
 
 def uninstall() -> None:
-    """Destroy the buffers and give Megatron its own names back, except where somebody else has rebound them since. A
-    layer that is alive raises a ClosedError before it dispatches, until the same is installed again."""
+    """Destroy the buffers and restore Megatron's symbols, except those that other code has rebound since. Existing
+    layers raise a ClosedError before they dispatch, until the same layout and experts are installed again."""
     global _installation
     pool.destroy_buffers()
     pool.set_expected_tokens(None)
@@ -131,8 +131,8 @@ def uninstall() -> None:
 
 
 def moe_submodules(submodules: Any) -> Any:
-    """`install()`, and Megatron's MoESubmodules with the experts that are installed. For a patched Megatron, whose
-    first MoE layer is being built when `install()` binds what builds them.
+    """Call `install()` and return Megatron's MoESubmodules with the installed experts. For a patched Megatron, whose
+    first MoE layer is already being built when `install()` binds its constructor.
 
     Raises:
         EPError: See `install` and `megatron.experts.with_experts`.
@@ -147,12 +147,12 @@ def moe_submodules(submodules: Any) -> Any:
 
 
 def bound() -> list[tuple[Any, str, Any, Any]]:
-    """What is bound now: module or class, name, Megatron's object, ours. For who changes between several."""
+    """Bound symbols: (module or class, name, Megatron's object, ours). For code that switches between installations."""
     return list(_installation.bound) if _installation else []
 
 
 def status() -> dict[str, Any]:
-    """What is installed and active, as plain JSON-able values."""
+    """Report what is installed and active, as JSON-able values."""
     found = probe()
     report: dict[str, Any] = {
         "installed": _installation is not None,
@@ -188,10 +188,11 @@ def _sentence(installation: _Installation) -> str:
 
 
 def _check_experts(settings: settings_module.Settings) -> None:
-    """
+    """Check that the experts of the settings can run.
+
     Raises:
-        UnavailableError: These experts cannot run here.
-        SettingsError: They wait on the host, and sync-free mode does not.
+        UnavailableError: They cannot run here.
+        SettingsError: They wait on the host, which sync-free mode must not.
     """
     if settings.experts == "megatron":
         return
@@ -207,12 +208,12 @@ def _check_experts(settings: settings_module.Settings) -> None:
 
 
 def _choose_layout(settings: settings_module.Settings, choice: Choice) -> tuple[str, str]:
-    """The layout that layers are built for, and why."""
+    """`(layout that layers are built for, reason)`."""
     carrier, asked = CARRIERS[MEGATRONS_OWN if choice.kind == "megatron" else choice.kind], settings.layout
     if settings.sync_free:
         if "sync-free" not in carrier.layouts or asked == "compact":
             raise SettingsError(
-                "sync-free mode needs a buffer that does not wait, and its own layout behind it",
+                "sync-free mode needs a buffer that does not wait, and its own layout",
                 found=f"sync_free from {settings.source('sync_free')}; the {choice.kind} buffer, layout={asked}",
                 needed="the elastic or the reference buffer, and layout=auto or expanded",
                 fix="unset MCORE_DEEPEP_V2_SYNC_FREE, or MCORE_DEEPEP_V2_LAYOUT; or install deep_ep >= 2.1",
@@ -226,7 +227,7 @@ def _choose_layout(settings: settings_module.Settings, choice: Choice) -> tuple[
                 needed="layout=compact or auto, or deep_ep with ElasticBuffer",
                 fix="unset MCORE_DEEPEP_V2_LAYOUT, or install deep_ep >= 2.1",
             )
-        return "compact", f"the {carrier.label} has no other"
+        return "compact", f"the {carrier.label} has no other layout"
     if carrier.is_v2 and not settings.allow_multiple_reduction:
         # deep_ep 2.1.0: in the expanded layout, weights are carried back only with multiple reduction.
         if asked == "expanded":
@@ -243,16 +244,16 @@ def _choose_layout(settings: settings_module.Settings, choice: Choice) -> tuple[
 
 
 def _has_layers() -> bool:
-    """Whether a layer that was built here is alive."""
-    managers = sys.modules.get("megatron_ep_v2.megatron.managers")  # not there where nothing was bound
+    """Whether a layer with a manager of this package is alive."""
+    managers = sys.modules.get("megatron_ep_v2.megatron.managers")  # imported when the first symbols are bound
     if managers is None or not managers.managers:
         return False
-    gc.collect()  # a model that was given up lives on in cycles until then
+    gc.collect()  # a discarded model stays alive in reference cycles
     return bool(managers.managers)
 
 
 def _bindings(modules: dict[str, ModuleType], layout: str, experts: str) -> list[tuple[Any, str, Any]]:
-    """Everything to bind: module or class, name, our object."""
+    """Symbols to bind: (module or class, name, our object)."""
     ours: list[tuple[Any, str, Any]] = [
         (modules[FUSED_A2A], "HAVE_DEEP_EP", bool(probe().carriers)),
         (modules[FUSED_A2A], "FusedDispatch", fused_a2a.FusedDispatch),
@@ -261,7 +262,7 @@ def _bindings(modules: dict[str, ModuleType], layout: str, experts: str) -> list
     for module in (modules[FUSED_A2A], modules[TOKEN_DISPATCHER]):
         for name in ("fused_dispatch", "fused_combine", "set_deepep_num_sms"):
             ours.append((module, name, getattr(fused_a2a, name)))
-    # It imports Megatron, whose symbols are checked by now.
+    # Imported here because it imports Megatron, whose symbols have been checked now.
     from megatron_ep_v2.megatron import managers
 
     ours.append((modules[TOKEN_DISPATCHER], MANAGER, managers.BY_LAYOUT[layout]))
@@ -279,14 +280,14 @@ def _bindings(modules: dict[str, ModuleType], layout: str, experts: str) -> list
 
 
 def _bindings_of_experts(version: str, experts: str) -> list[tuple[Any, str, Any]]:
-    """What builds the experts, and what keeps optimizer states of different kinds apart: that also while Megatron's are
-    built, where it can, for a checkpoint of ours may be loaded into them."""
+    """Bindings that build the experts and keep optimizer states of different kinds apart. With Megatron's own experts
+    the latter are bound if the symbols exist, because a checkpoint of ours may be loaded into them."""
     try:
-        modules = find_experts_seam(version)
+        modules = find_expert_symbols(version)
     except SeamError as error:
         if experts != "megatron":
             raise
-        logger.info("checkpoints of other experts than Megatron's will not be explained: %s", error)
+        logger.info("failed loads of checkpoints with other experts than Megatron's will not be explained: %s", error)
         return []
     from megatron_ep_v2.megatron import expert_checkpoint
     from megatron_ep_v2.megatron import experts as experts_module
@@ -306,13 +307,14 @@ def _bindings_of_experts(version: str, experts: str) -> list[tuple[Any, str, Any
 
 
 def _experts_now() -> str:
-    """What a MoE layer is to be built with; asked for each one, for who has bound after us may keep our function."""
+    """Experts for the MoE layer being built. Read per layer, because code that rebinds the constructor may keep
+    ours."""
     _bind_refusals()
     return _installation.experts if _installation is not None else "megatron"
 
 
 def _bind_refusals() -> None:
-    """What has been imported since `install()`: frameworks above Megatron come later."""
+    """Bind guards in modules imported since `install()`: frameworks above Megatron are imported later."""
     from megatron_ep_v2.megatron import experts
 
     if _installation is not None:
@@ -321,14 +323,14 @@ def _bind_refusals() -> None:
 
 
 def _bind(installation: _Installation, owner: Any, name: str, ours: Any) -> None:
-    theirs = inspect.getattr_static(owner, name)  # as it stands there: a class may hold a staticmethod
+    theirs = inspect.getattr_static(owner, name)  # keeps a staticmethod wrapped
     bound = staticmethod(ours) if isinstance(theirs, staticmethod) else ours
     installation.bound.append((owner, name, theirs, bound))
     setattr(owner, name, bound)
 
 
 def _destroy_buffers_before(destroy_process_group: Any) -> Any:
-    """`destroy_process_group` that destroys the buffers of the group first: afterwards they could only hang or leak."""
+    """Wrap `destroy_process_group` to destroy the group's buffers first: afterwards they could only hang or leak."""
 
     @functools.wraps(destroy_process_group)
     def destroy(group: Any = None) -> None:

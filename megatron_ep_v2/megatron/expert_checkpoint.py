@@ -1,12 +1,12 @@
 """Stacked experts in Megatron's distributed checkpoints.
 
-Weights, and optimizer state in formats that know parameters (`fully_reshardable`, and that of optimizers which are not
-distributed), are saved expert by expert under the keys and shapes of Megatron's own experts, so each kind reads the
-other's, across expert-parallel sizes.
+Weights, and optimizer state in formats with one entry per parameter (`fully_reshardable`, and that of optimizers which
+are not distributed), are saved expert by expert under the keys and shapes of Megatron's own experts, so each kind reads
+the other's, across expert-parallel sizes.
 
-`dp_reshardable`, Megatron's default, saves the optimizer's buffers as they lie in memory, by number. There our experts
-are one stretch in ascending order and Megatron's are many, in descending order: of equal size, so a mix-up would raise
-nothing. So buffers that hold stacked experts get keys of their own, and a load across kinds is refused.
+`dp_reshardable`, Megatron's default, saves the optimizer's buffers as they lie in memory, by number. There, stacked
+experts are one range in ascending order and Megatron's are many, in descending order. The sizes are equal, so a mix-up
+would raise nothing. So buffers with stacked experts get other keys, and loading one kind into the other raises.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_ep_v2.errors import SettingsError
 
 _RAW = "dp_reshardable"
-_RAW_WHOLE = "dp_zero_gather_scatter"  # the same in one piece; old, but Megatron still reads and writes it
+_RAW_WHOLE = "dp_zero_gather_scatter"  # the same in one piece; an old format that Megatron still supports
 _BUCKET = ".gbuf_idx_"  # in the key of a raw buffer (megatron/core/optimizer/distrib_optimizer.py)
-_STACKED = ".stacked_experts"  # what is put before it where the buffer holds stacked experts
+_STACKED = ".stacked_experts"  # inserted before _BUCKET if the buffer holds stacked experts
 _REMEDY = (
-    "save with --dist-ckpt-optim-fully-reshardable from the kind of experts that wrote the checkpoint and load that; "
+    "load it with the kind of experts that wrote it, save with --dist-ckpt-optim-fully-reshardable, and load that; "
     "or load weights alone (--no-load-optim)"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertShards:
-    """Where a rank's experts stand among all, and how the checkpoint names them.
+    """Position of a rank's experts among all experts, and their keys in the checkpoint.
 
     Attributes:
         first: Global number of this rank's first expert.
         local: Experts of this rank.
         number: Experts of all ranks.
-        offsets: Megatron's offsets of the axes that stand before the expert's.
-        by_name: Each expert has a key of its own, gate and up each another one (Megatron's `singleton_local_shards`);
-            else all are one tensor with an axis for experts.
+        offsets: Megatron's offsets of the axes before the expert axis.
+        by_name: Each expert has its own key, with separate keys for gate and up (Megatron's `singleton_local_shards`);
+            else all are one tensor with an expert axis.
     """
 
     first: int
@@ -61,18 +61,18 @@ class ExpertShards:
     def factory(
         self, prefix: str, name: str, weight: torch.Tensor, replica_id: tuple[int, int, int]
     ) -> ShardedTensorFactory:
-        """What Megatron makes shards of one stacked weight with when it saves, and the weight of shards when it loads;
-        likewise of the weight's optimizer state, with `optimizer.state.exp_avg.` and the like before the key.
+        """Factory with which Megatron splits a stacked weight into shards on save and merges them on load; also for the
+        weight's optimizer state, whose keys begin with `optimizer.state.exp_avg.` and the like.
 
         Args:
-            prefix: Of the experts' module.
+            prefix: Key prefix of the experts' module.
             name: `linear_fc1` or `linear_fc2`.
             weight: [L, out, in].
             replica_id: (pipeline, tensor, expert data parallel); the replica of zeros writes.
         """
         halves = ("_w", "_v") if self.by_name and name == "linear_fc1" else ("",)
 
-        # Megatron changes the key after this: the layer's number is taken out, an optimizer's name put before.
+        # Megatron changes the key after this: it removes the layer's number, and prepends an optimizer's name.
         def build(
             key: str, stacked: torch.Tensor, replica: tuple[int, ...], flattened_range: slice | None
         ) -> list[ShardedTensor]:
@@ -95,8 +95,8 @@ class ExpertShards:
         return ShardedTensorFactory(f"{prefix}experts.{name}.weight", weight, build, merge, replica_id)
 
     def extra_states(self, prefix: str, name: str, replica_id: tuple[int, int, int]) -> dict[str, ShardedObject]:
-        """What Megatron's linears save beside each expert's weight, and its strictness asks for: TransformerEngine's
-        state of FP8, here that of a model without it, an empty tensor. What is read of it is dropped."""
+        """The extra state that Megatron's linears save next to each expert's weight, which a strict load requires:
+        TransformerEngine's FP8 state, here an empty tensor as in a model without FP8. Loading drops it."""
         return {
             f"{prefix}{name}._extra_state{i or ''}": make_sharded_object_for_checkpoint(
                 torch.empty(0, dtype=torch.uint8, device="cpu"),
@@ -111,7 +111,7 @@ class ExpertShards:
         return f"{before}{self.first + local_expert}.{name}" if self.by_name else f"{before}{name}"
 
     def _axes(self, local_expert: int) -> tuple[Any, ...]:
-        """Megatron's offsets, with the expert's axis where it has one."""
+        """Megatron's offsets, with the expert axis if there is one."""
         if self.by_name:
             return self.offsets
         return (*self.offsets, (len(self.offsets), self.first + local_expert, self.number))
@@ -122,7 +122,7 @@ class ExpertShards:
 
 
 def drop_extra_states(_module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Before a StackedLinear loads: it keeps no such state."""
+    """Drop the extra states before a StackedLinear loads, which has none."""
     for name in [name for name in state if name.startswith(f"{prefix}_extra_state")]:
         del state[name]
 
@@ -131,12 +131,14 @@ def drop_extra_states(_module: Any, state: dict[str, Any], prefix: str, *_: Any)
 
 
 def check_format(metadata: dict[str, Any]) -> None:
-    """
+    """Check that a checkpoint's format supports stacked experts.
+
     Args:
-        metadata: Megatron's, of a checkpoint that is saved or loaded.
+        metadata: Megatron's, of the checkpoint that is saved or loaded.
 
     Raises:
-        SettingsError: The optimizer's buffers are saved by number, and nothing would tell them from Megatron's.
+        SettingsError: The optimizer's buffers are saved by number, and could be mistaken for those of Megatron's
+            experts.
     """
     if metadata.get("distrib_optim_sharding_type") == _RAW_WHOLE:
         _refuse_whole_buffers()
@@ -150,7 +152,7 @@ def check_format(metadata: dict[str, Any]) -> None:
 
 
 def mark_buffers(sharded_param_state_dp_reshardable: Callable[..., Any]) -> Callable[..., Any]:
-    """DistributedOptimizer's method, with other keys for buffers that hold stacked experts."""
+    """Wrap DistributedOptimizer's method to use other keys for buffers with stacked experts."""
 
     @functools.wraps(sharded_param_state_dp_reshardable)
     def marked(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -171,8 +173,8 @@ def mark_buffers(sharded_param_state_dp_reshardable: Callable[..., Any]) -> Call
 
 
 def refuse_whole_buffers(sharded_param_state_dp_zero: Callable[..., Any]) -> Callable[..., Any]:
-    """DistributedOptimizer's method, which saves and loads whole buffers as they lie in memory: refused for those that
-    hold stacked experts."""
+    """Wrap DistributedOptimizer's method, which saves and loads whole buffers as they lie in memory, to raise for
+    buffers with stacked experts."""
 
     @functools.wraps(sharded_param_state_dp_zero)
     def refusing(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -187,7 +189,7 @@ def _refuse_whole_buffers() -> None:
     raise SettingsError(
         "an optimizer state of whole buffers would mix up stacked experts and Megatron's",
         found=f"the format {_RAW_WHOLE}",
-        needed="a format that knows parameters",
+        needed="a format with one entry per parameter",
         fix="--dist-ckpt-optim-fully-reshardable to save; --no-load-optim to load an older checkpoint",
     )
 
@@ -197,14 +199,14 @@ def _holds_stacked_experts(buffer: Any) -> bool:
 
 
 def explain_load(load: Callable[..., Any]) -> Callable[..., Any]:
-    """`dist_checkpointing.load` that says so where it failed because another kind of experts wrote the checkpoint."""
+    """Wrap `dist_checkpointing.load` to explain a failure caused by a checkpoint from another kind of experts."""
 
     @functools.wraps(load)
     def explained(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
         wanted = _raw_keys(value.key for value in nested_values(sharded_state_dict) if hasattr(value, "key"))
         try:
             return load(sharded_state_dict, checkpoint_dir, *args, **kwargs)
-        except BaseException as error:  # torch's CheckpointException is one
+        except BaseException as error:  # torch's CheckpointException is not an Exception
             if wanted and not isinstance(error, KeyboardInterrupt | SystemExit):
                 _raise_if_other_kind(wanted, checkpoint_dir, error)
             raise
@@ -213,9 +215,9 @@ def explain_load(load: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _raise_if_other_kind(wanted: set[str], checkpoint_dir: Any, error: BaseException) -> None:
-    try:  # Megatron's own reader of it fails with a torch that is newer than it (2.15 and 0.19.2)
+    try:  # Megatron's own reader fails with a newer torch (megatron-core 0.19.2 with torch 2.15)
         written = _raw_keys(FileSystemReader(str(checkpoint_dir)).read_metadata().state_dict_metadata)
-    # What cannot be read is what the load has failed of.
+    # An unreadable checkpoint is the cause of the failed load; the caller raises that error.
     except (OSError, EOFError, AttributeError, ImportError, pickle.UnpicklingError, CheckpointException):
         return
     missing = {
@@ -228,7 +230,7 @@ def _raise_if_other_kind(wanted: set[str], checkpoint_dir: Any, error: BaseExcep
     raise SettingsError(
         "the optimizer state in this checkpoint belongs to another kind of experts",
         found=f"{checkpoint_dir}, saved with {theirs} in the format {_RAW}, which keeps buffers by number",
-        needed=f"one that was saved with {ours} in that format, or any in a format that knows parameters",
+        needed=f"one that was saved with {ours} in that format, or any in a format with one entry per parameter",
         fix=_REMEDY,
     ) from error
 

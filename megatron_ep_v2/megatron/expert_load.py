@@ -1,9 +1,9 @@
-"""How many tokens each expert got: added up, layer by layer, from the counts that every dispatch delivers anyway.
+"""The expert load: tokens per expert and layer, summed from the counts that every dispatch delivers.
 
-Each layer's manager owns an `ExpertLoad` and adds the counts of its first dispatches (a recomputed one is the same
-tokens again): on the host where they are on the host, and on the device, with no wait, where they are there. Layers are
+Each layer's manager owns an `ExpertLoad` and adds the counts of its dispatches, except recomputed ones, which have the
+same tokens. Counts on the host are added on the host, and counts on the device there, without a wait. Layers are
 numbered in the order in which this process built their dispatchers, which is Megatron's order; with pipeline
-parallelism they are the layers of this process' stages.
+parallelism they are the layers of this process's stages.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ _layers: weakref.WeakValueDictionary[int, ExpertLoad] = weakref.WeakValueDiction
 
 
 class ExpertLoad:
-    """Rows that this rank's experts of one layer received since the last reading. Lives as long as somebody holds it.
+    """Counter of rows that this rank's experts of one layer received since the last reading. Weakly registered: the
+    layer's manager keeps it alive.
 
     Args:
         group: Process group of the experts.
         num_local_experts: Experts of this rank.
 
     Attributes:
-        used: Whether it may have counted something since the last `expert_load()`; equal on all ranks of the group.
+        used: Whether it may have counted rows since the last `expert_load()`; equal on all ranks of the group.
     """
 
     def __init__(self, group: Any, num_local_experts: int):
@@ -49,13 +50,13 @@ class ExpertLoad:
     __copy__ = shallow_copy
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ExpertLoad:
-        """For a copy of the layer, which is another layer: it is counted by itself, from 0, in the same group."""
+        """A new counter at 0 in the same group, for a copy of the layer."""
         memo[id(self)] = copied = ExpertLoad(self.group, len(self._host))
         return copied
 
     def add(self, counts: torch.Tensor) -> None:
-        """Add the counts of a dispatch, unless a checkpoint recomputes. Does not wait. Before a CUDA graph captures it,
-        it must have run once without one.
+        """Add the counts of a dispatch, unless a checkpoint recomputes. Does not wait. Must run once outside before a
+        CUDA graph captures it.
 
         Args:
             counts: [local experts], whole numbers, without padding.
@@ -67,10 +68,10 @@ class ExpertLoad:
             self._host += counts
             return
         if self._device is None:
-            with torch.inference_mode(False):  # one made there could not be written to in training
+            with torch.inference_mode(False):  # else an inference tensor, which training cannot write to
                 self._device = torch.zeros(len(self._host), dtype=torch.int64, device=counts.device)
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
-            self._captured = True  # and may be replayed at any time
+            self._captured = True  # may be replayed at any time
         self._device += counts
 
     @property
@@ -82,7 +83,7 @@ class ExpertLoad:
         return self._host.clone() if self._device is None else self._host + self._device.cpu()
 
     def take(self) -> torch.Tensor:
-        """`counts()`, which begin again at 0. The layer still counts as used: `expert_load()` is collective."""
+        """Return `counts()` and reset them. The layer still counts as used: `expert_load()` is collective."""
         counts = self.counts()
         self._host.zero_()
         if self._device is not None:
@@ -96,26 +97,25 @@ class ExpertLoad:
 
 
 def local_expert_load() -> list[torch.Tensor]:
-    """For each MoE layer of this process: [local experts] int64, the tokens since the last reading of its own experts.
-
-    Not collective; begins anew at 0.
+    """Read the tokens of this rank's experts since the last reading, per MoE layer: [local experts] int64. Resets the
+    counts. Not collective.
     """
     return [layer.take() for _, layer in sorted(_layers.items())]
 
 
 def expert_load() -> list[torch.Tensor]:
-    """For each MoE layer of this process: [experts of the group] int64, the tokens since the last reading. Layers whose
+    """Read the tokens of all experts of the group since the last reading, per MoE layer: [experts] int64. Layers whose
     group was destroyed are left out.
 
-    Collective over the experts' group (one exchange for all layers): all its ranks call it at the same step. Other
-    groups, those of data parallel replicas, count their own tokens.
+    Collective over the experts' group (one exchange for all layers): all its ranks call it at the same step. Groups of
+    other data-parallel replicas count their own tokens.
 
     Raises:
         GroupMismatchError: The ranks have used different numbers of MoE layers.
     """
     loads: dict[ExpertLoad, torch.Tensor] = {}
-    # Layers that were not used are left out: a model that was given up lives until Python finds its cycles, on some
-    # ranks longer than on others. All ranks of a group have used the same ones, because a dispatch is collective.
+    # Unused layers are skipped: a discarded model lives until Python collects its cycles, on some ranks longer than on
+    # others. All ranks of a group have used the same layers, because a dispatch is collective.
     for group in dict.fromkeys(layer.group for layer in _on_open_groups() if layer.used):
         loads |= _gather(group)
     return [
@@ -125,12 +125,12 @@ def expert_load() -> list[torch.Tensor]:
 
 
 def _on_open_groups() -> list[ExpertLoad]:
-    """Of all layers, oldest first, those whose group was not destroyed."""
+    """All layers whose group was not destroyed, oldest first."""
     return [layer for _, layer in sorted(_layers.items()) if is_registered(find_registered(layer.group))]
 
 
 def _gather(group: Any) -> dict[ExpertLoad, torch.Tensor]:
-    """For each layer of the group that was used: [experts of the group] int64. Collective."""
+    """For each used layer of the group: [experts of the group] int64. Collective."""
     for last in (False, True):
         members = [layer for layer in _on_open_groups() if layer.group is group and layer.used]
         by_rank: list[Any] = [None] * group.size()
@@ -140,7 +140,7 @@ def _gather(group: Any) -> dict[ExpertLoad, torch.Tensor]:
             break
         if last:
             raise GroupMismatchError(
-                f"rank {group.rank()}: the ranks count the load of different numbers of MoE layers",
+                f"rank {group.rank()}: the ranks count the expert load of different numbers of MoE layers",
                 found=f"by rank: {numbers}",
                 needed="the same layers on every rank of the group",
                 fix="call expert_load() on all ranks while they hold the same model",
@@ -156,16 +156,16 @@ def _gather(group: Any) -> dict[ExpertLoad, torch.Tensor]:
 
 
 def log_expert_load(iteration: int) -> dict[str, float]:
-    """`expert_load()` as scalars, also written to Megatron's TensorBoard and Weights & Biases on the ranks where
-    Megatron's training loop opened them. Collective, as `expert_load()` is; call it where the loop logs.
+    """Return `expert_load()` as scalars, and write them to Megatron's TensorBoard and Weights & Biases on the ranks
+    where Megatron's training loop opened these. Collective, like `expert_load()`; call it where the loop logs.
 
     Args:
-        iteration: The step that the loggers file it under.
+        iteration: Step number for the loggers.
 
     Returns:
-        "moe/busiest_expert" and "moe/layer_N/busiest_expert": the busiest expert over the mean, 1 where all are even,
-        and over all layers their mean; "moe/idle_experts": experts without a token, added up over the layers. Empty if
-        nothing was dispatched since the last reading.
+        "moe/layer_N/busiest_expert": tokens of the busiest expert over the mean, 1 if all are even;
+        "moe/busiest_expert": its mean over the layers; "moe/idle_experts": experts without a token, summed over the
+        layers. Empty if nothing was dispatched since the last reading.
     """
     loads = [(number, load.double()) for number, load in enumerate(expert_load()) if load.sum()]
     busiest = {number: (load.max() / load.mean()).item() for number, load in loads}

@@ -1,10 +1,10 @@
-"""The experts as Megatron-Core modules. `install(experts="grouped")` puts them into every MoE layer that is built from
-then on; `use_experts(spec, "grouped")` into one layer spec.
+"""The experts as Megatron-Core modules. `install(experts="grouped")` puts them into every MoE layer built afterwards;
+`use_experts(spec, "grouped")` puts them into one layer spec.
 
-They answer what Megatron's TEGroupedMLP and SequentialMLP answer. All experts of a rank are one parameter for each
-linear, `linear_fc1.weight` [L, 2 * F, H] and `linear_fc2.weight` [L, H, F], because grouped GEMMs read them so; what
-that means for Megatron's DDP, optimizers and checkpoints is in docs/experts.md. In distributed checkpoints they are
-saved expert by expert under Megatron's own keys, so any of these classes, and Megatron's, can read what another wrote.
+They have the interface of Megatron's TEGroupedMLP and SequentialMLP. All experts of a rank are one parameter for each
+linear, `linear_fc1.weight` [L, 2 * F, H] and `linear_fc2.weight` [L, H, F], because grouped GEMMs read them so;
+docs/experts.md describes the consequences for Megatron's DDP, optimizers and checkpoints. Distributed checkpoints save
+them expert by expert under Megatron's own keys, so these classes and Megatron's can read each other's checkpoints.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from megatron_ep_v2.megatron.expert_checkpoint import ExpertShards, check_format
 
 
 class Experts(MegatronModule):  # type: ignore[misc]
-    """SwiGLU experts. Use a subclass, which names the backend.
+    """SwiGLU experts. Base class; the subclasses name the backend.
 
     Args:
         num_local_experts: L.
         config: Megatron's TransformerConfig.
-        submodules: Not used: the linears are this module's own.
+        submodules: Unused: the linears are this module's own.
         pg_collection: Megatron's process groups; `ep`, `expt_tp` and `expt_dp` are used.
-        name: Megatron's, from 0.19 on; not used.
+        name: Passed by Megatron from 0.19 on; unused.
 
     Raises:
-        SettingsError: The configuration asks for experts that these are not.
+        SettingsError: The configuration asks for something that these experts lack.
         UnavailableError: The backend cannot run here.
     """
 
@@ -66,7 +66,7 @@ class Experts(MegatronModule):  # type: ignore[misc]
         self.linear_fc1 = StackedLinear(config, num_local_experts, 2 * ffn, hidden)
         self.linear_fc2 = StackedLinear(config, num_local_experts, hidden, ffn)
         for module in (self.linear_fc1, self.linear_fc2):
-            if not config.use_cpu_initialization:  # else the first forward finds out, where the weights are then
+            if not config.use_cpu_initialization:  # else the first forward checks, on the device of the weights then
                 gemm(self.backend).check(module.weight.new_empty(0, module.weight.shape[2]), module.weight)
         if config.perform_initialization:
             first, number = self.ep_group.rank() * num_local_experts, self.ep_group.size() * num_local_experts
@@ -79,7 +79,8 @@ class Experts(MegatronModule):  # type: ignore[misc]
     def forward(
         self, permuted_local_hidden_states: torch.Tensor, tokens_per_expert: torch.Tensor, permuted_probs: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
-        """
+        """Run the experts.
+
         Args:
             permuted_local_hidden_states: [P, H], sorted by local expert.
             tokens_per_expert: [L] integers, rows of each expert, padding counted. On the CPU they add up to P; on the
@@ -93,21 +94,21 @@ class Experts(MegatronModule):  # type: ignore[misc]
         return self.on_groups(permuted_local_hidden_states, permuted_probs, groups), None
 
     def on_groups(self, rows: torch.Tensor, probs: torch.Tensor, groups: Groups) -> torch.Tensor:
-        """`forward` for rows whose groups are known better than counts can tell, e.g. `Groups.from_places`."""
+        """`forward` for groups with more information than counts have, e.g. `Groups.from_places`."""
         return run_experts(
             rows, probs, self.linear_fc1, self.linear_fc2, groups, self.backend, self.recompute_activation
         )
 
     def backward_dw(self) -> None:
-        """Nothing is left to do: weights' gradients are computed in backward."""
+        """Do nothing: backward computes the weights' gradients."""
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """For Megatron's distributed checkpoints; see the module's docstring.
+        """Sharded state for Megatron's distributed checkpoints; see the module's docstring.
 
         Raises:
-            SettingsError: An optimizer format that could mix up experts without an error, and nothing that prevents it.
+            SettingsError: The optimizer's format could silently mix up experts.
         """
         check_format(metadata or {})
         linears = {"linear_fc1": self.linear_fc1, "linear_fc2": self.linear_fc2}
@@ -127,19 +128,19 @@ class Experts(MegatronModule):  # type: ignore[misc]
 
 
 class DeepGemmExperts(Experts):
-    """On DeepGEMM (bf16, SM90 and SM100); rows that are not padded to 128 an expert are moved once there and back."""
+    """Experts on DeepGEMM (bf16, SM90 and SM100). Rows not padded to 128 per expert are copied there and back."""
 
     backend = "deepgemm"
 
 
 class GroupedExperts(Experts):
-    """On torch's grouped GEMM (bf16, SM90 and SM100; fp32, too, on the CPU)."""
+    """Experts on torch's grouped GEMM (bf16, SM90 and SM100; on the CPU also fp32)."""
 
     backend = "grouped"
 
 
 class SequentialExperts(Experts):
-    """On plain torch, one expert after the other, anywhere."""
+    """Experts on plain torch, one after the other, on any device."""
 
     backend = "sequential"
 
@@ -158,20 +159,19 @@ def use_experts(layer_spec: Any, backend: str) -> None:
 
 
 def with_experts(submodules: Any, backend: str) -> Any:
-    """Megatron's MoESubmodules with these experts in the place of its own; a copy.
+    """Copy Megatron's MoESubmodules with these experts instead of Megatron's.
 
     Args:
-        submodules: Its `experts` is what a layer spec says: a class, a ModuleSpec (megatron-core 0.16) or a
-            functools.partial (from 0.18 on). This package's own are left as they are: a spec is more precise than a
-            setting.
+        submodules: Its `experts` comes from a layer spec: a class, a ModuleSpec (megatron-core 0.16) or a
+            functools.partial (from 0.18 on). This package's experts are kept: a spec wins over a setting.
 
     Raises:
-        SettingsError: Experts that are neither Megatron's nor this package's: they may do anything.
+        SettingsError: The experts are neither Megatron's nor this package's.
     """
     kind = submodules.experts
     while not isinstance(kind, type):
         inner = getattr(kind, "module", None) or getattr(kind, "func", None)
-        if isinstance(kind, tuple):  # (module, name), as a ModuleSpec may have it
+        if isinstance(kind, tuple):  # a ModuleSpec may have (module, name)
             inner = import_module(kind)
         if inner is None:
             break
@@ -189,16 +189,16 @@ def with_experts(submodules: Any, backend: str) -> Any:
 
 
 def built_with(init: Callable[..., None], experts: Callable[[], str]) -> Callable[..., None]:
-    """MoELayer.__init__ that builds other experts, whichever layer spec it is given.
+    """Wrap MoELayer.__init__ to build other experts than the layer spec's.
 
     Args:
-        experts: Says for each layer which: one of EXPERTS, or `megatron`.
+        experts: Called for each layer; returns a key of EXPERTS, or "megatron".
     """
 
     @functools.wraps(init)
     def build(self: Any, config: Any, submodules: Any = None, *args: Any, **kwargs: Any) -> None:
         kind = experts()
-        if submodules is not None and kind != "megatron":  # None: Megatron says so
+        if submodules is not None and kind != "megatron":  # Megatron raises for None
             submodules = with_experts(submodules, kind)
         init(self, config, submodules, *args, **kwargs)
 
@@ -206,18 +206,18 @@ def built_with(init: Callable[..., None], experts: Callable[[], str]) -> Callabl
 
 
 class StackedLinear(torch.nn.Module):
-    """weight [L, out, in], no bias.
+    """Linears of all experts of a rank, stacked: weight [L, out, in], no bias.
 
-    Megatron's marks: `allreduce=False`, because its gradient is not that of all ranks' data (where it is, at expert
-    parallel size 1, Megatron's own experts are with the dense parameters, and so are these); `tensor_model_parallel`,
-    because each rank of the tensor-parallel group has experts of its own, which all count in the gradient's norm
-    (megatron-core 0.16 leaves out what it takes for copies, on all ranks but the first; 0.19 does not). And one of this
-    package's, `stacked_experts`, by which checkpoints tell it from Megatron's.
+    The weight carries Megatron's marks: `allreduce=False`, because its gradient is not summed over all ranks (at expert
+    parallel size 1 it is, and Megatron treats its own experts as dense parameters, so these too);
+    `tensor_model_parallel`, because each rank of the tensor-parallel group has different experts, which all count in
+    the gradient's norm (megatron-core 0.16 skips what it takes for copies on all ranks but the first; 0.19 does not).
+    And this package's mark `stacked_experts`, by which checkpoints distinguish it from Megatron's experts.
     """
 
     def __init__(self, config: Any, num_local_experts: int, out_features: int, in_features: int):
         super().__init__()
-        # None, as Megatron's own linears have it: the CPU, unless the caller builds on another device ("meta").
+        # None as in Megatron's own linears: the CPU, unless the caller builds on another device ("meta").
         device = None if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
         shape = (num_local_experts, out_features, in_features)
         self.weight = torch.nn.Parameter(torch.empty(shape, dtype=config.params_dtype, device=device))
@@ -234,13 +234,13 @@ class StackedLinear(torch.nn.Module):
         self.weight.stacked_experts = True  # type: ignore[attr-defined]
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> StackedLinear:
-        """As torch's, which makes another parameter, without marks, where one leaves the device "meta"."""
+        """Mark the weight again: torch creates a new parameter when one leaves the device "meta"."""
         super()._apply(fn, recurse)
         self._mark()
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """In a copy: torch copies a parameter without its marks."""
+        """Mark the weight of a copy: torch copies a parameter without its attributes."""
         super().__setstate__(state)
         self._mark()
 
@@ -252,7 +252,7 @@ class StackedLinear(torch.nn.Module):
         last: bool,
         activation: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """See `mlp.linear`. Called as a module, so that hooks before its forward run: DDP gathers the weight in one."""
+        """See `mlp.linear`. Called as a module, so that forward pre-hooks run: DDP gathers the weight in one."""
         if hasattr(self.weight, "__fsdp_param__"):
             raise SettingsError(
                 "stacked experts do not run under Megatron-FSDP",
@@ -265,20 +265,20 @@ class StackedLinear(torch.nn.Module):
 
     @torch.no_grad()
     def initialize(self, method: Callable[[torch.Tensor], Any], first: int, number: int) -> None:
-        """Each expert by itself. Where all ranks draw the same numbers, those of the others are skipped."""
+        """Initialize each expert separately. If all ranks draw the same random numbers, skip those of other experts."""
         for expert in range(number) if self._drawn_alike else range(first, first + len(self.weight)):
             here = 0 <= expert - first < len(self.weight)
             method(self.weight[expert - first] if here else torch.empty_like(self.weight[0]))
 
 
 def _random(config: Any) -> contextlib.AbstractContextManager[Any]:
-    """Megatron's random state of experts, which differs between expert-parallel ranks; the CPU's has no such thing."""
+    """Megatron's random state for experts, which differs between expert-parallel ranks; on the CPU there is none."""
     if config.use_cpu_initialization:
         return contextlib.nullcontext()
     return get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name())  # type: ignore[no-any-return]
 
 
-# Field of TransformerConfig -> the value that these experts have. A field that a version lacks is not set.
+# Field of TransformerConfig -> the value that these experts need. Fields that a version lacks are ignored.
 _NEEDED: dict[str, Any] = {
     "gated_linear_unit": True,
     "activation_func": F.silu,
@@ -306,7 +306,7 @@ _NEEDED: dict[str, Any] = {
     "cpu_offloading_weights": False,
     "init_model_with_meta_device": False,
 }
-_OFFLOADS = {"expert_fc1", "moe_act", "fused_group_mlp"}  # modules of fine-grained offloading that are experts' own
+_OFFLOADS = {"expert_fc1", "moe_act", "fused_group_mlp"}  # modules of fine-grained offloading inside the experts
 
 
 def _recomputes(config: Any, module: str) -> bool:
@@ -317,7 +317,7 @@ def _check(config: Any, pg_collection: Any) -> None:
     found = {name: getattr(config, name, value) for name, value in _NEEDED.items()}
     needed = dict(_NEEDED)
     if getattr(config, "cpu_offloading_weights", False) and not config.cpu_offloading:
-        found["cpu_offloading_weights"] = False  # Megatron reads it only beside cpu_offloading
+        found["cpu_offloading_weights"] = False  # Megatron reads it only with cpu_offloading
     if getattr(config, "transformer_impl", None) == "inference_optimized":
         found["transformer_impl"], needed["transformer_impl"] = "inference_optimized", "local or transformer_engine"
     found["expert_tensor_parallel_size"], needed["expert_tensor_parallel_size"] = pg_collection.expt_tp.size(), 1
@@ -334,23 +334,21 @@ def _check(config: Any, pg_collection: Any) -> None:
         )
 
 
-# ----------------------------------------------------------------------------------- what would mistake stacked experts
+# ------------------------------------------------------------------------------- functions that misread stacked experts
 #
-# Functions of Megatron and its neighbours that would take stacked experts for something else, and say nothing. Each is
-# bound to a guard that raises where it meets a stacked parameter, and changes nothing otherwise.
+# Functions of Megatron and of frameworks on it that would silently treat stacked experts as something else. Each is
+# wrapped in a guard that raises for a stacked parameter, and changes nothing otherwise.
 
 _KEEP = "experts=megatron (unset MCORE_DEEPEP_V2_EXPERTS)"
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A function by its module and dotted name, and what the error says.
+    """A guarded function, by module and dotted name, and the texts of its error.
 
     Attributes:
-        modules: Where the function is held; a version of Megatron may have only some of them, or none.
-        found: What called it.
-        needed: What would do instead.
-        fix: How to get there.
+        modules: Modules that have the function; a version of Megatron may have only some of them, or none.
+        found, needed, fix: See `EPError`.
     """
 
     modules: tuple[str, ...]
@@ -386,7 +384,7 @@ REFUSALS = (
 
 
 def bindings() -> Iterator[tuple[Any, str, Any]]:
-    """Owner, name and guarded function of everything that is here: Megatron's own, and what else is imported by now."""
+    """(owner, name, guarded function) for the functions of Megatron and of frameworks that are imported already."""
     for refusal in REFUSALS:
         for module in refusal.modules:
             if module.startswith("megatron.core."):
@@ -404,7 +402,7 @@ def _guarded(theirs: Callable[..., Any], refusal: Refusal) -> Callable[..., Any]
     def guarded(*args: Any, **kwargs: Any) -> Any:
         if any(_holds_stacked(value) for value in (*args, *kwargs.values())):
             raise SettingsError(
-                "stacked experts, one parameter for all experts of a rank, are not understood there",
+                "stacked experts, one parameter for all experts of a rank, are not supported by this function",
                 found=refusal.found,
                 needed=refusal.needed,
                 fix=refusal.fix,

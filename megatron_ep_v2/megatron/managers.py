@@ -1,9 +1,9 @@
 """The communication managers of Megatron-Core's flex dispatcher.
 
-On the compact layout Megatron's own does the work. On the expanded layout rows arrive sorted by local expert with their
-probabilities, and combine adds them up, so Megatron's own steps between dispatch and experts (indices to multihot,
-permute, `.item()`, unpermute) have nothing left to do. Everything else is inherited, and so are the attribute names
-that other Megatron code reads (`token_probs`, `dispatched_probs`, `handle`); from the combine on they are None.
+With the compact layout Megatron's own manager does the work. With the expanded layout rows arrive sorted by local
+expert with their probabilities, and combine sums them, so Megatron's steps between dispatch and experts (indices to
+multihot, permute, `.item()`, unpermute) are not needed. Everything else is inherited, and so are the attribute names
+that other Megatron code reads (`token_probs`, `dispatched_probs`, `handle`); after the combine they are None.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Installed:
-    """What layers are built for; each `install()` makes one.
+    """Layout and experts that layers are built for; each `install()` makes a new object.
 
     Attributes:
         layout: compact, expanded or sync-free.
-        experts: The setting.
+        experts: The setting `experts`.
     """
 
     layout: str
@@ -49,7 +49,7 @@ class Installed:
         return f"layout={self.layout}, experts={self.experts}"
 
 
-# Bound by `install()` with Megatron's names, so that who rebinds those (`binding.bound`) rebinds it with them.
+# Bound by `install()` together with Megatron's symbols, so that rebinding those (`binding.bound`) rebinds it too.
 installed: Installed | None = None
 
 managers: weakref.WeakSet[CompactManager] = weakref.WeakSet()  # of the layers that are alive
@@ -57,19 +57,19 @@ managers: weakref.WeakSet[CompactManager] = weakref.WeakSet()  # of the layers t
 
 @functools.cache
 def _warn_of_half_precision(dtype: torch.dtype) -> None:
-    """Once, not in every layer of every step."""
+    """Warn once per dtype."""
     logger.warning("router probabilities are %s; set --moe-router-dtype fp32", dtype)
 
 
 def follow_deterministic_mode(config: Any, group: Any) -> None:
-    """Megatron's --deterministic-mode turns on the setting `deterministic`, unless the user has given it a value.
+    """Turn on the setting `deterministic` under Megatron's --deterministic-mode, unless the user has set it.
 
     Args:
         config: Megatron's TransformerConfig.
         group: Process group of the experts.
 
     Raises:
-        SettingsError: The group has a buffer already, which is not deterministic.
+        SettingsError: The group already has a buffer that is not deterministic.
     """
     if not config.deterministic_mode or settings.active().deterministic:
         return
@@ -87,11 +87,11 @@ _MegatronsManager: Any = getattr(token_dispatcher, MANAGER)
 
 
 class CompactManager(_MegatronsManager):  # type: ignore[misc]
-    """Megatron's manager, which also says what Megatron's configuration decides, counts, and runs only on what it was
-    built for.
+    """Megatron's manager. Also passes Megatron's configuration to the settings, counts the expert load, and checks that
+    the layout and experts that it was built for are still installed.
 
     Attributes:
-        load: Tokens that this rank's experts got in this layer.
+        expert_load: Tokens that this rank's experts received in this layer.
     """
 
     token_probs: torch.Tensor
@@ -101,7 +101,7 @@ class CompactManager(_MegatronsManager):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._follow_config()
         self._built_for = installed
-        self.load = ExpertLoad(self.group, self.num_local_experts)
+        self.expert_load = ExpertLoad(self.group, self.num_local_experts)
         capacity.note_model(self.group, self.config)
         managers.add(self)
 
@@ -109,20 +109,20 @@ class CompactManager(_MegatronsManager):  # type: ignore[misc]
     __copy__ = shallow_copy
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompactManager:
-        """For a copy of the layer, on the same group and so the same buffer."""
+        """Copy for a copy of the layer, on the same group and so the same buffer."""
         copied = deepcopy_sharing_groups(self, memo)
         managers.add(copied)
         return copied
 
     def setup_metadata(self, routing_map: torch.Tensor, probs: torch.Tensor) -> None:
-        """The selections of each token, in any order: dispatch or Megatron's permutation sorts rows by expert.
+        """Find the selections of each token, in any order: dispatch or Megatron's permutation sorts rows by expert.
 
-        One of probability 0 adds nothing to output or gradients, so it is none: padding that was taken out of the
-        routing map, what the capacity factor dropped, and experts that a replayed routing names twice do not travel and
-        are not counted.
+        A selection of probability 0 adds nothing to output or gradients and becomes -1: padding tokens that were
+        removed from the routing map, tokens that the capacity factor dropped, and experts that a replayed routing names
+        twice are neither sent nor counted.
 
         Args:
-            routing_map: [T, ...] bool over the group's experts; unused, the probabilities say the same.
+            routing_map: [T, ...] bool over the group's experts; unused, because the probabilities imply it.
             probs: [T, ...], dense over the group's experts.
 
         Sets `token_probs` [T, K] and `token_indices` [T, K] int64, -1 where the probability is 0.
@@ -134,7 +134,7 @@ class CompactManager(_MegatronsManager):  # type: ignore[misc]
     def dispatch(
         self, hidden_states: torch.Tensor, async_finish: bool = False, allocate_on_comm_stream: bool = False
     ) -> torch.Tensor:
-        """As Megatron's.
+        """Dispatch as Megatron's manager does.
 
         Raises:
             ClosedError: After `uninstall()`.
@@ -143,40 +143,40 @@ class CompactManager(_MegatronsManager):  # type: ignore[misc]
         """
         self._check_installed()
         rows: torch.Tensor = super().dispatch(hidden_states, async_finish, allocate_on_comm_stream)
-        self.load.add(self.tokens_per_expert)
+        self.expert_load.add(self.tokens_per_expert)
         return rows
 
     def combine(
         self, hidden_states: torch.Tensor, async_finish: bool = False, allocate_on_comm_stream: bool = False
     ) -> torch.Tensor:
-        """As Megatron's. Raises what `dispatch` raises."""
+        """Combine as Megatron's manager does. Raises as `dispatch`."""
         self._check_installed()
         combined: torch.Tensor = super().combine(hidden_states, async_finish, allocate_on_comm_stream)
         return combined
 
     def _check_installed(self) -> None:
-        """Before every dispatch and combine, so it is cheap where nothing has changed. All ranks have called the same
-        `install()`, so they raise alike."""
+        """Check that the installation has not changed. Cheap, because it runs before every dispatch and combine. All
+        ranks have called the same `install()`, so all of them raise."""
         if installed is not self._built_for:
             self._continue_on(installed)
 
     def _follow_config(self) -> None:
-        """Offer what Megatron's configuration says to the settings in force: when the layer is built, and when it goes
-        on after another `install()`."""
+        """Pass the values of Megatron's configuration to the settings in force: when the layer is built, and when it
+        continues after another `install()`."""
         for name in ("moe_flex_dispatcher_num_sms", "moe_deepep_num_sms"):  # from 0.19 on, and before
             if num_sms := getattr(self.config, name, None):
-                set_deepep_num_sms(num_sms)  # as Megatron's own constructor has done
+                set_deepep_num_sms(num_sms)  # as Megatron's own constructor does
                 break
         follow_deterministic_mode(self.config, self.group)
 
     def _continue_on(self, now: Installed | None) -> None:
-        """Go on after another `install()`, if it was for the same."""
+        """Continue after another `install()`, if it has the same layout and experts."""
         if now is None:
             raise ClosedError(
                 "this MoE layer was built on megatron_ep_v2, which is not installed any more",
                 found=f"built for {self._built_for}; installed: Megatron's own dispatcher, as after uninstall()",
-                needed="what it was built for",
-                fix="call install() again with the settings of before, or build the model again",
+                needed="the layout and experts that it was built for",
+                fix="call install() again with the previous settings, or build the model again",
             )
         if now != self._built_for:
             raise SettingsError(
@@ -190,7 +190,7 @@ class CompactManager(_MegatronsManager):  # type: ignore[misc]
 
 
 class ExpandedManager(CompactManager):
-    """Megatron's manager with the permutation done by the dispatch itself."""
+    """Megatron's manager without a permutation: the dispatch sorts rows by expert."""
 
     def dispatch(
         self, hidden_states: torch.Tensor, async_finish: bool = False, allocate_on_comm_stream: bool = False
@@ -215,10 +215,10 @@ class ExpandedManager(CompactManager):
             do_expand=True,
             expert_alignment=alignment,
         )
-        assert tokens_per_expert is not None  # a dispatch that waits knows them
+        assert tokens_per_expert is not None  # known, because this dispatch waits
         self.tokens_per_expert = tokens_per_expert
-        padded = alignment > 1  # then the exact counts are on the device
-        self.load.add(self.handle.num_unaligned_recv_tokens_per_expert if padded else self.tokens_per_expert)
+        padded = alignment > 1  # then the unpadded counts are on the device
+        self.expert_load.add(self.handle.num_unaligned_recv_tokens_per_expert if padded else self.tokens_per_expert)
         return hidden_states
 
     def combine(
@@ -230,17 +230,17 @@ class ExpandedManager(CompactManager):
         return combined
 
     def _forget(self) -> None:
-        """After the combine. Else this step's graph lives until the next step's preprocessing, and its nodes belong to
-        the stream of this one: where the next one is being captured into a CUDA graph, that is an error."""
+        """Drop the tensors after the combine. Else this step's autograd graph lives until the next step, whose nodes
+        may run in another stream: an error if the next step is captured into a CUDA graph."""
         self.handle = self.token_probs = self.token_indices = self.dispatched_probs = None  # type: ignore[assignment]
 
     def get_permuted_hidden_states_by_experts(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The rows as they are, and their probabilities in the router's dtype."""
+        """Return the rows unchanged, and their probabilities in the router's dtype."""
         probs = self.dispatched_probs
         return hidden_states, probs.double() if self.router_dtype == "fp64" else probs
 
     def get_restored_hidden_states_by_experts(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """The rows as they are."""
+        """Return the rows unchanged."""
         return hidden_states
 
     def _follow_config(self) -> None:
@@ -253,8 +253,9 @@ class ExpandedManager(CompactManager):
         return self.token_probs.float()
 
     def _expert_alignment(self) -> int:
-        """Megatron's own rule, where a quantised recipe or the padding option asks for it, or its experts leave the
-        padding to the dispatcher (grouped tensors, on Megatron's main); and the setting's, which other GEMMs want."""
+        """Least common multiple of Megatron's alignment and the setting `expert_alignment`. Megatron's counts if fp8,
+        fp4 or the padding option needs it, or if its experts leave padding to the dispatcher (grouped tensors,
+        main)."""
         config = self.config
         wants_padding = config.fp8 or getattr(config, "fp4", None) or config.moe_router_padding_for_quantization
         if not wants_padding and (padded_before := getattr(moe_utils, "skip_routed_expert_padding", None)):
@@ -267,10 +268,10 @@ class ExpandedManager(CompactManager):
 
 
 class CountsOnDevice(torch.Tensor):
-    """Counts that do not come to the host. What is computed from them are ordinary tensors.
+    """Counts that must stay on the device. Results computed from them are plain tensors.
 
     Attributes:
-        alignment: Each is a multiple of this, so that experts which want padded rows can tell that they have them.
+        alignment: Each count is a multiple of it, which tells experts that the rows are padded.
     """
 
     alignment: int
@@ -278,13 +279,13 @@ class CountsOnDevice(torch.Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CountsOnDevice:
-        """For a copy of the layer; torch copies tensors only whose operations give the subclass."""
+        """Copy for a copy of the layer; torch's own deepcopy needs operations that return the subclass."""
         copied = self.clone().as_subclass(CountsOnDevice)
         copied.alignment = self.alignment
         return copied
 
     def tolist(self) -> Any:
-        """What Megatron's own experts ask for."""
+        """Raise: Megatron's own experts call this and would wait for the device."""
         raise SettingsError(
             "these experts want tokens_per_expert on the host, where sync-free mode does not bring it",
             found="a call of tokens_per_expert.tolist(), as in TEGroupedMLP and SequentialMLP",
@@ -294,10 +295,10 @@ class CountsOnDevice(torch.Tensor):
 
 
 class SyncFreeManager(ExpandedManager):
-    """Megatron's manager on `sync_free`: expanded rows, with `tokens_per_expert` on the device. Experts that want it
-    as a list (TEGroupedMLP, SequentialMLP) would wait for it; those of `megatron_ep_v2.experts` do not.
+    """Megatron's manager on `sync_free`: expanded rows, with `tokens_per_expert` on the device. Experts that need it as
+    a list (TEGroupedMLP, SequentialMLP) would wait for it; those of `megatron_ep_v2.experts` do not.
 
-    Megatron's stream arguments change nothing, as `fused_a2a` explains.
+    Megatron's stream arguments are ignored; `fused_a2a` explains why.
     """
 
     handle: SyncFreeHandle | None
@@ -325,7 +326,7 @@ class SyncFreeManager(ExpandedManager):
         on_device = counts.as_subclass(CountsOnDevice)
         on_device.alignment = self.handle.places.alignment
         self.tokens_per_expert = on_device
-        self.load.add(self.handle.places.counts)
+        self.expert_load.add(self.handle.places.counts)
         return hidden_states
 
     def combine(
@@ -350,11 +351,11 @@ BY_LAYOUT: dict[str, type[CompactManager]] = {
 
 
 def preprocess(theirs: Callable[..., Any]) -> Callable[..., Any]:
-    """`MoEFlexTokenDispatcher.dispatch_preprocess`, with less to do where the managers are ours.
+    """Replace `MoEFlexTokenDispatcher.dispatch_preprocess` by a shorter version for the managers of this package.
 
-    Megatron has it compiled, anew for each layer's dispatcher until torch gives that up: seconds at the first step and
-    guards at every later one, for reshapes and a top-k that no compiler makes faster. And without tensor parallelism
-    the reshapes end where they began.
+    Megatron compiles its own, once per layer until torch's limit of recompilations: seconds at the first step and
+    guards at every later one, for reshapes and a top-k that compilation does not speed up. Without tensor parallelism
+    the reshapes cancel out.
     """
 
     @functools.wraps(theirs)
@@ -363,7 +364,7 @@ def preprocess(theirs: Callable[..., Any]) -> Callable[..., Any]:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         manager = self._comm_manager
         if not isinstance(manager, CompactManager):
-            if type(manager) is _MegatronsManager:  # it would call ours, compact whatever is installed
+            if type(manager) is _MegatronsManager:  # would call our functions, always with the compact layout
                 raise SettingsError(
                     "this MoE layer was built before megatron_ep_v2.install()",
                     found=f"Megatron's own {type(manager).__name__}; installed: {installed}",
@@ -381,10 +382,10 @@ def preprocess(theirs: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def keep_rows(theirs: Callable[..., bool]) -> Callable[..., bool]:
-    """`should_free_input` of Megatron's 1F1B schedule, for rows that go to the experts as they arrive.
+    """Replace `should_free_input` of Megatron's 1F1B schedule, for rows that go to the experts without a copy.
 
-    With backend "deepep" Megatron frees them once the experts have run, for its own experts work on a permuted copy.
-    Ours may have saved the rows themselves for their backward; in an FP8 model too, where some layers stay in bf16.
+    With backend "deepep" Megatron frees them once the experts have run, because its experts work on a permuted copy.
+    Here experts may save the rows themselves for backward; in an FP8 model too, where some layers stay in bf16.
     """
 
     @functools.wraps(theirs)

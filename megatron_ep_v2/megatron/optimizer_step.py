@@ -1,7 +1,7 @@
-"""Megatron's optimizer steps, before which all ranks of the model read their deferred checks and decide together.
+"""Megatron's optimizer steps: before each, all ranks of the model read their device checks and decide together.
 
-Megatron steps the optimizers of all its ranks once an iteration, through a ChainedOptimizer or a single optimizer, and
-with `--optimizer-cuda-graph` (0.19) through a wrapper that replays the step. `install()` binds all of them.
+Megatron steps once per iteration on all ranks, through a ChainedOptimizer or a single optimizer, and with
+`--optimizer-cuda-graph` (0.19) through a wrapper that replays the step. `install()` binds all of them.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch.distributed as dist
 from megatron_ep_v2 import device_checks, settings
 from megatron_ep_v2.megatron.symbols import GRAPHED_STEP, OPTIMIZERS
 
-_stepping = False  # inside another of these functions
+_stepping = False  # inside another bound step
 
 
 def bindings(modules: dict[str, ModuleType]) -> list[tuple[Any, str, Any]]:
-    """Class, name, our function, for each way in which Megatron steps.
+    """(class, name, our function) for each way in which Megatron steps.
 
     Args:
-        modules: Of `symbols.find_seam`.
+        modules: Of `symbols.find_symbols`.
     """
     names = ("ChainedOptimizer", "MixedPrecisionOptimizer", "FP32Optimizer")
     steps = [(getattr(modules[OPTIMIZERS], name), "step") for name in names]
@@ -35,7 +35,7 @@ def bindings(modules: dict[str, ModuleType]) -> list[tuple[Any, str, Any]]:
 
 
 def deciding_first(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A step of Megatron's, which raises on every rank of the model if any rank's check counted something."""
+    """Wrap a step of Megatron to raise on every rank of the model if any rank's device check counted something."""
 
     @functools.wraps(step)
     def decide_and_step(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -54,14 +54,14 @@ def deciding_first(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _groups() -> tuple[Any, ...]:
-    """Groups that together reach every rank of the model, one after the other; none where that is not needed: where no
-    rank can have a check, or all are in one expert-parallel group. Every rank comes to the same answer."""
+    """Groups that, reduced over in turn, reach every rank of the model. Empty if no rank can have a check, or if all
+    ranks are in one expert-parallel group. Every rank returns the same."""
     from megatron.core import parallel_state
 
     active = settings.active()
     if not (active.sync_free or (active.reuse_recompute_handle and _may_recompute())):
         return ()
-    if not parallel_state.model_parallel_is_initialized():  # process groups of the user's own, see `device_checks`
+    if not parallel_state.model_parallel_is_initialized():  # the user made the process groups: see `device_checks`
         return ()
     if parallel_state.get_expert_tensor_and_model_parallel_group().size() == dist.get_world_size():
         return ()
@@ -73,8 +73,10 @@ def _groups() -> tuple[Any, ...]:
 
 
 def _may_recompute() -> bool:
-    """Whether Megatron's arguments turn recompute on; outside its training loop, it may be. Inside it, a model that
-    recomputes by other means (a checkpoint of torch's with `Replayed`) is not known here: ranks of one expert-parallel
-    group still decide together, and its loop can call `device_checks.read_all(WORLD)` for all."""
+    """Whether Megatron's arguments turn recompute on; True outside its training loop, where that is unknown.
+
+    Other recompute inside that loop (torch's checkpoint with `Replayed`) is not detected: then only the ranks of one
+    expert-parallel group decide together, unless the loop calls `device_checks.read_all(WORLD)`.
+    """
     args = getattr(sys.modules.get("megatron.training.global_vars"), "_GLOBAL_ARGS", None)
     return args is None or bool(getattr(args, "recompute_granularity", None))

@@ -1,4 +1,4 @@
-"""Megatron's token dispatchers outside any model: what the bench measures, and the doctor tries."""
+"""Megatron's token dispatchers without a model, for the bench and the doctor."""
 
 from __future__ import annotations
 
@@ -42,22 +42,22 @@ def make_dispatchers(
     dtype: torch.dtype,
     **config: Any,
 ) -> list[Any]:
-    """Token dispatchers of one layer shape, with Megatron as it is bound now.
+    """Build token dispatchers of one layer shape, with Megatron's symbols as they are bound now.
 
     Args:
         kind: `moe_token_dispatcher_type`: allgather, alltoall or flex.
         backend: `moe_flex_dispatcher_backend`.
-        count: How many.
+        count: Number of dispatchers.
         group: Process group of the experts.
         alone: Process group of this rank alone, for tensor parallelism.
         hidden: H.
         experts: In the whole group.
         topk: K.
-        dtype: Of the rows.
+        dtype: dtype of the rows.
         **config: More fields of TransformerConfig.
 
     Raises:
-        EPError, ImportError, ValueError, AssertionError: This environment does not offer it.
+        EPError, ImportError, ValueError, AssertionError: Not available in this environment.
     """
     known = {item.name: item for item in dataclasses.fields(TransformerConfig)}
     backends = typing.get_args(known["moe_flex_dispatcher_backend"].type)
@@ -100,13 +100,13 @@ def make_dispatchers(
 
 
 def sms_field(backend: str) -> str:
-    """The field of TransformerConfig that takes an SM count for a backend of Megatron's own."""
+    """The field of TransformerConfig with the SM count of one of Megatron's own backends."""
     names = {item.name for item in dataclasses.fields(TransformerConfig)}
     return "moe_flex_dispatcher_num_sms" if "moe_flex_dispatcher_num_sms" in names else f"moe_{backend}_num_sms"
 
 
 def ensure_global_memory_buffer() -> None:
-    """The allgather dispatcher receives into a buffer that Megatron makes together with its parallel state."""
+    """Create the buffer into which the allgather dispatcher receives; Megatron creates it with its parallel state."""
     if parallel_state._GLOBAL_MEMORY_BUFFER is None:
         parallel_state._set_global_memory_buffer()
 
@@ -130,22 +130,22 @@ def model_parallel(expert_parallel: int, seed: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def on_cpu() -> Iterator[None]:
-    """Inside the block, Megatron-Core's allgather and alltoall dispatchers run on a machine without CUDA.
+    """Let Megatron-Core's allgather and alltoall dispatchers run on a machine without CUDA inside the block.
 
-    They ask torch.cuda where their collectives should write (the answer here is: on the CPU), and alltoall copies its
-    counts to the host on a CUDA stream (here they are there already).
+    They take the device of their collectives from torch.cuda (replaced by the CPU), and alltoall copies its counts to
+    the host on a CUDA stream (replaced: they are on the host already).
     """
-    places: list[tuple[Any, str, Any]] = [
+    patches: list[tuple[Any, str, Any]] = [
         (torch.cuda, "current_device", lambda: torch.device("cpu")),
         (
             token_dispatcher.MoEAlltoAllTokenDispatcher,
             "cuda_dtoh_stream",
             "none",
-        ),  # not None: the constructor then makes no stream
+        ),  # not None, so that the constructor creates no stream
         (token_dispatcher.MoEAlltoAllTokenDispatcher, "_maybe_dtoh_and_synchronize", splits_as_lists),
     ]
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in places]
-    for owner, name, value in places:
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
+    for owner, name, value in patches:
         setattr(owner, name, value)
     try:
         with torch.compiler.set_stance("force_eager"):  # Megatron compiles small functions; that needs a C++ compiler

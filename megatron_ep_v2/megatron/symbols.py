@@ -1,4 +1,5 @@
-"""What `install()` binds to in Megatron-Core: each name found and its signature checked before anything is changed."""
+"""The symbols of Megatron-Core that `install()` binds. Each name and signature is checked before anything is
+changed."""
 
 from __future__ import annotations
 
@@ -22,15 +23,15 @@ OPTIMIZER = "megatron.core.optimizer.distrib_optimizer"
 OPTIMIZERS = "megatron.core.optimizer.optimizer"
 DIST_CHECKPOINTING = "megatron.core.dist_checkpointing"
 TE_CHECKPOINT = "transformer_engine.pytorch.distributed"
-SCHEDULE = "megatron.core ... schedule"  # for the one of SCHEDULES that decides what 1F1B frees
-SCHEDULES = ("megatron.core.models.common.utils", "megatron.core.models.gpt.fine_grained_callables")  # 0.19; before
+SCHEDULE = "megatron.core ... schedule"  # key of the module of SCHEDULES that decides what 1F1B frees
+SCHEDULES = ("megatron.core.models.common.utils", "megatron.core.models.gpt.fine_grained_callables")  # 0.19; older
 GRAPHED_STEP = "megatron.core.optimizer.optimizer_cuda_graph"  # from 0.19 on
 MANAGER = "_DeepepManager"  # in TOKEN_DISPATCHER: the communication manager of backend "deepep"
 _CALL = ("hidden_states", "async_finish", "allocate_on_comm_stream")
 
-# What must be there, by module: name -> parameters in order (without self), or None where only the name counts.
-# The functions themselves are None when Megatron found no deep_ep; their autograd classes then stand for the signature.
-_SEAM: dict[str, dict[str, tuple[str, ...] | None]] = {
+# Required symbols by module: name -> parameters in order (without self), or None if only the name is checked.
+# fused_dispatch and fused_combine are None if Megatron found no deep_ep, so their autograd classes are checked instead.
+_SYMBOLS: dict[str, dict[str, tuple[str, ...] | None]] = {
     FUSED_A2A: {
         "HAVE_DEEP_EP": None,
         "fused_dispatch": None,
@@ -59,8 +60,8 @@ _SEAM: dict[str, dict[str, tuple[str, ...] | None]] = {
     CHECKPOINT: {"CheckpointFunction.forward": ("ctx", "run_function", "distribute_saved_activations", "args")},
     OPTIMIZERS: {"ChainedOptimizer.step": (), "MixedPrecisionOptimizer.step": (), "FP32Optimizer.step": ()},
 }
-# What other experts than Megatron's bind to; further parameters may follow.
-_EXPERTS_SEAM: dict[str, dict[str, tuple[str, ...]]] = {
+# Required symbols for experts other than Megatron's; further parameters may follow.
+_EXPERT_SYMBOLS: dict[str, dict[str, tuple[str, ...]]] = {
     MOE_LAYER: {"MoELayer.__init__": ("config", "submodules", "layer_number", "pg_collection")},
     OPTIMIZER: {
         "DistributedOptimizer.sharded_param_state_dp_reshardable": (
@@ -72,8 +73,8 @@ _EXPERTS_SEAM: dict[str, dict[str, tuple[str, ...]]] = {
 }
 
 
-def find_seam() -> tuple[str, dict[str, ModuleType]]:
-    """Megatron-Core's version and the modules to bind in, every name and signature checked.
+def find_symbols() -> tuple[str, dict[str, ModuleType]]:
+    """Find Megatron-Core's version and the modules whose symbols are bound; checks every name and signature.
 
     Raises:
         SeamError: Megatron-Core cannot be imported, or a name or signature is not the expected one.
@@ -84,7 +85,7 @@ def find_seam() -> tuple[str, dict[str, ModuleType]]:
     # Imported inside a git checkout, Megatron appends that checkout's commit: 0.19.2+1a2b3c4.
     version = str(getattr(_import("megatron.core"), "__version__", version)).partition("+")[0]
     modules: dict[str, ModuleType] = {}
-    for name, symbols in _SEAM.items():
+    for name, symbols in _SYMBOLS.items():
         modules[name] = _import(name)
         for dotted, parameters in symbols.items():
             _check_symbol(modules[name], dotted, parameters, version)
@@ -95,19 +96,19 @@ def find_seam() -> tuple[str, dict[str, ModuleType]]:
             modules[GRAPHED_STEP] = _import(GRAPHED_STEP)
             _check_symbol(modules[GRAPHED_STEP], "OptimizerCudaGraphWrapper.__call__", None, version)
     modules[SCHEDULE] = _import_schedule()
-    # 0.17 has added a parameter, which is handed on.
+    # 0.17 has added a parameter, which is passed through.
     _check_symbol(modules[SCHEDULE], "should_free_input", ("name", "is_moe", "config"), version, more=True)
     return version, modules
 
 
-def find_experts_seam(version: str) -> dict[str, ModuleType]:
-    """The modules that other experts than Megatron's bind in.
+def find_expert_symbols(version: str) -> dict[str, ModuleType]:
+    """Find the modules whose symbols are bound for experts other than Megatron's.
 
     Raises:
-        SeamError: See `find_seam`.
+        SeamError: See `find_symbols`.
     """
     modules = {}
-    for name, symbols in _EXPERTS_SEAM.items():
+    for name, symbols in _EXPERT_SYMBOLS.items():
         modules[name] = _import(name)
         for dotted, parameters in symbols.items():
             _check_symbol(modules[name], dotted, parameters, version, more=True)
@@ -117,19 +118,19 @@ def find_experts_seam(version: str) -> dict[str, ModuleType]:
 def _import(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    # It imports deep_ep and minds an ImportError only: what else that import raises (see probe.py) comes through.
+    # Megatron imports deep_ep and catches only ImportError; its other errors (see probe.py) come through.
     except (ImportError, AssertionError, OSError) as error:
         raise SeamError(
             f"{name} cannot be imported: {type(error).__name__}: {error}",
             needed="megatron-core 0.16 to 0.19 (or a Megatron-LM source tree of that age on the path)",
-            fix="pip install megatron-core, or mend or uninstall the package that the message names",
+            fix="pip install megatron-core, or repair or uninstall the package that the message names",
         ) from error
 
 
 def _import_schedule() -> ModuleType:
     """The module that has `should_free_input`."""
     found = None
-    with contextlib.suppress(ModuleNotFoundError):  # before 0.19 there is no package around it
+    with contextlib.suppress(ModuleNotFoundError):  # before 0.19 its package does not exist
         found = importlib.util.find_spec(SCHEDULES[0])
     if found and hasattr(module := _import(SCHEDULES[0]), "should_free_input"):
         return module
@@ -137,8 +138,8 @@ def _import_schedule() -> ModuleType:
 
 
 def checkpoints(modules: dict[str, ModuleType]) -> list[Any]:
-    """The autograd functions of activation recompute that Megatron uses: its own, and TransformerEngine's (for FP8)
-    where Megatron has imported that and it keeps the function that it runs twice as its first argument."""
+    """The autograd functions of activation recompute that Megatron uses: its own, and TransformerEngine's (for FP8) if
+    Megatron has imported it and its first argument is the function to run twice."""
     theirs = getattr(sys.modules.get(TE_CHECKPOINT), "_CheckpointFunction", None)
     known = theirs is not None and list(inspect.signature(theirs.forward).parameters)[:2] == ["ctx", "run_function"]
     return [modules[CHECKPOINT].CheckpointFunction, *([theirs] if known else [])]
@@ -147,11 +148,11 @@ def checkpoints(modules: dict[str, ModuleType]) -> list[Any]:
 def _check_symbol(
     module: ModuleType, dotted: str, parameters: tuple[str, ...] | None, version: str, more: bool = False
 ) -> None:
-    """more: further parameters may follow."""
+    """Raise SeamError if a symbol is missing or has other parameters. more: Further parameters may follow."""
     symbol: Any = module
     for part in dotted.split("."):
         if not hasattr(symbol, part):
-            found = "it is not there"
+            found = "it does not exist"
             break
         symbol = getattr(symbol, part)
     else:

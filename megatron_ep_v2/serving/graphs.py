@@ -12,11 +12,11 @@ from megatron_ep_v2.serving.pair import Decode, PrepareFinalize
 
 
 class DecodeGraphs:
-    """A decode layer for each bucket, captured once in a CUDA graph and replayed. On the CPU it just runs.
+    """A decode layer for each bucket, captured once in a CUDA graph and replayed. On the CPU it runs without graphs.
 
     Args:
-        pair: Its `prepare_decode` and `finalize` go around the experts.
-        experts: What `finalize` wants from a `Decode`; nothing in it may wait for the device.
+        pair: Its `prepare_decode` and `finalize` are called around the experts.
+        experts: Computes the rows for `finalize` from a `Decode`; must not wait for the device.
         device: Of the rows.
         slot: As in `PrepareFinalize`.
     """
@@ -30,11 +30,11 @@ class DecodeGraphs:
     ):
         self.pair, self.experts, self.slot, self.device = pair, experts, slot, torch.device(device)
         self._by_bucket: dict[int, _Captured] = {}
-        self._memory = None  # shared by the graphs, which never run at the same time
+        self._memory = None  # shared by the graphs, which never run concurrently
 
     def capture(self, buckets: Iterable[int] | None = None) -> None:
-        """Compile and capture; collective. buckets: in the same order on every rank; None = all, the largest first, so
-        that the smaller ones find memory enough."""
+        """Compile and capture; collective. buckets: In the same order on every rank; None = all, the largest first, so
+        that the smaller ones reuse its memory."""
         for bucket in self.pair.buckets[::-1] if buckets is None else buckets:
             if bucket not in self._by_bucket:
                 self._by_bucket[bucket] = self._capture(bucket)
@@ -42,18 +42,18 @@ class DecodeGraphs:
     def __call__(
         self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, *, bucket: int
     ) -> torch.Tensor:
-        """Arguments as for `prepare_decode`; a bucket that was not captured is, now. Returns [T, H], which the next
-        call with this bucket overwrites.
+        """Run the layer; captures the bucket first if needed. Arguments as for `prepare_decode`. Returns [T, H], which
+        the next call with this bucket overwrites.
 
         Raises:
-            InputError: What `prepare_decode` refuses.
+            InputError: See `prepare_decode`.
         """
         self.pair.check_tokens(x, topk_idx, topk_weights, bucket)
         self.capture([bucket])
         captured, tokens = self._by_bucket[bucket], len(x)
         captured.x[:tokens].copy_(x)
         captured.topk_idx[:tokens].copy_(topk_idx)
-        captured.topk_idx[tokens:].fill_(-1)  # rows without a pick go nowhere
+        captured.topk_idx[tokens:].fill_(-1)  # rows without a selection are not sent
         captured.topk_weights[:tokens].copy_(topk_weights)
         if captured.graph is None:
             captured.y = self._layer(captured, bucket)
@@ -75,13 +75,13 @@ class DecodeGraphs:
         )
         if device.type != "cuda":
             return static
-        beside = torch.cuda.Stream(device)
-        beside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(beside):  # what is compiled or loaded at a first call cannot be captured
+        warm_up = torch.cuda.Stream(device)
+        warm_up.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(warm_up):  # the first call compiles and loads kernels, which cannot be captured
             self._layer(static, bucket)
-        torch.cuda.current_stream(device).wait_stream(beside)
+        torch.cuda.current_stream(device).wait_stream(warm_up)
         static.graph = torch.cuda.CUDAGraph()
-        # Other threads (NCCL's watchdog) may ask CUDA for what a capture forbids; that is theirs, and no fault of ours.
+        # thread_local: other threads (NCCL's watchdog) may make CUDA calls that a capture forbids.
         with torch.cuda.graph(static.graph, pool=self._memory, capture_error_mode="thread_local"):
             static.y = self._layer(static, bucket)
         self._memory = static.graph.pool()
@@ -90,7 +90,7 @@ class DecodeGraphs:
 
 @dataclass
 class _Captured:
-    """The inputs and the output of a graph; they stay where they are."""
+    """The inputs and the output of a graph, at fixed addresses."""
 
     x: torch.Tensor
     topk_idx: torch.Tensor

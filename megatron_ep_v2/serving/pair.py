@@ -1,4 +1,4 @@
-"""Prepare and finalize: what goes before and behind the experts in a serving engine, for prefill and for decode."""
+"""Prepare and finalize: the calls before and after the experts in a serving engine, for prefill and for decode."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from megatron_ep_v2.buffers.checks import check_dispatch, pass_on
 from megatron_ep_v2.buffers.limits import HIDDEN_MULTIPLE
 from megatron_ep_v2.errors import EPError, InputError, TokenCapacityError
 
-MAX_DECODE_TOKENS = 512  # the largest bucket unless asked otherwise
+MAX_DECODE_TOKENS = 512  # default of the largest bucket
 
 
 def bucket_of(num_tokens: int) -> int:
-    """The smallest power of two that holds so many tokens; 1 for none. num_tokens: the most of any rank."""
+    """The smallest power of two that is at least `num_tokens`, the most of any rank; 1 for 0 tokens."""
     return 1 << max(0, num_tokens - 1).bit_length()
 
 
@@ -43,13 +43,13 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Decode:
-    """Rows for the experts, one for each token and source rank, as many as the bucket can make.
+    """Rows for the experts, one for each token and source rank; W is the most that the bucket allows.
 
     Attributes:
-        rows: [W, H], garbage from `num_recv` on. A view of wider rows where the transport had to widen them.
-        topk_idx: [W, K] int64, the experts of this rank, -1 for all other picks and for all of a garbage row. Local
-            ids, or global ones with `global_ids`.
-        topk_weights: [W, K] fp32, only meaningful where topk_idx >= 0.
+        rows: [W, H], unowned from `num_recv` on. A view of wider rows if the transport had to widen them.
+        topk_idx: [W, K] int64, this rank's experts, -1 for all other selections and in unowned rows. Local ids, or
+            global ones with `global_ids`.
+        topk_weights: [W, K] fp32, only valid where topk_idx >= 0.
         num_recv: [1] int32 on the device.
     """
 
@@ -60,22 +60,22 @@ class Decode:
 
 
 class PrepareFinalize:
-    """Dispatch and combine of one process group for inference. Making one is collective, and so is each call.
+    """Dispatch and combine of one process group for inference. The constructor and each call are collective.
 
     Args:
-        group: Process group of the experts; `megatron_ep_v2.destroy_buffers()` before it is destroyed.
-        hidden: H; the transport's rows are widened to a multiple of 256 elements with zeros where need be.
+        group: Process group of the experts. Call `megatron_ep_v2.destroy_buffers()` before you destroy it.
+        hidden: H; if needed, rows are widened with zeros to a multiple of 256 elements for the transport.
         num_experts: Experts in the whole group.
         num_topk: K.
-        max_prefill_tokens: Most tokens a rank may bring to `prepare_prefill`.
-        max_decode_tokens: Most tokens a rank may bring to `prepare_decode`.
-        slots: Micro-batches that may be between their prepare and their finalize at once.
-        global_ids: Decode's ids count the experts of the whole group instead of this rank's.
+        max_prefill_tokens: Most tokens of a rank in `prepare_prefill`.
+        max_decode_tokens: Most tokens of a rank in `prepare_decode`.
+        slots: Micro-batches that may be between their prepare and their finalize at the same time.
+        global_ids: Decode returns global expert ids instead of local ones.
         expert_alignment: Pad each expert's rows to a multiple of this (prefill).
-        dtype: Of the rows.
+        dtype: dtype of the rows.
 
     Raises:
-        TokenCapacityError: The settings, or a buffer that exists already, hold fewer tokens.
+        TokenCapacityError: The settings, or an existing buffer, allow fewer tokens.
         EPError: See `buffers.pool.get`.
     """
 
@@ -123,13 +123,13 @@ class PrepareFinalize:
 
         Args:
             x: [T, H].
-            topk_idx: [T, K] int64 global ids, -1 = no pick.
+            topk_idx: [T, K] int64 global ids, -1 = no selection.
             topk_weights: [T, K] fp32.
-            slot: Of this micro-batch.
+            slot: Slot of this micro-batch.
 
         Raises:
             InputError, TokenCapacityError: This rank's input is refused: another hidden size, top-k or dtype than
-                this object's, too many tokens, a slot that is taken. Nothing was sent.
+                this object's, too many tokens, a slot in use. Nothing was sent.
             EPError: See `buffers.contract.Buffer.dispatch`.
         """
         try:
@@ -146,7 +146,7 @@ class PrepareFinalize:
             do_expand=True,
             do_zero_padding=self.expert_alignment > 1,
         )
-        assert isinstance(rows, torch.Tensor) and weights is not None  # as they were sent
+        assert isinstance(rows, torch.Tensor) and weights is not None  # because weights were sent
         self._handles[slot] = handle
         return Prefill(rows[:, : self.hidden], weights, list(handle.num_recv_tokens_per_expert_list))
 
@@ -154,7 +154,7 @@ class PrepareFinalize:
     def prepare_decode(
         self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, *, bucket: int, slot: int = 0
     ) -> Decode:
-        """Send tokens to their experts' ranks; no wait on the host, and shapes that depend on the bucket alone.
+        """Send tokens to their experts' ranks without a wait on the host; shapes depend on the bucket only.
 
         Args:
             x: [T, H], T <= bucket.
@@ -162,7 +162,7 @@ class PrepareFinalize:
             bucket: `bucket_of` the most tokens of any rank; the same on every rank.
 
         Raises:
-            InputError: As for `prepare_prefill`; or no such bucket, or more tokens than it holds.
+            InputError: As for `prepare_prefill`; or an unknown bucket, or more tokens than it holds.
             EPError: See `buffers.contract.Buffer.dispatch`.
         """
         try:
@@ -178,7 +178,7 @@ class PrepareFinalize:
             num_max_tokens_per_rank=bucket,
             do_cpu_sync=False,
         )
-        assert isinstance(rows, torch.Tensor) and ids is not None and weights is not None  # compact, as they were sent
+        assert isinstance(rows, torch.Tensor) and ids is not None and weights is not None  # compact layout
         self._handles[slot] = handle
         num_recv = handle.psum_num_recv_tokens_per_scaleup_rank[-1:]
         real = torch.arange(len(ids), device=ids.device)[:, None] < num_recv
@@ -190,20 +190,20 @@ class PrepareFinalize:
 
     @torch.no_grad()
     def finalize(self, rows: torch.Tensor, *, slot: int = 0) -> torch.Tensor:
-        """Send the experts' rows back and add them up, unweighted.
+        """Send the experts' rows back and sum them, unweighted.
 
         Args:
-            rows: Prefill: [P, H], weighted. Decode: [W, H], each the weighted sum over this rank's experts; garbage
+            rows: Prefill: [P, H], weighted. Decode: [W, H], each the weighted sum over this rank's experts; unowned
                 rows are not read.
-            slot: Of this micro-batch.
+            slot: Slot of this micro-batch.
 
         Returns:
             [T, H].
 
         Raises:
-            InputError: Nothing was prepared in this slot: the other ranks do not learn that, because without a handle
-                there is no call of theirs to answer. Or rows of another number, hidden size or dtype: then the slot
-                keeps what was prepared, after a PeerError too; pass the right rows, or `abandon` it.
+            InputError: Nothing was prepared in this slot; the other ranks do not learn that, because without a handle
+                there is no call of theirs to answer. Or the rows have another number, hidden size or dtype: then, and
+                after a PeerError, the slot keeps its micro-batch: pass the right rows, or `abandon` it.
             EPError: See `buffers.contract.Buffer.combine`.
         """
         handle = self._handles[slot]
@@ -221,18 +221,18 @@ class PrepareFinalize:
         return combined[:, : self.hidden]
 
     def abandon(self, slot: int = 0) -> None:
-        """Give up what was prepared in a slot, after an error; it can be prepared again. Not collective, but for all
-        ranks to do: one that does not refuses its next prepare, and with it theirs."""
+        """Drop the micro-batch of a slot after an error, so that the slot can be used again. Not collective, but all
+        ranks must do it: a rank that does not refuses its next prepare, and the others raise with it."""
         self._handles[slot] = None
 
     def check_tokens(
         self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, bucket: int | None = None
     ) -> None:
-        """Refuse what `prepare_decode` would refuse, or without a bucket `prepare_prefill`. A refusal takes the place
-        of that call: where the buffer can tell the other ranks, which are in it, they raise too.
+        """Check arguments as `prepare_decode` does, or without a bucket `prepare_prefill`. A refusal replaces that
+        call: if the buffer can report it to the other ranks, they raise too.
 
         Raises:
-            InputError: See there.
+            InputError: See `prepare_decode` and `prepare_prefill`.
         """
         try:
             self._check_fit(x, topk_idx, bucket)
@@ -242,7 +242,7 @@ class PrepareFinalize:
             self._refuse([error], x, bucket)
 
     def _refuse(self, refusals: list[EPError], x: torch.Tensor, bucket: int | None) -> None:
-        """In place of the dispatch that the other ranks are in, or come to."""
+        """Raise the refusal, by a call of the dispatch in which the other ranks wait."""
         decode: dict[str, Any] = {} if bucket is None else {"num_max_tokens_per_rank": bucket, "do_cpu_sync": False}
         self.buffer.dispatch(x, **decode, **pass_on(self.buffer, refusals))
 
@@ -264,13 +264,13 @@ class PrepareFinalize:
             )
 
     def _better_bucket(self, num_tokens: int, bucket: int) -> str:
-        """The hint for a bucket that is none of this object's, or too small for the tokens."""
+        """The fix for a bucket that this object does not have, or that is too small for the tokens."""
         largest, enough = self.buckets[-1], bucket_of(num_tokens)
         right = f"bucket=bucket_of(most tokens of any rank), which is at least {enough} here"
         if max(bucket, num_tokens) <= largest:
             return right
         larger = f"make PrepareFinalize with max_decode_tokens of at least {max(bucket_of(bucket), enough)}"
-        return larger + (", or bring so many to prepare_prefill" if enough > largest else f"; else {right}")
+        return larger + (", or pass so many to prepare_prefill" if enough > largest else f"; else {right}")
 
     def _check_rows(self, rows: torch.Tensor, fix: str) -> None:
         if rows.dim() != 2 or rows.shape[1] != self.hidden or rows.dtype != self.dtype:
@@ -282,7 +282,7 @@ class PrepareFinalize:
             )
 
     def _check_free(self, slot: int) -> None:
-        """Before a dispatch: one that is refused behind it would leave the other ranks with half a layer."""
+        """Check the slot before a dispatch: raising after it would leave the other ranks in half a layer."""
         if self._handles[slot] is not None:
             raise InputError(
                 f"rank {self.group.rank()}: slot {slot} still holds a micro-batch that was not finalized",

@@ -1,11 +1,11 @@
-"""Who keeps a dispatch or combine waiting: a record of each rank's calls, and a process beside the rank that reads it.
+"""The watchdog names the rank that a dispatch or combine waits for. Each rank logs its calls; a process reads the log.
 
-record.py    the record, in shared memory
-watch.py     the rank's side: a buffer that writes its calls down
-line.py      the rank's line to the process, and its start
-clocks.py    when a call ends, on the host or on a GPU
-meeting.py   before a group's first collective: addresses, and who does not come
-process.py   the process; it and what it imports need the standard library only
-report.py    what a report says
-arrivals.py  on demand: who comes last, and by how much
+call_log.py        the log of a rank's calls, in shared memory
+watched_buffer.py  the rank's side: a buffer that logs its calls
+client.py          starts the rank's watcher, and is the rank's end of the connection to it
+completion.py      detects when a call ends, on the host or on a GPU
+rendezvous.py      before a group's first collective: exchanges addresses, and names ranks that do not arrive
+watcher.py         the watcher process; it and its imports need the standard library only
+report.py          the text of a report
+stragglers.py      on demand: which rank arrives last, and how late
 """

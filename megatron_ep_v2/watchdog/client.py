@@ -1,4 +1,4 @@
-"""A rank's line to its watcher, the process that reads the record of the rank's calls."""
+"""A rank's connection to its watcher, the process that reads the log of the rank's calls."""
 
 from __future__ import annotations
 
@@ -20,60 +20,60 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_ep_v2.watchdog.rendezvous import Meeting
+from megatron_ep_v2.watchdog.rendezvous import Rendezvous
 from megatron_ep_v2.watchdog.watcher import Task
 
-FAILED_SECONDS = 6.0  # for the report of a call that failed
-END_SECONDS = 3.0  # for a watcher to take its leave of the others
+FAILED_SECONDS = 6.0  # time limit for the report of a call that failed
+END_SECONDS = 3.0  # time limit for a watcher to send the others its final answer
 STACK_SIGNAL = int(getattr(signal, "SIGRTMIN", signal.SIGUSR2))  # schedulers and launchers use SIGUSR1 and SIGUSR2
 
 _PROGRAM = "import sys; sys.path.insert(0, {!r}); from megatron_ep_v2.watchdog.watcher import main; main({}, {})"
 
 
-class Line:
-    """Starts the watcher.
+class WatcherClient:
+    """Starts the watcher, sends it what happens, and ends it.
 
     Args:
-        meeting: Of this rank, with an address.
+        rendezvous: This rank's, with an address.
         addresses, hosts: Of the group's ranks, in order.
-        record: File descriptor of the record.
+        call_log: File descriptor of the call log.
 
     Raises:
         OSError: No process can be started.
 
     Attributes:
-        process: The watcher; None when it was ended.
+        process: The watcher; None after it was ended.
     """
 
-    def __init__(self, meeting: Meeting, addresses: Sequence[Any], hosts: Sequence[str], record: int):
-        assert meeting.address is not None
-        ranks, rank = dist.get_process_group_ranks(meeting.group), dist.get_rank()
-        with meeting.listener as listener:
+    def __init__(self, rendezvous: Rendezvous, addresses: Sequence[Any], hosts: Sequence[str], call_log: int):
+        assert rendezvous.address is not None
+        ranks, rank = dist.get_process_group_ranks(rendezvous.group), dist.get_rank()
+        with rendezvous.listener as listener:
             task = Task(
                 rank=rank,
                 host=hosts[ranks.index(rank)],
-                seconds=meeting.seconds,
-                token=meeting.address[2],
+                seconds=rendezvous.seconds,
+                token=rendezvous.address[2],
                 peers={peer: address for peer, address in zip(ranks, addresses, strict=True) if peer != rank},
                 main_thread=threading.main_thread().ident or 0,
                 stack_signal=STACK_SIGNAL,
-                record=record,
+                call_log=call_log,
                 stacks=_stack_file().fileno(),
                 listener=listener.fileno(),
             )
             self.process = _start(task)
 
     def report_failure(self, error: RuntimeError) -> None:
-        """Hold an error back until the watcher has asked the others and printed its report."""
-        with contextlib.suppress(OSError):  # without a watcher, the error has to do
+        """Delay an error until the watcher has asked the others and printed its report."""
+        with contextlib.suppress(OSError):  # without a watcher, the error comes without a report
             self.process.stdin.write(f"failed with {type(error).__name__}: {error}".partition("\n")[0][:200].encode())
             if select.select([self.process.stdout], [], [], FAILED_SECONDS)[0]:
                 self.process.stdout.read(64)
 
     def leave_to_parent(self) -> None:
-        """In a forked child: let go of its ends of the line, so that only the rank itself holds it. The watcher goes
-        on, and nothing here can end it any more."""
-        self._of_parent, self.process = self.process, None  # kept: a Popen that is dropped looks for its process
+        """In a forked child: close its copies of the connection, so that only the rank itself holds it. The watcher
+        runs on, and the child cannot end it."""
+        self._of_parent, self.process = self.process, None  # kept: the destructor of a Popen polls its process
         if self._of_parent is not None:
             self._of_parent.stdin.close()
             self._of_parent.stdout.close()
@@ -93,26 +93,26 @@ class Line:
 
 
 def program(size: int, parent: int) -> str:
-    """What a watcher's interpreter runs; arguments as of `process.main`."""
+    """Source that a watcher's interpreter runs; see `watcher.main` for the arguments."""
     return _PROGRAM.format(str(Path(__file__).parents[2]), size, parent)
 
 
 def _start(task: Task) -> Any:
-    """Isolated and without site-packages, so that it starts quickly and nothing of the job's environment matters."""
+    """Start a watcher: isolated and without site-packages, to start quickly whatever the job's environment is."""
     words = json.dumps(dataclasses.asdict(task)).encode()
     process: Any = subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", program(len(words), os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         bufsize=0,
-        pass_fds=(task.record, task.stacks, task.listener),
+        pass_fds=(task.call_log, task.stacks, task.listener),
     )
     process.stdin.write(words)
     return process
 
 
 def shared_file() -> Any:
-    """A file without a name; in memory where the system can."""
+    """A file without a name; in memory if the system supports it."""
     if hasattr(os, "memfd_create"):
         return open(os.memfd_create("megatron_ep_v2"), "r+b", buffering=0)
     return tempfile.TemporaryFile(buffering=0)
@@ -120,7 +120,7 @@ def shared_file() -> Any:
 
 @functools.cache
 def _stack_file() -> Any:
-    """Where this process writes the stacks of its threads when it gets STACK_SIGNAL."""
+    """The file to which this process writes the stacks of its threads on STACK_SIGNAL."""
     file = shared_file()
     faulthandler.register(STACK_SIGNAL, file=file, all_threads=True, chain=False)
     return file

@@ -1,4 +1,4 @@
-"""When a call begins and ends: on the host, or in the order of a CUDA stream, where it ends after it has returned."""
+"""Begin and end of a call: on the host, or in the order of a CUDA stream, where a call ends after it has returned."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 import torch
 
 from megatron_ep_v2.errors import UnavailableError
-from megatron_ep_v2.watchdog.call_log import DONE, MARKED, NUMBERS, Record
+from megatron_ep_v2.watchdog.call_log import DONE, MARKED, NUMBERS, CallLog
 
-WAITS_KEPT = 256  # timed forward dispatches, for the summary of arrivals
+WAITS_KEPT = 256  # timed forward dispatches, for `stragglers()`
 
 
 class HostClock:
-    """For buffers whose calls return when they are done.
+    """Clock for buffers whose calls return when they have finished.
 
     Attributes:
-        every: One of so many forward dispatches is timed.
+        every: One in `every` forward dispatches is timed.
     """
 
     every = 1
@@ -28,49 +28,49 @@ class HostClock:
         self._waits: collections.deque[tuple[int, float]] = collections.deque(maxlen=WAITS_KEPT)
 
     def start(self) -> float:
-        """Before a dispatch that is timed."""
+        """Begin a timed dispatch."""
         return time.monotonic()
 
     def stop(self, number: int, start: float) -> None:
-        """After it. start: what `start` answered."""
+        """End a timed dispatch. start: From `start()`."""
         self._waits.append((number, time.monotonic() - start))
 
     def waits(self) -> dict[int, float]:
-        """Number of the call -> its seconds, for the last dispatches that were timed."""
+        """Number of the call -> its seconds, for the last timed dispatches."""
         return dict(self._waits)
 
     def mark(self, number: int) -> None:
-        """Leaving the call was its end."""
+        """Do nothing: the call has finished."""
 
     def close(self) -> None:
-        """Nothing to release."""
+        """Do nothing."""
 
 
 class GpuClock:
-    """For calls that only queue their kernels. Behind them a copy of 8 bytes is queued, by which the GPU itself tells
-    the shared record which call it has finished. So nobody polls, and no thread of ours calls CUDA, which could break
-    the capture of a CUDA graph.
+    """Clock for calls that only queue their kernels. After each call a copy of 8 bytes is queued, with which the GPU
+    writes the number of the finished call to the call log. So nothing polls, and no extra thread calls CUDA, which
+    could break the capture of a CUDA graph.
 
-    A copy, because it has a hardware queue of its own. Where all streams share one for kernels
-    (CUDA_DEVICE_MAX_CONNECTIONS=1), a kernel, a memset or a write to memory that waits for the communication holds back
-    what other streams have queued behind it, and nothing runs beside the communication. In a stream of its own, because
-    a copy may have to wait for larger ones (offloaded activations), and no call shall wait for that.
+    A copy, because copies have their own hardware queue. If all streams share one queue for kernels
+    (CUDA_DEVICE_MAX_CONNECTIONS=1), a kernel, a memset or a write to memory that waits for the communication blocks
+    what other streams queue after it, and nothing overlaps with the communication. In its own stream, because the copy
+    may have to wait for larger ones (offloaded activations), and no call may wait for those.
 
-    A dispatch is timed by two events, used again and again; one of seven is enough for the summary of arrivals.
+    A dispatch is timed by two events, which are reused; one in seven dispatches is enough for `stragglers()`.
 
     Args:
-        record: Of this rank.
-        comm_stream: Of the calls' kernels; None = the current one at each call.
+        call_log: This rank's.
+        comm_stream: The stream of the calls' kernels; None = the current one at each call.
 
     Raises:
-        UnavailableError: The GPU cannot write to the record.
+        UnavailableError: The GPU cannot write to the call log.
     """
 
     every = 7
 
-    def __init__(self, record: Record, comm_stream: torch.cuda.Stream | None = None):
+    def __init__(self, call_log: CallLog, comm_stream: torch.cuda.Stream | None = None):
         self._waits: collections.deque[tuple[int, tuple[Any, Any]]] = collections.deque()
-        self._record, self._cells = record, torch.frombuffer(record.page, dtype=torch.int64)
+        self._call_log, self._cells = call_log, torch.frombuffer(call_log.page, dtype=torch.int64)
         self._done = self._cells.data_ptr() + 8 * DONE
         self._comm_stream, self._stream, self._event = comm_stream, torch.cuda.Stream(), torch.cuda.Event()
         with torch.cuda.stream(self._stream):
@@ -104,17 +104,17 @@ class GpuClock:
         return {number: begin.elapsed_time(end) / 1e3 for number, (begin, end) in self._waits}
 
     def mark(self, number: int) -> None:
-        """Queue the word that call `number` is done. An error here is that of some earlier kernel."""
+        """Queue the copy that marks call `number` as finished. An error here comes from an earlier kernel."""
         self._event.record(self._comm_stream)
         self._stream.wait_event(self._event)
         code = self._copy(self._done, self._first + 8 * (number % NUMBERS), 8, self._stream.cuda_stream)
         if code:
             torch.cuda.check_error(code)
-        self._record.cells[MARKED] = number
+        self._call_log.cells[MARKED] = number
 
     def close(self) -> None:
-        """Take the record away from CUDA; where the GPU still has to write to it, both stay until the process ends."""
-        if self._record.pending():
+        """Unregister the call log with CUDA; if the GPU still has to write to it, keep it until the process ends."""
+        if self._call_log.pending():
             _unfinished.append(self)
         else:
             torch.cuda.cudart().cudaHostUnregister(self._cells.data_ptr())
@@ -124,7 +124,8 @@ _unfinished: list[GpuClock] = []
 
 
 def _copy_to_host() -> Any:
-    """CUDA's `cuMemcpyDtoHAsync(to, from, bytes, stream) -> error code`. torch's own copy takes the host longer."""
+    """CUDA's `cuMemcpyDtoHAsync(to, from, bytes, stream) -> error code`, which costs the host less than torch's
+    copy."""
     try:
         copy = ctypes.CDLL("libcuda.so.1").cuMemcpyDtoHAsync_v2
     except (OSError, AttributeError) as error:
@@ -135,7 +136,7 @@ def _copy_to_host() -> Any:
 
 def _cannot_write(why: str) -> UnavailableError:
     return UnavailableError(
-        f"the GPU cannot write to the watchdog's record: {why}",
+        f"the GPU cannot write to the watchdog's call log: {why}",
         needed="CUDA's driver, and shared memory that it can register",
         fix="set MCORE_DEEPEP_V2_WATCHDOG_SECS=0 to train without the watchdog",
     )

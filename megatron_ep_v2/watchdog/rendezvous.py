@@ -1,4 +1,5 @@
-"""Before a group's first collective: where its ranks' watchers will answer, and who does not come."""
+"""The rendezvous before a group's first collective: the addresses of the ranks' watchers, and the ranks that are
+late."""
 
 from __future__ import annotations
 
@@ -15,15 +16,15 @@ import torch.distributed as dist
 logger = logging.getLogger("megatron_ep_v2")
 
 
-class Meeting:
-    """One rank's part in the first dispatch of its group.
+class Rendezvous:
+    """One rank's part in the rendezvous of its group.
 
     Args:
         group: Process group.
         seconds: The watchdog's limit; 0 = no watchdog.
 
     Attributes:
-        address: Where this rank's watcher will answer: (address, port, token). None without a watchdog.
+        address: Of this rank's watcher: (address, port, token). None without a watchdog.
         listener: The socket of that address.
     """
 
@@ -38,11 +39,11 @@ class Meeting:
                 logger.warning("rank %d has no watchdog, because it cannot listen: %s", dist.get_rank(), error)
 
     def await_everyone(self) -> None:
-        """Wait for all ranks on the host; after the limit, name those that did not come, and go on to wait in the
-        collective. (There are no watchers yet.)"""
+        """Wait on the host for all ranks. After the limit, log the absent ones and return; the collective then waits
+        for them. (There are no watchers yet.)"""
         rank, ranks = dist.get_rank(), dist.get_process_group_ranks(self.group)
         store, prefix = self.group.get_group_store(), f"megatron_ep_v2/{self.group.group_name}/first dispatch"
-        number = (store.add(prefix, 1) - 1) // len(ranks)  # nobody comes to the next meeting before this one is over
+        number = (store.add(prefix, 1) - 1) // len(ranks)  # no rank enters the next rendezvous before this one ends
         keys = {member: f"{prefix}/{number}/{member}" for member in ranks}
         store.set(keys[rank], "here")
         if not self.seconds:
@@ -62,9 +63,9 @@ class Meeting:
 def _listen(group: Any) -> tuple[socket.socket, str]:
     """A listening socket, and the address or name by which the group's other hosts reach it.
 
-    The address is that from which this host reaches the group's store. Where the store's name leads to this host by way
-    of loopback (Debian has 127.0.1.1 for a host's own name in /etc/hosts), no other host could use that address; but
-    they have reached the store by its name, so the name is given out, and the socket listens on all addresses.
+    The address is the one from which this host reaches the group's store. If that is a loopback address (Debian has
+    127.0.1.1 for a host's own name in /etc/hosts), other hosts cannot use it. But they reach the store by its name, so
+    the name is returned, and the socket listens on all addresses.
     """
     store = group.get_group_store()
     while isinstance(store, dist.PrefixStore):
@@ -72,7 +73,7 @@ def _listen(group: Any) -> tuple[socket.socket, str]:
     host = store.host if isinstance(store, dist.TCPStore) else "localhost"
     for family, kind, _, _, target in socket.getaddrinfo(host, 1, type=socket.SOCK_DGRAM):
         with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
-            probe.connect(target)  # sends nothing: the kernel only chooses the route
+            probe.connect(target)  # UDP: sends nothing, only chooses the route
             address = probe.getsockname()[0]
             if _is_loopback(address) and not _is_loopback(host):
                 return _listen_everywhere(), host
@@ -81,7 +82,7 @@ def _listen(group: Any) -> tuple[socket.socket, str]:
 
 
 def _is_loopback(host: str) -> bool:
-    """Whether a host is written as loopback, by address or by name; whatever other names resolve to."""
+    """Whether a host is a loopback address or one of loopback's usual names; other names are not resolved."""
     try:
         return ipaddress.ip_address(host.partition("%")[0]).is_loopback
     except ValueError:  # a name
@@ -89,7 +90,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _listen_everywhere() -> socket.socket:
-    """On all addresses, IPv6 too where this host has it: which of them the others will use is theirs to find."""
+    """A socket that listens on all addresses, on IPv6 too if this host has it."""
     if socket.has_dualstack_ipv6():
         with contextlib.suppress(OSError):
             return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)

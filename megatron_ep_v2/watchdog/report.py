@@ -1,7 +1,7 @@
-"""What a report says: from the answers of all watchers to who is late, in words.
+"""The text of a report: from the answers of all watchers to the names of the late ranks.
 
 An answer (JSON): rank, host, entered and left (calls), pending (call, 0 = none), calls ([number, kind, step, moe_call,
-tokens] of the last ones), idle (seconds since anything moved), end ("" = the rank lives), stopped.
+tokens] of the last ones), idle (seconds since the call log changed), end ("" = the rank lives), stopped.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ WARM_UP = 4  # first calls: deep_ep compiles kernels in them
 
 
 def find_late(answers: Mapping[int, dict[str, Any]], ranks: Sequence[int], number: int) -> dict[int, str]:
-    """Who keeps call `number` of the asking rank waiting: rank -> why."""
-    late = {rank: "gives no answer: its host is gone or has no watcher" for rank in ranks if rank not in answers}
+    """The ranks that call `number` of the asking rank waits for: rank -> why."""
+    late = {rank: "does not answer: its host is down or has no watcher" for rank in ranks if rank not in answers}
     odd = _find_odd(answers)
     return late | (odd or {rank: "has not arrived" for rank, answer in answers.items() if answer["entered"] < number})
 
 
 def _find_odd(answers: Mapping[int, dict[str, Any]]) -> dict[int, str]:
-    """The ranks whose first differing call is not that of most ranks."""
+    """The ranks in the minority at the first call that differs between ranks: rank -> why."""
     calls = {rank: {call[0]: tuple(call[1:4]) for call in answer["calls"]} for rank, answer in answers.items()}
     for number in sorted(set().union(*calls.values())):
         here = {rank: by_number[number] for rank, by_number in calls.items() if number in by_number}
@@ -34,7 +34,7 @@ def _find_odd(answers: Mapping[int, dict[str, Any]]) -> dict[int, str]:
         if odd:
             others = _describe([number, *usual])
             return {
-                rank: f"took another way: its call {number} is {_describe([number, *call])}, elsewhere {others}"
+                rank: f"diverged: its call {number} is {_describe([number, *call])}, elsewhere {others}"
                 for rank, call in odd.items()
             }
     return {}
@@ -48,7 +48,8 @@ def write_report(
     late: Mapping[int, str],
     stacks: Mapping[int, str],
 ) -> list[str]:
-    """Lines: the call that waits, who is late and where, where the others are, and the stacks of the late ones."""
+    """Lines of a report: the call that waits, the late ranks and what they do, the other ranks, the late ranks'
+    stacks."""
     own = answers[rank]
     call = next(call for call in own["calls"] if call[0] == number)
     late = late or {other: "is gone" for other, answer in answers.items() if answer["end"]}
@@ -56,15 +57,15 @@ def write_report(
     for other, why in sorted(late.items()):
         host = answers[other]["host"] if other in answers else own["host"]
         name = f"rank {other}" if host == own["host"] else f"rank {other} on {host}"
-        lines.append(f"  {name} {why}" + (f"; {_place(answers[other], True)}" if other in answers else ""))
+        lines.append(f"  {name} {why}" + (f"; {_state(answers[other], True)}" if other in answers else ""))
     if not late:
         hint = "; or deep_ep is compiling, as it does in the first calls" if number <= WARM_UP else ""
         lines.append(f"  all ranks have entered it: some GPU is busy with earlier work, or the network is late{hint}")
-    places: dict[str, list[int]] = {}
+    states: dict[str, list[int]] = {}
     for other in sorted(set(answers) - set(late)):
-        places.setdefault(_place(answers[other], False), []).append(other)
-    for place, them in places.items():
-        lines.append(f"  {'ranks' if len(them) > 1 else 'rank'} {', '.join(map(str, them))}: {place}")
+        states.setdefault(_state(answers[other], False), []).append(other)
+    for state, them in states.items():
+        lines.append(f"  {'ranks' if len(them) > 1 else 'rank'} {', '.join(map(str, them))}: {state}")
     for other, stack in stacks.items():
         lines += [
             f"  rank {other}'s stack, newest call first:",
@@ -74,8 +75,8 @@ def write_report(
 
 
 def choose_threads(text: str, *threads: int) -> str:
-    """Of faulthandler's text, the newest frames of these threads, and of those that Python's threading did not start:
-    autograd runs a backward on the GPU in threads of its own."""
+    """Select the newest frames of these threads from faulthandler's text, and of threads that were not started by
+    Python's threading: autograd runs a backward on the GPU in its own threads."""
     chosen = []
     for block in text.split("\n\n"):
         found = re.search(r"hread 0x([0-9a-f]+)", block)
@@ -85,18 +86,18 @@ def choose_threads(text: str, *threads: int) -> str:
     return "\n".join(chosen[:-1]) or "none was written"
 
 
-def _place(answer: dict[str, Any], in_full: bool) -> str:
-    """Where a rank is; in full: since when, and with how many tokens."""
+def _state(answer: dict[str, Any], in_full: bool) -> str:
+    """The call that a rank is in, or its last one. in_full: With duration and tokens."""
     number = answer["pending"] or answer["entered"]
     call = next((call for call in answer["calls"] if call[0] == number), None)
     if call is None:
-        place = "before its first call"
+        state = "before its first call"
     else:
         tokens = f", {call[4]} tokens" if in_full else ""
-        place = f"{'in' if answer['pending'] else 'after'} {KINDS[call[1]]} ({_where(call)}{tokens})"
+        state = f"{'in' if answer['pending'] else 'after'} {KINDS[call[1]]} ({_where(call)}{tokens})"
     since = f"for {answer['idle']:.0f} s " if in_full and not answer["end"] else ""
     end = f", then {answer['end']}" if answer["end"] else ", stopped by a signal" if answer["stopped"] else ""
-    return f"{since}{place}{end}"
+    return f"{since}{state}{end}"
 
 
 def _where(call: Sequence[int]) -> str:

@@ -1,11 +1,11 @@
-"""Who comes last to the forward dispatches, and by how much: a summary on demand.
+"""Which rank arrives last at the forward dispatches, and how late: a summary on demand.
 
-A forward dispatch ends on all ranks at about the same time, when the last one has come. So the rank that comes last
-waits least, and how much less it waits than the others is how late it came. No clocks are compared, so the ranks may be
-on different hosts. On a GPU the wait is measured in the order of the stream: then the GPU is what comes late. Packing
-and unpacking its own rows counts as a rank's waiting too, so trust milliseconds, not microseconds. There, one of seven
-dispatches is timed, the same ones on every rank and others in each step, so that over seven steps each layer has its
-turn. With MoE call m of step s (both from 1), it is timed where s + m - 1 is a multiple of seven.
+A forward dispatch ends on all ranks at about the same time, when the last one has arrived. So the last rank waits
+least, and the difference to the others' waits is how late it arrived. No clocks are compared, so the ranks may be on
+different hosts. On a GPU the wait is measured in stream order: it is the GPU that arrives late. A rank's wait includes
+packing and unpacking its own rows, so trust milliseconds, not microseconds. On a GPU one in seven dispatches is timed,
+the same ones on every rank and others in each step, so that seven steps cover each layer. With MoE call m of step s
+(both from 1), it is timed where s + m - 1 is a multiple of seven.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from megatron_ep_v2.watchdog.watched_buffer import WatchedBuffer
 
 @dataclass(frozen=True)
 class Arrival:
-    """How one rank comes to its forward dispatches, measured against the group's median rank.
+    """Arrival of one rank at the forward dispatches, relative to the group's median rank.
 
     Attributes:
-        rank: Of the world.
-        times_last: Timed dispatches to which it came last.
-        median_ms: How much later than the median rank it usually comes. Negative: earlier.
-        worst_ms: The same for the dispatch to which it came latest.
+        rank: In the world.
+        times_last: Timed dispatches at which it arrived last.
+        median_ms: Median of its delay, in ms. Negative: earlier than the median rank.
+        worst_ms: Largest delay, in ms.
     """
 
     rank: int
@@ -43,13 +43,13 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Stragglers:
-    """Equal on every rank. `str()` is a table; the rank that comes last most often is first."""
+    """Arrivals of all ranks; equal on every rank. `str()` is a table, with the rank that is last most often on top."""
 
     dispatches: int
     arrivals: tuple[Arrival, ...]
 
     def __str__(self) -> str:
-        title = f"arrival at the last {self.dispatches} forward dispatches timed, in ms behind the median rank"
+        title = f"arrival at the last {self.dispatches} forward dispatches timed, in ms after the median rank"
         rows = [
             f"{one.rank:>6}{one.times_last:>12}{one.median_ms:>+12.2f}{one.worst_ms:>+12.2f}" for one in self.arrivals
         ]
@@ -57,9 +57,9 @@ class Stragglers:
 
 
 def stragglers(group: Any = None) -> Stragglers:
-    """Who came last to the forward dispatches since the buffer was built; a GPU times one in seven of them. Collective.
+    """Find the ranks that arrive last at forward dispatches since the buffer was built. Collective.
 
-    At most the last 256 timed ones count.
+    Counts the last 256 timed dispatches; on a GPU one in seven is timed.
 
     Args:
         group: Process group of the experts; None = that of the oldest buffer.
@@ -72,7 +72,7 @@ def stragglers(group: Any = None) -> Stragglers:
     chosen = next((buffer for buffer in watched if group is None or buffer.group is known), None)
     if chosen is None:
         raise UnavailableError(
-            "no dispatch was watched, so nobody knows who came last",
+            "no dispatch was watched, so the last rank to arrive is unknown",
             needed="a dispatch in a group of two or more ranks, with the watchdog on",
             fix="call it between the first dispatch and destroy_buffers(), with MCORE_DEEPEP_V2_WATCHDOG_SECS above 0",
         )
@@ -82,7 +82,7 @@ def stragglers(group: Any = None) -> Stragglers:
 
 
 def summarize(waits: Mapping[int, Mapping[int, float]]) -> Stragglers:
-    """waits: rank -> number of the call -> seconds that the rank spent in it."""
+    """Summarize waits: rank -> number of the call -> seconds that the rank spent in it."""
     shared = set.intersection(*(set(by_number) for by_number in waits.values()))
     last: Counter[int] = Counter()
     lateness: dict[int, list[float]] = {rank: [] for rank in waits}

@@ -1,7 +1,7 @@
-"""The rank's side of the watchdog: it writes down each call of a buffer, and has a watcher beside it that reads.
+"""The rank's side of the watchdog: logs each call of a buffer, for the rank's watcher to read.
 
-A call costs a few stores into shared memory and, on a GPU, a copy of 8 bytes behind it. Calls that a CUDA graph
-captures are not written down: what is recorded then would be replayed, with the numbers of the captured calls.
+A call costs a few stores into shared memory and, on a GPU, a copy of 8 bytes after it. Calls that a CUDA graph captures
+are not logged: a replay would write the numbers of the captured calls again.
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ from megatron_ep_v2.watchdog.call_log import (
     FORWARD_COMBINE,
     FORWARD_DISPATCH,
     LEFT,
+    LOG_BYTES,
     RECOMPUTED_DISPATCH,
-    RECORD_BYTES,
     SYNC_FREE_DISPATCH,
-    Record,
+    CallLog,
 )
-from megatron_ep_v2.watchdog.client import Line, shared_file
+from megatron_ep_v2.watchdog.client import WatcherClient, shared_file
 from megatron_ep_v2.watchdog.completion import GpuClock, HostClock
-from megatron_ep_v2.watchdog.rendezvous import Meeting
+from megatron_ep_v2.watchdog.rendezvous import Rendezvous
 
 logger = logging.getLogger("megatron_ep_v2")
 
 
-def watch(buffer: Buffer, meeting: Meeting, addresses: Sequence[Any], hosts: Sequence[str]) -> Buffer:
-    """The buffer with its calls watched; the buffer itself where there is no watchdog.
+def watch(buffer: Buffer, rendezvous: Rendezvous, addresses: Sequence[Any], hosts: Sequence[str]) -> Buffer:
+    """Wrap a buffer so that its calls are watched; returns the buffer itself without a watchdog.
 
     Args:
-        buffer: Of this rank.
-        meeting: Of this rank.
+        buffer: This rank's.
+        rendezvous: This rank's.
         addresses, hosts: Of the group's ranks, in order.
     """
-    if meeting.address is None:
+    if rendezvous.address is None:
         return buffer
     try:
-        return cast(Buffer, WatchedBuffer(buffer, Watch(meeting, addresses, hosts)))
+        return cast(Buffer, WatchedBuffer(buffer, Watch(rendezvous, addresses, hosts)))
     except OSError as error:
         logger.warning("rank %d has no watchdog, because no process can be started: %s", dist.get_rank(), error)
         return buffer
 
 
 class WatchedBuffer:
-    """A buffer whose dispatches and combines are written down. Everything else is the buffer's own."""
+    """A buffer whose dispatches and combines are logged; other attributes are the wrapped buffer's."""
 
     def __init__(self, buffer: Buffer, watch: Watch):
         self.buffer, self.watch = buffer, watch
@@ -93,7 +93,7 @@ class WatchedBuffer:
         if timed is not None:
             clock.stop(number, timed)
         watch.moe_calls += 1
-        vars(answer[3])["moe_call"] = moe_call  # the handle goes through all calls of a layer
+        vars(answer[3])["moe_call"] = moe_call  # all calls of a layer have this handle
         return answer
 
     def combine(self, x: torch.Tensor, handle: Any, topk_weights: torch.Tensor | None = None, **arguments: Any) -> Any:
@@ -112,79 +112,79 @@ class WatchedBuffer:
         return answer
 
     def destroy(self) -> None:
-        """The buffer first: its ranks may have to wait for each other."""
+        """Destroy the buffer, then end the watcher: the ranks may have to wait for each other in the former."""
         self.buffer.destroy()
         self.watch.stop()
 
 
 class Watch:
-    """What one rank writes down about its calls, and its line to the watcher that reads it.
+    """One rank's call log, and its connection to the watcher that reads it.
 
     Attributes:
-        step: Counted by the optimizers' steps, from 1.
+        step: Number of the optimizer's step, from 1.
         moe_calls: Forward dispatches in this step.
-        number: Of the last call.
-        clock: When calls begin and end; None before the first one.
+        number: Number of the last call.
+        clock: Measures when calls begin and end; None before the first one.
     """
 
-    def __init__(self, meeting: Meeting, addresses: Sequence[Any], hosts: Sequence[str]):
+    def __init__(self, rendezvous: Rendezvous, addresses: Sequence[Any], hosts: Sequence[str]):
         self.step, self.moe_calls, self.number = 1, 0, 0
         self.clock: Any = None
         with shared_file() as memory:
-            os.ftruncate(memory.fileno(), RECORD_BYTES)
-            self.record = Record(memory.fileno())
-            self.line = Line(meeting, addresses, hosts, memory.fileno())
+            os.ftruncate(memory.fileno(), LOG_BYTES)
+            self.call_log = CallLog(memory.fileno())
+            self.client = WatcherClient(rendezvous, addresses, hosts, memory.fileno())
         self._hook = register_optimizer_step_post_hook(self._count_step)
 
     def set_clock(self, rows: torch.Tensor, comm_stream: torch.cuda.Stream | None) -> Any:
-        """At the first call: the clock for the device of these rows, and the stream of the buffer's kernels."""
-        self.clock = GpuClock(self.record, comm_stream) if rows.is_cuda else HostClock()
+        """At the first call, choose the clock for the device of these rows and the stream of the buffer's kernels."""
+        self.clock = GpuClock(self.call_log, comm_stream) if rows.is_cuda else HostClock()
         return self.clock
 
     def enter(self, kind: int, moe_call: int, tokens: int) -> None:
-        """Before a call."""
-        self.number = self.record.enter(kind, self.step, moe_call, tokens)
+        """Log that a call begins."""
+        self.number = self.call_log.enter(kind, self.step, moe_call, tokens)
 
     def leave(self) -> int:
-        """After it. Its number."""
-        self.record.cells[LEFT] = self.number
+        """Log that the call has returned; returns its number."""
+        self.call_log.cells[LEFT] = self.number
         return self.number
 
     def fail(self, error: BaseException) -> None:
-        """After a call that raised."""
+        """Log that the call has raised."""
         if isinstance(error, EPError):  # refused, and the error says why
-            self.record.retract()
+            self.call_log.retract()
             return
-        if isinstance(error, RuntimeError):  # a lost connection, or deep_ep's own limit: neither names a rank
-            self.line.report_failure(error)
+        if isinstance(error, RuntimeError):  # a lost connection or deep_ep's time-out: neither names a rank
+            self.client.report_failure(error)
         self.leave()
 
     def stop(self) -> None:
-        """End the watcher. Harmless a second time."""
-        if self.line.process is None:
+        """End the watcher. A second call does nothing."""
+        if self.client.process is None:
             return
         self._hook.remove()
-        self.line.close()
+        self.client.close()
         if self.clock is not None:
             self.clock.close()
 
     def leave_to_parent(self) -> None:
-        """In a forked child: from now on a call here is written into memory of its own, and the watcher stays with the
-        rank that it watches."""
-        self.record = Record(-1)
-        self.line.leave_to_parent()
+        """In a forked child: log calls to private memory from now on; the watcher stays with the rank that it
+        watches."""
+        self.call_log = CallLog(-1)
+        self.client.leave_to_parent()
 
     def _count_step(self, *_: Any) -> None:
-        """After each optimizer's step; several without a MoE call between them are one."""
+        """After each optimizer's step. Several steps without a MoE call between them count as one."""
         self.step += self.moe_calls > 0
         self.moe_calls = 0
 
 
 def _moe_call(handle: Any) -> tuple[int, int]:
-    """The number of a handle's dispatch in its step, and its tokens. Zeros if nobody watched it."""
+    """(number of the handle's dispatch in its step, tokens); zeros if the dispatch was not watched."""
     return getattr(handle, "moe_call", (0, 0))
 
 
 def _captured(rows: torch.Tensor) -> bool:
-    """Whether a CUDA graph is recording what is done with these rows."""
+    """Whether a CUDA graph is capturing the calls on these rows."""
     return rows.is_cuda and torch.cuda.is_current_stream_capturing()

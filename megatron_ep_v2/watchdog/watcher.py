@@ -1,13 +1,12 @@
-"""The watcher: a process beside each rank, for each of its buffers. It reads the record of the rank's calls, and when a
-call does not finish, it asks the watchers of the other ranks where theirs are and prints one report.
+"""The watcher: a process for each buffer of each rank. It reads the log of the rank's calls. When a call does not
+finish, it asks the watchers of the other ranks what their ranks are doing, and prints one report.
 
-A process, because no thread of a waiting rank could do it: deep_ep 2.1.0 keeps Python's global lock while its dispatch
+A process, because a thread of the waiting rank cannot run: deep_ep 2.1.0 holds Python's global lock while its dispatch
 waits on the host for the other ranks; and a rank that was killed, or aborted inside a collective, has no threads. It
-needs the standard library only (40 ms to start, 12 MB), asks nobody anything until a call is overdue, and ends with its
-rank.
+needs the standard library only (40 ms to start, 12 MB), sends nothing until a call is overdue, and ends with its rank.
 
-Its standard input is its end of a line from the rank: "failed WHY" asks for a report at once and is answered with a
-line; "bye" says that the buffer was destroyed; and the line's end, without a word, that the rank's process has ended.
+Its standard input is its end of the connection from the rank: "failed WHY" asks for a report at once and gets a line as
+the answer; "bye" says that the buffer was destroyed; end of file without "bye" says that the rank's process has ended.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_ep_v2.watchdog.call_log import ENTERED, LEFT, RING, THREAD, Record
+from megatron_ep_v2.watchdog.call_log import ENTERED, LEFT, RING, THREAD, CallLog
 from megatron_ep_v2.watchdog.report import choose_threads, find_late, write_report
 
-SETTLE_SECONDS = 0.3  # from a lost connection to the end of the process that held it
+SETTLE_SECONDS = 0.3  # between a lost connection and the end of the process at its other end
 LOOK_BACK = 32  # calls that a report compares
 MOST_STACKS = 4
 ANSWER_SECONDS = 2.0  # for other watchers to answer; a report asks twice
@@ -38,17 +37,17 @@ ANSWER_SECONDS = 2.0  # for other watchers to answer; a report asks twice
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What a watcher is told by its rank.
+    """The arguments of a watcher, from its rank.
 
     Attributes:
-        rank: Of the world, as are all ranks here.
-        host: Its name.
+        rank: In the world, like all ranks here.
+        host: The rank's host.
         seconds: The limit.
-        token: What other watchers say before they are answered.
-        peers: The other ranks' (address or name of the host, port, token); None where a rank has no watcher.
+        token: Other watchers must send it to get an answer.
+        peers: The other ranks' (address or name of the host, port, token); None if a rank has no watcher.
         main_thread: Of the rank's process.
         stack_signal: Makes the rank's process write its stacks to the file `stacks`.
-        record, stacks, listener: File descriptors: the record, the file for stacks, a listening socket.
+        call_log, stacks, listener: File descriptors: the call log, the file for stacks, a listening socket.
     """
 
     rank: int
@@ -58,7 +57,7 @@ class Task:
     peers: dict[int, Any]
     main_thread: int
     stack_signal: int
-    record: int
+    call_log: int
     stacks: int
     listener: int
 
@@ -68,19 +67,19 @@ class Watcher:
 
     Args:
         task: From the rank.
-        parent: The rank's process. Not os.getppid(), which is another's where the rank has ended by now.
+        parent: The rank's process. Not os.getppid(), which differs if the rank has ended already.
     """
 
     def __init__(self, task: Task, parent: int):
-        self.task, self.record, self.parent = task, Record(task.record), parent
-        self.end = ""  # how the rank came to its end
-        self.last_words: dict[int, dict[str, Any]] = {}  # of ranks that came to their end
+        self.task, self.call_log, self.parent = task, CallLog(task.call_log), parent
+        self.end = ""  # how the rank ended
+        self.final_answers: dict[int, dict[str, Any]] = {}  # of ranks that have ended
         self.state: tuple[int, ...] = ()
         self.since, self.reported = time.monotonic(), False
         self.stack_lock, self.stack_text, self.stack_time = threading.Lock(), "", 0.0
 
     def run(self) -> None:
-        """Until the rank ends."""
+        """Watch until the rank ends."""
         server = _Server(("", 0), _handler(self), bind_and_activate=False)
         server.socket.close()
         server.socket = socket.socket(fileno=self.task.listener)
@@ -88,74 +87,74 @@ class Watcher:
         while not self.end:
             if select.select([0], [], [], min(0.5, self.task.seconds / 10))[0]:
                 self._listen(os.read(0, 65536).decode(errors="replace"))
-            elif os.getppid() != self.parent:  # some fork of the rank still holds the other end of the line
+            elif os.getppid() != self.parent:  # a fork of the rank still holds the connection
                 self._listen("")
             else:
                 self._look()
-        cells = self.record.cells
+        cells = self.call_log.cells
         if cells[ENTERED] > cells[LEFT] and not self.reported:
-            self._say(self.report(f"did not finish, {self.end}", even_if_all_came=False))
+            self._print(self.report(f"did not finish, {self.end}", even_if_all_arrived=False))
         self._ask(self.task.peers, "gone " + json.dumps(self.answer(cells[ENTERED])))
 
     def _listen(self, said: str) -> None:
         if said.startswith("failed"):
             if not self.reported:
                 time.sleep(SETTLE_SECONDS)
-                self._say(self.report(said.strip()))
-            self.state, self.reported = (), False  # it does not go on
+                self._print(self.report(said.strip()))
+            self.state, self.reported = (), False  # so that the next look starts a new limit
             with contextlib.suppress(OSError):
                 os.write(1, b"reported\n")
         elif said:
-            self._look()  # it may have gone on since the last look
+            self._look()  # calls may have finished since the last look
             self.end = "its buffer was destroyed"
         else:
             self.end = "its process ended"
 
     def _look(self) -> None:
-        """Report once when nothing has moved for too long; say so when it moves again."""
-        now, state = time.monotonic(), tuple(self.record.cells[:THREAD])
+        """Report once when the call log has not changed for `seconds`; print a line when it changes again."""
+        now, state = time.monotonic(), tuple(self.call_log.cells[:THREAD])
         if state != self.state:
             if self.reported:
-                self._say(f"rank {self.task.rank}: goes on after {now - self.since:.1f} s")
+                self._print(f"rank {self.task.rank}: goes on after {now - self.since:.1f} s")
             self.state, self.since, self.reported = state, now, False
-        elif now - self.since >= self.task.seconds and not self.reported and self.record.pending():
+        elif now - self.since >= self.task.seconds and not self.reported and self.call_log.pending():
             text = self.report(f"has not finished for {now - self.since:.0f} s")
-            self.reported = state == tuple(self.record.cells[:THREAD])  # else it moved while others were asked
+            self.reported = state == tuple(self.call_log.cells[:THREAD])  # False: it changed while others were asked
             if self.reported:
-                self._say(text)
+                self._print(text)
 
-    def report(self, what: str, even_if_all_came: bool = True) -> str:
-        """Ask all where they are, and the late ones for their stacks. Empty if there is nothing to say."""
-        rank, number = self.task.rank, self.record.pending() or self.record.cells[ENTERED]
+    def report(self, what: str, even_if_all_arrived: bool = True) -> str:
+        """Ask all watchers for their answers, and those of late ranks for stacks; returns the report, "" for none."""
+        rank, number = self.task.rank, self.call_log.pending() or self.call_log.cells[ENTERED]
         answers = self._ask(self.task.peers, f"where {number}")
-        answers = {**self.last_words, **answers, rank: self.answer(number)}
+        answers = {**self.final_answers, **answers, rank: self.answer(number)}
         late = find_late(answers, [rank, *self.task.peers], number)
-        if not late and not even_if_all_came:
-            return ""  # the whole job was ended
+        if not late and not even_if_all_arrived:
+            return ""  # the whole job has ended
         known = [answers[peer] for peer in late if peer != rank and peer in answers]
         running = [each["rank"] for each in known if not each["end"] and not each["stopped"]]
         stacks = self._ask(running[:MOST_STACKS], "stack")
         return "\n".join(write_report(rank, what, number, answers, late, stacks))
 
     def answer(self, around: int) -> dict[str, Any]:
-        """See report.py."""
-        entered, pending = self.record.cells[ENTERED], self.record.pending()
+        """The answer to another watcher; see report.py for its fields."""
+        entered, pending = self.call_log.cells[ENTERED], self.call_log.pending()
         numbers = {*range(around - LOOK_BACK, around + 1), pending, entered}
         return {
             "rank": self.task.rank,
             "host": self.task.host,
             "entered": entered,
-            "left": self.record.cells[LEFT],
+            "left": self.call_log.cells[LEFT],
             "pending": pending,
-            "calls": [self.record.call(n) for n in sorted(numbers) if max(0, entered - RING) < n <= entered],
+            "calls": [self.call_log.call(n) for n in sorted(numbers) if max(0, entered - RING) < n <= entered],
             "idle": time.monotonic() - self.since,
             "end": self.end or ("" if os.getppid() == self.parent else "its process ended"),
             "stopped": not self.end and _is_stopped(self.parent),
         }
 
     def stack(self) -> str:
-        """Of the rank's main thread and of the thread of its last call. A handler in C writes it, which waits for no
-        lock of Python's; once a second at most, however many ask."""
+        """Stacks of the rank's main thread and of the thread of its last call. A handler in C writes them, which needs
+        no lock of Python; at most once a second, whatever the number of requests."""
         with self.stack_lock:
             if time.monotonic() - self.stack_time > 1:
                 file = self.task.stacks
@@ -168,17 +167,17 @@ class Watcher:
                     time.sleep(0.05)
                     before, text = text, os.pread(file, 1 << 20, 0)
                 self.stack_text, self.stack_time = text.decode(errors="replace"), time.monotonic()
-        return choose_threads(self.stack_text, self.task.main_thread, self.record.cells[THREAD])
+        return choose_threads(self.stack_text, self.task.main_thread, self.call_log.cells[THREAD])
 
     def _ask(self, ranks: Any, words: str) -> dict[int, Any]:
-        """What those of the ranks' watchers answer that can be reached in time."""
+        """Answers of the ranks' watchers that can be reached in time: rank -> answer."""
         answers: dict[int, Any] = {}
 
         def ask(rank: int, address: str, port: int, token: str) -> None:
             reach = functools.partial(socket.create_connection, (address, port), ANSWER_SECONDS)
-            with contextlib.suppress(OSError, ValueError), reach() as line:
-                line.sendall(f"{token} {words}\n".encode())
-                answers[rank] = json.loads(line.makefile().readline())
+            with contextlib.suppress(OSError, ValueError), reach() as connection:
+                connection.sendall(f"{token} {words}\n".encode())
+                answers[rank] = json.loads(connection.makefile().readline())
 
         threads = [
             threading.Thread(target=ask, args=(rank, *self.task.peers[rank]), daemon=True)
@@ -193,10 +192,10 @@ class Watcher:
         return dict(answers)
 
     @staticmethod
-    def _say(text: str) -> None:
-        """In one piece: ranks share their standard error."""
+    def _print(text: str) -> None:
+        """Write to standard error in one piece, because ranks share it."""
         if text:
-            with contextlib.suppress(OSError):  # nobody reads it any more
+            with contextlib.suppress(OSError):  # its reader has ended
                 os.write(2, f"megatron_ep_v2 watchdog, {text}\n".encode())
 
 
@@ -204,7 +203,7 @@ class _Server(socketserver.ThreadingTCPServer):
     daemon_threads = True
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A caller that went away is no news."""
+        """Ignore a client that disconnected."""
 
 
 def _handler(watcher: Watcher) -> type[socketserver.StreamRequestHandler]:
@@ -221,33 +220,33 @@ def _handler(watcher: Watcher) -> type[socketserver.StreamRequestHandler]:
             elif word.strip() == "stack":
                 answer = watcher.stack()
             else:
-                last_words = json.loads(rest)
-                watcher.last_words[last_words["rank"]] = last_words
+                final = json.loads(rest)
+                watcher.final_answers[final["rank"]] = final
             self.wfile.write(json.dumps(answer).encode() + b"\n")
 
     return Handler
 
 
 def _is_stopped(process: int) -> bool:
-    """By a signal or a debugger. False where there is no /proc."""
+    """Whether a signal or a debugger has stopped the process. False without /proc."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "Tt"
     return False
 
 
 def main(size: int, parent: int) -> None:
-    """Read the task and watch; end without a word if the rank ended while it started this.
+    """Read the task and watch; exit silently if the rank has ended while it started the watcher.
 
     Args:
-        size: Of the Task in JSON, the first bytes of standard input.
+        size: Bytes of the Task in JSON, at the start of standard input.
         parent: The rank's process.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it ends when its rank does
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ends when its rank does
     text = b""
     while len(text) < size:
         if select.select([0], [], [], 0.5)[0]:
             text += os.read(0, size - len(text)) or sys.exit(1)
-        elif os.getppid() != parent:  # some fork of the rank still holds the other end of the line
+        elif os.getppid() != parent:  # a fork of the rank still holds the connection
             sys.exit(1)
     values = json.loads(text)
     values["peers"] = {int(rank): address for rank, address in values["peers"].items()}

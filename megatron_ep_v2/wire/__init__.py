@@ -1,1 +1,1 @@
-"""Rows as they cross the wire: the formats, and the kernels that quantise them."""
+"""Wire formats of rows, and the kernels that quantise to them."""

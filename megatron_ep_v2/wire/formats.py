@@ -1,7 +1,7 @@
-"""What rows can travel as, besides bf16. A new format is one row of `FORMATS` and its kernels; the settings, the choice
-that follows a model's recipe, and the kernels' callers read this table. Nothing guesses a format from a dtype.
+"""The table of wire formats besides bf16. A new format is one row of `FORMATS` and its kernels; the settings, the
+choice by a model's fp8_recipe and the kernels' callers iterate this table. No format is guessed from a dtype.
 
-Imports nothing: the settings and the command line read it where torch cannot be imported.
+Imports nothing, because settings and the command line must work where torch cannot be imported.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class WireFormat:
-    """Values of 8 bits, and a scale for each group of columns.
+    """An 8-bit wire format with a scale for each group of columns.
 
     Attributes:
         name: Value of the settings `dispatch_dtype` and `grad_dispatch_dtype`.
         columns: Columns of a row that share a scale.
-        value_dtype, scale_dtype: Names of torch's dtypes. deep_ep carries scales of 4 bytes an element: one fp32, or a
+        value_dtype, scale_dtype: Names of torch dtypes. deep_ep carries scales of 4 bytes per element: one fp32, or a
             pack of four UE8M0 exponents as an int32.
         recipe: Value of Megatron's `fp8_recipe` whose GEMMs round the same rows in the same groups anyway.
-        capability: Least compute capability of the GPUs on which that recipe runs; None = any.
+        capability: Minimum compute capability for that recipe; None = any.
     """
 
     name: str
@@ -38,14 +38,13 @@ FORMATS: dict[str, WireFormat] = {
         WireFormat(name="mxfp8", columns=32, scale_dtype="int32", recipe="mxfp8", capability=(10, 0)),
     )
 }
-# auto: as the model's recipe says. bf16: rows travel as they are.
+# auto: follows the model's fp8_recipe. bf16: rows are sent unchanged.
 DISPATCH_DTYPES = ("auto", "bf16", *FORMATS)
 NOT_CARRIED = "nvfp4 is not carried: deep_ep takes 8-bit values with 4-byte packs of scales, and NVFP4 has neither"
 
 
 def dtype_of_recipe(config: Any) -> tuple[str, str]:
-    """What dispatch_dtype=auto stands for, and why: 8 bits only where the experts' GEMMs round the same rows in the
-    same groups anyway.
+    """Resolve dispatch_dtype=auto: 8 bits only if the experts' GEMMs round the same rows in the same groups anyway.
 
     Args:
         config: Megatron's TransformerConfig; only `fp8`, `fp8_recipe` and `fp4` are read.

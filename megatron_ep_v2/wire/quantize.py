@@ -1,20 +1,20 @@
-"""Rows as they cross the wire: as they are, or 8 bits an element with a scale for each group of columns.
+"""Quantises rows for the wire: unchanged, or 8 bits per element with a scale for each group of columns.
 
     fp8     e4m3 values, one fp32 scale for 128 columns of a row
     mxfp8   e4m3 values, one UE8M0 scale (a byte: the exponent) for 32 columns of a row, four to an int32
 
 Both send 4 bytes of scales for 128 columns: 0.516 of the bytes of bf16. In both, a scale is the smallest power of two
-with which the group fits into e4m3, but at least 2**-117. So what arrives is exact in bf16; and TransformerEngine,
-which takes the same scales by default, changes nothing when it quantises these rows once more. It costs little: on
-normal random numbers the error is 2.7 % in L2, instead of 2.6 % with scales of amax / 448.
+with which the group fits into e4m3, but at least 2**-117. So received values are exact in bf16; and TransformerEngine,
+which uses the same scales by default, changes nothing when it quantises these rows again. It costs little: on normal
+random numbers the error is 2.7 % in L2, instead of 2.6 % with scales of amax / 448.
 
-What arrives for x, in a group whose largest magnitude is amax:
+Received values for x, in a group whose largest magnitude is amax:
     in general      within 2**-4 * abs(x) or 2**-17 * amax of x, whichever is more; zero stays zero
     tiny groups     with amax below 2**-109: within 2**-4 * abs(x) or 2**-127 of x
-    huge values     from 3.29e38 on (bf16 ends at 3.39e38) infinity, as they would round up to 2**128
+    huge values     infinity from 3.29e38 on (bf16 ends at 3.39e38), because they round up to 2**128
     NaN, infinity   the whole group arrives as NaN
 
-This is PyTorch, for every device; `quantize_triton` does the same on CUDA tensors, bit by bit. `formats` has the table.
+PyTorch, for every device; `quantize_triton` is equal on CUDA tensors bit by bit. `formats` has the table.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from megatron_ep_v2.wire.formats import FORMATS, WireFormat
 
 PACK = 128  # columns that share 4 bytes of scales
 
-# A scale is 2**(exponent - 127), as in fp32 and in UE8M0. Zeros, and magnitudes below 448 * 2**-117, take the smallest
-# one: then no number that is sent or arrives is subnormal in bf16.
+# A scale is 2**(exponent - 127), as in fp32 and in UE8M0. Zeros, and magnitudes below 448 * 2**-117, get the smallest
+# scale, so that no sent or received number is subnormal in bf16.
 MIN_EXPONENT = 10
 NAN_EXPONENT = 255  # UE8M0's NaN
-# 448 = 1.75 * 2**8 is e4m3's largest: the mantissa of amax / 448 rounds up to the next power of two above 1.75.
+# The largest e4m3 is 448 = 1.75 * 2**8, so the scale's exponent rounds up where amax's mantissa is above 1.75.
 ROUND_UP = 0x1FFFFF
 
 
 def to_wire(x: torch.Tensor, dtype: str) -> Payload:
-    """What a dispatch sends for x [T, H] contiguous: x itself, or values and scales.
+    """Convert x [T, H] contiguous to a payload: x itself, or values and scales.
 
     Args:
-        x: Anything but a matrix is handed on, for the buffer to refuse.
+        x: Other than 2-D tensors are returned unchanged, for the buffer to refuse.
         dtype: "bf16" or a name of `FORMATS`.
     """
     if dtype not in FORMATS or x.dim() != 2:
@@ -52,12 +52,12 @@ def to_wire(x: torch.Tensor, dtype: str) -> Payload:
 
 
 def from_wire(payload: Payload, sent_as: str, dtype: torch.dtype) -> torch.Tensor:
-    """The rows [R, H] or [P, H] of a dispatch, dequantised if they travelled in 8 bits.
+    """Convert a received payload to rows [R, H] or [P, H], dequantised if they were sent in 8 bits.
 
     Args:
-        payload: As the dispatch delivered it.
-        sent_as: The `dtype` of its `to_wire`.
-        dtype: Of the result.
+        payload: From the dispatch.
+        sent_as: The `dtype` given to `to_wire`.
+        dtype: dtype of the result.
     """
     if isinstance(payload, torch.Tensor):
         return payload
@@ -65,26 +65,26 @@ def from_wire(payload: Payload, sent_as: str, dtype: torch.dtype) -> torch.Tenso
 
 
 def _kernels(rows: torch.Tensor) -> Any:
-    """The module whose `quantize` and `dequantize` are for this device."""
+    """The module with `quantize` and `dequantize` for this device."""
     variables = "MCORE_DEEPEP_V2_DISPATCH_DTYPE and MCORE_DEEPEP_V2_GRAD_DISPATCH_DTYPE"
     return kernels_for(rows, sys.modules[__name__], "8-bit rows", f", or set {variables} to bf16")
 
 
 def quantize(x: torch.Tensor, kind: WireFormat) -> tuple[torch.Tensor, torch.Tensor]:
-    """See the module's docstring.
+    """Quantise rows as the module's docstring describes.
 
     Args:
-        x: [T, H] bf16, fp16 or fp32, contiguous. H need not be a multiple of 128: the last group is shorter.
+        x: [T, H] bf16, fp16 or fp32, contiguous. If H is not a multiple of 128, the last group is shorter.
         kind: One of `FORMATS`.
 
     Returns:
         Values [T, H] float8_e4m3fn, and scales [T, ceil(H / 128)]: fp32, or int32 with the exponent of the first of
-        four groups in the lowest byte. Groups that the last columns lack have the smallest exponent.
+        four groups in the lowest byte. Missing groups at the end of a row have the smallest exponent.
     """
     (rows, hidden), group = x.shape, kind.columns
     padded = F.pad(x.float(), (0, -hidden % PACK))
     grouped = padded.view(rows, padded.shape[1] // group, group)
-    # The bits of magnitudes order like the magnitudes, infinity above them and NaN above infinity.
+    # The bits of magnitudes are in the order of the magnitudes, infinity above them and NaN above infinity.
     amax = (grouped.view(torch.int32) & 0x7FFFFFFF).amax(dim=2)
     exponent = (((amax + ROUND_UP) >> 23) - 8).clamp(min=MIN_EXPONENT)
     finite = amax < 0x7F800000
@@ -98,13 +98,13 @@ def quantize(x: torch.Tensor, kind: WireFormat) -> tuple[torch.Tensor, torch.Ten
 
 
 def dequantize(values: torch.Tensor, scales: torch.Tensor, kind: WireFormat, dtype: torch.dtype) -> torch.Tensor:
-    """Values times scales. Zeros with scales of zero, as padding comes, are zero.
+    """Multiply values by scales. Padding, which has zeros and scales of zero, stays zero.
 
     Args:
         values: [R, H] float8_e4m3fn, contiguous.
         scales: [R, ceil(H / 128)] fp32 or int32, contiguous.
         kind: One of `FORMATS`.
-        dtype: Of the result.
+        dtype: dtype of the result.
     """
     hidden = values.shape[1]
     if kind.columns < PACK:
@@ -114,6 +114,6 @@ def dequantize(values: torch.Tensor, scales: torch.Tensor, kind: WireFormat, dty
 
 
 def _power_of_two(exponent: torch.Tensor) -> torch.Tensor:
-    """int32 exponents -> fp32 scales; 255 is NaN and 0, which only padding has, is 0."""
+    """int32 exponents -> fp32 scales; 255 becomes NaN, and 0, which only padding has, becomes 0."""
     bits = torch.where(exponent == NAN_EXPONENT, 0x7FC00000, exponent << 23)
     return bits.to(torch.int32).view(torch.float32)

@@ -1,6 +1,6 @@
-"""The Triton kernels of `quantize`, equal to its references bit by bit. One pass over memory each.
+"""The Triton kernels of `quantize`, equal to its PyTorch reference bit by bit. One pass over memory each.
 
-A program takes BLOCK packs of 128 columns, as [BLOCK * groups of a pack, group] tiles.
+A program handles BLOCK packs of 128 columns, as a tile [BLOCK * groups per pack, columns per group].
 """
 
 import torch
@@ -42,10 +42,10 @@ def dequantize(values: torch.Tensor, scales: torch.Tensor, kind: WireFormat, dty
 
 
 @triton.jit
-def _places(  # type: ignore[no-untyped-def]
+def _offsets(  # type: ignore[no-untyped-def]
     num_packs, PACKS: tl.constexpr, HIDDEN: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Offsets of this program's tile and which of them exist."""
+    """Offsets of this program's tile, and a mask of those inside the matrix."""
     groups: tl.constexpr = _PACK // GROUP
     index = tl.program_id(0) * (BLOCK * groups) + tl.arange(0, BLOCK * groups)
     pack = index // groups
@@ -67,7 +67,7 @@ def _quantize(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
 ):
     groups: tl.constexpr = _PACK // GROUP
-    offsets, here = _places(num_packs, PACKS, HIDDEN, GROUP, BLOCK)
+    offsets, here = _offsets(num_packs, PACKS, HIDDEN, GROUP, BLOCK)
     tile = tl.load(x + offsets, mask=here, other=0.0).to(tl.float32)
     amax = tl.max(tile.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
     exponent = tl.maximum(((amax + _ROUND_UP) >> 23) - 8, _MIN_EXPONENT)
@@ -99,7 +99,7 @@ def _dequantize(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
 ):
     groups: tl.constexpr = _PACK // GROUP
-    offsets, here = _places(num_packs, PACKS, HIDDEN, GROUP, BLOCK)
+    offsets, here = _offsets(num_packs, PACKS, HIDDEN, GROUP, BLOCK)
     tile = tl.load(values + offsets, mask=here, other=0).to(tl.float8e4nv, bitcast=True).to(tl.float32)
 
     index = tl.program_id(0) * (BLOCK * groups) + tl.arange(0, BLOCK * groups)

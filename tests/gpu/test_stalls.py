@@ -224,9 +224,9 @@ def fresh_round(group: Any, how: str, first: bool, folder: str) -> None:
 
 # Of two ranks that do different things, neither is the odd one: the report names both calls.
 SKIPPED = (
-    [f"rank {CULPRIT} took another way: its call 13 is backward of the combine"]
+    [f"rank {CULPRIT} diverged: its call 13 is backward of the combine"]
     if RANKS > 2
-    else ["took another way: its call 13 is ", "forward dispatch (step 1, MoE call 5", "backward of the combine"]
+    else ["diverged: its call 13 is ", "forward dispatch (step 1, MoE call 5", "backward of the combine"]
 )
 
 
