@@ -1,1 +1,1 @@
-"""The benchmark `python -m megatron_ep_v2 bench`: compares Megatron's dispatchers, after checking their results."""
+"""The benchmark behind `python -m megatron_ep_v2 bench`: Megatron's dispatchers side by side, right results first."""

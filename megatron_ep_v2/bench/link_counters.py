@@ -1,8 +1,7 @@
-"""Counters of bytes sent: NVLink counters of a GPU through NVML, port counters of RDMA and EFA devices.
+"""Bytes that really crossed the links: NVLink counters of a GPU through NVML, port counters of RDMA and EFA devices.
 
-Counters run from the start of the driver and count all traffic: take the difference of two readings, on an otherwise
-    idle
-machine.
+Counters run from the start of the driver and count everybody's traffic: take the difference of two readings, on a
+machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -18,11 +17,10 @@ _INFINIBAND = Path("/sys/class/infiniband")
 
 
 def read() -> tuple[dict[str, int], str]:
-    """Read the counters of the current CUDA device and of this host's network devices.
+    """Counters of the current CUDA device and of this host's network devices.
 
     Returns:
-        `(bytes by counter, reason)`: unreadable counters are missing; the reason says why NVLink's are, "" if they are
-        not.
+        `(bytes by counter, reason)`: a counter that cannot be read is missing, and the reason says why NVLink's are.
     """
     counters, reason = _read_nvlink()
     counters.update(_read_infiniband())
@@ -30,7 +28,7 @@ def read() -> tuple[dict[str, int], str]:
 
 
 def difference(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
-    """Bytes between two readings, for counters in both."""
+    """Bytes between two readings, for the counters that both have."""
     return {name: after[name] - before[name] for name in after if name in before}
 
 

@@ -1,19 +1,19 @@
-"""Progress and remaining time, on stderr from rank 0."""
+"""What is going on, and how long it will take, on stderr from rank 0."""
 
 from __future__ import annotations
 
 import sys
 import time
 
-_EVERY = 2.0  # seconds between messages
+_EVERY = 2.0  # seconds between lines of a round
 
 
 class Progress:
-    """Progress over several tables.
+    """Of a number of tables.
 
     Args:
-        tables: Number of tables.
-        silent: True on ranks other than 0.
+        tables: How many there will be.
+        silent: On ranks other than 0.
     """
 
     def __init__(self, tables: int, silent: bool):
@@ -27,12 +27,12 @@ class Progress:
         self.table_begin = time.monotonic()
 
     def say(self, text: str) -> None:
-        """Report that a step begins."""
+        """A step has begun."""
         self.rounds_begin, self.last = time.monotonic(), 0.0
         self._write(text + (self._left(0.0) if self.table > 1 else ""))
 
     def round(self, done: int, of: int) -> None:
-        """Report that a round of repeats has finished; prints every few seconds and at the end."""
+        """A round of repeats is done; said every few seconds and at the end."""
         now = time.monotonic()
         if now - self.last < _EVERY and done < of:
             return
@@ -41,7 +41,7 @@ class Progress:
         self._write(f"round {done}/{of}" + self._left(rest))
 
     def _left(self, rest_of_table: float) -> str:
-        """Remaining time: the rest of this table, and the mean time of a table for each of the others."""
+        """The rest of this table, and the other tables as long as those so far."""
         now, finished = time.monotonic(), self.table - 1
         seconds = rest_of_table
         if finished:

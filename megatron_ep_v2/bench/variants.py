@@ -1,4 +1,4 @@
-"""Variants to measure: Megatron's dispatchers, and the raw buffer calls without Megatron."""
+"""What is measured: Megatron's dispatchers as this environment offers them, and the raw buffer calls below them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_ep_v2.buffers.carriers import CARRIERS
 
 _FUSED = {"moe_permute_fusion": True}
 
-# Experts in a whole training step: Megatron's own, the same on TransformerEngine's op fuser, this package's.
+# Whose experts run in a whole training step: Megatron's own, the same on TransformerEngine's op fuser, this package's.
 EXPERT_BACKENDS = ("megatron", "megatron-opfuser", "grouped", "deepgemm", "sequential")
 
 
@@ -22,13 +22,13 @@ class Variant:
     """One row of the table.
 
     Attributes:
-        name: Name on the command line.
+        name: As on the command line.
         kind: Megatron's `moe_token_dispatcher_type`, or "raw": the buffer's own calls without Megatron.
         backend: Megatron's `moe_flex_dispatcher_backend`.
-        buffer: This package's buffer; None = Megatron's own code, unchanged.
-        layout: Layout of `buffer`.
+        buffer: This package's buffer; None = Megatron's own code, untouched.
+        layout: With `buffer`.
         config: More fields of TransformerConfig.
-        takes_sms: Whether `--sms` makes one row for each SM count.
+        takes_sms: `--sms` makes one row for each SM count.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Variant:
 
 
 def _ours(kind: str = "flex") -> Iterator[Variant]:
-    """Variants on this package's carriers: one for each layout of rows that Megatron's experts get."""
+    """Those on this package's carriers: one for each layout in which rows are given to Megatron's experts."""
     for carrier in reversed(CARRIERS.values()):
         layouts = [layout for layout in ("compact", "expanded") if layout in carrier.layouts]
         for layout in layouts:
@@ -70,7 +70,7 @@ VARIANTS = {
         Variant("hybridep+fused-permute", "flex", "hybridep", config=_FUSED),
         Variant("hybridep+permute-inside", "flex", "hybridep", config={"moe_permute_fusion_into_hybridep": True}),
         *_ours(),
-        Variant("ncclep", "flex", "ncclep"),  # last: if it does not start, NCCL itself has failed
+        Variant("ncclep", "flex", "ncclep"),  # the last: where it does not start, NCCL itself has refused it
     )
 }
 
@@ -87,20 +87,20 @@ def make_dispatchers(
     dtype: torch.dtype,
     **config: Any,
 ) -> tuple[list[Any], list[tuple[Any, str, Any, Any]]]:
-    """Build Megatron's token dispatchers without a model, and find the symbols to bind while they run.
+    """Megatron's token dispatchers outside any model, and what must be bound in Megatron while they run.
 
     Args:
-        count: Number of dispatchers.
+        count: How many.
         group: Process group of the experts.
         alone: Process group of this rank alone, for tensor parallelism.
         **config: More fields of TransformerConfig.
 
     Returns:
-        The dispatchers; and the symbols that `install()` had bound when they were built (module or class, name,
-        Megatron's object, ours), which Megatron looks up at every call. They are not bound any more.
+        The dispatchers; and what `install()` had bound when they were made (module or class, name, Megatron's object,
+        ours), for Megatron looks it up at every call. Nothing of it is bound any more.
 
     Raises:
-        EPError, ImportError, ValueError, AssertionError: Not available in this environment.
+        EPError, ImportError, ValueError, AssertionError: This environment does not offer it.
     """
     from megatron_ep_v2.megatron import binding, standalone
 

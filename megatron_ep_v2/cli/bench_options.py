@@ -12,15 +12,15 @@ from megatron_ep_v2.bench.shapes import DTYPES, PRESETS, ROUTINGS
 from megatron_ep_v2.bench.variants import EXPERT_BACKENDS, VARIANTS
 
 _DESCRIPTION = """\
-Compare the time of Megatron's MoE dispatchers: dispatch, experts that return their rows, combine, and their backward.
-Every variant's output and gradients are compared with the closed form before it is timed. Under torchrun it uses the
-ranks of the job; else it starts its own. With --step, it times whole training steps; with --tune, it finds the SM count
-and layout with the best step."""
+Time Megatron's MoE dispatchers side by side: dispatch, experts that pass rows through, combine, and their backward.
+Every variant's output and gradients are compared with the closed form before it is timed. Under torchrun it takes the
+ranks that it finds; else it starts its own. With --step, whole training steps; with --tune, the SM count and layout
+with the best step."""
 _SMS_TO_TUNE = (None, 8, 16, 24, 32, 48, 64)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parse options and fill in defaults; exits on --help and on invalid options."""
+    """Options with their defaults filled in; exits on --help and on what cannot be parsed."""
     parser = _parser()
     options = parser.parse_args(arguments)
     whole_step = options.step or options.tune
