@@ -12,7 +12,8 @@ import pytest
 import torch
 from harness import run_ranks
 from mcore import DTYPES, Layer, Shape, Split, make_config, make_hidden, megatron_ranks
-from megatron_ep_v2.recipe import dtype_of_recipe, settle_dispatch_dtypes
+from megatron_ep_v2.settings import settle_dispatch_dtypes
+from megatron_ep_v2.wire.formats import dtype_of_recipe
 
 import megatron_ep_v2
 from megatron_ep_v2 import settings
