@@ -55,7 +55,8 @@ class Entered(Protocol):
     def leave(self) -> None: ...
 
 
-E, T = TypeVar("E", bound=Entered), TypeVar("T")
+E = TypeVar("E", bound=Entered)
+T = TypeVar("T")
 
 
 def within(layer: E, action: Callable[[E], T]) -> T:

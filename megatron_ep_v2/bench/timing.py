@@ -227,7 +227,7 @@ def slowest_rank(values: Sequence[float], device: torch.device) -> list[float]:
     return tensor.tolist()
 
 
-def peak_memory(run: Callable[[], None], device: torch.device) -> int | None:
+def peak_memory(run: Callable[[], object], device: torch.device) -> int | None:
     """Bytes that a run needs at its peak beyond what was there before: torch's allocator on a GPU, the resident set on
     a CPU (None where it cannot be read)."""
     if device.type == "cuda":

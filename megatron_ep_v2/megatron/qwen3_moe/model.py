@@ -185,7 +185,7 @@ def named_parameters(model: GPTModel, rank: int, num_local_experts: int) -> dict
 
 def one_by_one(tensors: Mapping[str, torch.Tensor], rank: int, num_local_experts: int) -> dict[str, torch.Tensor]:
     """The same with every expert by itself: stacked ones as views, under the names that other experts have."""
-    first, single = rank * num_local_experts, {}
+    first, single = rank * num_local_experts, dict[str, torch.Tensor]()
     for name, tensor in tensors.items():
         prefix, stacked, rest = name.partition(".experts.linear")
         if stacked:
