@@ -101,7 +101,7 @@ check-python:
 
 # .incomplete stays behind when an installation breaks off; the next call then starts from an empty environment.
 # Without it an existing environment is only updated, so what was built into it by hand (deep_ep) survives.
-$(STAMP): setup.py constraints.txt | check-python
+$(STAMP): setup.py pyproject.toml constraints.txt | check-python
 	@echo "Installing into $(VENV): a few minutes the first time, depending on the network"
 	@if [ -e $(VENV)/.incomplete ] || [ ! -x $(PY) ]; then "$(PYTHON_EXE)" -m venv --clear $(VENV); fi
 	@touch $(VENV)/.incomplete
