@@ -1,4 +1,4 @@
-"""`python -m megatron_ep_v2 doctor [--json] [--ranks N]`: what is wrong here, before a job finds out."""
+"""`doctor [--json] [--ranks N]`: what is wrong here, before a job finds out."""
 
 from __future__ import annotations
 
