@@ -40,10 +40,10 @@ PYTEST = export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1; exec "$(PY)" -m pytest 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install train test test-fast lint format bench hooks clean distclean check-python
+.PHONY: help install train test test-fast wheel-check lint format bench hooks clean distclean check-python
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo '  PYTHON=python3.12     another interpreter, in its own environment (tested: 3.11 and 3.12)'
 	@echo '  INSTALL=no            use PYTHON as it is and install nothing'
@@ -65,6 +65,9 @@ test: $(READY)  ## run the tests on the CPU
 
 test-fast: $(READY)  ## run those that take no long
 	@$(PYTEST) -m 'not slow and not gpu and not multinode' $(ARGS)
+
+wheel-check: $(READY)  ## build the wheel and run each command from it, without the source tree
+	@.ci/wheel-check "$(PY)"
 
 lint: $(READY)  ## ruff (rules and format) and mypy
 	"$(PY)" -m ruff check .
@@ -101,7 +104,7 @@ check-python:
 
 # .incomplete stays behind when an installation breaks off; the next call then starts from an empty environment.
 # Without it an existing environment is only updated, so what was built into it by hand (deep_ep) survives.
-$(STAMP): setup.py constraints.txt | check-python
+$(STAMP): setup.py pyproject.toml constraints.txt | check-python
 	@echo "Installing into $(VENV): a few minutes the first time, depending on the network"
 	@if [ -e $(VENV)/.incomplete ] || [ ! -x $(PY) ]; then "$(PYTHON_EXE)" -m venv --clear $(VENV); fi
 	@touch $(VENV)/.incomplete

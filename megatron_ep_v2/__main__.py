@@ -1,14 +1,15 @@
-"""Command line: `python -m megatron_ep_v2 COMMAND ...`"""
+"""Command line: `megatron-ep-v2 COMMAND ...`, or `python -m megatron_ep_v2 COMMAND ...`."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
+from megatron_ep_v2.cli import prog
 from megatron_ep_v2.cli.run import UsageError
 from megatron_ep_v2.errors import EPError
 
-_USAGE = """usage: python -m megatron_ep_v2 COMMAND ...
+_USAGE = """usage: {prog} COMMAND ...
 
   run SCRIPT ARGS...   run a training script with Megatron's flex dispatcher on this package
   patch apply|revert|check [PATH]
@@ -26,19 +27,20 @@ _COMMANDS = {
 }
 
 
-def main(arguments: list[str]) -> None:
+def main() -> None:
     """Run a command; print the usage for anything else."""
-    command, *rest = arguments or ["--help"]
+    command, *rest = sys.argv[1:] or ["--help"]
+    usage = _USAGE.format(prog=prog())
     if command in ("-h", "--help"):
-        print(_USAGE)
+        print(usage)
         return
     if command not in _COMMANDS:
-        raise SystemExit(f"unknown command {command!r}\n\n{_USAGE}")
+        raise SystemExit(f"unknown command {command!r}\n\n{usage}")
     module, _, function = _COMMANDS[command].partition(":")
     try:
         status = getattr(importlib.import_module(f"megatron_ep_v2.{module}"), function)(rest)
     except UsageError as error:
-        raise SystemExit(f"{error}\n\n{_USAGE}") from error
+        raise SystemExit(f"{error}\n\n{usage}") from error
     except EPError as error:
         if command == "run":  # raised in the user's script: keep the traceback
             raise
@@ -47,4 +49,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -12,15 +12,14 @@ import pytest
 import torch
 from harness import run_ranks
 from mcore import DTYPES, Layer, Shape, Split, make_config, make_hidden, megatron_ranks
-from megatron_ep_v2.settings import settle_dispatch_dtypes
-from megatron_ep_v2.wire.formats import dtype_of_recipe
 
 import megatron_ep_v2
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.reference import ReferenceBuffer
 from megatron_ep_v2.errors import SettingsError
-from megatron_ep_v2.settings import resolve
+from megatron_ep_v2.settings import resolve, settle_dispatch_dtypes
+from megatron_ep_v2.wire.formats import dtype_of_recipe
 
 EP2 = Split(1, 2)
 SHAPE = Shape("bf16", 3, hidden=256)

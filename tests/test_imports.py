@@ -21,7 +21,7 @@ ROOT = Path(megatron_ep_v2.__file__).parent
 
 # A module may import those above it. Modules of one line may import each other, but not in a circle.
 LEVELS = [
-    {"errors", "buffers.carriers", "wire.formats"},  # no torch
+    {"errors", "versions", "buffers.carriers", "wire.formats"},  # no torch
     {"settings", "buffers.groups"},
     {"probe", "device_checks", "buffers.contract", "megatron.symbols"},
     {"gradients"},

@@ -241,6 +241,7 @@ def test_shellcheck() -> None:
             ROOT,
             *scripts,
             ROOT / ".ci" / "run",
+            ROOT / ".ci" / "wheel-check",
         ]
     )
     assert done.returncode == 0, done.stdout

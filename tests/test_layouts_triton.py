@@ -37,11 +37,12 @@ import json
 from types import SimpleNamespace
 import triton.language as tl
 from megatron_ep_v2.errors import UnavailableError
-from megatron_ep_v2.layouts.choose import kernels_of
+from megatron_ep_v2.kernels import move
+from megatron_ep_v2.kernels.select import kernels_for
 
 del tl.gather
 try:
-    kernels_of(SimpleNamespace(is_cuda=True))
+    kernels_for(SimpleNamespace(is_cuda=True), move, "layouts")
 except UnavailableError as error:
     print(json.dumps(str(error)))
 """

@@ -280,7 +280,7 @@ def test_the_installed_megatron_is_the_default(tmp_path: Path) -> None:
 
 
 def test_an_installed_package_has_its_patches(tmp_path: Path) -> None:
-    pytest.importorskip("setuptools", minversion="64")
+    pytest.importorskip("setuptools", minversion="77")
     done = python("setup.py", "-q", "build_py", "--build-lib", str(tmp_path), path=(), cwd=ROOT)
     assert done.returncode == 0, done.stderr
     done = python("-m", "megatron_ep_v2", "patch", "check", path=(tmp_path,), cwd=tmp_path)

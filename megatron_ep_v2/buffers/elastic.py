@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megatron_ep_v2 import versions
 from megatron_ep_v2.buffers.checks import check_combine, check_dispatch, check_group_open
 from megatron_ep_v2.buffers.contract import BufferSpec, Payload
 from megatron_ep_v2.buffers.deep_ep import everyone_arrives, memory_left_as_it_is
@@ -183,7 +184,7 @@ def _check_generation(kind: Any) -> None:
         raise UnavailableError(
             f"{probe().describe()} is too old",
             found="ElasticBuffer.dispatch without do_zero_padding, as in deep_ep 2.0",
-            needed="deep_ep >= 2.1.0",
+            needed=f"deep_ep >= {versions.DEEP_EP_V2}",
             fix="build deep_ep again from its repository",
         )
 

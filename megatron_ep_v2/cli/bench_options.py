@@ -10,6 +10,7 @@ import torch
 
 from megatron_ep_v2.bench.shapes import DTYPES, PRESETS, ROUTINGS
 from megatron_ep_v2.bench.variants import EXPERT_BACKENDS, VARIANTS
+from megatron_ep_v2.cli import prog
 
 _DESCRIPTION = """\
 Time Megatron's MoE dispatchers side by side: dispatch, experts that pass rows through, combine, and their backward.
@@ -38,7 +39,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def _parser() -> argparse.ArgumentParser:
     names = textwrap.fill(", ".join(VARIANTS), 116, initial_indent="  ", subsequent_indent="  ")
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_ep_v2 bench",
+        prog=f"{prog()} bench",
         usage="%(prog)s [options]",
         description=_DESCRIPTION,
         epilog=f"variants:\n{names}\n\nshapes:\n  {', '.join([*PRESETS, 'custom'])}",

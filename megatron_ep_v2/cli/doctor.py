@@ -1,4 +1,4 @@
-"""`python -m megatron_ep_v2 doctor [--json] [--ranks N]`: find out what is wrong here before a job does."""
+"""`doctor [--json] [--ranks N]`: find out what is wrong here before a job does."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from dataclasses import asdict
 
 from megatron_ep_v2.buffers.carriers import CARRIERS
+from megatron_ep_v2.cli import prog
 from megatron_ep_v2.doctor import hardware, software
 from megatron_ep_v2.doctor.check import Check, gin_off, gpus
 from megatron_ep_v2.doctor.facts import Facts, gather
@@ -22,7 +23,7 @@ def doctor(arguments: list[str]) -> int:
     Returns:
         The exit status: 1 if a check failed, else 0.
     """
-    parser = argparse.ArgumentParser(prog="python -m megatron_ep_v2 doctor", description=__doc__)
+    parser = argparse.ArgumentParser(prog=f"{prog()} doctor", description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON document instead of the table")
     parser.add_argument("--ranks", type=int, metavar="N", help="also dispatch and combine on N processes of this host")
     options = parser.parse_args(arguments)

@@ -14,6 +14,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ep_v2 import versions
 from megatron_ep_v2.cli.run import UsageError
 from megatron_ep_v2.errors import SeamError, SettingsError
 
@@ -141,7 +142,7 @@ def find(root: Path) -> Found:
     raise SeamError(
         f"no patch fits the Megatron in {root}; nothing was changed",
         found="; ".join(dict.fromkeys(refusals)),
-        needed="megatron-core 0.16.1 to 0.19.2, its moe_layer.py as released",
+        needed=f"megatron-core {versions.MEGATRON_CORE}, its moe_layer.py as released",
         fix="call megatron_ep_v2.install() or start with `-m megatron_ep_v2 run`; or a newer megatron_ep_v2",
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from megatron_ep_v2 import versions
 from megatron_ep_v2.doctor.check import Check, Checks, generation, gin_off, gpus, is_blackwell, version, wants_v2
 from megatron_ep_v2.doctor.facts import Facts
 
@@ -126,7 +127,7 @@ def check_hybrid_combine(facts: Facts) -> Check:
     if generation(facts) != "V2 2.0" or gin_off(facts) or not facts["settings"]["allow_hybrid_mode"]:
         return Check("ok", "not the faulty one of deep_ep 2.0 between hosts")
     found = "deep_ep 2.0 in hybrid mode: its combine between hosts is faulty"
-    return Check("fail", found, "deep_ep 2.1.0 or newer", "or MCORE_DEEPEP_V2_ALLOW_HYBRID_MODE=off")
+    return Check("fail", found, f"deep_ep {versions.DEEP_EP_V2} or newer", "or MCORE_DEEPEP_V2_ALLOW_HYBRID_MODE=off")
 
 
 @checks.add("zero padding", for_v2=True)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_ep_v2 import versions
 from megatron_ep_v2.doctor.check import Check, Checks, generation, gpus, has_only_v1, version, wants_v2
 from megatron_ep_v2.doctor.facts import Facts
 
-_MINIMUM_NCCL = (2, 30, 4)  # deep_ep 2.1.0's README; below 2.31 it asks for the very version that it was built with
-_GET_NCCL = "pip install --no-deps 'nvidia-nccl-cu13>=2.30.4' (cu12 for CUDA 12); take others off LD_LIBRARY_PATH"
+_GET_NCCL = (
+    f"pip install --no-deps 'nvidia-nccl-cu13>={versions.NCCL}' (cu12 for CUDA 12); take others off LD_LIBRARY_PATH"
+)
 _REBUILD = "build deep_ep again, in this environment"
 
 # Known errors of `import deep_ep`: a part of the text, the cause, the fix.
@@ -32,8 +34,8 @@ checks = Checks()
 
 @checks.add("Python")
 def check_python(facts: Facts) -> Check:
-    good = version(facts["python"]) >= (3, 10)
-    return Check("ok" if good else "fail", facts["python"], "3.10 or newer", "use a newer interpreter")
+    good = version(facts["python"]) >= version(versions.PYTHON)
+    return Check("ok" if good else "fail", facts["python"], f"{versions.PYTHON} or newer", "use a newer interpreter")
 
 
 @checks.add("settings")
@@ -47,11 +49,12 @@ def check_settings(facts: Facts) -> Check:
 @checks.add("torch")
 def check_torch(facts: Facts) -> Check:
     if failure := facts["torch"].get("failure"):
-        return Check("fail", f"import: {failure['how']}", "torch 2.4 or newer", "install it (again)")
+        return Check("fail", f"import: {failure['how']}", f"torch {versions.TORCH} or newer", "install it (again)")
     found = facts["torch"]["version"]
-    if wants_v2(facts) and (2, 4) <= version(found) < (2, 10):
-        return Check("warn", found, "2.10 or newer, says DeepEP V2", "upgrade torch")
-    return Check("ok" if version(found) >= (2, 4) else "fail", found, "2.4 or newer", "upgrade torch")
+    if version(found) < version(versions.TORCH):
+        return Check("fail", found, f"{versions.TORCH} or newer", "upgrade torch")
+    status = "warn" if wants_v2(facts) and version(found) < version(versions.TORCH_DEEP_EP_V2) else "ok"
+    return Check(status, found, f"{versions.TORCH_DEEP_EP_V2} or newer, says DeepEP V2", "upgrade torch")
 
 
 @checks.add("NCCL", for_v2=True, imports=True)
@@ -61,8 +64,8 @@ def check_nccl(facts: Facts) -> Check:
         return Check("skip", "no libnccl in the process that imported torch and deep_ep")
     loaded, headers = version(nccl["loaded"]), version(nccl["headers"])
     found = f"{nccl['loaded']} loaded, headers {nccl['headers']}, torch built with {facts['torch']['nccl']}"
-    if loaded < _MINIMUM_NCCL:
-        return Check("fail", found, "2.30.4 or newer loaded", _GET_NCCL)
+    if loaded < version(versions.NCCL):
+        return Check("fail", found, f"{versions.NCCL} or newer loaded", _GET_NCCL)
     good = loaded >= (2, 31) or headers in ((), loaded)
     needed = "headers of the same version, below 2.31: deep_ep and its kernels are compiled with them"
     return Check("ok" if good else "fail", found, needed, f"{_GET_NCCL}; then {_REBUILD}")
@@ -88,7 +91,8 @@ def _one(libraries: list[str] | None, name: str, fix: str) -> Check:
 @checks.add("deep_ep", imports=True)
 def check_deep_ep(facts: Facts) -> Check:
     which, found = generation(facts), facts["deep_ep"]
-    needed, fix = "deep_ep 2.1.0 or newer", "build it in place of this one: an environment holds one deep_ep"
+    needed = f"deep_ep {versions.DEEP_EP_V2} or newer"
+    fix = "build it in place of this one: an environment holds one deep_ep"
     if which == "none":
         return Check("fail" if wants_v2(facts) else "skip", "not installed", needed, "build it from its repository")
     if which == "broken":
@@ -122,7 +126,8 @@ def check_transformer_engine(facts: Facts) -> Check:
 def check_megatron(facts: Facts) -> Check:
     found = facts["megatron"]
     if failure := found.get("failure"):
-        return Check("fail", f"import: {failure['how']}", "megatron-core 0.16.1 to 0.19.2", "repair what it names")
+        needed = f"megatron-core {versions.MEGATRON_CORE}"
+        return Check("fail", f"import: {failure['how']}", needed, "repair what it names")
     if error := found["error"]:
         what = f"{error['what']} ({error['found']})" if error["found"] else error["what"]
         return Check("fail", what, error["needed"], error["fix"])
@@ -142,8 +147,8 @@ def check_experts(facts: Facts) -> Check:
     asked, devices = facts["settings"]["experts"], gpus(facts)
     unable = [device for device in devices if not (9,) <= version(device["sm"]) < (11,)]
     lacking = ""  # why torch's grouped GEMM, which deepgemm's experts need too, cannot run here
-    if version(facts["torch"]["version"]) < (2, 8):
-        lacking = f"torch {facts['torch']['version']} has no grouped GEMM (2.8 has)"
+    if version(facts["torch"]["version"]) < version(versions.TORCH_GROUPED_GEMM):
+        lacking = f"torch {facts['torch']['version']} has no grouped GEMM ({versions.TORCH_GROUPED_GEMM} has)"
     elif unable:
         lacking = f"torch has no grouped GEMM for {unable[0]['name']} (SM {unable[0]['sm']})"
     elif asked == "deepgemm" and not devices:
@@ -151,7 +156,8 @@ def check_experts(facts: Facts) -> Check:
     elif asked == "deepgemm" and not facts["deep_gemm"]:
         lacking = "the package deep_gemm is not installed"
     if asked in ("grouped", "deepgemm") and lacking:
-        needed = "a GPU of SM 9 or 10, torch 2.8" + (" and deep_gemm" if asked == "deepgemm" else "")
+        more = " and deep_gemm" if asked == "deepgemm" else ""
+        needed = f"a GPU of SM 9 or 10, torch {versions.TORCH_GROUPED_GEMM}{more}"
         return Check("fail", f"{asked}: {lacking}", needed, "unset MCORE_DEEPEP_V2_EXPERTS, or set it to sequential")
     if asked != "megatron":
         return Check("ok", asked)

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron_ep_v2 import versions
 from megatron_ep_v2.errors import InputError, SettingsError, UnavailableError
 from megatron_ep_v2.experts.groups import Groups
 from megatron_ep_v2.layouts.places import CONTIGUOUS_ALIGNMENT
@@ -233,7 +234,8 @@ def _grouped_mm() -> Any:
         raise UnavailableError(
             "this torch has no grouped GEMM",
             found=f"torch {torch.__version__}",
-            needed="torch.nn.functional.grouped_mm (torch 2.10) or torch._grouped_mm (torch 2.8)",
+            needed="torch.nn.functional.grouped_mm (torch 2.10) or "
+            f"torch._grouped_mm (torch {versions.TORCH_GROUPED_GEMM})",
             fix="upgrade torch, or choose the sequential experts",
         )
     return found

@@ -12,6 +12,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from megatron_ep_v2 import versions
 from megatron_ep_v2.errors import SeamError
 
 FUSED_A2A = "megatron.core.transformer.moe.fused_a2a"
@@ -122,7 +123,8 @@ def _import(name: str) -> ModuleType:
     except (ImportError, AssertionError, OSError) as error:
         raise SeamError(
             f"{name} cannot be imported: {type(error).__name__}: {error}",
-            needed="megatron-core 0.16 to 0.19 (or a Megatron-LM source tree of that age on the path)",
+            needed=f"megatron-core {versions.MEGATRON_CORE_SERIES} "
+            "(or a Megatron-LM source tree of that age on the path)",
             fix="pip install megatron-core, or repair or uninstall the package that the message names",
         ) from error
 
@@ -170,5 +172,5 @@ def _check_symbol(
         f"megatron-core {version}: {module.__name__}.{dotted} is not what this package binds to; nothing was changed",
         found=found,
         needed="a symbol of that name" if parameters is None else f"parameters ({', '.join(parameters)})",
-        fix="use a tested version of megatron-core (0.16.1 to 0.19.2), or a newer megatron_ep_v2",
+        fix=f"use a tested version of megatron-core ({versions.MEGATRON_CORE}), or a newer megatron_ep_v2",
     )
