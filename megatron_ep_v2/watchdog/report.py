@@ -75,8 +75,8 @@ def write_report(
 
 
 def choose_threads(text: str, *threads: int) -> str:
-    """Select the newest frames of these threads from faulthandler's text, and of threads that were not started by
-    Python's threading: autograd runs a backward on the GPU in its own threads."""
+    """Select the newest frames of these threads from faulthandler's text, and of threads that Python's threading did
+    not start: autograd runs a backward on the GPU in its own threads."""
     chosen = []
     for block in text.split("\n\n"):
         found = re.search(r"hread 0x([0-9a-f]+)", block)
