@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 from megatron.core.transformer.moe import fused_a2a, token_dispatcher
-from seam import MANAGER, clean, names, rebound, set_broken_deep_ep, set_cuda, set_deep_ep
 
 import megatron_ep_v2
 from megatron_ep_v2 import fused_a2a as ours
 from megatron_ep_v2.errors import SettingsError, UnavailableError
+from tests.helpers.megatron_names import MANAGER, clean, names, rebound, set_broken_deep_ep, set_cuda, set_deep_ep
 
 __all__ = ["clean"]  # a fixture
 

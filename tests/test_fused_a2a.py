@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import Case, edge_cases
-from harness import run_ranks
-from moe import (
+
+from tests.helpers.cases import Case, edge_cases
+from tests.helpers.harness import run_ranks
+from tests.helpers.moe import (
     COMPACT,
     EXPANDED,
     PADDED,

@@ -7,12 +7,16 @@ import weakref
 from dataclasses import replace
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from cases import Case, edge_cases, make_batch, make_batches
-from harness import run_ranks
-from moe import (
+from torch.utils.checkpoint import checkpoint
+
+from megatron_ep_v2.errors import EPError
+from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
+from tests.helpers import oracle
+from tests.helpers.cases import SMALL, Case, make_batch, make_batches
+from tests.helpers.harness import run_ranks
+from tests.helpers.moe import (
     COMPACT,
     EXPANDED,
     PADDED,
@@ -27,13 +31,8 @@ from moe import (
     train_step,
     weights_dtype,
 )
-from torch.utils.checkpoint import checkpoint
-
-from megatron_ep_v2.errors import EPError
-from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 
 LAYOUTS = [COMPACT, EXPANDED, PADDED]
-SMALL = replace(edge_cases(2)[0], dtype=torch.float64)
 
 
 def dispatch_small(group: Any, layout: Layout, case: Case = SMALL, **kwargs: Any) -> tuple[Any, ...]:

@@ -10,11 +10,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import harness
 import pytest
 import torch
 import torch.distributed as dist
-from harness import HANG, RanksError, run_ranks
+
+from tests.helpers import harness
+from tests.helpers.harness import HANG, RanksError, run_ranks
 
 
 def summed_rank(group: dist.ProcessGroup, offset: int) -> tuple[int, int, float]:

@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from harness import run_ranks
-from moe_layer import CPU, hidden_states, make_layer, megatron
-from shuffled import shuffled
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ep_v2 import gradients
 from megatron_ep_v2.device_checks import read_all
 from megatron_ep_v2.recompute import Replayed
+from tests.helpers.harness import run_ranks
+from tests.helpers.moe_layer import CPU, hidden_states, make_layer, megatron
+from tests.helpers.shuffled import shuffled
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import HANG
 
 import megatron_ep_v2
+from tests.helpers.harness import HANG
 
 PACKAGE = "megatron_ep_v2"
 ROOT = Path(megatron_ep_v2.__file__).parent

@@ -9,20 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from cases import make_batch
-from harness import run_ranks
 from megatron.core import tensor_parallel
-from moe import COMPACT, EXPANDED, Layout, all_experts, grad_output, moe_layer, own_experts, own_package
-from recompute_rounds import WHOLE_LAYER  # noqa: F401  (lets Megatron's checkpoint run without a GPU)
-from replay_oracle import wrong
-from test_fused_graph import SMALL
-from test_quantize import child, needs_triton
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ep_v2 import device_checks, recompute
 from megatron_ep_v2.errors import RoutingChangedError
 from megatron_ep_v2.kernels import replay as kernels
 from megatron_ep_v2.recompute import Replayed
+from tests.helpers.cases import SMALL, make_batch
+from tests.helpers.harness import run_ranks
+from tests.helpers.interpreter import child, needs_triton
+from tests.helpers.moe import COMPACT, EXPANDED, Layout, all_experts, grad_output, moe_layer, own_experts, own_package
+from tests.helpers.recompute_rounds import WHOLE_LAYER  # noqa: F401  (lets Megatron's checkpoint run without a GPU)
+from tests.helpers.replay_oracle import wrong
 
 
 class Buffer:
@@ -87,7 +86,7 @@ def test_routings_are_compared_as_in_plain_loops() -> None:
 INTERPRET = """
 import json
 from megatron_ep_v2.kernels import replay_triton
-from replay_oracle import wrong
+from tests.helpers.replay_oracle import wrong
 
 print(json.dumps(wrong(replay_triton, "cpu")))
 """

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import run_ranks
-from moe import COMPACT, EXPANDED, PADDED, Layout
-from moe_layer import CPU
-from recompute_rounds import (
+
+from megatron_ep_v2 import recompute
+from tests.helpers.harness import run_ranks
+from tests.helpers.moe import COMPACT, EXPANDED, PADDED, Layout
+from tests.helpers.moe_layer import CPU
+from tests.helpers.recompute_rounds import (
     WRAPS,
     abandon_a_step,
     change_the_routing,
@@ -16,8 +18,6 @@ from recompute_rounds import (
     two_layers,
     without_reuse,
 )
-
-from megatron_ep_v2 import recompute
 
 
 @pytest.mark.parametrize("layout", ["compact", "expanded"])

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from harness import run_ranks
-from moe import own_package
 
 from megatron_ep_v2.errors import EPError
 from megatron_ep_v2.experts.groups import Groups
 from megatron_ep_v2.experts.mlp import swiglu_experts
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 from megatron_ep_v2.layouts import gather_rows, gather_weights, place_contiguous, reduce_rows
+from tests.helpers.harness import run_ranks
+from tests.helpers.moe import own_package
 
 PICKS = torch.tensor([[0, 3], [2, 1], [1, 3], [3, 0], [0, 2], [2, 3]])
 

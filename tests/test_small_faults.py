@@ -12,15 +12,9 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import mcore
 import pytest
 import torch
 import torch.distributed as dist
-from harness import run_ranks
-from mcore import Shape, Split, megatron_ranks
-from moe import own_package
-from reports import Report, assert_report, attempt
-from test_elastic import GROUP, HANDLE, SPEC, FakeBuffer
 
 import megatron_ep_v2
 from megatron_ep_v2 import settings
@@ -28,6 +22,12 @@ from megatron_ep_v2.buffers import elastic
 from megatron_ep_v2.device_checks import DeviceCheck, read_all
 from megatron_ep_v2.errors import EPError, InputError, SettingsError
 from megatron_ep_v2.serving import PrepareFinalize
+from tests.buffers.test_elastic import GROUP, HANDLE, SPEC, FakeBuffer
+from tests.helpers import mcore
+from tests.helpers.harness import run_ranks
+from tests.helpers.mcore import Shape, Split, megatron_ranks
+from tests.helpers.moe import own_package
+from tests.helpers.reports import Report, assert_report, attempt
 
 SPLIT = Split(1, 2)
 SHAPE = Shape("fp32", topk=3, hidden=256)

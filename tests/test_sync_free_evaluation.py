@@ -6,8 +6,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from harness import run_ranks
-from moe_layer import CPU, build_layer, hidden_states, make_layer, megatron, step
 from torch.utils.checkpoint import checkpoint
 
 import megatron_ep_v2
@@ -15,6 +13,8 @@ from megatron_ep_v2 import sync_free
 from megatron_ep_v2.device_checks import read_all
 from megatron_ep_v2.errors import LayoutOverflowError
 from megatron_ep_v2.sync_free import sync_free_combine, sync_free_dispatch
+from tests.helpers.harness import run_ranks
+from tests.helpers.moe_layer import CPU, build_layer, hidden_states, make_layer, megatron, step
 
 
 def evaluate_and_train(group: Any) -> dict[str, Any]:

@@ -6,14 +6,8 @@ import functools
 from dataclasses import replace
 from typing import Any
 
-import mcore
-import moe
 import pytest
 import torch
-from cases import Case, edge_cases, make_batch
-from harness import run_ranks
-from moe import Step, all_experts, assert_step, grad_output, own_experts, own_package, weights_dtype
-from oracle import Experts
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ep_v2 import recompute, settings, sync_free
@@ -21,6 +15,11 @@ from megatron_ep_v2.device_checks import read_all
 from megatron_ep_v2.errors import LayoutOverflowError
 from megatron_ep_v2.recompute import Replayed
 from megatron_ep_v2.sync_free import sync_free_combine, sync_free_dispatch
+from tests.helpers import mcore, moe
+from tests.helpers.cases import Case, edge_cases, make_batch
+from tests.helpers.harness import run_ranks
+from tests.helpers.moe import Step, all_experts, assert_step, grad_output, own_experts, own_package, weights_dtype
+from tests.helpers.oracle import Experts
 
 
 def run_experts(rows: torch.Tensor, probs: torch.Tensor, counts: torch.Tensor, experts: Experts) -> torch.Tensor:
@@ -231,7 +230,7 @@ def test_a_recomputed_layer_replays_its_handle() -> None:
 
 
 def flex_bodies(group: Any, split: mcore.Split) -> None:
-    from test_flex_dispatcher import run_bodies
+    from tests.megatron.test_flex_dispatcher import run_bodies
 
     run_bodies(group, split, "sync-free")
 

@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from cases import Case, edge_cases
-from conformance import BufferConformance, payload_cases
-from exercise import Layout
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers.contract import BufferSpec
 from megatron_ep_v2.buffers.elastic import ElasticBuffer
 from megatron_ep_v2.buffers.legacy import LegacyBuffer
 from megatron_ep_v2.buffers.limits import HIDDEN_MULTIPLE
+from tests.helpers.cases import Case, edge_cases
+from tests.helpers.conformance import BufferConformance, payload_cases
+from tests.helpers.exercise import Layout
 
 HIDDEN = 2 * HIDDEN_MULTIPLE
 

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import run_ranks
-from moe import own_package
-from progress import say
-from sync_free_layers import Sizes
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.layouts import gather_rows, gather_weights, place_contiguous, reduce_rows, rows_that_fit
 from megatron_ep_v2.serving import Decode, DecodeGraphs, PrepareFinalize, buckets_up_to
+from tests.gpu.sync_free_layers import Sizes
+from tests.helpers.harness import run_ranks
+from tests.helpers.moe import own_package
+from tests.helpers.progress import say
 
 RANKS = torch.cuda.device_count()
 SIZES = Sizes()

@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from deterministic_rounds import ON_GPU, repeat
-from harness import run_ranks
-from progress import say
+
+from tests.helpers.deterministic_rounds import ON_GPU, repeat
+from tests.helpers.harness import run_ranks
+from tests.helpers.progress import say
 
 RANKS = torch.cuda.device_count()
 REPEATS, RESTARTS = 10, 2

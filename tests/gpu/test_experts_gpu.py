@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from experts_oracle import SIZES
-from harness import run_ranks
 
 from megatron_ep_v2.kernels import wgrad
+from tests.helpers.experts_oracle import SIZES
+from tests.helpers.harness import run_ranks
 
 RANKS = torch.cuda.device_count()
 STEPS = 4
@@ -48,9 +48,9 @@ def train(group: Any, experts: str, fusion: bool, state: dict[str, torch.Tensor]
         finalize_model_grads,
     )
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from moe_layer import GPU, build_layer, hidden_states
 
     import megatron_ep_v2
+    from tests.helpers.moe_layer import GPU, build_layer, hidden_states
 
     megatron_ep_v2.install(buffer="elastic", num_max_tokens_per_rank=GPU.tokens, experts=experts)
     layer = build_layer(GPU, "flex", gradient_accumulation_fusion=fusion)
@@ -95,7 +95,7 @@ def train(group: Any, experts: str, fusion: bool, state: dict[str, torch.Tensor]
 
 
 def beside_transformer_engine(group: Any) -> dict[str, Any]:
-    from moe_layer import GPU, megatron
+    from tests.helpers.moe_layer import GPU, megatron
 
     found = {}
     with megatron(GPU):

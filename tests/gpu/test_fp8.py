@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from fp8_oracle import GROUPS, arrived
-from harness import run_ranks
-from progress import say
-from test_fused import RANKS, all_layers, batch
-from test_quantize import HIDDEN, rows
 
 from megatron_ep_v2.wire import quantize as reference
 from megatron_ep_v2.wire.formats import FORMATS
 from megatron_ep_v2.wire.quantize import from_wire, to_wire
+from tests.gpu.test_fused import RANKS, all_layers, batch
+from tests.helpers.fp8_oracle import GROUPS, arrived
+from tests.helpers.harness import run_ranks
+from tests.helpers.progress import say
+from tests.wire.test_quantize import HIDDEN, rows
 
 each_dtype = pytest.mark.parametrize("dtype", list(GROUPS))
 

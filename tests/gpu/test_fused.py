@@ -7,12 +7,12 @@ import weakref
 from typing import Any
 
 import torch
-from harness import run_ranks
-from progress import say
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
+from tests.helpers.harness import run_ranks
+from tests.helpers.progress import say
 
 RANKS = torch.cuda.device_count()
 HIDDEN, TOPK, TOKENS = 512, 4, 128

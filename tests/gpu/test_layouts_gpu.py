@@ -8,12 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from experts_layer import WAYS, errors, run_layer
-from experts_oracle import NAN, batch, check, expected, layer, layer_expected, run, with_tail
-from harness import run_ranks
-from layout_kernels import column_cases, differences, move_cases, place_cases, swiglu_cases
-from layout_oracle import routing
-from progress import say
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
@@ -30,6 +24,12 @@ from megatron_ep_v2.layouts import (
 )
 from megatron_ep_v2.wire import quantize
 from megatron_ep_v2.wire.formats import FORMATS
+from tests.helpers.experts_layer import WAYS, errors, run_layer
+from tests.helpers.experts_oracle import NAN, batch, check, expected, layer, layer_expected, run, with_tail
+from tests.helpers.harness import run_ranks
+from tests.helpers.layout_kernels import column_cases, differences, move_cases, place_cases, swiglu_cases
+from tests.helpers.layout_oracle import routing
+from tests.helpers.progress import say
 
 RANKS = torch.cuda.device_count()
 needs_deep_gemm = pytest.mark.skipif(importlib.util.find_spec("deep_gemm") is None, reason="needs deep_gemm")

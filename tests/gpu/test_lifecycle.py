@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from harness import HANG, run_ranks
-from moe import own_package
-from progress import say
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.errors import EPError, GroupMismatchError, InputError
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
+from tests.helpers.harness import HANG, run_ranks
+from tests.helpers.moe import own_package
+from tests.helpers.progress import say
 
 JOBS = Path(__file__).parent / "jobs"
 RANKS = torch.cuda.device_count()

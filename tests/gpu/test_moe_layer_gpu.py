@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from harness import run_ranks
-from moe_layer import GPU, GPU_FEATURES, compare_with_alltoall, hidden_states, make_layer, megatron, step
-from progress import say
-from waits import traced
 
 import megatron_ep_v2
+from tests.gpu.waits import traced
+from tests.helpers.harness import run_ranks
+from tests.helpers.moe_layer import GPU, GPU_FEATURES, compare_with_alltoall, hidden_states, make_layer, megatron, step
+from tests.helpers.progress import say
 
 RANKS = torch.cuda.device_count()
 

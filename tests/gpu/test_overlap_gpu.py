@@ -11,13 +11,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import run_ranks
-from moe import own_package
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.bench.exposed import profiled
 from megatron_ep_v2.fused_a2a import get_buffer
 from megatron_ep_v2.watchdog.watched_buffer import WatchedBuffer
+from tests.helpers.harness import run_ranks
+from tests.helpers.moe import own_package
 
 RANKS = torch.cuda.device_count()
 TOKENS, HIDDEN, EXPERTS, TOPK = 4096, 2048, 128, 8

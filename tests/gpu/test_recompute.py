@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from harness import run_ranks
-from moe_layer import GPU, build_layer, hidden_states, make_layer, megatron, step, use
-from progress import say
-from recompute_rounds import WHOLE_LAYER, alive, recorded
-from replay_oracle import wrong
 from torch.utils.checkpoint import checkpoint
-from waits import traced
 
 import megatron_ep_v2
 from megatron_ep_v2.buffers.elastic import ElasticBuffer
 from megatron_ep_v2.device_checks import read_all
 from megatron_ep_v2.errors import RoutingChangedError
+from tests.gpu.waits import traced
+from tests.helpers.harness import run_ranks
+from tests.helpers.moe_layer import GPU, build_layer, hidden_states, make_layer, megatron, step, use
+from tests.helpers.progress import say
+from tests.helpers.recompute_rounds import WHOLE_LAYER, alive, recorded
+from tests.helpers.replay_oracle import wrong
 
 RANKS = torch.cuda.device_count()
 

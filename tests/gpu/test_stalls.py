@@ -15,10 +15,6 @@ from typing import Any
 
 import pytest
 import torch
-from harness import RanksError, run_ranks
-from moe import own_package
-from progress import say
-from stalls import HEAD, standard_error_in
 
 import megatron_ep_v2
 from megatron_ep_v2 import settings
@@ -27,6 +23,10 @@ from megatron_ep_v2.errors import GroupMismatchError
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 from megatron_ep_v2.watchdog.completion import GpuClock
 from megatron_ep_v2.watchdog.stragglers import Arrival
+from tests.helpers.harness import RanksError, run_ranks
+from tests.helpers.moe import own_package
+from tests.helpers.progress import say
+from tests.helpers.stalls import HEAD, standard_error_in
 
 RANKS, CULPRIT = min(4, torch.cuda.device_count()), 1
 HIDDEN, TOPK, TOKENS = 512, 4, 128

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from harness import run_ranks
-from moe import own_package
-from moe_layer import GPU, hidden_states, make_layer, megatron, step
-from progress import say
-from sync_free_layers import Layer, Sizes, errors, poison
-from waits import traced
 
 from megatron_ep_v2 import settings, sync_free
 from megatron_ep_v2.device_checks import read_all
 from megatron_ep_v2.errors import LayoutOverflowError
+from tests.gpu.sync_free_layers import Layer, Sizes, errors, poison
+from tests.gpu.waits import traced
+from tests.helpers.harness import run_ranks
+from tests.helpers.moe import own_package
+from tests.helpers.moe_layer import GPU, hidden_states, make_layer, megatron, step
+from tests.helpers.progress import say
 
 RANKS = torch.cuda.device_count()
 SIZES = Sizes()

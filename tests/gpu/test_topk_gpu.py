@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from topk_oracle import wrong
 
 from megatron_ep_v2.kernels.topk import top_k
+from tests.helpers.topk_oracle import wrong
 
 
 def test_the_kernels_equal_a_stable_sort() -> None:

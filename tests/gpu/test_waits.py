@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from harness import run_ranks
-from waits import traced
+
+from tests.gpu.waits import traced
+from tests.helpers.harness import run_ranks
 
 
 def known_waits(group: Any) -> dict[str, tuple[dict[str, int], int]]:

@@ -24,19 +24,20 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from harness import HANG
+
+from tests.helpers.harness import HANG
 
 RANKS = 2
 
 
 def with_the_package(report: dict[str, Any]) -> None:
-    from mcore import Shape, Split, make_moe_layer
     from megatron.core.transformer.moe import moe_layer, token_dispatcher
-    from test_flex_dispatcher import weigh
 
     import megatron_ep_v2
     from megatron_ep_v2 import settings
     from megatron_ep_v2.errors import SettingsError
+    from tests.helpers.mcore import Shape, Split, make_moe_layer
+    from tests.megatron.test_flex_dispatcher import weigh
 
     shape, split = Shape("fp32", 4, hidden=256), Split(1, RANKS)
     stock = token_dispatcher._DeepepManager, token_dispatcher.fused_dispatch
@@ -76,8 +77,9 @@ def with_the_package(report: dict[str, Any]) -> None:
 
 
 def without_the_package(report: dict[str, Any]) -> None:
-    import mcore
     from megatron.core.transformer.moe import fused_a2a, moe_layer, token_dispatcher
+
+    from tests.helpers import mcore
 
     shape, split = mcore.Shape("fp32", 4, hidden=256), mcore.Split(1, RANKS)
     try:
@@ -186,7 +188,7 @@ def main() -> None:
         # An editable installation is found by a finder of its own.
         sys.meta_path[:] = [finder for finder in sys.meta_path if "megatron_ep_v2" not in finder.__module__]
     torch.set_num_threads(1)
-    import mcore  # noqa: F401 - both ranks then have everything imported
+    from tests.helpers import mcore  # noqa: F401 - both ranks then have everything imported
 
     with tempfile.TemporaryDirectory() as folder:
         fork = multiprocessing.get_context("fork")

@@ -1,0 +1,192 @@
+"""`python -m megatron_ep_v2 bench --step --tune`, and what it rests on: the work of a step, the shares, the advice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ep_v2.bench.step.advice import advice, what_experts_give
+from megatron_ep_v2.bench.step.model import layers_that_fit, step_flops
+from megatron_ep_v2.bench.step.sections import Stopwatch, Watched
+from megatron_ep_v2.cli.bench_options import parse
+from megatron_ep_v2.megatron.qwen3_moe.expert_kinds import owner
+from megatron_ep_v2.megatron.qwen3_moe.options import SHAPES
+from tests.bench.test_bench import bench, document
+
+SMALL = ["--shapes", "custom", "--hidden", "128", "--topk", "3", "--expert-ffn", "64"]
+SMALL += ["--tokens", "48", "--layers", "2", "--repeats", "4", "--micro-batches", "2"]
+
+
+@pytest.mark.slow
+def test_whole_steps_of_every_dispatcher_here_end_with_settings_to_copy(tmp_path: Path) -> None:
+    done = bench(*SMALL, "--experts", "8", "--step", "--tune", "--out", str(tmp_path / "rows.jsonl"), ranks=2)
+    assert done.returncode == 0, done.stderr
+    rows = {row["variant"]: row for row in document(done)["rows"]}
+    timed = {name: row for name, row in rows.items() if row["status"] == "ok"}
+    assert set(timed) == {"alltoall", "allgather", "reference-compact", "reference-expanded"}
+    assert "hybridep" in rows and not any(name.startswith("raw") for name in rows)
+    for row in timed.values():
+        assert max(row["relative_l2"].values()) < 1e-5  # loss and gradient norm, against the first dispatcher's
+        seconds = row["step_ms"] / 1e3
+        assert row["tokens_per_second"] == pytest.approx(2 * 2 * 48 / seconds, rel=1e-2)
+        assert row["tflops_per_rank"] > 0
+        assert row["dispatch_percent"] > 0 and row["combine_percent"] > 0
+        assert row["dispatch_percent"] + row["combine_percent"] < 100
+    assert timed["alltoall"]["ratio_to_alltoall"] == 1
+    best = min((row for row in timed.values() if row["layout"]), key=lambda row: row["step_ms"])
+    assert f"best: {best['variant']}, {best['step_ms']:.2f} ms a step" in done.stdout
+    assert f"export MCORE_DEEPEP_V2_LAYOUT={best['layout']}" in done.stdout
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 1 + len(rows)
+
+
+@pytest.mark.slow
+def test_whole_steps_with_every_kind_of_experts() -> None:
+    """On one set of weights: all of them train the same. What cannot run here says why, once for all dispatchers."""
+    kinds = ["megatron", "grouped", "sequential", "deepgemm", "megatron-opfuser"]
+    variants = ["alltoall", "reference-expanded", "hybridep"]
+    done = bench(
+        *(*SMALL, "--experts-per-rank", "4", "--step", "--no-optimizer"),
+        *("--variants", *variants, "--expert-backends", *kinds),
+        ranks=2,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = {(row["variant"], row["expert_backend"]): row for row in document(done)["rows"]}
+    assert set(rows) == {(variant, kind) for variant in variants for kind in kinds}
+    timed = {names for names, row in rows.items() if row["status"] == "ok"}
+    assert timed == {(variant, kind) for variant in variants[:2] for kind in kinds[:3]}
+    for names, row in rows.items():
+        assert row["experts"] == 8 and row["optimizer"] is False
+        if names in timed:
+            assert max(row["relative_l2"].values()) < 1e-5
+            fastest = rows["alltoall", "megatron"]["step_ms"]  # of alltoall's with Megatron's experts, the only one
+            assert row["ratio_to_alltoall"] == pytest.approx(row["step_ms"] / fastest, abs=1e-3)
+        else:
+            assert row["status"] == "unavailable" and "step_ms" not in row
+    assert "No module named 'deep_gemm'" in rows["alltoall", "deepgemm"]["reason"]
+    assert "SequentialMLP" in rows["alltoall", "megatron-opfuser"]["reason"]
+    lines = done.stdout.splitlines()
+    missing = [line.partition(":")[0] for line in lines if ": not available: " in line]
+    assert sorted(missing) == ["deepgemm experts", "hybridep", "megatron-opfuser experts"]
+    assert [line.split()[0] for line in lines if "the tokens/s" in line] == ["grouped", "sequential"]
+
+
+def test_kinds_of_experts_unless_asked_for() -> None:
+    assert parse(["--step"]).expert_backends == ["megatron", "grouped"]
+    assert parse(["--tune"]).expert_backends == parse(["--step", "--tune"]).expert_backends == ["megatron"]
+    assert owner(["megatron"]) == "megatron"  # as Megatron stores them, where there is nothing to share
+
+
+def test_what_the_table_says_of_experts() -> None:
+    def timed(variant: str, experts: str, step_ms: float, layout: str | None = None, noise: str = "") -> dict[str, Any]:
+        return row(variant, 0, step_ms, noise) | {"expert_backend": experts, "layout": layout}
+
+    stock, fused = timed("alltoall", "megatron", 50.0), timed("alltoall+fused-permute", "megatron", 42.0)
+    ours = timed("expanded", "grouped", 20.0, "expanded")
+    missing = {"variant": "expanded", "expert_backend": "deepgemm", "status": "unavailable"}
+    assert what_experts_give([stock, fused, timed("alltoall", "grouped", 45.0), ours, missing]) == [
+        "grouped experts, expanded: 2.10 x the tokens/s of Megatron's best (alltoall+fused-permute, megatron experts)"
+    ]
+    mixed = timed("expanded", "megatron", 40.0, "expanded", "it varies")
+    assert what_experts_give([fused, mixed, ours]) == [
+        "grouped experts, expanded: 2.00 x the tokens/s of Megatron's best (expanded, megatron experts), 2.10 x with "
+        "Megatron's dispatchers (alltoall+fused-permute, megatron experts); noisy rows"
+    ]
+    assert what_experts_give([stock, timed("expanded", "grouped", 60.0, "expanded")]) == [
+        "grouped experts: Megatron's own are faster here and should be kept, 1.20 x the tokens/s "
+        "(alltoall, megatron experts; expanded)"
+    ]
+    assert what_experts_give([stock, missing]) == what_experts_give([ours]) == []
+
+
+def row(variant: str, num_sms: int, step_ms: float, noise: str = "") -> dict[str, Any]:
+    layout = variant.partition("+")[0]
+    row = {"variant": variant, "layout": layout, "num_sms": num_sms, "step_ms": step_ms, "noise": noise}
+    return row | {"expert_backend": "megatron", "status": "ok"}
+
+
+def test_the_advice_is_the_best_row() -> None:
+    rows = [row("compact+fused-permute", 24, 50.0), row("expanded", 32, 40.2), row("expanded", 14, 40.0)]
+    lines = advice(
+        [*rows, row("alltoall", 0, 1.0) | {"layout": None}, {"variant": "compact", "status": "unavailable"}]
+    ).splitlines()
+    assert [line.split()[:3] for line in lines[1:4]] == [
+        ["compact+fused-permute", "24", "50.00"],
+        ["expanded", "14", "40.00"],
+        ["expanded", "32", "40.20"],
+    ]
+    assert [line.count("#") for line in lines[1:4]] == [40, 32, 32]
+    assert lines[4:] == [
+        "best: expanded, 14 SMs, 40.00 ms a step",
+        "within 1% of it: expanded, 32 SMs",
+        "export MCORE_DEEPEP_V2_NUM_SMS=14",
+        "export MCORE_DEEPEP_V2_LAYOUT=expanded",
+    ]
+    both = advice([*rows, row("expanded", 14, 39.0) | {"expert_backend": "grouped"}]).splitlines()
+    assert "best: expanded, 14 SMs, grouped experts, 39.00 ms a step" in both
+    lines = advice([row("compact+fused-permute", 24, 30.0, "it varies"), *rows]).splitlines()
+    assert lines[-4] == "best: compact+fused-permute, 24 SMs, 30.00 ms a step (a noisy row)"
+    assert lines[-1] == "and Megatron's --moe-permute-fusion"
+
+
+def test_the_work_of_a_step_against_a_count_of_the_models_own_parameters() -> None:
+    """Qwen3-30B-A3B by hand, and its published sizes: 30.5 B parameters, 3.3 B of them active."""
+    model = SHAPES["30b-a3b"]
+    attention = 2048 * (32 * 128) * 2 + 2048 * (4 * 128) * 2
+    active = 48 * (attention + 2048 * 128 + 8 * 3 * 2048 * 768) + 256 * 2048
+    assert step_flops(model, 10) == 10 * 3 * (2 * active + 48 * 2 * 4096 * 32 * 128)
+    embeddings = 151936 * 2048
+    assert active + 2 * embeddings == pytest.approx(3.3e9, rel=0.02)
+    per_layer = attention + 2048 * 128 + 128 * 3 * 2048 * 768
+    assert 48 * per_layer + 2 * embeddings == pytest.approx(30.5e9, rel=0.01)
+    shared_by_8 = attention + 2048 * 128 + 16 * 3 * 2048 * 768
+    assert layers_that_fit(model, 8, 5 * shared_by_8 + 2 * 256 * 2048) == 5
+    assert layers_that_fit(model, 8, 5 * shared_by_8 + 2 * 256 * 2048 - 1) == 4
+    assert layers_that_fit(model, 8, 1) == 1
+
+
+_now = 0.0  # seconds, of the clock that the next test puts in
+
+
+class _Slow(torch.autograd.Function):
+    """Takes a while forward, and twice as long backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, seconds: float) -> torch.Tensor:
+        global _now
+        ctx.seconds = seconds
+        _now += seconds
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        global _now
+        _now += 2 * ctx.seconds
+        return grad, None
+
+
+def test_shares_are_of_dispatch_and_combine_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("megatron_ep_v2.bench.step.sections.time.perf_counter", lambda: _now)
+    watch = Stopwatch(torch.device("cpu"))
+    dispatcher = SimpleNamespace(
+        dispatch_preprocess=lambda hidden, routing_map, probs: (_Slow.apply(hidden, 0.01), probs),
+        token_dispatch=lambda hidden, probs: (_Slow.apply(hidden, 0.01), probs),
+        dispatch_postprocess=lambda hidden, probs: (hidden, "counts", probs),
+        combine_preprocess=lambda rows: rows,
+        token_combine=lambda rows: _Slow.apply(rows, 0.04),
+        combine_postprocess=lambda hidden: hidden,
+    )
+    watched = Watched(dispatcher, watch)
+    x = torch.ones(3, requires_grad=True)
+    for _ in range(2):
+        rows, probs = watched.dispatch_preprocess(x, None, torch.ones(3))
+        rows, counts, _ = watched.dispatch_postprocess(*watched.token_dispatch(rows, probs))
+        assert counts == "counts"
+        rows = _Slow.apply(rows, 0.05)  # the experts
+        watched.combine_postprocess(watched.token_combine(watched.combine_preprocess(rows))).sum().backward()
+    spent = watch.milliseconds()
+    assert spent == {"dispatch": pytest.approx(2 * 3 * 20), "combine": pytest.approx(2 * 3 * 40)}
+    assert torch.equal(x.grad, torch.full((3,), 2.0))

@@ -1,0 +1,155 @@
+"""Errors after a dispatch: combines, cached dispatches, closed groups and buffers; and the errors themselves."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import itertools
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import megatron_ep_v2
+from megatron_ep_v2 import errors
+from megatron_ep_v2.buffers.contract import BufferSpec
+from megatron_ep_v2.buffers.reference import ReferenceBuffer
+from megatron_ep_v2.errors import ClosedError, EPError, InputError, SettingsError
+from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
+from megatron_ep_v2.settings import resolve
+from tests.helpers.cases import Case, make_batch
+from tests.helpers.harness import run_ranks
+from tests.helpers.moe import own_package
+from tests.helpers.reports import Report, assert_report, attempt
+
+CASE = Case("good", (6, 4), experts=8)
+SPEC = BufferSpec(num_max_tokens_per_rank=6, hidden=CASE.hidden, num_topk=CASE.topk, num_experts=CASE.experts)
+
+
+def dispatched(group: Any, do_expand: bool) -> tuple[ReferenceBuffer, torch.Tensor, torch.Tensor, Any]:
+    """(buffer, recv_x, recv_weights, handle)"""
+    buffer, batch = ReferenceBuffer(group, SPEC), make_batch(CASE, group.rank())
+    recv_x, _, recv_weights, handle, _ = buffer.dispatch(
+        batch.x, topk_idx=batch.topk_idx, topk_weights=batch.topk_weights, num_experts=CASE.experts, do_expand=do_expand
+    )
+    return buffer, recv_x, recv_weights, handle
+
+
+# name -> (the call, what its error must say)
+MISUSES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
+    "combine-missing-row": (lambda b, x, w, h, e: b.combine(x[1:], h), ("combine", "hidden")),
+    "combine-1-d": (lambda b, x, w, h, e: b.combine(x[:, 0], h), ("combine",)),
+    "combine-fp8": (lambda b, x, w, h, e: b.combine(x.to(torch.float8_e4m3fn), h), ("float8", "fp8")),
+    "combine-missing-weight": (lambda b, x, w, h, e: b.combine(x, h, w[1:]), ("weights",)),
+    "combine-weights-of-other-layout": (
+        lambda b, x, w, h, e: b.combine(x, h, w.new_ones((*w.shape, 1))),
+        ("weights",),
+    ),
+    "combine-bf16-weights": (lambda b, x, w, h, e: b.combine(x, h, w.bfloat16()), ("bfloat16", "float32")),
+    "cached-other-layout": (
+        lambda b, x, w, h, e: b.dispatch(torch.ones(len(h.topk_idx), 32), handle=h, do_expand=not e),
+        ("layout", "do_expand"),
+    ),
+    "cached-other-tokens": (
+        lambda b, x, w, h, e: b.dispatch(torch.ones(len(h.topk_idx) + 1, 32), handle=h, do_expand=e),
+        ("tokens",),
+    ),
+    "cached-with-picks": (
+        lambda b, x, w, h, e: b.dispatch(
+            torch.ones(len(h.topk_idx), 32), handle=h, do_expand=e, topk_idx=h.topk_idx, num_experts=8
+        ),
+        ("topk_idx", "handle"),
+    ),
+    "cached-1-d": (lambda b, x, w, h, e: b.dispatch(torch.ones(len(h.topk_idx)), handle=h, do_expand=e), ("matrix",)),
+    "scales-of-other-tokens": (
+        lambda b, x, w, h, e: b.dispatch(
+            (torch.ones(4, 128).to(torch.float8_e4m3fn), torch.ones(3, 1)), topk_idx=h.topk_idx[:4], num_experts=8
+        ),
+        ("scales",),
+    ),
+}
+
+
+@own_package
+def misuse(group: Any, name: str, do_expand: bool) -> Report | None:
+    received = dispatched(group, do_expand)
+    return attempt(lambda: MISUSES[name][0](*received, do_expand))
+
+
+@pytest.mark.parametrize("do_expand", [False, True], ids=["compact", "expanded"])
+@pytest.mark.parametrize("name", MISUSES)
+def test_misuse_of_a_handle(name: str, do_expand: bool) -> None:
+    for rank, report in enumerate(run_ranks(2, misuse, name, do_expand)):
+        assert_report(report, InputError, f"rank {rank}", *MISUSES[name][1])
+
+
+@own_package
+def use_after_destroy(group: Any) -> list[Report | None]:
+    buffer, recv_x, _, handle = dispatched(group, False)
+    batch = make_batch(CASE, group.rank())
+    buffer.destroy()
+    return [
+        attempt(lambda: buffer.combine(recv_x, handle)),
+        attempt(lambda: buffer.dispatch(batch.x, topk_idx=batch.topk_idx, num_experts=CASE.experts)),
+        attempt(lambda: buffer.dispatch(batch.x, handle=handle)),
+    ]
+
+
+def test_a_destroyed_buffer_says_so() -> None:
+    for report in itertools.chain(*run_ranks(2, use_after_destroy)):
+        assert_report(report, ClosedError, "destroyed")
+
+
+@own_package
+def use_after_close(group: Any, subgroup: bool) -> list[Report | None]:
+    """A dispatch, a combine and a backward in a process group that was destroyed."""
+    used = dist.new_group(list(range(group.size()))) if subgroup else group
+    batch = make_batch(CASE, group.rank())
+    arguments = (batch.x.requires_grad_(), batch.topk_idx, batch.topk_weights, CASE.experts, used)
+    recv_x, *_, handle = fused_dispatch(*arguments)
+    output, _ = fused_combine(recv_x, used, handle)
+    dist.destroy_process_group(used)
+    return [
+        attempt(lambda: fused_dispatch(*arguments)),
+        attempt(lambda: fused_combine(recv_x, used, handle)),
+        attempt(output.sum().backward),
+    ]
+
+
+@pytest.mark.parametrize("subgroup", [True, False], ids=["subgroup", "world"])
+def test_a_closed_process_group_says_so(subgroup: bool) -> None:
+    for report in itertools.chain(*run_ranks(2, use_after_close, subgroup)):
+        assert_report(report, ClosedError, "closed")
+
+
+def test_a_setting_that_cannot_be_used_names_its_variable() -> None:
+    for value in ("many", "-1", "1.5"):
+        report = attempt(lambda value=value: resolve({"MCORE_DEEPEP_V2_MAX_TOKENS_PER_RANK": value}))
+        assert_report(report, SettingsError, "MCORE_DEEPEP_V2_MAX_TOKENS_PER_RANK", value)
+    assert_report(attempt(lambda: resolve({}, capacity=3)), SettingsError, "capacity", "num_max_tokens_per_rank")
+
+
+ERRORS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, EPError)]
+
+
+@pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.__name__)
+def test_errors_survive_the_way_between_processes(kind: type[EPError]) -> None:
+    error = kind("it broke", found="3", needed="4", fix="add one")
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is kind
+    assert str(copy) == str(error) == "it broke\n  found: 3\n  needed: 4\n  fix: add one"
+    assert (copy.what, copy.found, copy.needed, copy.fix) == ("it broke", "3", "4", "add one")
+
+
+def test_every_error_that_is_raised_comes_with_a_fix() -> None:
+    names, seen = {kind.__name__ for kind in ERRORS}, 0
+    for path in Path(megatron_ep_v2.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", None)) in names:
+                seen += 1
+                assert "fix" in {keyword.arg for keyword in node.keywords}, f"{path.name}:{node.lineno}"
+    assert seen > 10

@@ -1,0 +1,120 @@
+"""`do_cpu_sync=False` on the reference buffer: the rows of an ordinary dispatch, and garbage that nobody reads."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ep_v2.buffers.contract import BufferSpec
+from megatron_ep_v2.buffers.reference import ReferenceBuffer
+from megatron_ep_v2.errors import GroupMismatchError, InputError
+from tests.helpers.cases import Case, edge_cases, make_batch
+from tests.helpers.compare import same_bits
+from tests.helpers.harness import run_ranks
+from tests.helpers.reports import assert_report, attempt
+
+CASES = [*edge_cases(2), *edge_cases(4), Case("fp8", (6, 0), experts=8, hidden=256, dtype=torch.float8_e4m3fn)]
+CASES[-1] = replace(CASES[-1], scales=torch.float32)
+
+
+def make_buffer(group: Any, case: Case) -> ReferenceBuffer:
+    sizes = {"hidden": case.hidden, "num_topk": case.topk, "num_experts": case.experts}
+    return ReferenceBuffer(group, BufferSpec(num_max_tokens_per_rank=case.capacity, **sizes))
+
+
+def both_ways(group: Any, case: Case) -> dict[str, dict[str, Any]]:
+    """All calls of a layer on one batch, with and without the host wait: what they return, by name."""
+    buffer = make_buffer(group, case)
+    batch, later = make_batch(case, group.rank()), make_batch(case, group.rank(), turn=1)
+    found = {}
+    for name, waits in (("waits", True), ("sync-free", False)):
+        x, ids, weights, handle, _ = buffer.dispatch(
+            batch.payload,
+            topk_idx=batch.topk_idx,
+            topk_weights=batch.topk_weights,
+            num_experts=case.experts,
+            do_cpu_sync=waits,
+        )
+        cached, _, cached_weights, _, _ = buffer.dispatch(
+            later.payload, topk_weights=later.topk_weights, handle=handle, num_sms=handle.num_sms
+        )
+        real = int(handle.psum_num_recv_tokens_per_scaleup_rank[-1])
+        rows = torch.full((len(ids), case.hidden), float("nan"), dtype=torch.bfloat16)
+        rows[:real] = torch.arange(real)[:, None] % 7
+        returned = torch.full((len(ids), case.topk), float("nan"))
+        returned[:real] = torch.arange(real)[:, None] % 5
+        combined, combined_weights, _ = buffer.combine(rows, handle, returned)
+        scales = x[1] if isinstance(x, tuple) else None
+        found[name] = {
+            "x": x[0] if isinstance(x, tuple) else x,
+            "scales": scales,
+            "ids": ids,
+            "weights": weights,
+            "cached": cached[0] if isinstance(cached, tuple) else cached,
+            "cached weights": cached_weights,
+            "metadata": handle.recv_src_metadata,
+            "combined": combined,
+            "combined weights": combined_weights,
+            "real": real,
+            "numbers": (handle.num_recv_tokens, handle.num_expanded_tokens, handle.num_recv_tokens_per_expert_list),
+            "counts": handle.psum_num_recv_tokens_per_expert,
+        }
+    return found
+
+
+@functools.cache
+def answers(case: Case) -> list[dict[str, dict[str, Any]]]:
+    return run_ranks(case.size, both_ways, case)
+
+
+BY_ROW = ("x", "scales", "ids", "weights", "cached", "cached weights", "metadata")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_real_rows_are_those_of_an_ordinary_dispatch(case: Case) -> None:
+    for found in answers(case):
+        ours, theirs = found["sync-free"], found["waits"]
+        assert ours["real"] == theirs["real"] == len(theirs["ids"])
+        for name in BY_ROW:
+            if theirs[name] is not None:
+                assert len(ours[name]) == case.size * case.capacity
+                assert same_bits(ours[name][: ours["real"]], theirs[name]), name
+        assert same_bits(ours["combined"], theirs["combined"])
+        assert same_bits(ours["combined weights"], theirs["combined weights"])
+        assert not ours["combined"].isnan().any()
+        assert same_bits(ours["counts"], theirs["counts"])
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_what_lies_behind_them_is_poison(case: Case) -> None:
+    for found in answers(case):
+        ours = found["sync-free"]
+        tail = {name: ours[name][ours["real"] :] for name in BY_ROW if ours[name] is not None}
+        assert len(tail["ids"]), "the worst case is more than what arrives"
+        for name in ("x", "weights", "cached", "cached weights"):
+            assert tail[name].float().isnan().all(), name
+        assert (tail["ids"] >= 0).all() and (tail["ids"] < case.local_experts).all(), "ids that look real"
+        recv, expanded, by_expert = ours["numbers"]
+        most = case.size * case.capacity
+        assert (recv, expanded, by_expert) == (most, most * min(case.topk, case.local_experts), [])
+
+
+def refusals(group: Any) -> list[Any]:
+    case = Case("refused", (4, 4), experts=8)
+    batch = make_batch(case, group.rank())
+    given = {"topk_idx": batch.topk_idx, "topk_weights": batch.topk_weights, "num_experts": 8}
+    buffer = make_buffer(group, case)
+    return [
+        attempt(lambda: buffer.dispatch(batch.x, **given, do_cpu_sync=False, do_expand=True)),
+        attempt(lambda: buffer.dispatch(batch.x, **given, do_cpu_sync=group.rank() == 0)),
+    ]
+
+
+def test_refusals_name_the_remedy() -> None:
+    for expanded, mixed in run_ranks(2, refusals):
+        assert_report(expanded, InputError, "expanded layout cannot be sized", "do_expand=False")
+        assert_report(mixed, GroupMismatchError, "do_cpu_sync")

@@ -1,0 +1,134 @@
+"""The example with two processes and small runs: resumed after a signal, its data and its figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.commands import python
+from tests.helpers.harness import HANG
+from tests.helpers.paths import JOBS, ROOT
+
+SCRIPT = ROOT / "examples" / "pretrain_qwen3_moe.py"
+SMALL = ["--num-layers", "1", "--num-experts", "8", "--seq-length", "32", "--global-batch-size", "8"]
+SMALL += ["--max-data-mb", "1", "--eval-samples", "4", "--log-every", "1", "--device", "cpu"]
+
+
+def train(
+    folder: Path, *arguments: str, first: Callable[[], None] | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    out = ["--out", str(folder / "out")]
+    return python(str(SCRIPT), *SMALL, *out, *arguments, ranks=2, first=first, **variables)
+
+
+def summary(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def losses(folder: Path) -> list[tuple[int, float, float]]:
+    rows = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"], row["grad_norm"]) for row in rows]
+
+
+def stop_later() -> None:
+    """On the second rank: a signal in step STOP_IN."""
+    from qwen3_moe import loop
+
+    theirs = loop.train_batches
+
+    def train_batches(samples: Any, options: Any, step: int, rank: int, world: int) -> Any:
+        if rank == 1 and step + 1 == int(os.environ["STOP_IN"]):
+            signal.raise_signal(signal.SIGTERM)
+        return theirs(samples, options, step, rank, world)
+
+    loop.train_batches = train_batches
+
+
+@pytest.mark.slow
+def test_a_resumed_run_continues_exactly(tmp_path: Path) -> None:
+    """After a signal to torchrun, and after a signal to one rank; the one run here that torchrun starts."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    steps = ["--steps", "100000"]  # more than there is time for
+    save = [*steps, "--save", str(parts / "save"), "--save-interval", "2"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
+    waits, wait_in_step = tmp_path / "waits", JOBS / "wait_in_step.py"
+    torchrun += ["--nproc-per-node", "2", str(wait_in_step), "3", str(waits)]
+    torchrun += [str(SCRIPT), *SMALL, "--out", str(parts / "out"), *save]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(torchrun, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + HANG
+        while not waits.exists():
+            assert time.monotonic() < deadline and process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)  # torchrun hands it on
+        waits.unlink()
+        process.wait(HANG)
+    finally:
+        process.kill()
+    stopped_at = losses(parts)[-1][0]
+    last = stopped_at + 3
+
+    resumed = summary(train(parts, *save, "--resume", first=stop_later, STOP_IN=str(last)))
+    result = summary(train(whole, *steps, first=stop_later, STOP_IN=str(last)))
+    assert losses(parts) == losses(whole), f"stopped after step {stopped_at}"
+    assert resumed["steps"] == result["steps"] == len(losses(whole)) == last
+    assert result["stopped_by"] == "a signal to another rank" and result["status"]["buffer"] == "reference"
+    assert (whole / "out" / "loss.png").stat().st_size > 0 and (whole / "out" / "loss.svg").stat().st_size > 0
+
+
+@pytest.mark.parametrize("kind", ["missing", "binary", "unreadable", "too little"])
+def test_data_that_cannot_be_used(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    if kind == "binary":
+        path.write_bytes(bytes(range(256)) * 100)
+    elif kind == "unreadable":
+        if os.geteuid() == 0:
+            path.mkdir()  # root may read every file: a folder in the place of a file, with a broken link in it
+            (path / "gone.txt").symlink_to(tmp_path / "nowhere")
+        else:
+            path.write_text("text")
+            path.chmod(0)
+    elif kind == "too little":
+        path.write_text("a word")
+    done = train(tmp_path, "--steps", "2", "--data", str(path))
+    assert done.returncode != 0
+    assert str(path) in done.stderr and "\n  fix: " in done.stderr
+    assert done.stderr.count("\n  fix: ") == 1, "said once, not by every rank"
+
+
+def test_megatrons_own_data_files(tmp_path: Path) -> None:
+    import numpy
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix = tmp_path / "corpus"
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=numpy.uint16)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        builder.add_document(torch.randint(300, (200,), generator=generator), [200])
+    builder.finalize(f"{prefix}.idx")
+    result = summary(train(tmp_path, "--steps", "2", "--data-path", str(prefix), "--vocab-size", "300"))
+    assert result["steps"] == 2 and 0 < result["val_loss"] < 10
+    assert result["status"]["settings"]["reference_strict"] == "True (default)", "it must run as on GPUs"
+
+
+@pytest.mark.slow
+def test_both_dispatchers_tell_the_same_load(tmp_path: Path) -> None:
+    """Counted by what is dispatched, and by what the router says; the first step of both is the same one."""
+    balance = {}
+    for dispatcher in ("flex", "alltoall"):
+        summary(train(tmp_path, "--steps", "1", "--dispatcher", dispatcher))
+        row = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
+        balance[dispatcher] = row["expert_balance"]
+    assert 1.0 < balance["flex"] == balance["alltoall"]

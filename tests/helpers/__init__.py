@@ -1,0 +1,1 @@
+"""What tests share: ranks, oracles, cases, stand-ins. Nothing here is collected."""

@@ -1,0 +1,283 @@
+"""Weight gradients that are added to a buffer: the PyTorch reference against fp64, the Triton kernel against that as
+far as a CPU goes, and what Megatron's DDP finds behind a backward that used them."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ep_v2.errors import InputError
+from megatron_ep_v2.experts.gemm import GEMMS
+from megatron_ep_v2.experts.groups import Groups
+from megatron_ep_v2.experts.mlp import Weights, linear, run_experts
+from megatron_ep_v2.kernels import wgrad
+from tests.helpers.experts_oracle import NAN, batch, gradcheck_inputs, with_tail
+from tests.helpers.interpreter import child, needs_triton
+
+ROWS = [3, 0, 300, 1, 0]  # of each expert
+TAIL = 7  # rows of nobody behind them
+FLOATS = (torch.bfloat16, torch.float32, torch.float64)
+EDGES = [(16, 8), (130, 72), (64, 200), (129, 257)]  # N, K
+
+
+def case(
+    n: int, k: int, rows: torch.dtype, buffer: torch.dtype, sizes: list[int] = ROWS, largest: int = 8
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """out, grad, x, ends. Whole numbers, so that every order of adding up gives the same in fp32 and another in bf16;
+    NaN in the rows of nobody."""
+    generator = torch.Generator().manual_seed(n + k)
+
+    def whole(*shape: int) -> torch.Tensor:
+        return torch.randint(-largest, largest + 1, shape, generator=generator).double()
+
+    grad, x = whole(sum(sizes) + TAIL, n), whole(sum(sizes) + TAIL, k)
+    grad[sum(sizes) :], x[sum(sizes) :] = NAN, NAN
+    ends = torch.tensor(sizes).cumsum(0).to(torch.int32)
+    return whole(len(sizes), n, k).to(buffer), grad.to(rows), x.to(rows), ends
+
+
+def exact(out: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """In fp64, expert by expert."""
+    total, start = out.double(), 0
+    for expert, end in enumerate(ends.tolist()):
+        total[expert] += torch.einsum("rn,rk->nk", grad[start:end].double(), x[start:end].double())
+        start = end
+    return total
+
+
+# ---------------------------------------------------------------------------------------------- reference against fp64
+
+
+@pytest.mark.parametrize("rows", FLOATS, ids=str)
+@pytest.mark.parametrize("buffer", FLOATS, ids=str)
+def test_sums_are_exact_and_rounded_once(rows: torch.dtype, buffer: torch.dtype) -> None:
+    out, grad, x, ends = case(24, 16, rows, buffer)
+    wanted = exact(out, grad, x, ends)
+    assert wanted.abs().max() > 600, "bf16 cannot add that up by itself"
+    before = out.clone()
+    wgrad.add_(out, grad, x, ends)
+    assert out.dtype == buffer and torch.equal(out, wanted.to(buffer)) and not torch.equal(out, before)
+    wgrad.add_(out, grad, x, ends)
+    assert torch.equal(out, exact(wanted.to(buffer), grad, x, ends).to(buffer)), "a second time it adds to the first"
+
+
+@pytest.mark.parametrize(("kind", "most"), [(torch.bfloat16, 2e-6), (torch.float32, 2e-6), (torch.float64, 1e-14)])
+def test_fractions(kind: torch.dtype, most: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    out, grad, x = (torch.randn(shape, generator=generator) for shape in ((3, 24, 16), (90, 24), (90, 16)))
+    out, grad, x = out.to(torch.promote_types(kind, torch.float32)), grad.to(kind), x.to(kind)
+    ends = torch.tensor([40, 40, 90], dtype=torch.int32)
+    wanted = exact(out, grad, x, ends)
+    wgrad.add_(out, grad, x, ends)
+    assert (out.double() - wanted).norm() <= most * wanted.norm()
+
+
+@pytest.mark.parametrize("sizes", [ROWS, [0, 0, 0, 0, 0]], ids=str)
+def test_an_expert_without_rows_is_left_alone_bit_for_bit(sizes: list[int]) -> None:
+    """Negative zeros and NaN in its part stay what they are: not even zero is added."""
+    out, grad, x, ends = case(8, 16, torch.bfloat16, torch.float32, sizes)
+    idle = [expert for expert, size in enumerate(sizes) if not size]
+    out[idle] = torch.tensor([-0.0, NAN, torch.inf, 1e-45]).repeat(32).view(8, 16)
+    before = out.clone().view(torch.int32)
+    wgrad.add_(out, grad, x, ends)
+    assert torch.equal(out.view(torch.int32)[idle], before[idle])
+    busy = [expert for expert, size in enumerate(sizes) if size]
+    assert out[busy].isfinite().all(), "rows past the last end hold NaN and reach nothing"
+    assert all(not torch.equal(out.view(torch.int32)[expert], before[expert]) for expert in busy)
+
+
+@pytest.mark.parametrize("shape", [(4, 24, 16), (6, 24, 16), (5, 16, 24), (5, 24, 8), (5, 24 * 16)], ids=str)
+def test_a_buffer_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
+    _, grad, x, ends = case(24, 16, torch.float32, torch.float32)
+    out = torch.zeros(shape)
+    with pytest.raises(InputError, match="do not fit the buffer") as raised:
+        wgrad.add_(out, grad, x, ends)
+    assert str(shape) in str(raised.value) and "(5, 24, 16), contiguous" in str(raised.value)
+    assert "--no-gradient-accumulation-fusion" in str(raised.value) and not out.any()
+
+
+def test_a_buffer_that_is_not_contiguous_is_refused() -> None:
+    _, grad, x, ends = case(24, 16, torch.float32, torch.float32)
+    with pytest.raises(InputError, match="do not fit the buffer") as raised:
+        wgrad.add_(torch.zeros(5, 16, 24).transpose(1, 2), grad, x, ends)
+    assert "strides (384, 1, 24)" in str(raised.value)
+
+
+# ----------------------------------------------------------------------------------------------------- Triton, on a CPU
+
+INTERPRET = """
+import itertools, json, torch
+from tests.kernels.test_wgrad import EDGES, ROWS, case
+from megatron_ep_v2.kernels import wgrad as reference, wgrad_triton as kernels
+
+wrong, done = [], 0
+# Triton's interpreter keeps bf16 in uint16, which its tl.dot multiplies: fp16 stands for it, in tiles of the same size.
+# And it cuts off where a GPU rounds to bf16: sums that bf16 holds need neither.
+kinds = [(torch.float16, torch.float32), (torch.float16, torch.bfloat16), (torch.float32, torch.float32)]
+for (n, k), (rows, buffer), sizes in itertools.product(EDGES, kinds, (ROWS, [0] * 5, [64, 65, 0, 31, 128])):
+    out, grad, x, ends = case(n, k, rows, buffer, sizes, 1 if buffer == torch.bfloat16 else 8)
+    out[[expert for expert, size in enumerate(sizes) if not size]] = -0.0  # the sign of which an addition takes away
+    theirs = out.clone()
+    kernels.add_(out, grad, x, ends)
+    reference.add_(theirs, grad, x, ends)
+    done += 1
+    if not torch.equal(out.view(torch.uint8), theirs.view(torch.uint8)):
+        wrong.append([n, k, str(rows), str(buffer), sizes])
+kernels.add_(torch.empty(5, 0, 8), torch.empty(9, 0), torch.empty(9, 8), torch.zeros(5, dtype=torch.int32))
+print(json.dumps({"wrong": wrong, "done": done}))
+"""
+
+
+@pytest.mark.slow
+@needs_triton
+def test_the_kernel_equals_the_reference_in_tritons_interpreter() -> None:
+    """Sizes that are no multiples of a tile, NaN in rows of nobody, bits of idle experts that an addition changes."""
+    assert child(INTERPRET, TRITON_INTERPRET="1") == {"wrong": [], "done": len(EDGES) * 3 * 3}
+
+
+COMPILE = """
+import json, re
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from megatron_ep_v2.kernels import wgrad_triton as kernels
+
+found = {}
+for out in ("*fp32", "*bf16"):
+    kinds = [out, "*bf16", "*bf16", "*i32", *["constexpr"] * 5]
+    signature = dict(zip(kernels._add.arg_names, kinds, strict=True))
+    constants = dict(zip(kernels._add.arg_names[4:], (1536, 2048, kernels.TILE_N, kernels.TILE_K, kernels.ROWS)))
+    aligned = {(i,): [["tt.divisibility", 16]] for i in range(4)}
+    source = ASTSource(kernels._add, signature, constants, aligned)
+    options = {"num_warps": kernels.WARPS, "num_stages": kernels.STAGES}
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
+    found[out] = sorted(set(re.findall(r"wgmma\\.mma_async\\S*|cp\\.async\\.c[ga]\\S*|st\\.global\\S*", ptx)))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+@needs_triton
+def test_the_kernel_compiles_for_tensor_cores_that_add_up_in_fp32(tmp_path: Path) -> None:
+    found = child(COMPILE, TRITON_CACHE_DIR=str(tmp_path))
+    assert len(found) == 2
+    for out, instructions in found.items():
+        multiply = [name for name in instructions if name.startswith("wgmma")]
+        assert multiply and all(name.endswith(".f32.bf16.bf16") for name in multiply), f"{out}: {instructions}"
+        assert any(name.startswith("cp.async") for name in instructions), f"{out}: rows are not fetched ahead"
+        assert any(name.startswith("st.global.v4") for name in instructions), f"{out}: not 16 bytes at a time"
+
+
+# ------------------------------------------------------------------------------------------ in backward, as DDP sees it
+
+
+def megatrons_hook(weight: torch.Tensor, seen: list[dict[str, Any]]) -> Any:
+    """Do behind the gradient of a parameter what Megatron's DDP does, and note on what. Keep the node that this gives:
+    with it, autograd forgets the hook."""
+    node = weight.expand_as(weight).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+
+    def hook(*_: Any) -> None:
+        grad = weight.grad
+        assert grad is not None, "Megatron: 'param.grad being None is not safe when overlap_grad_reduce is True'"
+        seen.append(
+            {
+                "shape": tuple(grad.shape),
+                "zero": not grad.any(),
+                "bytes": grad.untyped_storage().nbytes() // grad.element_size(),
+                "added": weight.grad_added_to_main_grad,  # type: ignore[attr-defined]
+            }
+        )
+        if not weight.grad_added_to_main_grad or getattr(weight, "zero_out_wgrad", False):  # type: ignore[attr-defined]
+            weight.main_grad.add_(grad)  # type: ignore[attr-defined]
+        weight.grad = None
+
+    node.register_hook(hook)
+    return node
+
+
+@pytest.mark.parametrize("backend", ["sequential", "grouped"])
+@pytest.mark.parametrize("zero_out", [False, True])
+@pytest.mark.parametrize("buffer", [torch.float32, None], ids=["fp32", "the weights' own"])
+def test_two_micro_batches_are_in_main_grad(backend: str, zero_out: bool, buffer: torch.dtype | None) -> None:
+    b = batch([3, 0, 5, 1], dtype=torch.bfloat16)
+    weight = torch.nn.Parameter(b.w1.clone())
+    started = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)).to(buffer or weight.dtype)
+    weight.main_grad = started.clone()  # type: ignore[attr-defined]
+    weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+    weight.zero_out_wgrad = zero_out  # type: ignore[attr-defined]
+    seen: list[dict[str, Any]] = []
+    node = megatrons_hook(weight, seen)
+    groups = Groups.from_counts(torch.tensor(b.sizes), b.x)
+    wanted, grad_x = started.double(), []
+    for micro_batch in (1, 2):
+        x = (b.x * micro_batch).requires_grad_()
+        grad = torch.ones(len(x), weight.shape[1], dtype=x.dtype)
+        linear(x, weight, groups, GEMMS[backend], True, None, weight.main_grad).backward(grad)  # type: ignore[attr-defined]
+        wanted = exact(wanted.to(started.dtype), grad, x.detach(), groups.ends)
+        grad_x.append(x.grad)
+    tolerance = 1e-6 if buffer else 2.0**-8
+    error = (weight.main_grad.double() - wanted).norm()  # type: ignore[attr-defined]
+    assert error <= tolerance * wanted.norm() and (wanted - started.double()).norm() > 1
+    assert torch.equal(weight.main_grad[1], started[1]), "the expert without rows"  # type: ignore[attr-defined]
+    expected = {"shape": tuple(weight.shape), "zero": True, "bytes": 1, "added": True}
+    assert seen == [expected, expected] and weight.grad is None and node is not None
+    plain = b.x.clone().requires_grad_()
+    linear(plain, weight.detach(), groups, GEMMS[backend], True).backward(grad)
+    assert torch.equal(grad_x[0], plain.grad), "the rows' gradient is that of a backward without a buffer"
+
+
+def test_a_gradient_that_is_there_already_stays() -> None:
+    """Without DDP's hook nobody takes it away; Megatron's own linears leave it, too."""
+    b = batch([3, 4])
+    weight = torch.nn.Parameter(b.w1.clone())
+    weight.grad = torch.full_like(weight, 3.0)
+    groups, main_grad = Groups.from_counts(torch.tensor(b.sizes), b.x), torch.zeros_like(weight)
+    y = linear(b.x, weight, groups, GEMMS["sequential"], True, None, main_grad.detach())
+    y.backward(torch.ones_like(y))
+    assert (weight.grad == 3).all() and weight.grad_added_to_main_grad is True  # type: ignore[attr-defined]
+
+
+def test_without_a_buffer_autograd_gets_the_gradient() -> None:
+    b = batch([3, 4])
+    weight = torch.nn.Parameter(b.w1.clone())
+    groups = Groups.from_counts(torch.tensor(b.sizes), b.x)
+    y = linear(b.x, weight, groups, GEMMS["sequential"], True)
+    y.backward(torch.ones_like(y))
+    wanted = exact(torch.zeros_like(weight), torch.ones_like(y), b.x, groups.ends)
+    assert weight.grad is not None and (weight.grad - wanted).norm() <= 1e-6 * wanted.norm()
+    assert not hasattr(weight, "grad_added_to_main_grad")
+
+
+# ----------------------------------------------------------------------------------------------- activation recomputed
+
+
+def through(inputs: list[torch.Tensor], groups: Groups, backend: str, recompute: bool) -> torch.Tensor:
+    x, probs, w1, w2 = inputs
+    return run_experts(x, probs, Weights(w1), Weights(w2), groups, backend, recompute)
+
+
+@pytest.mark.parametrize("tail", [False, True])
+def test_a_recomputed_activation_by_differences(tail: bool) -> None:
+    inputs, groups = gradcheck_inputs(tail)
+    assert torch.autograd.gradcheck(lambda *args: through(list(args), groups, "sequential", True), inputs)
+
+
+@pytest.mark.parametrize(("backend", "tail"), [*itertools.product(["sequential", "grouped"], [False, True])])
+def test_a_recomputed_activation_gives_the_same_gradients(backend: str, tail: bool) -> None:
+    b = batch([3, 0, 5, 1])
+    groups = Groups.from_counts(torch.tensor(b.sizes), b.x)
+    if tail:
+        b, groups, _ = with_tail(b, 24, 4)
+    found = []
+    for recompute in (False, True):
+        inputs = [t.detach().clone().requires_grad_() for t in (b.x, b.probs, b.w1, b.w2)]
+        y = through(inputs, groups, backend, recompute)
+        y.backward(b.grad)
+        found.append([y.detach(), *(t.grad for t in inputs)])
+    for kept, recomputed in zip(*found, strict=True):
+        assert torch.equal(kept, recomputed) and kept.isfinite().all()
+    assert all(t.any() for t in found[0])

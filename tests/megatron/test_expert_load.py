@@ -1,0 +1,170 @@
+"""Expert load: against counts of the picks themselves, on the host and per layer, once for each token."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import megatron_ep_v2
+from megatron_ep_v2.errors import GroupMismatchError
+from megatron_ep_v2.fused_a2a import fused_dispatch
+from megatron_ep_v2.megatron import expert_load
+from tests.helpers.cases import SMALL, make_batch
+from tests.helpers.harness import run_ranks
+from tests.helpers.moe import own_package
+from tests.helpers.moe_layer import CPU, hidden_states, make_layer, megatron, step
+
+
+def picked(group: Any, layers: list[Any], hidden: list[torch.Tensor]) -> list[list[int]]:
+    """How often the routers of all ranks pick each expert."""
+    totals = []
+    for layer, tokens in zip(layers, hidden, strict=True):
+        counts = layer.router(tokens)[1].sum(dim=0)
+        torch.distributed.all_reduce(counts)
+        totals.append(counts.tolist())
+    return totals
+
+
+def count_layers(group: Any, layout: str, padded: bool) -> tuple[Any, ...]:
+    """Two layers, the second with other tokens and two micro-batches; then nothing."""
+    with megatron(CPU):
+        layers = [make_layer(CPU, "flex", layout)]
+        manager = layers[0].token_dispatcher._comm_manager
+        second = type(manager)(
+            manager.group, manager.num_local_experts, manager.router_topk, manager.num_experts, manager.config
+        )
+        if padded:
+            manager._expert_alignment = second._expert_alignment = lambda: 16
+        hidden = hidden_states(CPU, CPU.tokens - 3 * group.rank())
+        step(layers[0], hidden)
+        layers[0].token_dispatcher._comm_manager = second
+        step(layers[0], hidden, micro_batches=2)
+        gc.collect()
+        counts = [counts.tolist() for counts in megatron_ep_v2.expert_load()]
+        expected = picked(group, layers * 3, [hidden, hidden, hidden * 2])
+        empty = [int(counts.sum()) for counts in megatron_ep_v2.expert_load()]
+        return counts, [expected[0], [a + b for a, b in zip(*expected[1:], strict=True)]], empty
+
+
+@pytest.mark.parametrize(("layout", "padded"), [("compact", False), ("expanded", False), ("expanded", True)])
+def test_the_counts_are_those_of_the_routers(layout: str, padded: bool) -> None:
+    for counts, expected, empty in run_ranks(2, count_layers, layout, padded):
+        assert counts[-2:] == expected
+        assert empty[-2:] == [0, 0]
+
+
+@own_package
+def log(group: Any) -> Any:
+    """One even layer, one where the first expert gets all, one that nobody used."""
+    layers = [expert_load.ExpertLoad(group, 2) for _ in range(3)]
+    layers[0].add(torch.tensor([3, 3]))
+    layers[1].add(torch.tensor([8 * (group.rank() == 0), 0], dtype=torch.int32))
+    written: list[Any] = []
+    if group.rank() == 1:  # as Megatron, which opens its writers on the last rank
+        sys.modules["megatron.training.global_vars"] = SimpleNamespace(  # type: ignore[assignment]
+            _GLOBAL_TENSORBOARD_WRITER=SimpleNamespace(add_scalar=lambda *item: written.append(item)),
+            _GLOBAL_WANDB_WRITER=SimpleNamespace(log=lambda *item: written.append(item)),
+        )
+    try:
+        return megatron_ep_v2.log_expert_load(7), written, megatron_ep_v2.log_expert_load(8)
+    finally:
+        sys.modules.pop("megatron.training.global_vars", None)
+
+
+def test_scalars_for_megatrons_loggers() -> None:
+    scalars = {
+        "moe/busiest_expert": 2.5,
+        "moe/idle_experts": 3.0,
+        "moe/layer_0/busiest_expert": 1.0,
+        "moe/layer_1/busiest_expert": 4.0,
+    }
+    first, last = run_ranks(2, log, fresh=True)
+    assert first == (scalars, [], {})
+    assert last == (scalars, [*((name, value, 7) for name, value in scalars.items()), (scalars, 7)], {})
+
+
+def test_local_counts_need_no_other_rank() -> None:
+    layer = expert_load.ExpertLoad(None, 2)
+    layer.add(torch.tensor([1, 2]))
+    assert expert_load.local_expert_load()[-1].tolist() == [1, 2]
+    assert expert_load.local_expert_load()[-1].tolist() == [0, 0]
+    number = len(expert_load.local_expert_load())
+    del layer
+    gc.collect()
+    assert len(expert_load.local_expert_load()) == number - 1
+
+
+@own_package
+def disagree(group: Any) -> str:
+    layers = [expert_load.ExpertLoad(group, 2) for _ in range(1 + group.rank())]
+    layers[0].add(torch.tensor([1, 2]))
+    # What only rank 1 has was not used: a model that was given up, and not yet found by Python's collector.
+    assert [each.tolist() for each in expert_load.expert_load()] == [[1, 2, 1, 2], [0] * 4][: len(layers)]
+    for layer in layers:
+        layer.add(torch.tensor([1, 2]))
+    try:
+        expert_load.expert_load()
+    except GroupMismatchError as error:
+        return f"{len(layers)} {error}"
+    return "nothing was raised"
+
+
+def test_ranks_with_other_layers_are_told() -> None:
+    assert all("by rank: [1, 2]" in said for said in run_ranks(2, disagree, fresh=True))
+
+
+@own_package
+def read_on_one_rank(group: Any) -> list[list[int]]:
+    """Rank 0 looks at its own counts first; and rank 1 still has a layer of a model that was given up unread."""
+    layer = expert_load.ExpertLoad(group, 2)
+    if group.rank() == 1:
+        given_up = expert_load.ExpertLoad(group, 2)
+        given_up.add(torch.tensor([5, 5]))
+        given_up.cycle = given_up  # type: ignore[attr-defined]
+        del given_up
+    layer.add(torch.tensor([1, 2]))
+    local = expert_load.local_expert_load()[0].tolist() if group.rank() == 0 else []
+    return [local, *(each.tolist() for each in expert_load.expert_load())]
+
+
+def test_a_rank_that_has_read_its_own_counts_takes_part() -> None:
+    assert run_ranks(2, read_on_one_rank, fresh=True) == [[[1, 2], [0, 0, 1, 2]], [[], [0, 0, 1, 2]]]
+
+
+@own_package
+def exact_counts(group: Any) -> tuple[list[int], list[int]]:
+    """What the handle tells in a padded layout, and what was sent."""
+    batch = make_batch(SMALL, group.rank())
+    x = batch.x.float()
+    handle = fused_dispatch(
+        x, batch.topk_idx, batch.topk_weights, SMALL.experts, group, do_expand=True, expert_alignment=16
+    )[4]
+    sent = torch.bincount(batch.topk_idx[batch.topk_idx >= 0], minlength=SMALL.experts)
+    torch.distributed.all_reduce(sent)
+    mine = sent.view(group.size(), -1)[group.rank()]
+    return handle.num_unaligned_recv_tokens_per_expert.tolist(), mine.tolist()
+
+
+def test_padding_is_not_counted() -> None:
+    for counted, sent in run_ranks(2, exact_counts):
+        assert counted == sent
+
+
+class OnDevice(torch.Tensor):
+    """Counts that say they are on a GPU."""
+
+    is_cuda = True
+
+
+def test_counts_begun_in_inference_mode_go_on_in_training() -> None:
+    """A rollout may be the first to dispatch."""
+    layer = expert_load.ExpertLoad(None, 2)
+    with torch.inference_mode():
+        layer.add(torch.tensor([1, 2]).as_subclass(OnDevice))
+    layer.add(torch.tensor([3, 4]).as_subclass(OnDevice))
+    assert layer.take().tolist() == [4, 6]

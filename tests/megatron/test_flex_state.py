@@ -1,0 +1,281 @@
+"""What Megatron-Core's flex dispatcher keeps and shares on this package: buffers, handles, counts, dtypes, capacity."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import sys
+import weakref
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import megatron_ep_v2
+from megatron_ep_v2.buffers import pool
+from megatron_ep_v2.errors import ClosedError
+from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
+from tests.helpers.harness import run_ranks
+from tests.helpers.mcore import Layer, Shape, Split, make_hidden, megatron_ranks, relative_error
+
+EP2 = Split(1, 2)
+SMALL = Shape("fp32", 3, hidden=64)
+LAYOUTS = ["compact", "expanded"]
+TOLERANCE = 5e-6  # relative L2 in fp32
+
+pytestmark = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def assert_close(name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
+    error = relative_error(actual, expected)
+    assert error <= TOLERANCE, f"{name}: relative L2 error {error:.3g}"
+
+
+def dense_step(layers: list[Layer], hidden: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output of the dense layers, and the gradient of what goes into the first."""
+    hidden = hidden.detach().clone().requires_grad_()
+    output = hidden
+    for layer in layers:
+        output = layer.dense(output)
+    output.backward(grad)
+    return output.detach(), hidden.grad
+
+
+# ----------------------------------------------------------------------------------------------- one buffer for a group
+
+
+def run_two_layers(group: Any, layout: str) -> None:
+    with megatron_ranks(EP2, layout=layout):
+        layers = [Layer(SMALL, EP2, number) for number in (1, 2)]
+        hidden, grad = make_hidden(SMALL, 20).requires_grad_(), make_hidden(SMALL, 20, seed=1)
+        for _ in range(2):
+            hidden.grad = None
+            output = layers[1](layers[0](hidden))
+            output.backward(grad)
+            expected, expected_grad = dense_step(layers, hidden, grad)
+            assert_close("output", output, expected)
+            assert_close("gradient", hidden.grad, expected_grad)
+        [buffer] = pool.buffers()
+        assert buffer.group.size() == 2
+        assert len(megatron_ep_v2.status()["buffers"]) == 1
+
+
+def test_layers_share_one_buffer(layout: str) -> None:
+    run_ranks(2, run_two_layers, layout)
+
+
+def run_micro_batches(group: Any, layout: str, order: list[int]) -> None:
+    with megatron_ranks(EP2, layout=layout, num_max_tokens_per_rank=24):
+        layers = [Layer(SMALL, EP2, number) for number in (1, 2)]
+        tokens = [(20, 7), (3, 24), (11, 11)]  # of each rank
+        inputs = [make_hidden(SMALL, t[group.rank()], seed=i).requires_grad_() for i, t in enumerate(tokens)]
+        grads = [make_hidden(SMALL, len(hidden), seed=10) for hidden in inputs]
+        outputs = [layers[1](layers[0](hidden)) for hidden in inputs]
+        for i in order:
+            outputs[i].backward(grads[i])
+        for hidden, output, grad in zip(inputs, outputs, grads):
+            expected, expected_grad = dense_step(layers, hidden, grad)
+            assert_close("output", output, expected)
+            assert_close("gradient", hidden.grad, expected_grad)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]], ids=str)
+def test_several_micro_batches_in_flight(layout: str, order: list[int]) -> None:
+    """All forwards first: the manager's attributes are those of the last one when the first backward runs."""
+    run_ranks(2, run_micro_batches, layout, order)
+
+
+def destroy_groups(group: Any, layout: str) -> None:
+    with megatron_ranks(EP2, layout=layout):
+        other = dist.new_group([0, 1])
+        Layer(SMALL, EP2)(make_hidden(SMALL, 5))
+        x, picks = make_hidden(SMALL, 5), torch.zeros(5, 1, dtype=torch.int64)
+        *_, handle = fused_dispatch(x, picks, torch.ones(5, 1), 2, other)
+        first, second = pool.buffers()
+        dist.destroy_process_group(other)
+        assert pool.buffers() == [first]
+        with pytest.raises(ClosedError):
+            second.combine(x, handle)
+        dist.destroy_process_group()
+        assert pool.buffers() == []
+        with pytest.raises(ClosedError):
+            fused_combine(x, group, handle)
+
+
+def test_destroying_a_process_group_destroys_its_buffers(layout: str) -> None:
+    run_ranks(2, destroy_groups, layout)
+
+
+# -------------------------------------------------------------------------------------------------------------- handles
+
+
+def follow_handles(group: Any, layout: str, mode: str) -> None:
+    """Three steps whose outputs are kept, as a user keeps losses; nothing else is."""
+    gc.disable()  # what only the garbage collector frees is not freed in time
+    try:
+        with megatron_ranks(EP2, layout=layout), contextlib.ExitStack() as stack:
+            layer, kept = Layer(SMALL, EP2), []
+            if mode != "train":
+                layer.router.eval()
+                stack.enter_context(torch.no_grad() if mode == "no_grad" else torch.inference_mode())
+            for step in range(3):
+                hidden = make_hidden(SMALL, 9).requires_grad_(mode == "train")
+                rows, _, row_probs = layer.dispatch(hidden, *layer.router(hidden))
+                handle = weakref.ref(layer.manager.handle)
+                assert handle() is not None
+                kept.append(layer.combine(rows * row_probs[:, None]))
+                del rows, row_probs
+                assert layer.manager.handle is None, "the manager gives it up with the combine"
+                if mode == "train":
+                    assert handle() is not None, "the backward needs it"
+                    kept[-1].sum().backward()
+                assert handle() is None, f"the handle of step {step} lives on"
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("mode", ["train", "no_grad", "inference_mode"])
+def test_no_handle_outlives_its_step(layout: str, mode: str) -> None:
+    run_ranks(2, follow_handles, layout, mode)
+
+
+# -------------------------------------------------------------------------------------------------- tokens and capacity
+
+
+def run_uneven_ranks(group: Any, layout: str, tokens: tuple[int, ...]) -> None:
+    split = Split(1, len(tokens))
+    with megatron_ranks(split, layout=layout):
+        layer = Layer(SMALL, split, moe_aux_loss_coeff=0.0)  # a mean over no tokens is not a number
+        hidden = make_hidden(SMALL, tokens[group.rank()]).requires_grad_()
+        grad = make_hidden(SMALL, len(hidden), seed=1)
+        output = layer(hidden)
+        output.backward(grad)
+        expected, expected_grad = dense_step([layer], hidden, grad)
+        assert_close("output", output, expected)
+        assert_close("gradient", hidden.grad, expected_grad)
+        [buffer] = pool.buffers()
+        assert buffer.num_max_tokens_per_rank == max(tokens)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokens", [(13, 5), (0, 8), (8, 0), (3, 0, 17, 1)], ids=str)
+def test_ranks_with_different_numbers_of_tokens(layout: str, tokens: tuple[int, ...]) -> None:
+    run_ranks(len(tokens), run_uneven_ranks, layout, tokens)
+
+
+def read_capacity(group: Any, layout: str, arguments: dict[str, Any]) -> str:
+    """What the buffer says of its capacity, with Megatron's parsed arguments in place."""
+    module: Any = ModuleType("megatron.training.global_vars")
+    module._GLOBAL_ARGS = SimpleNamespace(**arguments)
+    with pytest.MonkeyPatch.context() as monkeypatch, megatron_ranks(EP2, layout=layout):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        Layer(SMALL, EP2)(make_hidden(SMALL, 5))
+        return megatron_ep_v2.status()["buffers"][0]["num_max_tokens_per_rank"]
+
+
+MEGATRON_ARGUMENTS = {
+    "seq_length": 100,
+    "micro_batch_size": 3,
+    "context_parallel_size": 1,
+    "tensor_model_parallel_size": 8,
+    "sequence_parallel": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "capacity"),
+    [
+        ({}, 300),
+        ({"context_parallel_size": 2}, 150),
+        ({"context_parallel_size": 2, "sequence_parallel": True}, 3 * 7),
+    ],
+    ids=["all", "context parallel", "sequence parallel"],
+)
+def test_the_capacity_is_megatrons_sequence_length(layout: str, changes: dict[str, Any], capacity: int) -> None:
+    """Of one rank: the sequence is shared out, rounded up."""
+    told = run_ranks(2, read_capacity, layout, MEGATRON_ARGUMENTS | changes)
+    assert told == [f"{capacity} (Megatron's sequence length and micro-batch size)"] * 2
+
+
+def test_without_megatrons_arguments_the_capacity_is_agreed(layout: str) -> None:
+    told = run_ranks(2, read_capacity, layout, {"seq_length": None})
+    assert told == ["5 (the most tokens of any rank at its first dispatch)"] * 2
+
+
+# ------------------------------------------------------------------------------------------------- dtypes and alignment
+
+
+def use_fp64_router(group: Any, layout: str) -> None:
+    shape = Shape("fp32", 3, hidden=64, router_dtype="fp64")
+    with megatron_ranks(EP2, layout=layout):
+        layer = Layer(shape, EP2)
+        hidden, grad = make_hidden(shape, 20).requires_grad_(), make_hidden(shape, 20, seed=1)
+        probs, routing_map = layer.router(hidden.detach())
+        assert probs.dtype == torch.float64
+        probs = probs.detach().requires_grad_()
+        rows, counts, row_probs = layer.dispatch(hidden, probs, routing_map)
+        assert row_probs.dtype == torch.float64
+        weights = row_probs * layer.local_factors.repeat_interleave(counts)
+        layer.combine((rows * weights[:, None]).to(rows.dtype)).backward(grad)
+        factors = layer.factors.sum(dim=1)
+        expected = (hidden * grad).sum(dim=1, keepdim=True) * factors * routing_map
+        assert probs.grad.dtype == torch.float64
+        assert_close("gradient of the probabilities", probs.grad, expected)
+        assert_close("gradient", hidden.grad, grad * (probs @ factors.double())[:, None])
+
+
+def test_an_fp64_router(layout: str) -> None:
+    run_ranks(2, use_fp64_router, layout)
+
+
+def use_bf16_router(group: Any, layout: str) -> list[str]:
+    shape = Shape("bf16", 3, hidden=64, router_dtype=None)
+    messages: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logging.getLogger().addHandler(handler)
+    try:
+        with megatron_ranks(EP2, layout=layout):
+            layer = Layer(shape, EP2)
+            hidden = make_hidden(shape, 20).requires_grad_()
+            assert layer.router(hidden)[0].dtype == torch.bfloat16
+            output = layer(hidden)
+            output.backward(make_hidden(shape, 20, seed=1))
+            assert output.dtype == hidden.grad.dtype == torch.bfloat16
+            assert relative_error(output, layer.dense(hidden)) < 1e-2
+    finally:
+        logging.getLogger().removeHandler(handler)
+    return messages
+
+
+def test_a_bf16_router_works_and_is_advised_against(layout: str) -> None:
+    for messages in run_ranks(2, use_bf16_router, layout):
+        assert any("moe-router-dtype" in message for message in messages)
+
+
+def pad_for_quantisation(group: Any, layout: str) -> None:
+    with megatron_ranks(EP2, layout=layout):
+        layer = Layer(SMALL, EP2)
+        # Set afterwards: the configuration itself would ask for TransformerEngine.
+        layer.config.fp8, layer.config.moe_router_padding_for_quantization = "hybrid", True
+        hidden, grad = make_hidden(SMALL, 100).requires_grad_(), make_hidden(SMALL, 100, seed=1)
+        probs, routing_map = layer.router(hidden.detach())
+        rows, counts, row_probs = layer.dispatch(hidden, probs.detach(), routing_map)
+        assert (counts % 16 == 0).all() and len(rows) == len(row_probs) == counts.sum()
+        assert rows.isfinite().all() and row_probs.isfinite().all(), "padding is read by quantised GEMMs"
+        real = routing_map.sum(dim=0)
+        dist.all_reduce(real)
+        assert ((counts - real[layer.local_experts]) < 16).all() and (counts != real[layer.local_experts]).any()
+        weights = row_probs * layer.local_factors.repeat_interleave(counts)
+        output = layer.combine(rows * weights[:, None])
+        output.backward(grad)
+        expected = (probs.detach() @ layer.factors.sum(dim=1))[:, None]
+        assert_close("output", output, hidden * expected)
+        assert_close("gradient", hidden.grad, grad * expected)
+
+
+def test_padding_for_quantised_experts(layout: str) -> None:
+    run_ranks(2, pad_for_quantisation, layout)
