@@ -196,8 +196,8 @@ HINTS = {  # by tokens and bucket
     (0, 0): f"{RIGHT} at least 1 here",
     (3, 16): f"{LARGER} at least 16; else {RIGHT} at least 4 here",
     (2, 100): f"{LARGER} at least 128; else {RIGHT} at least 2 here",
-    (9, 8): f"{LARGER} at least 16, or bring so many to prepare_prefill",
-    (9, 16): f"{LARGER} at least 16, or bring so many to prepare_prefill",
+    (9, 8): f"{LARGER} at least 16, or pass so many to prepare_prefill",
+    (9, 16): f"{LARGER} at least 16, or pass so many to prepare_prefill",
 }
 
 

@@ -94,5 +94,5 @@ def test_other_kernels_are_told_apart(launch: Callable[..., None]) -> None:
 
 
 def test_a_kernel_that_is_compiled_for_its_first_number_is_refused(launch: Callable[..., None]) -> None:
-    with pytest.raises(AssertionError, match="p1 would be compiled for the value"):
+    with pytest.raises(AssertionError, match="p1 would be compiled for its first value"):
         launch(Kernel(3, specialized=True), GRID, (torch.zeros(64),), (16,), (8,))

@@ -36,7 +36,7 @@ def test_on_a_cpu_it_is_pytorchs() -> None:
 def test_the_kernels_gradient_by_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
     """With PyTorch in the kernels' place."""
     kernels = SimpleNamespace(
-        pick=lambda probs, topk: torch.topk(probs, topk),
+        select=lambda probs, topk: torch.topk(probs, topk),
         spread=lambda grad, indices, experts: grad.new_zeros(len(grad), experts).scatter(1, indices, grad),
     )
     monkeypatch.setattr(module, "_kernels", lambda: kernels)

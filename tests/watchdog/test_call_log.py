@@ -204,7 +204,7 @@ VERDICTS: dict[str, tuple[dict[int, dict[str, Any]], int, dict[int, str]]] = {
     "one is behind": ({0: answer(4), 1: answer(4), 2: answer(3)}, 4, {2: "not arrived"}),
     "one is behind and dead": ({0: answer(4), 1: answer(4), 2: answer(3, end="died")}, 4, {2: "not arrived"}),
     "one has no watcher": ({0: answer(4), 1: answer(4)}, 4, {2: "does not answer"}),
-    "one took another way": (
+    "one diverged": (
         {0: answer(4), 1: answer(4), 2: answer(4, kinds="dcDC")},
         4,
         {2: "its call 3 is backward of the combine (step 1, MoE call 1), elsewhere forward dispatch"},
@@ -219,7 +219,7 @@ VERDICTS: dict[str, tuple[dict[int, dict[str, Any]], int, dict[int, str]]] = {
         4,
         {2: "its call 4 is backward of the dispatch (step 1, MoE call 1), elsewhere forward dispatch"},
     ),
-    "asked by the one that took another way": (
+    "asked by the one that diverged": (
         {2: answer(6, kinds="dcDCDC"), 0: answer(4), 1: answer(4)},
         6,
         {2: "its call 3 is backward"},
