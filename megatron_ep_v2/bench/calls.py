@@ -84,9 +84,10 @@ class RawCalls(Layer):
 
     def cached_dispatch(self, handle: Any) -> Any:
         """The rows of `grad_output`."""
-        return self.buffer.dispatch(self.grad_output, handle=handle, num_sms=handle.num_sms, do_expand=self.do_expand)[
-            0
-        ]
+        rows, *_ = self.buffer.dispatch(
+            self.grad_output, handle=handle, num_sms=handle.num_sms, do_expand=self.do_expand
+        )
+        return rows
 
     def combine_with_weights(
         self, rows: torch.Tensor, handle: Any, row_weights: torch.Tensor
