@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,8 +55,6 @@ class RawCalls(Layer):
         num_experts: In the whole group.
         do_expand: The expanded layout.
         num_sms: SMs of each call; 0 = the library decides.
-        asynchronous: Only deep_ep's own buffer: each call waits for an event of the current stream, allocates on the
-            communication stream, and is waited for right after it.
     """
 
     buffer: Any
@@ -68,12 +65,10 @@ class RawCalls(Layer):
     num_experts: int
     do_expand: bool
     num_sms: int = 0
-    asynchronous: bool = False
 
     def dispatch(self) -> tuple[Any, torch.Tensor, Any]:
         """`(rows, row weights, handle)`: [R, H] and [R, K], or [P, H] and [P] in the expanded layout."""
-        rows, _, row_weights, handle, _ = self._call(
-            self.buffer.dispatch,
+        rows, _, row_weights, handle, _ = self.buffer.dispatch(
             self.hidden,
             topk_idx=self.topk_idx,
             topk_weights=self.topk_weights,
@@ -85,20 +80,20 @@ class RawCalls(Layer):
 
     def combine(self, rows: torch.Tensor, handle: Any) -> torch.Tensor:
         """[T, H]."""
-        y: torch.Tensor = self._call(self.buffer.combine, rows, handle)[0]
-        return y
+        return self.buffer.combine(rows, handle)[0]  # type: ignore[no-any-return]
 
     def cached_dispatch(self, handle: Any) -> Any:
         """The rows of `grad_output`."""
-        return self._call(
-            self.buffer.dispatch, self.grad_output, handle=handle, num_sms=handle.num_sms, do_expand=self.do_expand
-        )[0]
+        rows, *_ = self.buffer.dispatch(
+            self.grad_output, handle=handle, num_sms=handle.num_sms, do_expand=self.do_expand
+        )
+        return rows
 
     def combine_with_weights(
         self, rows: torch.Tensor, handle: Any, row_weights: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """`([T, H], [T, K] fp32)`."""
-        y, weights, _ = self._call(self.buffer.combine, rows, handle, topk_weights=row_weights)
+        y, weights, _ = self.buffer.combine(rows, handle, topk_weights=row_weights)
         return y, weights
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor, Any]:
@@ -112,16 +107,6 @@ class RawCalls(Layer):
             y, row_weights, handle = states.pop()
             grad_hidden, grad_weights = self.combine_with_weights(self.cached_dispatch(handle), handle, row_weights)
         return y, grad_hidden, grad_weights
-
-    def _call(self, call: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
-        if not self.asynchronous:
-            return call(*arguments, **more)
-        before = self.buffer.capture()
-        answer = call(
-            *arguments, **more, previous_event=before, async_with_compute_stream=True, allocate_on_comm_stream=True
-        )
-        answer[-1].current_stream_wait()
-        return answer
 
 
 @dataclass(frozen=True, kw_only=True)
