@@ -87,7 +87,7 @@ def count(group: Any) -> dict[str, list[int]]:
         for way, run in WAYS.items():
             run(lambda h: layer(h)[0], hidden_states(CPU, CPU.tokens).requires_grad_()).sum().backward()
             read_all()
-            found[way] = layer.token_dispatcher._comm_manager.load.take().tolist()
+            found[way] = layer.token_dispatcher._comm_manager.expert_load.take().tolist()
     return found
 
 

@@ -1,1 +1,1 @@
-"""The benchmark behind `python -m megatron_ep_v2 bench`: Megatron's dispatchers side by side, right results first."""
+"""The benchmark of `python -m megatron_ep_v2 bench`: Megatron's dispatchers side by side, right results first."""

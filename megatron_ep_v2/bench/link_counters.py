@@ -1,6 +1,6 @@
 """Bytes that really crossed the links: NVLink counters of a GPU through NVML, port counters of RDMA and EFA devices.
 
-Counters run from the start of the driver and count everybody's traffic: take the difference of two readings, on a
+Counters run from the start of the driver and count all traffic: take the difference of two readings, on a
 machine that does nothing else.
 """
 

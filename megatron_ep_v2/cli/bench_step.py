@@ -1,4 +1,4 @@
-"""The command behind `bench --step` and `bench --tune`: measure, print, advise."""
+"""The command of `bench --step` and `bench --tune`: measure, print, advise."""
 
 from __future__ import annotations
 

@@ -128,7 +128,7 @@ def set_recipe(monkeypatch: pytest.MonkeyPatch, recipe: str | None) -> None:
             config.fp8, config.fp8_recipe = "e4m3", recipe
         return config
 
-    monkeypatch.setattr("mcore.make_config", config_of)
+    monkeypatch.setattr("tests.helpers.mcore.make_config", config_of)
 
 
 def run_recipe(group: Any, recipe: str | None, chosen: dict[str, Any]) -> dict[str, Any]:

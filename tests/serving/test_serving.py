@@ -97,12 +97,15 @@ def refusals(group: Any) -> dict[str, Any]:
     many = (wide, torch.full((9, 3), -1), torch.zeros(9, 3))
 
     def twice(pair: PrepareFinalize) -> None:
-        work = pair.prepare_decode(x, ids, weights, bucket=4)
+        """All ranks but one prepare again, where that one finalizes: its call raises too, and it can call again."""
+        rows = run_decode(pair.prepare_decode(x, ids, weights, bucket=4), 2 * rank)
         try:
-            if rank:  # alone: the others' next call is the finalize
+            if rank:
                 pair.prepare_decode(x, ids, weights, bucket=4)
+            else:
+                pair.finalize(rows)
         finally:
-            pair.finalize(run_decode(work, 2 * rank))
+            pair.finalize(rows)
 
     pair = make_pair(group)
     graphs = DecodeGraphs(pair, lambda work: run_decode(work, 2 * rank), "cpu")
@@ -132,6 +135,8 @@ def test_refusals_name_the_remedy() -> None:
             assert_report(found[name], InputError, "9 tokens", "bucket of 8", "at least 16")
         if rank:
             assert_report(found["busy"], InputError, "slot 0 still holds", "slots=2")
+        else:
+            assert_report(found["busy"], PeerError, "refused")
         assert_report(found["no power"], InputError, "bucket of 6")
         assert_report(found["nothing"], InputError, "nothing was prepared in slot 0")
         assert_report(found["mixed"], GroupMismatchError, "num_max_tokens_per_rank")

@@ -22,7 +22,7 @@ def collect_gradient(parameter: Any, into: torch.Tensor) -> None:
     """Add a parameter's gradients up in an fp32 tensor of its shape, micro-batch after micro-batch.
 
     As in Megatron's own data parallelism: a module that fuses this with its GEMM adds to `main_grad` by itself and says
-    so in `grad_added_to_main_grad`; autograd gets something of the right shape that nobody reads, or nothing.
+    so in `grad_added_to_main_grad`; autograd gets something of the right shape that is not read, or nothing.
     """
     parameter.main_grad, parameter.grad_added_to_main_grad = into, False
     parameter.register_post_accumulate_grad_hook(_collect)
