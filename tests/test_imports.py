@@ -160,7 +160,7 @@ def test_importing_the_command_line_touches_nothing() -> None:
 
 
 @pytest.mark.slow
-def test_importing_the_installer_touches_nothing_yet() -> None:
+def test_importing_the_binding_touches_nothing_yet() -> None:
     """It imports all modules but those that need Megatron."""
     nothing = {"changed environment": [], "packages": [], "cuda": False, "group": False, "torch": True}
-    assert witness(f"{PACKAGE}.installer") == nothing
+    assert witness(f"{PACKAGE}.megatron.binding") == nothing

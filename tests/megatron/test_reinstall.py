@@ -84,7 +84,7 @@ def decide(group: Any) -> dict[str, Any]:
 
 
 def test_what_megatrons_configuration_decided_holds_until_somebody_gives_a_value() -> None:
-    for found in run_ranks(2, decide):
+    for found in run_ranks(2, decide, fresh=True):  # it asks whether any layer of the process is alive
         for call in ("built", "again", "again, after a step", "the same again, after a step"):
             assert found[call] == DECIDED, call
         given = {name: f"{value} (install())" for name, value in GIVEN.items()}
