@@ -53,6 +53,7 @@ def measure(run: Run) -> Iterator[list[Row]]:
         device_checks.read_all()  # the routing was the same
         memory = {variant: stack.memory(variant) for variant in VARIANTS}
         times = run.time_alone(cases)
+        device_checks.read_all()  # and was the same while it was timed
         yield [
             {
                 "layout": layout,
