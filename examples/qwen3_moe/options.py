@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from megatron_ep_v2.buffers.carriers import CARRIERS
 from megatron_ep_v2.errors import SettingsError
 from megatron_ep_v2.megatron.qwen3_moe.options import ModelShape, Recipe, TrainerOptions
+from megatron_ep_v2.wire.formats import DISPATCH_DTYPES
 
 from .presets import PRESETS
 
@@ -155,10 +157,11 @@ def _parser() -> argparse.ArgumentParser:
         help="flex: Megatron's flex dispatcher on megatron_ep_v2; alltoall: Megatron's own, for comparison",
     )
     moe.add_argument("--layout", choices=("auto", "compact", "expanded"), help="of megatron_ep_v2")
-    moe.add_argument("--buffer", choices=("auto", "reference", "elastic", "legacy"), help="of megatron_ep_v2")
-    dtypes = ("auto", "bf16", "fp8", "mxfp8")
-    moe.add_argument("--dispatch-dtype", choices=dtypes, help="of megatron_ep_v2: what rows travel as")
-    moe.add_argument("--grad-dispatch-dtype", choices=dtypes, help="of megatron_ep_v2: what gradients travel as")
+    moe.add_argument("--buffer", choices=("auto", *CARRIERS), help="of megatron_ep_v2")
+    moe.add_argument("--dispatch-dtype", choices=DISPATCH_DTYPES, help="of megatron_ep_v2: what rows travel as")
+    moe.add_argument(
+        "--grad-dispatch-dtype", choices=DISPATCH_DTYPES, help="of megatron_ep_v2: what gradients travel as"
+    )
     moe.add_argument(
         "--sync-free",
         action="store_true",

@@ -9,6 +9,7 @@ import torch
 from megatron_ep_v2.bench.layer import Groups, OurBuffer, named_results
 from megatron_ep_v2.bench.shapes import Batch, Shape
 from megatron_ep_v2.bench.variants import Variant, make_dispatchers
+from megatron_ep_v2.buffers.carriers import CARRIERS
 
 # Rows received by the busiest rank, as a multiple of the mean, get this much room in buffers of a fixed size.
 _HEADROOM = 1.05
@@ -46,8 +47,8 @@ class DispatcherSet:
 
         self.sms = sms
         self.backend = variant.backend if variant.kind == "flex" else ""
-        # The legacy Buffer is built for its SM count; the others take it with each call.
-        group = groups.get((variant.buffer or "megatron", sms if variant.buffer == "legacy" else None))
+        fixed_sms = variant.buffer is not None and CARRIERS[variant.buffer].fixed_sms
+        group = groups.get((variant.buffer or "megatron", sms if fixed_sms else None))
         self.ours = OurBuffer(variant.buffer, variant.layout, sms, group, tokens) if variant.buffer else None
         config: dict[str, Any] = {}
         if self.ours is None and sms is not None:

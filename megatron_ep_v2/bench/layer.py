@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron_ep_v2 import settings as settings_module
 from megatron_ep_v2.bench.shapes import Batch
 from megatron_ep_v2.buffers import pool
+from megatron_ep_v2.buffers.carriers import CARRIERS
 from megatron_ep_v2.settings import Settings
 from megatron_ep_v2.watchdog.watched_buffer import WatchedBuffer
 
@@ -118,12 +119,12 @@ class OurBuffer:
         buffer = self.live
         if buffer is None:
             return
-        if self.kind == "elastic":
+        if CARRIERS[self.kind].fixed_sms:
+            type(buffer._buffer).set_num_sms(buffer.num_sms)
+        elif CARRIERS[self.kind].needs_cuda:
             buffer.num_sms = self.settings.num_sms or buffer.get_theoretical_num_sms(
                 buffer.spec.num_experts, buffer.spec.num_topk
             )
-        elif self.kind == "legacy":
-            type(buffer._buffer).set_num_sms(buffer.num_sms)
         self.num_sms = buffer.num_sms
 
     def leave(self) -> None:

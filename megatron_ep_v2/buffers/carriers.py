@@ -22,8 +22,9 @@ class Carrier:
         label: Name in reports.
         requirement: What has to be installed, for errors.
         advantage: Why `buffer=auto` takes it, for the log.
+        fixed_sms: It is built for its SM count; else each call takes one.
         layouts: Layouts that it delivers; `layout=auto` takes the first. "sync-free": dispatches without a host wait.
-        row_prefix: Goes before the layout in the names of the bench's rows.
+        row_prefix: Goes before the layout in the names of the bench's rows; different for each carrier.
     """
 
     name: str
@@ -33,8 +34,9 @@ class Carrier:
     label: str
     requirement: str
     advantage: str
+    fixed_sms: bool = False
     layouts: tuple[str, ...]
-    row_prefix: str = ""
+    row_prefix: str
 
     @property
     def needs_cuda(self) -> bool:
@@ -54,6 +56,7 @@ CARRIERS: dict[str, Carrier] = {
             requirement="deep_ep >= 2.1 with ElasticBuffer",
             advantage="V2 is preferred",
             layouts=("expanded", "compact", "sync-free"),
+            row_prefix="",
         ),
         Carrier(
             name="legacy",
@@ -62,6 +65,7 @@ CARRIERS: dict[str, Carrier] = {
             label="legacy Buffer",
             requirement="deep_ep with Buffer",
             advantage="called directly, without Megatron",
+            fixed_sms=True,
             layouts=("compact",),
             row_prefix="legacy-",
         ),

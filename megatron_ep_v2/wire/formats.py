@@ -17,7 +17,7 @@ class WireFormat:
     Attributes:
         name: Value of the settings `dispatch_dtype` and `grad_dispatch_dtype`.
         columns: Columns of a row that share a scale.
-        value_dtype, scale_dtype: Names of torch dtypes. deep_ep carries scales of 4 bytes per element: one fp32, or a
+        scale_dtype: Name of a torch dtype. deep_ep carries scales of 4 bytes per element: one fp32, or a
             pack of four UE8M0 exponents as an int32.
         recipe: Value of Megatron's `fp8_recipe` whose GEMMs round the same rows in the same groups anyway.
         capability: Minimum compute capability for that recipe; None = any.
@@ -25,7 +25,6 @@ class WireFormat:
 
     name: str
     columns: int
-    value_dtype: str = "float8_e4m3fn"
     scale_dtype: str
     recipe: str
     capability: tuple[int, int] | None = None
