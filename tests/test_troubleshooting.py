@@ -6,6 +6,7 @@ An error carries its own remedy, so the page need not repeat it. A warning is on
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,11 +36,11 @@ def text_of(node: ast.expr | None) -> str | None:
     return None
 
 
-def nodes() -> Iterator[tuple[str, ast.AST]]:
+@functools.cache
+def nodes() -> list[tuple[str, ast.AST]]:
     """(file, node) of everything in the package's sources."""
-    for path in sorted(PACKAGE.rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            yield str(path.relative_to(PACKAGE)), node
+    trees = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+    return [(file, node) for file, tree in trees.items() for node in ast.walk(tree)]
 
 
 def calls(names: set[str]) -> Iterator[tuple[str, ast.Call]]:

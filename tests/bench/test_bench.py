@@ -74,6 +74,7 @@ def test_the_table_on_two_ranks_that_it_starts(tmp_path: Path) -> None:
     assert "[2/2 custom one-hot-expert 64] round 4/4, about " in done.stderr
 
 
+@pytest.mark.slow
 def test_the_table_under_torchrun() -> None:
     done = bench(*SMALL, "--variants", "alltoall", "reference-expanded", "--dtype", "bf16", ranks=2)
     assert done.returncode == 0, done.stderr
