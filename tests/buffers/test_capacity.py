@@ -253,3 +253,18 @@ def test_capacities_are_few_and_at_most_half_as_large_again() -> None:
     rounded = {tokens: round_up(tokens) for tokens in range(1, 10_000)}
     assert all(tokens <= capacity < 1.5 * tokens + 1 for tokens, capacity in rounded.items())
     assert len(set(rounded.values())) < 30
+
+
+@own_package
+def state_too_little(group: Any) -> tuple[Any, int]:
+    """Rank 1 has more tokens than the capacity that was stated: what is said, and how many buffers were built."""
+    settings.activate(settings.resolve(buffer="reference", num_max_tokens_per_rank=4))
+    return attempt(lambda: dispatch(group, 5 if group.rank() else 3)), len(pool.buffers())
+
+
+def test_a_stated_capacity_below_a_first_batch_is_refused_before_a_buffer_is_built() -> None:
+    """On all ranks: a carrier whose ranks do not learn of a refusal would leave the others in its dispatch."""
+    (other, others_buffers), (own, own_buffers) = run_ranks(2, state_too_little)
+    assert_report(own, TokenCapacityError, "5 tokens", "more than the setting", f"set {CAPACITY}=5")
+    assert_report(other, PeerError, "rank 1 refused")
+    assert others_buffers == own_buffers == 0
