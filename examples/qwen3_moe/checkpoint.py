@@ -79,7 +79,7 @@ def _load(folder: Path, trainer: Trainer, samples: Samples, runtime: Runtime) ->
         raise CheckpointError(
             f"--resume: no checkpoint in {folder}",
             needed=f"the file {marker}, written with the first complete checkpoint",
-            fix="leave out --resume to start anew, or check --save",
+            fix="leave out --resume to start from the first step, or check --save",
         )
     source = folder / marker.read_text().strip()
     path = _shard_path(source, runtime.rank)

@@ -77,7 +77,7 @@ def megatron(machine: Machine) -> Iterator[None]:
     parallel_state.initialize_model_parallel(expert_model_parallel_size=ranks, expert_tensor_parallel_size=1)
     if machine.on_gpu:
         model_parallel_cuda_manual_seed(1)
-    with torch.compiler.set_stance("force_eager"):  # Megatron compiles small functions, anew for each layer
+    with torch.compiler.set_stance("force_eager"):  # Megatron compiles small functions, again for each layer
         try:
             yield
         finally:
