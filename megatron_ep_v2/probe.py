@@ -1,5 +1,4 @@
-"""Detects what is installed, deep_ep's generation by its API: V1, V2 and the hybrid-ep branch share one package
-name."""
+"""Detects what is installed: packages of DeepEP, each with its generation, and CUDA."""
 
 from __future__ import annotations
 
@@ -10,16 +9,43 @@ import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
-from megatron_ep_v2.buffers.carriers import CARRIERS, MEGATRONS_OWN, REFERENCE
+from megatron_ep_v2.buffers.carriers import CARRIERS, DEFAULT_V2, MEGATRONS_OWN, REFERENCE
 from megatron_ep_v2.errors import UnavailableError
+from megatron_ep_v2.generations import BUFFER_CLASSES, GENERATIONS, PACKAGES, WITH_WHEELS, detect, install_command
 from megatron_ep_v2.settings import Settings
 
-# `import deep_ep` also raises these: its NCCL check asserts, its JIT set-up looks for files, and a missing shared
-# library is an OSError.
+# The import also raises these: its NCCL check asserts, its JIT set-up looks for files, and a missing shared library is
+# an OSError.
 _IMPORT_FAILURES = (ImportError, AssertionError, FileNotFoundError, OSError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """An installed package of DeepEP.
+
+    Attributes:
+        name: Its import name, one of `generations.PACKAGES`.
+        generation: A name of `generations.GENERATIONS`, by its API; None = it has no known buffer, or `failure`.
+        classes: The buffer classes that it has, of `generations.BUFFER_CLASSES`.
+        version: Its own version string, or None. For reports only: forks number their own.
+        failure: Why its import failed, or None.
+    """
+
+    name: str
+    generation: str | None = None
+    classes: tuple[str, ...] = ()
+    version: str | None = None
+    failure: str | None = None
+
+    def describe(self) -> str:
+        """The package in a few words."""
+        if self.failure is not None:
+            return f"{self.name} cannot be imported: {self.failure}"
+        return f"{self.name} {self.version or 'of unknown version'} with {', '.join(self.classes) or 'no known buffer'}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,18 +53,22 @@ class Probe:
     """Result of `probe()`.
 
     Attributes:
-        carriers: Names in `CARRIERS` whose class deep_ep has, in that order.
-        have_hybrid: deep_ep imports and has `HybridEPBuffer` (its hybrid-ep branch).
-        version: deep_ep's own version string, or None. For reports only.
-        failure: Why `import deep_ep` failed, or None.
+        packages: The installed packages of DeepEP, in the order of `generations.PACKAGES`.
         cuda: A CUDA device is usable.
     """
 
-    carriers: tuple[str, ...]
-    have_hybrid: bool
-    version: str | None
-    failure: str | None
+    packages: tuple[Package, ...]
     cuda: bool
+
+    @property
+    def carriers(self) -> tuple[str, ...]:
+        """Names in `CARRIERS` whose class some package has, in that order."""
+        return tuple(name for name in CARRIERS if self.package_of(name) is not None)
+
+    def package_of(self, carrier: str) -> Package | None:
+        """The package whose class a carrier wraps; None if it is not here, or the carrier needs none."""
+        wanted = CARRIERS[carrier].deep_ep_class
+        return next((package for package in self.packages if wanted in package.classes), None)
 
     @property
     def have_deep_ep(self) -> bool:
@@ -47,45 +77,60 @@ class Probe:
 
     @property
     def have_deep_ep_v2(self) -> bool:
-        """HAVE_DEEP_EP_V2: deep_ep has a class of its second generation."""
+        """HAVE_DEEP_EP_V2: deep_ep has a class of its second generation, 2.0 to 2.5."""
         return any(CARRIERS[name].is_v2 for name in self.carriers)
 
+    @property
+    def v2_carrier(self) -> str | None:
+        """The carrier of DeepEP V2 that `buffer=auto` takes; None without one."""
+        return next((name for name in self.carriers if CARRIERS[name].is_v2), None)
+
     def describe(self) -> str:
-        """deep_ep as found, in one line."""
-        if self.failure is not None:
-            return f"deep_ep cannot be imported: {self.failure}"
-        names = [CARRIERS[name].deep_ep_class for name in self.carriers] + ["HybridEPBuffer"] * self.have_hybrid
-        return f"deep_ep {self.version or 'of unknown version'} with {', '.join(map(str, names)) or 'no known buffer'}"
-
-
-def import_deep_ep() -> ModuleType:
-    """Import deep_ep. Raises whatever its import raises."""
-    return importlib.import_module("deep_ep")
+        """DeepEP as found, in one line."""
+        return "; ".join(package.describe() for package in self.packages) or (
+            f"DeepEP is not installed: there is no module named {' or '.join(map(repr, PACKAGES))}"
+        )
 
 
 @functools.cache
 def probe() -> Probe:
     """Probe once and cache the result; `probe.cache_clear()` forgets it."""
-    cuda = torch.cuda.is_available()
+    packages = tuple(package for name in PACKAGES if (package := _look_at(name)) is not None)
+    return Probe(packages=packages, cuda=torch.cuda.is_available())
+
+
+def _look_at(name: str) -> Package | None:
     try:
-        deep_ep = import_deep_ep()
+        module = importlib.import_module(name)
     except _IMPORT_FAILURES as error:
-        failure = f"{type(error).__name__}: {error}"
-        return Probe(carriers=(), have_hybrid=False, version=None, failure=failure, cuda=cuda)
-    return Probe(
-        carriers=tuple(c.name for c in CARRIERS.values() if c.deep_ep_class and hasattr(deep_ep, c.deep_ep_class)),
-        have_hybrid=hasattr(deep_ep, "HybridEPBuffer"),
-        version=getattr(deep_ep, "__version__", None) or _installed_version(),
-        failure=None,
-        cuda=cuda,
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
+            return None
+        return Package(name=name, failure=f"{type(error).__name__}: {error}")
+    return Package(
+        name=name,
+        generation=detect(module),
+        classes=tuple(each for each in BUFFER_CLASSES if hasattr(module, each)),
+        version=getattr(module, "__version__", None) or _installed_version(module),
     )
 
 
-def _installed_version() -> str | None:
+def _installed_version(module: ModuleType) -> str | None:
     try:
-        return importlib.metadata.version("deep_ep")
+        return importlib.metadata.version(module.__name__)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def load_class(carrier: str) -> Any:
+    """The class of DeepEP that a carrier wraps. Raises UnavailableError if it is not here."""
+    package, wanted = probe().package_of(carrier), CARRIERS[carrier].deep_ep_class
+    if package is None or wanted is None:
+        raise UnavailableError(
+            f"the {carrier} buffer needs a class of DeepEP that is not here",
+            found=probe().describe(),
+            needed=CARRIERS[carrier].requirement,
+        )
+    return getattr(importlib.import_module(package.name), wanted)
 
 
 @dataclass(frozen=True)
@@ -120,12 +165,13 @@ def choose(found: Probe, settings: Settings, *, managed: bool = False) -> Choice
     if not carrier.needs_cuda:
         return Choice(asked, f"asked for by {source}")
     if asked in found.carriers and found.cuda:
+        _check_generation(found, asked)
         return Choice(asked, f"asked for by {source}; {found.describe()}")
     raise UnavailableError(
         f"the {asked} buffer, asked for by {source}, cannot be used",
         found="no CUDA device" if asked in found.carriers else found.describe(),
         needed=carrier.requirement,
-        fix="install deep_ep from its own repository on a machine with GPUs, or ask for buffer=reference",
+        fix="run on a machine with GPUs, or ask for buffer=reference" if asked in found.carriers else _ways_out(asked),
     )
 
 
@@ -136,14 +182,38 @@ def _choose_automatically(found: Probe, managed: bool) -> Choice:
         raise UnavailableError(
             "no DeepEP buffer can be used on this GPU machine",
             found=found.describe(),
-            needed="deep_ep >= 2.1 with ElasticBuffer (or the legacy deep_ep with Buffer)",
-            fix="install deep_ep from its own repository; to run the slow reference on purpose, "
-            "set MCORE_DEEPEP_V2_BUFFER=reference",
+            needed=" or ".join(carrier.requirement for carrier in CARRIERS.values() if carrier.needs_cuda),
+            fix=_ways_out(DEFAULT_V2),
         )
     carrier = CARRIERS[found.carriers[0]]
     if carrier.name == MEGATRONS_OWN and not managed:
         return Choice("megatron", f"{found.describe()}; without V2, Megatron's own path stays as it is")
+    _check_generation(found, carrier.name)
     return Choice(carrier.name, f"{found.describe()}; {carrier.advantage}")
+
+
+def _check_generation(found: Probe, carrier: str) -> None:
+    """Refuse a generation that has the carrier's class and that this package does not carry: deep_ep 2.0."""
+    package = found.package_of(carrier)
+    fault = package and package.generation and GENERATIONS[package.generation].fault
+    if package is not None and CARRIERS[carrier].is_v2 and fault:
+        raise UnavailableError(
+            f"{package.describe()} is of a generation that this package does not carry",
+            found=f"generation {package.generation}: {fault}",
+            needed=CARRIERS[carrier].requirement,
+            fix=_ways_out(carrier),
+        )
+
+
+def _ways_out(carrier: str) -> str:
+    """Fix of an error about a missing carrier: the wheel to install, or the reference on purpose."""
+    generation = CARRIERS[carrier].generation
+    generation = generation if generation in WITH_WHEELS else CARRIERS[DEFAULT_V2].generation
+    assert generation is not None
+    return (
+        f"install DeepEP {generation}: {install_command(generation, torch.__version__)}; or, to run the slow reference "
+        "on purpose, set MCORE_DEEPEP_V2_BUFFER=reference"
+    )
 
 
 def loaded_nccl_version() -> str | None:

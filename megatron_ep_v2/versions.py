@@ -14,3 +14,18 @@ TORCH_DEEP_EP_V2 = "2.10"  # says DeepEP V2
 
 DEEP_EP_V2 = "2.1.0"
 NCCL = "2.30.4"  # deep_ep 2.1.0's README; below 2.31 it asks for the very version that it was built with
+NCCL_25 = "2.32.3"  # says DeepEP 2.5's check at import
+NVCC = "12.3"  # deep_ep 2.1.0's README
+NVCC_BLACKWELL = "12.8"
+NVCC_25 = "13.1"  # says the check of DeepEP 2.5's wheel at import
+
+# Wheels of DeepEP on the package registry: generation, distribution, its version, the torch to install with it, the
+# NCCL that must be put in torch's place (None = torch's own fits). docs/compatibility.md says which of them ran where.
+# The first of a generation is the one to install where torch can be chosen.
+WHEELS = (
+    ("2.1", "sgl-deep-ep", "0.1.2.post1", "2.14.1", None),
+    ("2.1", "tokenspeed-deepep", "2.1.0.post20260801", "2.11.0", "==2.30.7"),
+    ("2.1", "tokenspeed-deepep", "2.1.0.post20260801", "2.12.0", "==2.30.7"),
+    ("2.1", "tokenspeed-deepep", "2.1.0.post20260810", "2.13.0", "==2.30.7"),
+    ("2.5", "sgl-deep-ep-v25", "0.1.0rc0", "2.14.1", f">={NCCL_25}"),
+)

@@ -1,7 +1,7 @@
 """The table of carriers. A new carrier is its own file and one row of `CARRIERS`; everything that depends on the list
 of carriers (settings, probe, pool, binding, doctor, bench, examples) iterates this table.
 
-Imports nothing, because settings and the command line must work where torch cannot be imported.
+Imports no torch, because settings and the command line must work where it cannot be imported.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ class Carrier:
     Attributes:
         name: Value of the setting `buffer`.
         path: Module and class that implement `contract.Buffer`, built as `class(group, spec, settings, hosts)`.
-        deep_ep_class: The class of deep_ep that it wraps, by which the probe finds it; None = needs neither deep_ep nor
-            a GPU.
+        deep_ep_class: The class of DeepEP that it wraps, by which the probe finds it; None = needs neither DeepEP nor a
+            GPU.
+        generation: The generation of DeepEP that has this class, a name of `generations.GENERATIONS`; None as above.
         is_v2: Whether that is DeepEP V2.
         label: Name in reports.
         requirement: What has to be installed, for errors.
@@ -30,6 +31,7 @@ class Carrier:
     name: str
     path: tuple[str, str]
     deep_ep_class: str | None
+    generation: str | None = None
     is_v2: bool = False
     label: str
     requirement: str
@@ -48,12 +50,25 @@ CARRIERS: dict[str, Carrier] = {
     carrier.name: carrier
     for carrier in (
         Carrier(
+            name="ep",
+            path=("megatron_ep_v2.buffers.ep", "EPBuffer"),
+            deep_ep_class="EPBuffer",
+            generation="2.5",
+            is_v2=True,
+            label="EPBuffer",
+            requirement="DeepEP 2.5 with EPBuffer",
+            advantage="the newest generation is preferred",
+            layouts=("expanded", "compact", "sync-free"),
+            row_prefix="ep-",
+        ),
+        Carrier(
             name="elastic",
             path=("megatron_ep_v2.buffers.elastic", "ElasticBuffer"),
             deep_ep_class="ElasticBuffer",
+            generation="2.1",
             is_v2=True,
             label="ElasticBuffer",
-            requirement="deep_ep >= 2.1 with ElasticBuffer",
+            requirement="DeepEP 2.1 with ElasticBuffer",
             advantage="V2 is preferred",
             layouts=("expanded", "compact", "sync-free"),
             row_prefix="",
@@ -62,6 +77,7 @@ CARRIERS: dict[str, Carrier] = {
             name="legacy",
             path=("megatron_ep_v2.buffers.legacy", "LegacyBuffer"),
             deep_ep_class="Buffer",
+            generation="legacy",
             label="legacy Buffer",
             requirement="deep_ep with Buffer",
             advantage="called directly, without Megatron",
@@ -84,3 +100,4 @@ CARRIERS: dict[str, Carrier] = {
 
 REFERENCE = "reference"
 MEGATRONS_OWN = "legacy"  # the carrier that Megatron's own dispatcher calls by itself
+DEFAULT_V2 = "elastic"  # the carrier to install where there is none: its wheels need no other NCCL than torch's

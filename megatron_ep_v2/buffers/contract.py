@@ -1,7 +1,8 @@
 """The contract of an expert-parallel buffer: the calls of deep_ep 2.1.0's `ElasticBuffer` that training needs.
 
-`deep_ep.ElasticBuffer` itself, the adapter over deep_ep's legacy `Buffer` and the reference on `torch.distributed` all
-answer these calls, with these argument names, shapes and dtypes. The autograd functions know nothing else.
+The wrappers of DeepEP V2's `ElasticBuffer` and `EPBuffer`, the adapter over its legacy `Buffer` and the reference on
+`torch.distributed` all answer these calls, with these argument names, shapes and dtypes. The autograd functions know
+nothing else.
 
 Letters in shapes:
     T  local tokens (may differ between ranks, may be 0)          H  hidden size
@@ -24,9 +25,10 @@ device; rows from R on are unowned: garbage in every output, ids included, which
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
+from torch.distributed import ProcessGroup
 
 # x, or (x in float8_e4m3fn, scales [T, S] of 4 bytes per element): deep_ep's two kinds of payload.
 Payload: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -61,7 +63,7 @@ class Handle(Protocol):
         expert_alignment: Rows of each local expert are padded to a multiple of this.
         num_max_tokens_per_rank: The capacity that the dispatch ran with.
         num_sms: SMs of the dispatch. The combine and both backwards must use the same.
-        topk_idx: [T, K] int64, a copy of the selections.
+        topk_idx: [T, K] int64, the selections; see `Buffer.keeps_topk_idx`.
         num_recv_tokens: R; W without a host wait.
         num_expanded_tokens: P; without a host wait its upper bound.
         num_recv_tokens_per_expert_list: L host integers, each padded to `expert_alignment`. Empty without a host wait.
@@ -102,9 +104,11 @@ class Buffer(Protocol):
         comm_stream: The CUDA stream that the communication's kernels run on; None = the current one.
         supports_expand: Whether `do_expand=True` works.
         supports_cached_weights: Whether a dispatch with a `handle` carries `topk_weights`.
+        keeps_topk_idx: Whether the handle keeps the caller's `topk_idx` and not a copy. It must then not change as long
+            as the handle is used: DeepEP 2.5 asserts that.
     """
 
-    group: Any
+    group: ProcessGroup
     num_max_tokens_per_rank: int
     num_bytes: int
     num_sms: int
@@ -112,6 +116,7 @@ class Buffer(Protocol):
     comm_stream: torch.cuda.Stream | None
     supports_expand: bool
     supports_cached_weights: bool
+    keeps_topk_idx: bool
 
     def dispatch(
         self,
@@ -123,11 +128,11 @@ class Buffer(Protocol):
         num_max_tokens_per_rank: int | None = None,
         expert_alignment: int | None = None,
         num_sms: int = 0,
-        handle: Any = None,
+        handle: Handle | None = None,
         do_cpu_sync: bool = True,
         do_expand: bool = False,
         do_zero_padding: bool = False,
-    ) -> tuple[Payload, torch.Tensor | None, torch.Tensor | None, Any, Any]:
+    ) -> tuple[Payload, torch.Tensor | None, torch.Tensor | None, Handle, object]:
         """Send each token to every rank that holds one of its experts, once per rank.
 
         Args:
@@ -153,11 +158,11 @@ class Buffer(Protocol):
     def combine(
         self,
         x: torch.Tensor,
-        handle: Any,
+        handle: Handle,
         topk_weights: torch.Tensor | None = None,
         *,
         num_sms: int = 0,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, object]:
         """Send rows back and sum those of each token. `x` is NOT scaled by the weights.
 
         Args:

@@ -1,30 +1,28 @@
-"""`deep_ep.ElasticBuffer` (DeepEP V2) as a buffer of the contract, with checks and a teardown that cannot hang.
+"""`deep_ep.ElasticBuffer` (DeepEP 2.1) as a buffer of the contract, with checks and a teardown that cannot hang.
 
-Calls are passed through unchanged: the contract is ElasticBuffer's own interface.
+Calls are passed through unchanged: the contract is ElasticBuffer's own interface. `ep.py` has what 2.5 does otherwise.
 """
 
 from __future__ import annotations
 
-import inspect
 import logging
-import socket
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 
-from megatron_ep_v2 import versions
+from megatron_ep_v2.buffers import gin
+from megatron_ep_v2.buffers.carriers import CARRIERS
 from megatron_ep_v2.buffers.checks import check_combine, check_dispatch, check_group_open
-from megatron_ep_v2.buffers.contract import BufferSpec, Payload
+from megatron_ep_v2.buffers.contract import BufferSpec, Handle, Payload
 from megatron_ep_v2.buffers.deep_ep import everyone_arrives, memory_left_as_it_is
 from megatron_ep_v2.buffers.limits import check_limits, check_rows, check_selections
 from megatron_ep_v2.errors import ClosedError, SettingsError, UnavailableError
-from megatron_ep_v2.probe import import_deep_ep, probe
-from megatron_ep_v2.settings import Settings, environment, gin_disabled_by_user
+from megatron_ep_v2.generations import GENERATIONS
+from megatron_ep_v2.probe import load_class
+from megatron_ep_v2.settings import Settings, environment
 
 logger = logging.getLogger("megatron_ep_v2")
-
-_RDMA_DEVICES = Path("/sys/class/infiniband")
 
 
 class ElasticBuffer:
@@ -43,15 +41,18 @@ class ElasticBuffer:
         UnavailableError: The group needs RDMA that is not there, or deep_ep could not build the buffer.
     """
 
+    carrier = CARRIERS["elastic"]
     supports_expand = supports_cached_weights = True
+    keeps_topk_idx = False
 
-    def __init__(self, group: Any, spec: BufferSpec, settings: Settings, hosts: list[str]):
-        check_limits(group, spec)
+    def __init__(self, group: ProcessGroup, spec: BufferSpec, settings: Settings, hosts: list[str]):
+        generation = GENERATIONS[str(self.carrier.generation)]
+        self._max_local_experts = generation.max_local_experts
+        check_limits(group, spec, self._max_local_experts)
         self.group, self.spec = group, spec
         self.num_max_tokens_per_rank = spec.num_max_tokens_per_rank
-        kind = import_deep_ep().ElasticBuffer
-        _check_generation(kind)
-        disable_gin, self.gin_reason = _choose_gin(settings, hosts)
+        kind = load_class(self.carrier.name)
+        disable_gin, self.gin_reason = gin.choose(settings, gin.rdma_vendors(), hosts, generation)
         logger.info("EP_DISABLE_GIN=%d for this buffer: %s", disable_gin, self.gin_reason)
         try:
             with environment(EP_DISABLE_GIN=str(int(disable_gin))):
@@ -64,7 +65,7 @@ class ElasticBuffer:
                     allow_hybrid_mode=settings.allow_hybrid_mode,
                     allow_multiple_reduction=settings.allow_multiple_reduction,
                     prefer_overlap_with_compute=settings.prefer_overlap_with_compute,
-                    sl_idx=settings.sl_idx,
+                    sl_idx=self._service_level(settings),
                     num_allocated_qps=settings.num_qps,
                     num_cpu_timeout_secs=settings.num_cpu_timeout_secs,
                     num_gpu_timeout_secs=settings.num_gpu_timeout_secs,
@@ -72,7 +73,7 @@ class ElasticBuffer:
                 )
         except (RuntimeError, AssertionError) as error:
             raise UnavailableError(
-                f"deep_ep could not build an ElasticBuffer for a group of {group.size()}",
+                f"DeepEP could not build its {self.carrier.label} for a group of {group.size()}",
                 found=f"{type(error).__name__}: {error}",
                 needed="NVLink between the ranks of a host, and NCCL GIN (RDMA) between hosts",
                 fix="on one host without RDMA set MCORE_DEEPEP_V2_GIN=off; else install the fabric's driver (OFED)",
@@ -80,9 +81,17 @@ class ElasticBuffer:
         self.num_bytes = int(self._buffer.num_bytes)
         self.num_qps = int(self._buffer.num_allocated_qps)
         self.comm_stream: torch.cuda.Stream | None = self._buffer.get_comm_stream()
-        self.num_sms = settings.num_sms or self.get_theoretical_num_sms(spec.num_experts, spec.num_topk)
-        # deep_ep 2.1.0, deterministic_sort: in hybrid mode between hosts it looks for the valid entries of a list.
+        self.num_sms = self._round_sms(settings.num_sms) or self.get_theoretical_num_sms(
+            spec.num_experts, spec.num_topk
+        )
+        # deterministic_sort of 2.1.0 and 2.5.0: in hybrid mode between hosts it looks for the valid entries of a list.
         self._sort_waits = settings.deterministic and getattr(self._buffer, "num_scaleout_ranks", 1) > 1
+
+    def _service_level(self, settings: Settings) -> int | None:
+        return settings.sl_idx
+
+    def _round_sms(self, num_sms: int) -> int:
+        return num_sms
 
     def get_theoretical_num_sms(self, num_experts: int, num_topk: int) -> int:
         return int(self._buffer.get_theoretical_num_sms(num_experts, num_topk))
@@ -97,11 +106,11 @@ class ElasticBuffer:
         num_max_tokens_per_rank: int | None = None,
         expert_alignment: int | None = None,
         num_sms: int = 0,
-        handle: Any = None,
+        handle: Handle | None = None,
         do_cpu_sync: bool = True,
         do_expand: bool = False,
         do_zero_padding: bool = False,
-    ) -> tuple[Payload, torch.Tensor | None, torch.Tensor | None, Any, Any]:
+    ) -> tuple[Payload, torch.Tensor | None, torch.Tensor | None, Handle, object]:
         """See `contract.Buffer.dispatch`. Raises InputError, TokenCapacityError and ClosedError before any kernel
         runs."""
         self._check_ready()
@@ -115,7 +124,7 @@ class ElasticBuffer:
             self._check_rows(x[0], torch.float8_e4m3fn)
         else:
             self._check_rows(x, torch.bfloat16)
-        check_selections(self.group, self.spec, topk_idx, topk_weights, num_experts)
+        check_selections(self.group, self.spec, topk_idx, topk_weights, num_experts, self._max_local_experts)
         num_sms = num_sms or (self.num_sms if handle is None else handle.num_sms)
         return memory_left_as_it_is(self._buffer.dispatch)(
             x,
@@ -134,11 +143,11 @@ class ElasticBuffer:
     def combine(
         self,
         x: torch.Tensor,
-        handle: Any,
+        handle: Handle,
         topk_weights: torch.Tensor | None = None,
         *,
         num_sms: int = 0,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, object]:
         """See `contract.Buffer.combine`. Raises InputError and ClosedError before any kernel runs."""
         self._check_ready()
         check_combine(x, handle, topk_weights, self.group)
@@ -156,12 +165,12 @@ class ElasticBuffer:
         buffer, self._buffer = self._buffer, None
         if buffer is None:
             return
-        if everyone_arrives(self.group, "ElasticBuffer.destroy"):
+        if everyone_arrives(self.group, f"{self.carrier.label}.destroy"):
             buffer.destroy()
 
     def _check_ready(self) -> None:
         if self._buffer is None:
-            raise ClosedError("this ElasticBuffer was destroyed", fix="ask get_buffer() for a new one")
+            raise ClosedError(f"this {self.carrier.label} was destroyed", fix="ask get_buffer() for a new one")
 
     def _check_rows(self, rows: torch.Tensor, dtype: torch.dtype) -> None:
         check_rows(self.group, self.spec, rows, dtype)
@@ -175,34 +184,4 @@ def _sort_would_wait(rank: int) -> SettingsError:
         needed="one of the two modes, or a group inside one NVLink domain",
         fix="leave MCORE_DEEPEP_V2_SYNC_FREE off, or set MCORE_DEEPEP_V2_DETERMINISTIC=off, or "
         "MCORE_DEEPEP_V2_ALLOW_HYBRID_MODE=off",
-    )
-
-
-def _check_generation(kind: Any) -> None:
-    """Refuse deep_ep 2.0, which has an ElasticBuffer too; detected by an argument that 2.1 added."""
-    if "do_zero_padding" not in inspect.signature(kind.dispatch).parameters:
-        raise UnavailableError(
-            f"{probe().describe()} is too old",
-            found="ElasticBuffer.dispatch without do_zero_padding, as in deep_ep 2.0",
-            needed=f"deep_ep >= {versions.DEEP_EP_V2}",
-            fix="build deep_ep again from its repository",
-        )
-
-
-def _choose_gin(settings: Settings, hosts: list[str]) -> tuple[bool, str]:
-    """Whether to set EP_DISABLE_GIN, and why. Without it, deep_ep asserts that NCCL GIN is there even on one host."""
-    one_host = len(set(hosts)) == 1
-    if settings.gin != "auto":
-        return settings.gin == "off", f"gin={settings.gin} by {settings.source('gin')}"
-    if gin_disabled_by_user():
-        return True, "EP_DISABLE_GIN was set when the job started"
-    if _RDMA_DEVICES.is_dir() and any(_RDMA_DEVICES.iterdir()):
-        return False, "RDMA devices are present"
-    if one_host:
-        return True, "all ranks are on one host, and it has no RDMA device: NVLink alone carries the tokens"
-    raise UnavailableError(
-        f"the expert-parallel group spans {len(set(hosts))} hosts, but {socket.gethostname()} has no RDMA device",
-        found=f"hosts {sorted(set(hosts))}; {_RDMA_DEVICES} is empty",
-        needed="NCCL GIN over RDMA between hosts",
-        fix="install the fabric's driver (OFED, or EFA with aws-ofi-nccl), or keep expert parallelism inside one host",
     )

@@ -15,7 +15,7 @@ from megatron_ep_v2.buffers.checks import check_combine, check_dispatch, check_g
 from megatron_ep_v2.buffers.contract import BufferSpec, Payload
 from megatron_ep_v2.buffers.deep_ep import everyone_arrives, memory_left_as_it_is
 from megatron_ep_v2.errors import ClosedError, InputError, SettingsError, UnavailableError
-from megatron_ep_v2.probe import import_deep_ep
+from megatron_ep_v2.probe import load_class
 from megatron_ep_v2.settings import Settings
 
 DEFAULT_NUM_SMS = 20  # deep_ep's own default for Buffer, and Megatron-Core's
@@ -80,7 +80,7 @@ class LegacyBuffer:
     supports_expand = supports_cached_weights = False
 
     def __init__(self, group: Any, spec: BufferSpec, settings: Settings, hosts: list[str]):
-        kind = import_deep_ep().Buffer
+        kind = load_class("legacy")
         self.group, self.spec = group, spec
         self.num_max_tokens_per_rank = spec.num_max_tokens_per_rank
         self.num_sms = settings.num_sms or DEFAULT_NUM_SMS
@@ -143,7 +143,7 @@ class LegacyBuffer:
             raise InputError(
                 f"rank {self.group.rank()}: deep_ep's legacy Buffer cannot dispatch without a host wait",
                 found="do_cpu_sync=False",
-                fix="leave MCORE_DEEPEP_V2_SYNC_FREE off, or use buffer=elastic with deep_ep >= 2.1",
+                fix="leave MCORE_DEEPEP_V2_SYNC_FREE off, or use DeepEP V2",
             )
         if do_expand or (handle is not None and topk_weights is not None):
             raise InputError(
