@@ -85,6 +85,10 @@ class Probe:
         """The carrier of DeepEP V2 that `buffer=auto` takes; None without one."""
         return next((name for name in self.carriers if CARRIERS[name].is_v2), None)
 
+    def versions(self) -> str:
+        """Names and versions of the packages that can be imported: what must be equal over a group."""
+        return ", ".join(f"{package.name} {package.version}" for package in self.packages if package.failure is None)
+
     def describe(self) -> str:
         """DeepEP as found, in one line."""
         return "; ".join(package.describe() for package in self.packages) or (

@@ -18,6 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch.distributed import ProcessGroup
+
 from megatron_ep_v2.buffers.checks import CAPACITY_VARIABLE
 from megatron_ep_v2.errors import TokenCapacityError
 from megatron_ep_v2.settings import Settings, is_first_rank
@@ -44,10 +46,10 @@ class Expected:
 
 
 # Process group -> configurations of the live models, by id(): they are not hashable.
-_models: weakref.WeakKeyDictionary[Any, weakref.WeakValueDictionary[int, Any]] = weakref.WeakKeyDictionary()
+_models: weakref.WeakKeyDictionary[ProcessGroup, weakref.WeakValueDictionary[int, Any]] = weakref.WeakKeyDictionary()
 
 
-def note_model(group: Any, config: Any) -> None:
+def note_model(group: ProcessGroup, config: Any) -> None:
     """Remember the configuration of a model.
 
     Args:
@@ -58,7 +60,7 @@ def note_model(group: Any, config: Any) -> None:
     _models.setdefault(group, weakref.WeakValueDictionary())[id(config)] = config
 
 
-def expected(group: Any) -> Expected:
+def expected(group: ProcessGroup) -> Expected:
     """The most tokens of one rank: from Megatron-LM's arguments; outside its training loop from the model's own
     `seq_length` and the micro-batch size of Megatron's `num_microbatches_calculator`.
 
@@ -109,7 +111,7 @@ def _tokens_of_rank(config: Any, sequence: int, batch: int) -> int:
     return tokens
 
 
-def check_stated(group: Any, num_tokens: int, settings: Settings) -> None:
+def check_stated(group: ProcessGroup, num_tokens: int, settings: Settings) -> None:
     """Raise TokenCapacityError if the setting is below this rank's tokens."""
     if 0 < settings.num_max_tokens_per_rank < num_tokens:
         raise TokenCapacityError(

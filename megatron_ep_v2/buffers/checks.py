@@ -12,22 +12,23 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
-from megatron_ep_v2.buffers.contract import MAX_TOPK, Payload
+from megatron_ep_v2.buffers.contract import MAX_TOPK, Buffer, Handle, Payload
 from megatron_ep_v2.errors import ClosedError, EPError, GroupMismatchError, InputError, PeerError, TokenCapacityError
 
 CAPACITY_VARIABLE = "MCORE_DEEPEP_V2_MAX_TOKENS_PER_RANK"
 
-_of_parent: set[Any] = set()  # in a forked child: the groups whose buffers belong to its parent
+_of_parent: set[ProcessGroup] = set()  # in a forked child: the groups whose buffers belong to its parent
 
 
-def leave_to_parent(groups: Iterable[Any]) -> None:
+def leave_to_parent(groups: Iterable[ProcessGroup]) -> None:
     """In a forked child: refuse these groups from now on. Their connections and their entries in the store belong to
     the parent process."""
     _of_parent.update(groups)
 
 
-def check_group_open(group: Any) -> None:
+def check_group_open(group: ProcessGroup) -> None:
     """Raise ClosedError if the process group was destroyed, or belongs to the parent that this process was forked
     from."""
     if _of_parent and group in _of_parent:
@@ -52,9 +53,9 @@ def check_dispatch(
     topk_weights: torch.Tensor | None,
     num_experts: int | None,
     capacity: int,
-    handle: Any,
+    handle: Handle | None,
     do_expand: bool,
-    group: Any,
+    group: ProcessGroup,
     do_cpu_sync: bool = True,
 ) -> None:
     """Check the arguments of a dispatch, as `contract.Buffer.dispatch` names them.
@@ -99,7 +100,7 @@ def check_dispatch(
 
 
 def _check_selections(
-    group: Any,
+    group: ProcessGroup,
     num_tokens: int,
     dtype: torch.dtype,
     topk_idx: torch.Tensor | None,
@@ -146,11 +147,11 @@ def _check_selections(
 
 
 def _check_cached(
-    group: Any,
+    group: ProcessGroup,
     num_tokens: int,
     topk_idx: torch.Tensor | None,
     topk_weights: torch.Tensor | None,
-    handle: Any,
+    handle: Handle,
     do_expand: bool,
 ) -> None:
     if topk_idx is not None:
@@ -175,7 +176,7 @@ def _check_cached(
         )
 
 
-def check_combine(x: torch.Tensor, handle: Any, topk_weights: torch.Tensor | None, group: Any) -> None:
+def check_combine(x: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None, group: ProcessGroup) -> None:
     """Check the arguments of a combine, as `contract.Buffer.combine` names them. Raises InputError."""
     do_expand, shape = handle.do_expand, x.shape
     num_rows = handle.num_expanded_tokens if do_expand else handle.num_recv_tokens
@@ -207,7 +208,7 @@ def _layout(do_expand: bool) -> str:
     return "expanded" if do_expand else "compact"
 
 
-def pass_on(buffer: Any, refusals: list[EPError]) -> dict[str, Any]:
+def pass_on(buffer: Buffer, refusals: list[EPError]) -> dict[str, Any]:
     """Arguments with which the refused call reports the error to the other ranks and then raises it. Raises it here if
     the buffer cannot report it.
 
@@ -220,7 +221,7 @@ def pass_on(buffer: Any, refusals: list[EPError]) -> dict[str, Any]:
     raise refusals.pop()
 
 
-def raise_refusals(group: Any, refused: Sequence[Any], call: str = "dispatch") -> None:
+def raise_refusals(group: ProcessGroup, refused: Sequence[object], call: str = "dispatch") -> None:
     """Raise PeerError if another rank refused its input.
 
     Args:
@@ -237,7 +238,7 @@ def raise_refusals(group: Any, refused: Sequence[Any], call: str = "dispatch") -
         )
 
 
-def compare_over_group(what: str, values: Mapping[str, Sequence[Any]]) -> None:
+def compare_over_group(what: str, values: Mapping[str, Sequence[object]]) -> None:
     """Raise the same GroupMismatchError on every rank if a value differs between ranks.
 
     Args:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from megatron_ep_v2.buffers.checks import check_group_open
 from megatron_ep_v2.errors import ClosedError
@@ -32,7 +33,7 @@ _mode: Any = torch.utils.deterministic
 T = TypeVar("T")
 
 
-def everyone_arrives(group: Any, purpose: str, seconds: float = ARRIVAL_SECONDS) -> bool:
+def everyone_arrives(group: ProcessGroup, purpose: str, seconds: float = ARRIVAL_SECONDS) -> bool:
     """Wait on the host, through the group's store, until all ranks arrive or the first of them gives up.
 
     Args:

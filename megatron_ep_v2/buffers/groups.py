@@ -7,14 +7,13 @@ registers only the real group, with the name, store and communicator that a buff
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from megatron_ep_v2.errors import ClosedError
 
 
-def registered(group: Any) -> Any:
+def registered(group: ProcessGroup) -> ProcessGroup:
     """The process group that torch.distributed knows.
 
     Args:
@@ -27,13 +26,13 @@ def registered(group: Any) -> Any:
     Raises:
         ClosedError: No attribute, or more than one, holds a group that torch.distributed knows.
     """
-    if is_registered(group) or type(group) is dist.ProcessGroup or not isinstance(group, dist.ProcessGroup):
+    if is_registered(group) or type(group) is ProcessGroup or not isinstance(group, ProcessGroup):
         return group
     held = _held(group)
     if len(held) == 1:
         return next(iter(held.values()))
     kind = type(group).__name__
-    groups = [name for name, value in _attributes(group).items() if isinstance(value, dist.ProcessGroup)]
+    groups = [name for name, value in _attributes(group).items() if isinstance(value, ProcessGroup)]
     found = (
         f"{len(held)} of its attributes hold one: {', '.join(held)}"
         if held
@@ -49,7 +48,7 @@ def registered(group: Any) -> Any:
     )
 
 
-def find_registered(group: Any) -> Any:
+def find_registered(group: ProcessGroup) -> ProcessGroup | None:
     """`registered(group)`, or None where it raises."""
     try:
         return registered(group)
@@ -57,21 +56,21 @@ def find_registered(group: Any) -> Any:
         return None
 
 
-def is_registered(group: Any) -> bool:
+def is_registered(group: ProcessGroup) -> bool:
     """Whether torch.distributed has registered this object. Reads its private table, because frameworks with their own
     groups replace its public functions."""
     return group in dist.distributed_c10d._world.pg_map
 
 
-def _attributes(group: Any) -> dict[str, Any]:
+def _attributes(group: ProcessGroup) -> dict[str, object]:
     return getattr(group, "__dict__", {})
 
 
-def _held(group: Any) -> dict[str, Any]:
+def _held(group: ProcessGroup) -> dict[str, ProcessGroup]:
     """Attribute -> group that torch.distributed knows; each group once."""
     by_group = {
         value: name
         for name, value in _attributes(group).items()
-        if isinstance(value, dist.ProcessGroup) and is_registered(value)
+        if isinstance(value, ProcessGroup) and is_registered(value)
     }
     return {name: value for value, name in by_group.items()}

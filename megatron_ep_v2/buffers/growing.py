@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers.checks import CAPACITY_VARIABLE, check_group_open
-from megatron_ep_v2.buffers.contract import Buffer, BufferSpec, Payload
+from megatron_ep_v2.buffers.contract import Buffer, BufferSpec, Handle, Payload
 
 logger = logging.getLogger("megatron_ep_v2")
 
@@ -80,7 +80,9 @@ class GrowingBuffer:
         made.note(answer[3])
         return answer
 
-    def combine(self, x: torch.Tensor, handle: Any, topk_weights: torch.Tensor | None = None, **arguments: Any) -> Any:
+    def combine(
+        self, x: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None = None, **arguments: Any
+    ) -> Any:
         """See `contract.Buffer.combine`."""
         made = self._maker(handle)
         made.captured |= _captured(x)
@@ -94,7 +96,7 @@ class GrowingBuffer:
         finally:
             self._destroy_old()
 
-    def _maker(self, handle: Any) -> _Made:
+    def _maker(self, handle: Handle) -> _Made:
         return getattr(handle, "maker", self._newest)
 
     def _agree(self, rows: torch.Tensor) -> None:
@@ -154,9 +156,9 @@ class _Made:
 
     def __init__(self, buffer: Buffer):
         self.buffer, self.captured = buffer, False
-        self._handles: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()  # not hashable: by id()
+        self._handles: weakref.WeakValueDictionary[int, Handle] = weakref.WeakValueDictionary()  # not hashable: by id()
 
-    def note(self, handle: Any) -> None:
+    def note(self, handle: Handle) -> None:
         """Remember a handle that the buffer returned; a cached dispatch may return the handle that it was given."""
         vars(handle)["maker"] = self
         self._handles[id(handle)] = handle

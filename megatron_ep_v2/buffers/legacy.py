@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 
 from megatron_ep_v2.buffers.checks import check_combine, check_dispatch, check_group_open
 from megatron_ep_v2.buffers.contract import BufferSpec, Payload
@@ -77,9 +78,9 @@ class LegacyBuffer:
         UnavailableError: deep_ep could not build the buffer.
     """
 
-    supports_expand = supports_cached_weights = False
+    supports_expand = supports_cached_weights = keeps_topk_idx = False
 
-    def __init__(self, group: Any, spec: BufferSpec, settings: Settings, hosts: list[str]):
+    def __init__(self, group: ProcessGroup, spec: BufferSpec, settings: Settings, hosts: list[str]):
         kind = load_class("legacy")
         self.group, self.spec = group, spec
         self.num_max_tokens_per_rank = spec.num_max_tokens_per_rank
@@ -129,7 +130,7 @@ class LegacyBuffer:
         do_cpu_sync: bool = True,
         do_expand: bool = False,
         do_zero_padding: bool = False,
-    ) -> tuple[Payload, torch.Tensor | None, torch.Tensor | None, LegacyHandle, Any]:
+    ) -> tuple[Payload, torch.Tensor | None, torch.Tensor | None, LegacyHandle, object]:
         """See `contract.Buffer.dispatch`. `num_sms` is fixed when the buffer is built.
 
         Raises:
@@ -190,7 +191,7 @@ class LegacyBuffer:
         topk_weights: torch.Tensor | None = None,
         *,
         num_sms: int = 0,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, object]:
         """See `contract.Buffer.combine`."""
         self._check_open()
         check_combine(x, handle, topk_weights, self.group)

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from megatron_ep_v2 import device_checks
 from megatron_ep_v2 import settings as settings_module
@@ -46,21 +47,21 @@ from megatron_ep_v2.watchdog.watched_buffer import WatchedBuffer, watch
 
 logger = logging.getLogger("megatron_ep_v2")
 
-_pool: dict[Any, Buffer] = {}  # by process group, as torch.distributed knows it
-_capacity_source: dict[Any, str] = {}  # likewise
-_expected_tokens: Callable[[Any], Expected] | None = None
+_pool: dict[ProcessGroup, Buffer] = {}  # by process group, as torch.distributed knows it
+_capacity_source: dict[ProcessGroup, str] = {}  # likewise
+_expected_tokens: Callable[[ProcessGroup], Expected] | None = None
 # For groups that forward: the caller's group by the group that it forwards to, and the capacity of its last buffer.
-_callers: dict[Any, weakref.ref[Any]] = {}
-_reached: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_callers: dict[ProcessGroup, weakref.ref[ProcessGroup]] = {}
+_reached: weakref.WeakKeyDictionary[ProcessGroup, int] = weakref.WeakKeyDictionary()
 
 
-def find(group: Any) -> Buffer | None:
+def find(group: ProcessGroup) -> Buffer | None:
     """The group's buffer, or None if it was not built. Called once per layer, so it is only a dictionary look-up."""
     return _pool.get(group) or _pool.get(find_registered(group))
 
 
 def get(
-    group: Any,
+    group: ProcessGroup,
     *,
     hidden: int,
     num_topk: int,
@@ -111,13 +112,13 @@ def get(
             check_stated(group, num_tokens, settings)
         except EPError as error:  # raised below, after the other ranks have learnt of it
             refusal = error
-        facts: dict[str, Any] = {
+        facts: dict[str, object] = {
             "hidden": hidden,
             "top-k": num_topk,
             "num_experts": num_experts,
             "payload dtype": payload,
             "buffer": kind,
-            "deep_ep": found.version,
+            "deep_ep": found.versions(),
             "NCCL": loaded_nccl_version() if found.cuda else None,
             **{name: getattr(settings, name) for name in settings_module.NAMES},
         }
@@ -141,7 +142,7 @@ def get(
             made: Buffer = getattr(importlib.import_module(module), name)(group, spec, settings, list(hosts))
             return made
 
-        own: Any = GrowingBuffer(build, spec) if may_grow else build(spec)
+        own: Buffer = GrowingBuffer(build, spec) if may_grow else build(spec)
         buffer = _pool[group] = watch(own, rendezvous, addresses, hosts)
         _capacity_source[group] = source
         if caller is not group:
@@ -150,7 +151,7 @@ def get(
     return buffer
 
 
-def _expect(caller: Any) -> Expected:
+def _expect(caller: ProcessGroup) -> Expected:
     """What the caller's group may dispatch: at least the capacity that its last buffer had grown to."""
     expected = _expected_tokens(caller) if _expected_tokens else Expected()
     before = _reached.get(caller, 0)
@@ -160,7 +161,7 @@ def _expect(caller: Any) -> Expected:
 
 
 def get_buffer(
-    group: Any,
+    group: ProcessGroup,
     x: torch.Tensor,
     token_indices: torch.Tensor,
     num_experts: int,
@@ -212,7 +213,7 @@ def _explain(value: int, settings: Settings, name: str) -> str:
     return f"{value} ({settings.source(name) if getattr(settings, name) else 'chosen by the buffer'})"
 
 
-def set_expected_tokens(source: Callable[[Any], Expected] | None) -> None:
+def set_expected_tokens(source: Callable[[ProcessGroup], Expected] | None) -> None:
     """Set the function that returns how many tokens a rank of a group may dispatch (`capacity.expected`); None =
     unknown."""
     global _expected_tokens
@@ -224,7 +225,7 @@ def buffers() -> list[Buffer]:
     return list(_pool.values())
 
 
-def destroy_buffers(group: Any = None) -> None:
+def destroy_buffers(group: ProcessGroup | None = None) -> None:
     """Destroy the buffers of a group (None or the world: all), newest first. A second call does nothing.
 
     Must run before torch.distributed.destroy_process_group(); `install()` makes that automatic.
@@ -238,7 +239,7 @@ def destroy_buffers(group: Any = None) -> None:
         _destroy(member)
 
 
-def _destroy(group: Any) -> None:
+def _destroy(group: ProcessGroup) -> None:
     buffer, caller = _pool.pop(group), _callers.pop(group, None)
     _capacity_source.pop(group)
     if caller is not None and caller() is not None:

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed import ProcessGroup
 
 from megatron_ep_v2.buffers.checks import (
     check_combine,
@@ -30,7 +30,7 @@ from megatron_ep_v2.buffers.checks import (
     compare_over_group,
     raise_refusals,
 )
-from megatron_ep_v2.buffers.contract import BufferSpec, Payload
+from megatron_ep_v2.buffers.contract import BufferSpec, Handle, Payload
 from megatron_ep_v2.buffers.limits import check_contiguous, check_limits, check_rows, check_selections
 from megatron_ep_v2.errors import ClosedError, EPError, InputError
 from megatron_ep_v2.settings import Settings, active
@@ -55,10 +55,13 @@ class ReferenceBuffer:
     """
 
     supports_expand = supports_cached_weights = tells_refusals = True
+    keeps_topk_idx = False
     num_bytes = num_sms = num_qps = 0  # holds no memory between calls
     comm_stream: torch.cuda.Stream | None = None
 
-    def __init__(self, group: Any, spec: BufferSpec, settings: Settings | None = None, hosts: Sequence[str] = ()):
+    def __init__(
+        self, group: ProcessGroup, spec: BufferSpec, settings: Settings | None = None, hosts: Sequence[str] = ()
+    ):
         self.group, self.spec, self.strict = group, spec, (settings or active()).reference_strict
         if self.strict:
             check_limits(group, spec, simulated=True)
@@ -264,7 +267,7 @@ class Route:
 
 
 def agree_on_route(
-    group: Any,
+    group: ProcessGroup,
     number: int,
     x: Payload,
     topk_idx: torch.Tensor | None,
@@ -300,7 +303,12 @@ def agree_on_route(
 
 
 def agree_to_repeat(
-    group: Any, call: str, handle: Any, x: Payload, topk_weights: torch.Tensor | None, refusals: list[EPError]
+    group: ProcessGroup,
+    call: str,
+    handle: Handle,
+    x: Payload,
+    topk_weights: torch.Tensor | None,
+    refusals: list[EPError],
 ) -> None:
     """Exchange the header of a call with a handle. call: "cached dispatch" or "combine". refusals: See
     `agree_on_route`."""
@@ -320,7 +328,7 @@ def agree_to_repeat(
     _exchange(group, rows.device, facts, refusals)
 
 
-def gather_numbers(group: Any, number: int, value: int, device: torch.device) -> list[int]:
+def gather_numbers(group: ProcessGroup, number: int, value: int, device: torch.device) -> list[int]:
     """Gather one number from each rank, with a header that announces no rows. It counts as a dispatch's header, so that
     a rank in another call is named.
 
@@ -364,7 +372,11 @@ def _facts(
 
 
 def _exchange(
-    group: Any, device: torch.device, facts: dict[str, int], refusals: list[EPError], counts: torch.Tensor | None = None
+    group: ProcessGroup,
+    device: torch.device,
+    facts: dict[str, int],
+    refusals: list[EPError],
+    counts: torch.Tensor | None = None,
 ) -> list[int]:
     """Exchange headers; returns the number of rows from each rank. counts: [ranks], rows sent to each; None = 0."""
     mine = [len(refusals), *facts.values()]
@@ -380,7 +392,7 @@ def _exchange(
         _, refused, *columns = zip(*by_rank, strict=True)
         call = _CALLS[facts["call"]]
         raise_refusals(group, refused, call)
-        by_name: dict[str, Any] = dict(zip(facts, columns, strict=True))
+        by_name: dict[str, Sequence[object]] = dict(zip(facts, columns, strict=True))
         by_name["call"] = [_CALLS[code] for code in by_name["call"]]
         by_name["payload dtype"] = [str(_DTYPES[code]) for code in by_name["payload dtype"]]
         compare_over_group(f"a {call}", by_name)
@@ -436,7 +448,7 @@ class ReferenceHandle:
 
 
 def make_handle(
-    group: Any,
+    group: ProcessGroup,
     topk_idx: torch.Tensor,
     recv_selections: torch.Tensor,
     num_experts: int,
@@ -512,7 +524,7 @@ _SAME_SIZE_INT = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64
 
 
 def exchange_rows(
-    group: Any,
+    group: ProcessGroup,
     columns: list[torch.Tensor],
     chosen: torch.Tensor | None,
     send_counts: list[int],
@@ -632,7 +644,7 @@ def _nan_bits(dtype: torch.dtype) -> int:
 
 
 def _all_to_all(
-    incoming: torch.Tensor, outgoing: torch.Tensor, recv_counts: list[int], send_counts: list[int], group: Any
+    incoming: torch.Tensor, outgoing: torch.Tensor, recv_counts: list[int], send_counts: list[int], group: ProcessGroup
 ) -> None:
     dist.all_to_all_single(
         incoming, outgoing, output_split_sizes=recv_counts, input_split_sizes=send_counts, group=group
