@@ -67,6 +67,7 @@ class FusedDispatch(torch.autograd.Function):
         do_expand: bool = False,
         expert_alignment: int = 1,
         do_cpu_sync: bool = True,
+        keep_indices: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, Any]:
         """Return `(recv_x, recv_indices, recv_probs, handle)`; see `fused_dispatch`."""
         active, first = settings.active(), recompute.take()
@@ -77,6 +78,8 @@ class FusedDispatch(torch.autograd.Function):
         payload = to_wire(x, active.dispatch_dtype)
         zero = do_expand and expert_alignment > 1
         if first is None:
+            if buffer.keeps_topk_idx and not keep_indices:
+                token_indices = token_indices.clone()
             received, recv_idx, recv_probs, handle, _ = buffer.dispatch(
                 payload,
                 topk_idx=token_indices,
@@ -128,7 +131,7 @@ class FusedDispatch(torch.autograd.Function):
             grad_x,  # x
             None,  # token_indices
             grad_token_probs,  # token_probs
-            *[None] * 7,  # num_experts, group, async_finish, allocate_on_comm_stream, do_expand, alignment, do_cpu_sync
+            *[None] * 8,  # num_experts, group and what follows
         )
 
 
@@ -188,6 +191,7 @@ def fused_dispatch(
     do_expand: bool = False,
     expert_alignment: int = 1,
     do_cpu_sync: bool = True,
+    keep_indices: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None, Any]:
     """Send tokens to the ranks of their experts.
 
@@ -201,6 +205,8 @@ def fused_dispatch(
         do_expand: Return rows sorted by local expert instead of one row per received token.
         expert_alignment: Pad each expert's rows to a multiple of this; in the expanded layout with zero rows.
         do_cpu_sync: False, compact only: no wait on the host, and W rows; see `buffers.contract`.
+        keep_indices: The caller does not write to `token_indices` before the backward has run, so no buffer needs a
+            copy of them (`buffers.contract.Buffer.keeps_topk_idx`).
 
     Returns:
         `(recv_x, recv_indices, recv_probs, tokens_per_expert, handle)`:
@@ -213,7 +219,7 @@ def fused_dispatch(
     if settings.active().deterministic:
         # deep_ep sums a token's selections in column order, Megatron's unpermute in expert order.
         token_indices, order = token_indices.sort(dim=1, stable=True)
-        token_probs = token_probs.gather(1, order)
+        token_probs, keep_indices = token_probs.gather(1, order), True
     recv_x, recv_idx, recv_probs, handle = FusedDispatch.apply(
         x.contiguous(),
         token_indices.contiguous(),
@@ -225,6 +231,7 @@ def fused_dispatch(
         do_expand,
         expert_alignment,
         do_cpu_sync,
+        keep_indices,
     )
     if not do_cpu_sync:
         return recv_x, recv_idx, recv_probs, None, handle

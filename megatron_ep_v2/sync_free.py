@@ -63,6 +63,7 @@ def sync_free_dispatch(
     group: Any,
     *,
     expert_alignment: int = 1,
+    keep_indices: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SyncFreeHandle]:
     """Send tokens to the ranks of their experts. Arguments as for `fused_dispatch`.
 
@@ -75,7 +76,7 @@ def sync_free_dispatch(
         EPError: See `fused_dispatch`. For selections without a slot LayoutOverflowError, before the optimizer's step.
     """
     recv_x, recv_idx, recv_probs, _, handle = fused_dispatch(
-        x, token_indices, token_probs, num_experts, group, do_cpu_sync=False
+        x, token_indices, token_probs, num_experts, group, do_cpu_sync=False, keep_indices=keep_indices
     )
     assert recv_idx is not None  # compact
     buffer = pool.find(group)

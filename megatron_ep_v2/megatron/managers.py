@@ -214,6 +214,7 @@ class ExpandedManager(CompactManager):
             allocate_on_comm_stream=allocate_on_comm_stream,
             do_expand=True,
             expert_alignment=alignment,
+            keep_indices=True,  # of `setup_metadata`
         )
         assert tokens_per_expert is not None  # known, because this dispatch waits
         self.tokens_per_expert = tokens_per_expert
@@ -322,6 +323,7 @@ class SyncFreeManager(ExpandedManager):
             self.num_experts,
             self.group,
             expert_alignment=self._expert_alignment(),
+            keep_indices=True,
         )
         on_device = counts.as_subclass(CountsOnDevice)
         on_device.alignment = self.handle.places.alignment

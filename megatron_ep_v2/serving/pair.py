@@ -139,7 +139,7 @@ class PrepareFinalize:
             self._refuse([error], x, None)
         rows, _, weights, handle, _ = self.buffer.dispatch(
             self._widen(x),
-            topk_idx=topk_idx,
+            topk_idx=self._kept(topk_idx),
             topk_weights=topk_weights,
             num_experts=self.num_experts,
             expert_alignment=self.expert_alignment,
@@ -172,7 +172,7 @@ class PrepareFinalize:
             self._refuse([error], x, bucket)
         rows, ids, weights, handle, _ = self.buffer.dispatch(
             self._widen(x),
-            topk_idx=topk_idx,
+            topk_idx=self._kept(topk_idx),
             topk_weights=topk_weights,
             num_experts=self.num_experts,
             num_max_tokens_per_rank=bucket,
@@ -280,6 +280,10 @@ class PrepareFinalize:
                 needed=f"{self.dtype} [rows, {self.hidden}]",
                 fix=fix,
             )
+
+    def _kept(self, topk_idx: torch.Tensor) -> torch.Tensor:
+        """The selections as the handle may keep them: the caller may overwrite its own before `finalize`."""
+        return topk_idx.clone() if self.buffer.keeps_topk_idx else topk_idx
 
     def _check_free(self, slot: int) -> None:
         """Check the slot before a dispatch: raising after it would leave the other ranks in half a layer."""
