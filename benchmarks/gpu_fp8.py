@@ -36,11 +36,12 @@ from megatron_ep_v2.bench.rows import ratio, timed
 from megatron_ep_v2.bench.runner import Row, Run, main
 from megatron_ep_v2.bench.shapes import PRESETS, TINY, Batch, Shape, make_batch, pairs_sent
 from megatron_ep_v2.fused_a2a import get_buffer
+from megatron_ep_v2.wire.formats import FORMATS
 from megatron_ep_v2.wire.quantize import from_wire, to_wire
 
 SHAPES = PRESETS | {"tiny": TINY}
-DTYPES = ("bf16", "fp8", "mxfp8")
-WIRES = (("bf16", "bf16"), ("fp8", "bf16"), ("fp8", "fp8"), ("mxfp8", "mxfp8"))  # of the rows, of the gradients
+DTYPES = ("bf16", *FORMATS)
+WIRES = (("bf16", "bf16"), ("fp8", "bf16"), *((name, name) for name in FORMATS))  # of the rows, of the gradients
 LINKS_GB_S = (50, 100)
 LARGE = (65536, 7168)  # rows, hidden: far beyond the caches
 COUNTED_CALLS = 50
