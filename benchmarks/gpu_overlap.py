@@ -64,7 +64,7 @@ def measure(run: Run) -> Iterator[list[Row]]:
     layout = run.options.layout
     mode: dict[str, Any] = {"sync_free": True} if layout == "sync-free" else {"layout": layout}
     with model_parallel(run.ranks, seed=1):
-        megatron_ep_v2.install(buffer="elastic", num_max_tokens_per_rank=run.options.tokens, **mode)
+        megatron_ep_v2.install(buffer=run.buffer, num_max_tokens_per_rank=run.options.tokens, **mode)
         for case in run.options.cases:
             yield _measure(case, run)
         megatron_ep_v2.uninstall()

@@ -8,10 +8,8 @@ tokens and with none. Memory and the number of compiled kernels must stay where 
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ import torch.distributed as dist
 
 import megatron_ep_v2
 from megatron_ep_v2.bench.check import require_equal
+from megatron_ep_v2.bench.kernels import count_kernels
 from megatron_ep_v2.bench.runner import Row, Run, main
 from megatron_ep_v2.bench.shapes import PRESETS, TINY, Shape
 from megatron_ep_v2.bench.timing import slowest_rank
@@ -78,7 +77,6 @@ def _layer(dispatcher: Any, shape: Shape, num_tokens: int, step: int, run: Run) 
 
 
 def _reading(step: int, seconds: float, run: Run) -> Row:
-    cache = Path(os.environ.get("EP_JIT_CACHE_DIR", str(Path.home() / ".deep_ep"))) / "cache"
     memory = [0, 0, 0]
     if not run.cpu:
         free, total = torch.cuda.mem_get_info()
@@ -92,7 +90,7 @@ def _reading(step: int, seconds: float, run: Run) -> Row:
         "reserved_mib": reserved,
         "allocated_mib": allocated,
         "device_used_mib": used,
-        "compiled_kernels": sum(1 for _ in cache.iterdir()) if cache.is_dir() else 0,
+        "compiled_kernels": count_kernels(),
     }
 
 

@@ -32,7 +32,7 @@ from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 from megatron_ep_v2.watchdog.watched_buffer import WatchedBuffer
 
 GPU = torch.cuda.is_available()
-DEVICE, DTYPE, BUFFER = ("cuda", torch.bfloat16, "elastic") if GPU else ("cpu", torch.float32, "reference")
+DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
 VARIANTS = {"off": 0, "on": settings.Settings().watchdog_secs}
 SIZES = ("tokens", "hidden", "ffn", "experts", "topk", "layers", "repeats")
 
@@ -52,7 +52,7 @@ def measure(run: Run) -> Iterator[list[Row]]:
     steps = {}
     for name in VARIANTS:
         torch.manual_seed(run.rank)  # the same steps
-        steps[name] = _make_step(name, options)
+        steps[name] = _make_step(name, run)
     run.require_equal(steps, "off", 1e-2)
     for step in steps.values():
         for _ in range(options.warmup):
@@ -85,8 +85,8 @@ def measure(run: Run) -> Iterator[list[Row]]:
     yield [*rows, summary]
 
 
-def _make_step(name: str, options: argparse.Namespace) -> Callable[[], torch.Tensor]:
-    group = dist.new_group()
+def _make_step(name: str, run: Run) -> Callable[[], torch.Tensor]:
+    options, group = run.options, dist.new_group()
     tokens, hidden, ffn = options.tokens, options.hidden, options.ffn
     x = torch.randn(tokens, hidden, device=DEVICE, dtype=DTYPE)
     top = torch.rand(tokens, options.experts, device=DEVICE).topk(options.topk, dim=1)
@@ -111,7 +111,7 @@ def _make_step(name: str, options: argparse.Namespace) -> Callable[[], torch.Ten
         probs.grad = None
         return y.detach()
 
-    mine = {"buffer": BUFFER, "watchdog_secs": VARIANTS[name], "num_max_tokens_per_rank": options.tokens}
+    mine = {"buffer": run.buffer, "watchdog_secs": VARIANTS[name], "num_max_tokens_per_rank": options.tokens}
     settings.activate(settings.resolve(**mine, reference_strict=False))  # rows on the CPU are fp32
     step()  # builds the buffer, which keeps its settings
     return step

@@ -7,7 +7,9 @@ Imports neither torch nor deep_ep.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 from megatron_ep_v2 import versions
@@ -31,6 +33,7 @@ class Generation:
         nvcc_blackwell: The same for GPUs of SM 10.0.
         needs_cuobjdump: It reads its kernels with cuobjdump.
         cache: Folder of compiled kernels, below the home folder; EP_JIT_CACHE_DIR names another.
+        cache_is_a_list: EP_JIT_CACHE_DIR may name several, separated by colons.
         cache_may_be_shared: The cache is safe on a network file system.
         max_local_experts: Most experts on one rank.
         gin_needs_gdaki: Its RDMA goes through NCCL's GDAKI (Mellanox only), so not over EFA.
@@ -45,10 +48,19 @@ class Generation:
     nvcc_blackwell: str | None = None
     needs_cuobjdump: bool = False
     cache: str | None = None
+    cache_is_a_list: bool = False
     cache_may_be_shared: bool = False
     max_local_experts: int | None = None
     gin_needs_gdaki: bool = False
     fault: str | None = None
+
+    def cache_folders(self, environ: Mapping[str, str], home: Path) -> list[Path]:
+        """Folders of compiled kernels, as these variables and this home folder have them; [] if it compiles none."""
+        if self.cache is None:
+            return []
+        named = environ.get("EP_JIT_CACHE_DIR", "")
+        names = named.split(":") if self.cache_is_a_list else [named]
+        return [Path(name) for name in names if name] or [home / self.cache]
 
 
 GENERATIONS: dict[str, Generation] = {
@@ -61,6 +73,7 @@ GENERATIONS: dict[str, Generation] = {
             nvcc=versions.NVCC_25,
             nvcc_blackwell=versions.NVCC_25,
             cache=".dj",
+            cache_is_a_list=True,
             cache_may_be_shared=True,
             max_local_experts=512,  # layout/ep/workspace.cuh
             gin_needs_gdaki=True,

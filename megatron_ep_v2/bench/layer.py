@@ -12,6 +12,7 @@ from megatron_ep_v2 import settings as settings_module
 from megatron_ep_v2.bench.shapes import Batch
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.carriers import CARRIERS
+from megatron_ep_v2.probe import probe
 from megatron_ep_v2.settings import Settings
 from megatron_ep_v2.watchdog.watched_buffer import WatchedBuffer
 
@@ -75,8 +76,9 @@ class Groups:
     def __init__(self) -> None:
         self.alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
         self.hybrid_buffers: dict[int | None, Any] = {}  # HybridEP's, by SM count; Megatron holds only one at a time
-        # Megatron's own dispatchers have no buffer in the pool, so they share the world with ElasticBuffer.
-        self._by_kind: dict[Any, Any] = {("megatron", None): dist.group.WORLD, ("elastic", None): dist.group.WORLD}
+        # Megatron's own dispatchers have no buffer in the pool, so they share the world with DeepEP V2's.
+        sharing = ("megatron", probe().v2_carrier)
+        self._by_kind: dict[Any, Any] = {(kind, None): dist.group.WORLD for kind in sharing}
 
     def get(self, kind: Any) -> Any:
         """The group of a kind of buffer over all ranks; collective for a new kind."""

@@ -28,7 +28,9 @@ import torch.distributed as dist
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.bench import check, ranks, report, timing
+from megatron_ep_v2.buffers.carriers import DEFAULT_V2, REFERENCE
 from megatron_ep_v2.errors import EPError, SettingsError
+from megatron_ep_v2.probe import probe
 
 K = TypeVar("K")
 Row = dict[str, Any]
@@ -41,13 +43,13 @@ class Run:
         options: Of the command line.
         device: This rank's.
         cpu: Whether this is a rehearsal, or a measurement, on the CPU.
-        buffer: The carrier to ask for: "elastic" on GPUs, "reference" on the CPU.
+        buffer: The carrier to ask for: on GPUs that of DeepEP V2, on the CPU the reference.
         rows: What was measured so far.
     """
 
     def __init__(self, options: argparse.Namespace, device: torch.device, command: str, line: Callable[[Row], str]):
         self.options, self.device, self.cpu = options, device, device.type == "cpu"
-        self.buffer = "reference" if self.cpu else "elastic"
+        self.buffer = REFERENCE if self.cpu else probe().v2_carrier or DEFAULT_V2
         self.rows: list[Row] = []
         self._line = line
         self._header = report.environment(command) if dist.get_rank() == 0 else None
