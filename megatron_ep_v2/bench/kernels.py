@@ -8,6 +8,7 @@ from pathlib import Path
 from megatron_ep_v2.buffers.carriers import CARRIERS
 from megatron_ep_v2.generations import GENERATIONS
 from megatron_ep_v2.probe import probe
+from megatron_ep_v2.settings import shown_environment
 
 
 def count_kernels() -> int:
@@ -16,5 +17,5 @@ def count_kernels() -> int:
     carrier = probe().v2_carrier
     if carrier is None:
         return 0
-    folders = GENERATIONS[str(CARRIERS[carrier].generation)].cache_folders(os.environ, Path.home())
+    folders = GENERATIONS[str(CARRIERS[carrier].generation)].cache_folders(shown_environment(), Path.home())
     return sum(1 for folder in folders for _, _, files in os.walk(folder) if files)
