@@ -25,10 +25,10 @@ import logging
 import os
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from megatron_ep_v2.buffers.groups import registered
@@ -59,7 +59,12 @@ class DeviceCheck:
         count: [1] int32 on the device. Code that writes it directly (a kernel) must also call `touch()`.
     """
 
-    def __init__(self, to_error: Callable[[dict[int, int]], EPError | None], device: torch.device, group: Any = None):
+    def __init__(
+        self,
+        to_error: Callable[[dict[int, int]], EPError | None],
+        device: torch.device,
+        group: ProcessGroup | None = None,
+    ):
         self.to_error, self.group = to_error, group
         with torch.inference_mode(False):  # else an inference tensor, which training cannot write to
             self.count = torch.zeros(1, dtype=torch.int32, device=device)
@@ -95,7 +100,7 @@ class DeviceCheck:
         self._touched = False
 
 
-def read_all(*groups: Any) -> None:
+def read_all(*groups: ProcessGroup) -> None:
     """Wait for the device, raise the error of the check that counted something, and reset the counts. Collective for
     checks with a group; costs nothing if nothing was added since the last read.
 
@@ -116,7 +121,7 @@ def read_all(*groups: Any) -> None:
         raise error
 
 
-def forget(group: Any) -> None:
+def forget(group: ProcessGroup) -> None:
     """Drop the checks of a group whose buffer is destroyed. An output that a user keeps may keep them on one rank and
     not on another, and a later read is collective.
 
@@ -134,7 +139,7 @@ def forget(group: Any) -> None:
 
 def _read(checks: list[DeviceCheck]) -> EPError | None:
     """Read checks with one gather per group and one copy to the host per group and device."""
-    alike: dict[tuple[Any, torch.device], list[DeviceCheck]] = {}
+    alike: dict[tuple[ProcessGroup | None, torch.device], list[DeviceCheck]] = {}
     for check in checks:
         if check.waiting:
             alike.setdefault((None if _closed(check.group) else check.group, check.count.device), []).append(check)
@@ -157,7 +162,7 @@ def _read(checks: list[DeviceCheck]) -> EPError | None:
     return errors[0] if errors else None
 
 
-def _decide_together(error: EPError | None, groups: tuple[Any, ...]) -> EPError | None:
+def _decide_together(error: EPError | None, groups: tuple[ProcessGroup, ...]) -> EPError | None:
     """The error that this rank raises: its own, or one of the most severe class that another rank has."""
     mine = 0 if error is None else 1 + max(n for n, kind in enumerate(_ELSEWHERE) if n == 0 or isinstance(error, kind))
     on_cpu = "gloo" in dist.get_backend(groups[0])
@@ -177,7 +182,7 @@ def _decide_together(error: EPError | None, groups: tuple[Any, ...]) -> EPError 
     return elsewhere
 
 
-def _closed(group: Any) -> bool:
+def _closed(group: ProcessGroup | None) -> bool:
     """Whether the group was destroyed: an output that the user keeps can keep a check alive longer than its group."""
     try:
         return group is not None and not dist.get_process_group_ranks(group)
@@ -206,7 +211,7 @@ def read_by_caller() -> Iterator[None]:
         _callers_that_read -= 1
 
 
-def _before_step(*_: Any) -> None:
+def _before_step(*_: object) -> None:
     """Read before the first of several optimizers steps; the others find nothing new."""
     if _callers_that_read:
         return

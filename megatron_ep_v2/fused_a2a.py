@@ -23,14 +23,24 @@ measures it) and delay the reuse of freed memory.
 from __future__ import annotations
 
 from array import array
-from typing import Any
+from typing import Protocol
 
 import torch
+from torch.distributed import ProcessGroup
 
 from megatron_ep_v2 import recompute, settings
 from megatron_ep_v2.buffers import pool
+from megatron_ep_v2.buffers.contract import Buffer, Handle
 from megatron_ep_v2.buffers.pool import get_buffer
-from megatron_ep_v2.gradients import first_order, save_handle, share_handle, take_handle, whole_gradient
+from megatron_ep_v2.gradients import (
+    Gradients,
+    HandleContext,
+    first_order,
+    save_handle,
+    share_handle,
+    take_handle,
+    whole_gradient,
+)
 from megatron_ep_v2.probe import probe
 from megatron_ep_v2.wire.quantize import from_wire, to_wire
 
@@ -42,7 +52,7 @@ HAVE_DEEP_EP_V2: bool  # deep_ep imports here and has `ElasticBuffer`
 MEGATRON_DEFAULT_NUM_SMS = 20
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> bool:
     """Probe HAVE_DEEP_EP and HAVE_DEEP_EP_V2 at first use, so that importing this module does not import deep_ep."""
     if name == "HAVE_DEEP_EP":
         return probe().have_deep_ep
@@ -51,28 +61,37 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+class _CombineContext(HandleContext, Protocol):
+    buffer: Buffer | None  # None once the backward has run
+
+
+class _DispatchContext(_CombineContext, Protocol):
+    rows: tuple[torch.Size, torch.dtype, torch.device]  # of recv_x
+    probs: tuple[torch.Size, torch.dtype, torch.device]  # of recv_probs
+
+
 class FusedDispatch(torch.autograd.Function):
     """Dispatch; its backward is a combine that also carries the probabilities' gradient."""
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _DispatchContext,
         x: torch.Tensor,
         token_indices: torch.Tensor,
         token_probs: torch.Tensor,
         num_experts: int,
-        group: Any,
+        group: ProcessGroup,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
         do_expand: bool = False,
         expert_alignment: int = 1,
         do_cpu_sync: bool = True,
         keep_indices: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, Any]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, Handle]:
         """Return `(recv_x, recv_indices, recv_probs, handle)`; see `fused_dispatch`."""
         active, first = settings.active(), recompute.take()
         # A replayed handle's own: the group may have another buffer by now, to which the handle means nothing.
-        buffer = getattr(first, "carrier", None) or pool.find(group)
+        buffer: Buffer | None = getattr(first, "carrier", None) or pool.find(group)
         buffer = buffer or get_buffer(group, x, token_indices, num_experts, token_probs)
         sent_probs, routings = token_probs, None
         payload = to_wire(x, active.dispatch_dtype)
@@ -115,10 +134,15 @@ class FusedDispatch(torch.autograd.Function):
     @staticmethod
     @first_order(linear=True)
     def backward(
-        ctx: Any, grad_rows: torch.Tensor | None, _idx: Any, grad_probs: torch.Tensor | None, _handle: Any
-    ) -> Any:
+        ctx: _DispatchContext,
+        grad_rows: torch.Tensor | None,
+        _idx: None,
+        grad_probs: torch.Tensor | None,
+        _handle: None,
+    ) -> Gradients:
         handle, routings = take_handle(ctx)
         buffer, ctx.buffer = ctx.buffer, None  # an output that the user keeps must not keep it
+        assert buffer is not None  # a second backward has raised
         grad_x, grad_token_probs, _ = buffer.combine(
             whole_gradient(grad_rows, *ctx.rows),
             handle,
@@ -126,6 +150,7 @@ class FusedDispatch(torch.autograd.Function):
             num_sms=handle.num_sms,
         )
         if routings is not None:
+            assert grad_token_probs is not None  # because weights were sent
             grad_token_probs = recompute.grad_of_own(*routings, grad_token_probs)
         return (
             grad_x,  # x
@@ -140,15 +165,15 @@ class FusedCombine(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _CombineContext,
         x: torch.Tensor,
-        group: Any,
-        handle: Any,
+        group: ProcessGroup,
+        handle: Handle,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> tuple[torch.Tensor, None]:
         # The handle's own buffer: the group's may be a newer one, which does not know the handle.
-        buffer = getattr(handle, "carrier", None) or pool.find(group)
+        buffer: Buffer | None = getattr(handle, "carrier", None) or pool.find(group)
         buffer = buffer or get_buffer(group, x, handle.topk_idx, handle.num_experts)
         combined_x, _, _ = buffer.combine(x, handle, num_sms=handle.num_sms)
         ctx.buffer = buffer
@@ -157,9 +182,10 @@ class FusedCombine(torch.autograd.Function):
 
     @staticmethod
     @first_order(linear=True)
-    def backward(ctx: Any, grad: torch.Tensor, _event: Any) -> Any:
+    def backward(ctx: _CombineContext, grad: torch.Tensor, _event: None) -> Gradients:
         handle, _ = take_handle(ctx)
         buffer, ctx.buffer = ctx.buffer, None  # as above
+        assert buffer is not None
         sent_as = settings.active().grad_dispatch_dtype
         received, _, _, _, _ = buffer.dispatch(
             to_wire(grad.contiguous(), sent_as),
@@ -184,7 +210,7 @@ def fused_dispatch(
     token_indices: torch.Tensor,
     token_probs: torch.Tensor,
     num_experts: int,
-    group: Any,
+    group: ProcessGroup,
     async_finish: bool = False,
     allocate_on_comm_stream: bool = False,
     *,
@@ -192,7 +218,7 @@ def fused_dispatch(
     expert_alignment: int = 1,
     do_cpu_sync: bool = True,
     keep_indices: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None, Any]:
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor | None, Handle]:
     """Send tokens to the ranks of their experts.
 
     Args:
@@ -241,7 +267,11 @@ def fused_dispatch(
 
 
 def fused_combine(
-    x: torch.Tensor, group: Any, handle: Any, async_finish: bool = False, allocate_on_comm_stream: bool = False
+    x: torch.Tensor,
+    group: ProcessGroup,
+    handle: Handle,
+    async_finish: bool = False,
+    allocate_on_comm_stream: bool = False,
 ) -> tuple[torch.Tensor, None]:
     """Send rows back to their tokens' ranks and sum them, unweighted.
 

@@ -12,17 +12,57 @@ import functools
 import itertools
 import weakref
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import NoReturn, Protocol, TypeAlias
 
 import torch
 
+from megatron_ep_v2.buffers.contract import Handle
 from megatron_ep_v2.errors import EPError
 
 Routings: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+Kept: TypeAlias = tuple[Handle, Routings | None]  # what `take_handle` returns
+Gradients: TypeAlias = tuple[torch.Tensor | None, ...]  # of a forward's inputs; None for an input without one
+Backward: TypeAlias = Callable[..., Gradients]
+
+
+class Context(Protocol):
+    """Autograd's `ctx` in forwards and backwards: torch's FunctionCtx has only what a forward calls. A function that
+    keeps attributes of its own extends it.
+
+    Attributes:
+        saved_tensors: In a backward: as saved; None where None was saved.
+        needs_input_grad: In a backward, for each input of the forward.
+    """
+
+    saved_tensors: tuple[torch.Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: torch.Tensor | None) -> None: ...
+    def mark_non_differentiable(self, *outputs: torch.Tensor) -> None: ...
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
+class HandleContext(Context, Protocol):
+    """Context of a dispatch, or of a combine, which keeps a handle only if its dispatch does not.
+
+    Attributes:
+        dispatch: In a combine: the context that keeps the handle; None = this one.
+        kept: The handle of the forward, or of the run that `settled` has found; None = taken.
+        number: Of the mark that was saved.
+        settled: Whether `kept` belongs to the run whose activations the backward gets.
+        taken: Whether this context's backward has taken it.
+    """
+
+    dispatch: HandleContext | None
+    kept: Kept | None
+    number: int
+    settled: bool
+    taken: bool
+
 
 _numbers = itertools.count()
-# By number: the mark's storage, and what `take_handle` returns. An entry lives as long as the storage, or until taken.
-_marked: dict[int, tuple[weakref.ref[Any], tuple[Any, Routings | None]]] = {}
+# By number: the mark's storage, and what it marks. An entry lives as long as the storage, or until taken.
+_marked: dict[int, tuple[weakref.ref[torch.UntypedStorage], Kept]] = {}
 
 
 def whole_gradient(
@@ -40,7 +80,7 @@ def whole_gradient(
     return grad.contiguous()
 
 
-def save_handle(ctx: Any, handle: Any, routings: Routings | None) -> None:
+def save_handle(ctx: HandleContext, handle: Handle, routings: Routings | None) -> None:
     """In a dispatch's forward: keep the handle for its backward and for the combine's. Saves one tensor.
 
     Args:
@@ -52,7 +92,7 @@ def save_handle(ctx: Any, handle: Any, routings: Routings | None) -> None:
     _save_mark(ctx, handle, routings)
 
 
-def share_handle(ctx: Any, handle: Any) -> None:
+def share_handle(ctx: HandleContext, handle: Handle) -> None:
     """In a combine's forward: use the handle that its dispatch keeps. If autograd did not record the dispatch, because
     no input needed a gradient, the combine saves its own. (Only then: a checkpoint recomputes up to the last tensor
     saved, and a combine is a collective.)"""
@@ -62,14 +102,14 @@ def share_handle(ctx: Any, handle: Any) -> None:
         _save_mark(ctx, handle, None)
 
 
-def take_handle(ctx: Any) -> tuple[Any, Routings | None]:
+def take_handle(ctx: HandleContext) -> Kept:
     """In a backward: take handle and `routings` of the run whose activations it gets. The context drops them, so that a
     loss that the user keeps does not keep them alive.
 
     Raises:
         EPError: They were taken before, or a hook has lost them.
     """
-    holder = getattr(ctx, "dispatch", None) or ctx
+    holder: HandleContext = getattr(ctx, "dispatch", None) or ctx
     if ctx.taken or holder.kept is None:
         raise EPError(
             "backward ran a second time through one dispatch or combine",
@@ -78,7 +118,7 @@ def take_handle(ctx: Any) -> tuple[Any, Routings | None]:
         )
     if not holder.settled:
         _settle(holder)
-    kept: tuple[Any, Routings | None] = holder.kept
+    kept = holder.kept
     ctx.taken = True
     if holder is ctx:
         ctx.kept = None
@@ -87,7 +127,7 @@ def take_handle(ctx: Any) -> tuple[Any, Routings | None]:
     return kept
 
 
-def _save_mark(ctx: Any, handle: Any, routings: Routings | None) -> None:
+def _save_mark(ctx: HandleContext, handle: Handle, routings: Routings | None) -> None:
     number = next(_numbers)
     mark = torch.tensor(number, device="cpu")
     memory = mark.untyped_storage()  # shared by detached copies, which a checkpoint may save
@@ -97,7 +137,7 @@ def _save_mark(ctx: Any, handle: Any, routings: Routings | None) -> None:
     ctx.number, ctx.settled, ctx.taken = number, False, False
 
 
-def _settle(holder: Any) -> None:
+def _settle(holder: HandleContext) -> None:
     """Find the handle of the run. Called once, because a checkpoint unpacks a saved tensor only once."""
     mark = holder.saved_tensors[0]  # a reference, which keeps the entry in _marked
     number = int(mark)
@@ -114,47 +154,50 @@ def _settle(holder: Any) -> None:
     holder.settled = True
 
 
-def first_order(backward: Callable[..., Any] | None = None, *, linear: bool = False) -> Callable[..., Any]:
-    """Wrap a backward to raise when its own gradient is asked for, where torch would treat it as a constant.
+def first_order(*, linear: bool = False) -> Callable[[Backward], Backward]:
+    """Wrap the backward of a `torch.autograd.Function` to raise when its own gradient is asked for, where torch would
+    treat it as a constant.
 
     Unlike with `once_differentiable`, the error comes wherever a gradient would have to flow: the result stays
     connected to all that it depends on.
 
     Args:
-        backward: Of a `torch.autograd.Function`.
         linear: The backward depends only on the outputs' gradients, not on saved tensors. If none of these requires a
             gradient, neither does the result, and nothing raises.
     """
-    if backward is None:
-        return functools.partial(first_order, linear=linear)
 
-    @functools.wraps(backward)
-    def refusing(ctx: Any, *grads: Any) -> Any:
-        if not torch.is_grad_enabled():  # no create_graph
-            return backward(ctx, *grads)
-        ctx = ctx if linear else _Unpacked(ctx)
-        with torch.no_grad():
-            outputs = backward(ctx, *grads)
-        sources = [each for each in (*grads, *(() if linear else ctx.saved_tensors)) if each is not None]
-        sources = [each for each in sources if each.requires_grad]
-        if not sources:
-            return outputs
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        return tuple(_Refused.apply(out, *sources) if isinstance(out, torch.Tensor) else out for out in outputs)
+    def wrap(backward: Backward) -> Backward:
+        @functools.wraps(backward)
+        def refusing(ctx: Context, *grads: torch.Tensor | None) -> Gradients:
+            if not torch.is_grad_enabled():  # no create_graph
+                return backward(ctx, *grads)
+            used: Context | _Unpacked = ctx if linear else _Unpacked(ctx)
+            with torch.no_grad():
+                outputs = backward(used, *grads)
+            sources = [each for each in (*grads, *(() if linear else used.saved_tensors)) if each is not None]
+            sources = [each for each in sources if each.requires_grad]
+            if not sources:
+                return outputs
+            return tuple(None if out is None else _Refused.apply(out, *sources) for out in outputs)
 
-    return refusing
+        return refusing
+
+    return wrap
 
 
 class _Unpacked:
     """A context whose saved tensors are unpacked once, as a checkpoint requires; other attributes are the context's."""
 
-    def __init__(self, ctx: Any):
+    _ctx: Context
+    saved_tensors: tuple[torch.Tensor, ...]
+
+    def __init__(self, ctx: Context):
         vars(self).update(_ctx=ctx, saved_tensors=ctx.saved_tensors)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self._ctx, name)
 
-    def __setattr__(self, name: str, value: Any) -> None:
+    def __setattr__(self, name: str, value: object) -> None:
         setattr(self._ctx, name, value)
 
 
@@ -162,11 +205,11 @@ class _Refused(torch.autograd.Function):
     """Identity on a first-order gradient, connected to the tensors it was computed from; its backward raises."""
 
     @staticmethod
-    def forward(ctx: Any, grad: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Context, grad: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
         return grad.view_as(grad)
 
     @staticmethod
-    def backward(ctx: Any, *_: Any) -> Any:
+    def backward(ctx: Context, *_: torch.Tensor | None) -> NoReturn:
         raise EPError(
             "the gradient of a gradient was asked for, through a dispatch, a combine or experts of this package",
             found="a backward through what create_graph=True recorded (gradient penalty, Hessian-vector product)",

@@ -24,16 +24,22 @@ import logging
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from types import ModuleType
+from typing import TypeVar
 
 import torch
+from torch.autograd.function import FunctionCtx
+from torch.distributed import ProcessGroup
 
+from megatron_ep_v2.buffers.contract import Buffer, Handle
 from megatron_ep_v2.device_checks import DeviceCheck
 from megatron_ep_v2.errors import RoutingChangedError
 from megatron_ep_v2.kernels import replay
 from megatron_ep_v2.kernels.select import triton_if_installed
 
 logger = logging.getLogger("megatron_ep_v2")
+
+R = TypeVar("R")
 
 
 class _Runs(threading.local):
@@ -56,13 +62,15 @@ class Replayed:
     lives until its own backward.
     """
 
-    def __init__(self, function: Callable[..., Any]):
+    def __init__(self, function: Callable[..., object]):
         self.function = function
-        self._handles: list[Callable[[], Any]] = []  # of the first run, in order; each returns None once it is freed
+        self._handles: list[
+            Callable[[], Handle | None]
+        ] = []  # of the first run, in order; each returns None once it is freed
         self._taken = 0  # by the current run
         self._has_run = False
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         again, self._has_run = self._has_run, True
         self._taken = 0
         _runs.stack.append((self, again))
@@ -71,11 +79,11 @@ class Replayed:
         finally:
             _runs.stack.pop()
 
-    def note(self, handle: Any) -> None:
+    def note(self, handle: Handle) -> None:
         """Keep a handle of the first run."""
         self._handles.append(lambda: handle)
 
-    def take(self) -> Any:
+    def take(self) -> Handle | None:
         """Return the next handle; None if there is none or it was freed."""
         if self._taken == len(self._handles):
             return None
@@ -86,11 +94,11 @@ class Replayed:
         return handle
 
 
-def wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
+def wrapped(forward: Callable[..., R]) -> Callable[..., R]:
     """Wrap a checkpoint's `forward(ctx, run_function, ...)` to run and keep `Replayed(run_function)`."""
 
     @functools.wraps(forward)
-    def forward_replayed(ctx: Any, run_function: Callable[..., Any], *args: Any) -> Any:
+    def forward_replayed(ctx: FunctionCtx, run_function: Callable[..., object], *args: object) -> R:
         return forward(ctx, Replayed(run_function), *args)
 
     return forward_replayed
@@ -101,7 +109,7 @@ def runs_again() -> bool:
     return any(again for _, again in _runs.stack)
 
 
-def take() -> Any:
+def take() -> Handle | None:
     """Take the handle of the dispatch that is being replayed; None if nothing is recomputed, or nothing was recorded.
 
     Among nested checkpoints, the innermost that runs again has it. A checkpoint inside that one, which runs its
@@ -121,7 +129,7 @@ def runs_first() -> bool:
     return any(not again for _, again in _runs.stack)
 
 
-def note(buffer: Any, handle: Any, topk_weights: torch.Tensor) -> None:
+def note(buffer: Buffer, handle: Handle, topk_weights: torch.Tensor) -> None:
     """Record a handle for the second run of each checkpoint that is in its first run.
 
     Args:
@@ -148,10 +156,10 @@ NEAR = 1 / 16
 MOST_CHANGED, MOST_FAR = 1 / 4, 1 / 64
 
 # By buffer: counts of selections of changed routings, and of near ties.
-_checks: weakref.WeakKeyDictionary[Any, tuple[DeviceCheck, DeviceCheck]] = weakref.WeakKeyDictionary()
+_checks: weakref.WeakKeyDictionary[Buffer, tuple[DeviceCheck, DeviceCheck]] = weakref.WeakKeyDictionary()
 
 
-def as_first(first: Any, topk_idx: torch.Tensor, topk_weights: torch.Tensor, buffer: Any) -> torch.Tensor:
+def as_first(first: Handle, topk_idx: torch.Tensor, topk_weights: torch.Tensor, buffer: Buffer) -> torch.Tensor:
     """In a second run: return its own probabilities for the selections of the first. Counts changed selections on the
     device, without a host wait.
 
@@ -180,7 +188,7 @@ def as_first(first: Any, topk_idx: torch.Tensor, topk_weights: torch.Tensor, buf
     another, ties = _checks[buffer]
     number = topk_idx.numel()
     weights: torch.Tensor = _kernels(topk_weights).follow(
-        *(wanted, first.topk_weights, topk_idx, topk_weights),
+        *(wanted, vars(first)["topk_weights"], topk_idx, topk_weights),
         *(NEAR, int(MOST_FAR * number), int(MOST_CHANGED * number), another.count, ties.count),
     )
     another.touch()
@@ -200,14 +208,14 @@ def grad_of_own(wanted: torch.Tensor, topk_idx: torch.Tensor, grad: torch.Tensor
     return own
 
 
-def _kernels(weights: torch.Tensor) -> Any:
+def _kernels(weights: torch.Tensor) -> ModuleType:
     """The Triton module for fp32 on CUDA devices; else PyTorch's."""
     if not weights.is_cuda or weights.dtype != torch.float32:
         return replay
     return triton_if_installed(replay.__name__, "PyTorch compares recomputed routings") or replay
 
 
-def _near_ties(group: Any) -> Callable[[dict[int, int]], None]:
+def _near_ties(group: ProcessGroup | None) -> Callable[[dict[int, int]], None]:
     """A function that warns at a buffer's first near ties, and at each tenfold increase, on the group's first rank."""
     total, next_warning = 0, 1
 

@@ -31,14 +31,14 @@ import functools
 import logging
 import weakref
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 
 from megatron_ep_v2 import recompute, settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.checks import pass_on
-from megatron_ep_v2.buffers.contract import Buffer
+from megatron_ep_v2.buffers.contract import Buffer, Handle
 from megatron_ep_v2.device_checks import DeviceCheck
 from megatron_ep_v2.errors import InputError, LayoutOverflowError
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
@@ -51,7 +51,7 @@ logger = logging.getLogger("megatron_ep_v2")
 class SyncFreeHandle:
     """State of a dispatch for its combine: the buffer's handle, and the slot of each selection among the M rows."""
 
-    handle: Any
+    handle: Handle
     places: Places
 
 
@@ -60,7 +60,7 @@ def sync_free_dispatch(
     token_indices: torch.Tensor,
     token_probs: torch.Tensor,
     num_experts: int,
-    group: Any,
+    group: ProcessGroup,
     *,
     expert_alignment: int = 1,
     keep_indices: bool = False,
@@ -96,7 +96,7 @@ def sync_free_dispatch(
     return rows, row_probs, counts, SyncFreeHandle(handle, places)
 
 
-def sync_free_combine(rows: torch.Tensor, group: Any, handle: SyncFreeHandle) -> torch.Tensor:
+def sync_free_combine(rows: torch.Tensor, group: ProcessGroup, handle: SyncFreeHandle) -> torch.Tensor:
     """Send rows back to their tokens' ranks and sum them, unweighted.
 
     Args:
@@ -112,7 +112,7 @@ def sync_free_combine(rows: torch.Tensor, group: Any, handle: SyncFreeHandle) ->
     try:
         by_token = reduce_rows(rows, handle.places)
     except InputError as refusal:
-        buffer = handle.handle.carrier  # of the dispatch: the group may have another by now
+        buffer: Buffer = vars(handle.handle)["carrier"]  # of the dispatch: the group may have another by now
         buffer.combine(rows, handle.handle, **pass_on(buffer, [refusal]))
         raise
     return fused_combine(by_token, group, handle.handle)[0]

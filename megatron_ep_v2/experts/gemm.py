@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import functools
 import importlib
-from typing import Any, Protocol
+from collections.abc import Callable
+from types import ModuleType
+from typing import Protocol
 
 import torch
 
@@ -208,7 +210,7 @@ def gemm(backend: str) -> Gemm:
 
 
 @functools.cache
-def deep_gemm() -> Any:
+def deep_gemm() -> ModuleType:
     """Import the package deep_gemm.
 
     Raises:
@@ -226,7 +228,7 @@ def deep_gemm() -> Any:
 
 
 @functools.cache
-def _grouped_mm() -> Any:
+def _grouped_mm() -> Callable[..., torch.Tensor]:
     """torch.nn.functional.grouped_mm from torch 2.10 on; before, torch._grouped_mm with the same arguments."""
     public = getattr(torch.nn.functional, "grouped_mm", None)
     found = public or getattr(torch, "_grouped_mm", None)

@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Protocol
+from types import ModuleType
+from typing import Protocol
 
 import torch
 
 from megatron_ep_v2.errors import InputError
 from megatron_ep_v2.experts.gemm import Gemm, gemm
 from megatron_ep_v2.experts.groups import Groups
-from megatron_ep_v2.gradients import first_order
+from megatron_ep_v2.gradients import Context, Gradients, first_order
 from megatron_ep_v2.kernels import swiglu, wgrad
 from megatron_ep_v2.kernels.select import kernels_for
 from megatron_ep_v2.layouts.places import place_contiguous, rows_that_fit
@@ -166,7 +167,14 @@ def linear(
     Returns:
         [P, N].
     """
-    return _Linear.apply(x, w, groups, multiply, last, main_grad, *(activation or ()))  # type: ignore[no-any-return]
+    return _Linear.apply(x, w, groups, multiply, last, main_grad, *(activation or ()))
+
+
+class _LinearContext(Context, Protocol):
+    groups: Groups
+    gemm: Gemm
+    last: bool
+    fused: tuple[torch.Tensor, torch.Tensor] | None  # the parameter, and the main_grad to add to
 
 
 class _Linear(torch.autograd.Function):
@@ -175,7 +183,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
+        ctx: _LinearContext,
         x: torch.Tensor,
         w: torch.Tensor,
         groups: Groups,
@@ -188,13 +196,13 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(w, groups.ends, *(activation or (x,)))
         ctx.groups, ctx.gemm, ctx.last = groups, multiply, last
         # Keeps the parameter: saved-tensor hooks (activation offload) may return a copy without its attributes.
-        ctx.parameter, ctx.main_grad = (w, main_grad) if main_grad is not None else (None, None)
+        ctx.fused = (w, main_grad) if main_grad is not None else None
         y = multiply.forward(x, w, groups)
-        return _kernels(y).zero_tail_(y, groups.used) if last else y  # type: ignore[no-any-return]
+        return _kernels(y).zero_tail_(y, groups.used) if last else y
 
     @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+    @first_order()
+    def backward(ctx: _LinearContext, grad: torch.Tensor) -> Gradients:
         w, ends, *kept = ctx.saved_tensors
         groups = ctx.groups.of_run(ends)
         grad, grad_x, grad_w = grad.contiguous(), None, None
@@ -204,11 +212,12 @@ class _Linear(torch.autograd.Function):
                 grad_x = _kernels(grad_x).zero_tail_(grad_x, groups.used)
         if ctx.needs_input_grad[1]:
             x = kept[0] if len(kept) == 1 else _kernels(grad).forward(*kept, groups.used)
-            if ctx.main_grad is None:
+            if ctx.fused is None:
                 grad_w = ctx.gemm.wgrad(grad, x, groups)
             else:
-                wgrad.add_(ctx.main_grad, grad, x, groups.ends)
-                _mark_added(ctx.parameter)
+                parameter, main_grad = ctx.fused
+                wgrad.add_(main_grad, grad, x, groups.ends)
+                _mark_added(parameter)
         return (
             grad_x,  # x
             grad_w,  # w
@@ -234,14 +243,14 @@ class _WeightedSwiglu(torch.autograd.Function):
     """h [P, 2 * F], probs [P] -> [P, F]."""
 
     @staticmethod
-    def forward(ctx: Any, h: torch.Tensor, probs: torch.Tensor, used: torch.Tensor | None) -> torch.Tensor:
+    def forward(ctx: Context, h: torch.Tensor, probs: torch.Tensor, used: torch.Tensor | None) -> torch.Tensor:
         probs = probs.contiguous()
         ctx.save_for_backward(h, probs, used)
-        return _kernels(h).forward(h, probs, used)  # type: ignore[no-any-return]
+        return _kernels(h).forward(h, probs, used)
 
     @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+    @first_order()
+    def backward(ctx: Context, grad: torch.Tensor) -> Gradients:
         h, probs, used = ctx.saved_tensors
         grad_h, grad_probs = _kernels(h).backward(grad.contiguous(), h, probs, used)
         return (
@@ -251,6 +260,6 @@ class _WeightedSwiglu(torch.autograd.Function):
         )
 
 
-def _kernels(rows: torch.Tensor) -> Any:
+def _kernels(rows: torch.Tensor) -> ModuleType:
     """The module with `forward`, `backward` and `zero_tail_` for this device."""
     return kernels_for(rows, swiglu, "experts")

@@ -8,7 +8,6 @@ on, and it is launched directly: `compiled[grid](...)`, which passes the constan
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -17,16 +16,16 @@ import triton.language as tl
 if not hasattr(tl, "gather"):
     raise ImportError(f"Triton {triton.__version__}, which has no tl.gather")
 
-_compiled: dict[Any, Any] = {}
+_compiled: dict[tuple[object, ...], triton.compiler.CompiledKernel] = {}
 
 
 def launch(
-    kernel: Any,
+    kernel: triton.JITFunction,
     grid: tuple[int, int, int],
     tensors: Sequence[torch.Tensor],
     numbers: tuple[int, ...] = (),
-    constants: tuple[Any, ...] = (),
-    **options: Any,
+    constants: tuple[object, ...] = (),
+    **options: int,
 ) -> None:
     """Launch a kernel on the current stream.
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -41,7 +39,9 @@ def back(wanted: torch.Tensor, idx: torch.Tensor, grad: torch.Tensor) -> torch.T
     return out
 
 
-def _launch(kernel: Any, tensors: tuple[torch.Tensor, ...], shape: torch.Size, more: tuple[float, ...]) -> None:
+def _launch(
+    kernel: triton.JITFunction, tensors: tuple[torch.Tensor, ...], shape: torch.Size, more: tuple[float, ...]
+) -> None:
     tokens, topk = shape
     width = triton.next_power_of_2(topk)
     rows = max(1, ELEMENTS // (width * width))

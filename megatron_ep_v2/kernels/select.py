@@ -6,7 +6,6 @@ import functools
 import importlib
 import logging
 from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -15,7 +14,7 @@ from megatron_ep_v2.errors import UnavailableError
 logger = logging.getLogger("megatron_ep_v2")
 
 
-def kernels_for(tensor: torch.Tensor, definition: ModuleType, what: str, otherwise: str = "") -> Any:
+def kernels_for(tensor: torch.Tensor, definition: ModuleType, what: str, otherwise: str = "") -> ModuleType:
     """The module whose functions work on this tensor's device.
 
     Args:
@@ -44,7 +43,7 @@ def _required(definition: ModuleType, what: str, otherwise: str) -> ModuleType:
 
 
 @functools.cache
-def triton_if_installed(name: str, what: str) -> Any:
+def triton_if_installed(name: str, what: str) -> ModuleType | None:
     """The Triton module of a kernel whose definition also works on GPUs, only slower; None without Triton, which is
     logged once.
 

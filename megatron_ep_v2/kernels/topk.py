@@ -6,11 +6,12 @@ small kernel each for forward and backward.
 
 from __future__ import annotations
 
-from typing import Any
+from types import ModuleType
+from typing import Protocol
 
 import torch
 
-from megatron_ep_v2.gradients import first_order
+from megatron_ep_v2.gradients import Context, Gradients, first_order
 from megatron_ep_v2.kernels.select import triton_if_installed
 
 # Tokens x experts from which on the kernels are used. The host needs longer to launch them than PyTorch's top-k, which
@@ -35,7 +36,7 @@ def top_k(probs: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
     PyTorch's top-k passes it to one of the row's entries of 0.
     """
     if _suits_kernels(probs, topk) and _kernels() is not None:
-        return _TopK.apply(probs, topk)  # type: ignore[no-any-return]
+        return _TopK.apply(probs, topk)
     values, columns = torch.topk(probs, topk, dim=-1, sorted=False)
     # Not in place: the gradient needs the columns. Not torch.where, which copies its -1 to the GPU and waits for that.
     return values, columns.masked_fill(values == 0, -1)
@@ -50,10 +51,16 @@ def _suits_kernels(probs: torch.Tensor, topk: int) -> bool:
     )
 
 
+class _TopKContext(Context, Protocol):
+    num_experts: int
+
+
 class _TopK(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, probs: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
-        values, indices = _kernels().select(probs.contiguous(), topk)
+    def forward(ctx: _TopKContext, probs: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
+        kernels = _kernels()
+        assert kernels is not None  # `top_k` has looked
+        values, indices = kernels.select(probs.contiguous(), topk)
         ctx.mark_non_differentiable(indices)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(indices)
@@ -62,14 +69,16 @@ class _TopK(torch.autograd.Function):
 
     @staticmethod
     @first_order(linear=True)
-    def backward(ctx: Any, grad: torch.Tensor | None, _: Any) -> Any:
+    def backward(ctx: _TopKContext, grad: torch.Tensor | None, _: None) -> Gradients:
         (indices,) = ctx.saved_tensors
+        kernels = _kernels()
+        assert kernels is not None
         return (
-            None if grad is None else _kernels().spread(grad.contiguous(), indices, ctx.num_experts),  # probs
+            None if grad is None else kernels.spread(grad.contiguous(), indices, ctx.num_experts),  # probs
             None,  # topk
         )
 
 
-def _kernels() -> Any:
+def _kernels() -> ModuleType | None:
     """The Triton module; None without Triton, which PyTorch for CUDA brings along."""
     return triton_if_installed(__name__, "torch.topk finds each token's experts")

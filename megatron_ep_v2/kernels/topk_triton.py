@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -47,7 +45,9 @@ def spread(grad: torch.Tensor, indices: torch.Tensor, experts: int) -> torch.Ten
     return out
 
 
-def _launch(kernel: Any, tensors: tuple[torch.Tensor, ...], tokens: int, experts: int, topk: int) -> None:
+def _launch(
+    kernel: triton.JITFunction, tensors: tuple[torch.Tensor, ...], tokens: int, experts: int, topk: int
+) -> None:
     """Launch with ELEMENTS elements per program, at least one row."""
     width = triton.next_power_of_2(experts)
     rows = max(1, ELEMENTS // width)

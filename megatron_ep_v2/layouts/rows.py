@@ -5,12 +5,12 @@ Slots are saved like activations, so that under a checkpoint the backward gets r
 
 from __future__ import annotations
 
-from typing import Any
+from types import ModuleType
 
 import torch
 
 from megatron_ep_v2.errors import InputError
-from megatron_ep_v2.gradients import first_order
+from megatron_ep_v2.gradients import Context, Gradients, first_order
 from megatron_ep_v2.kernels import move
 from megatron_ep_v2.kernels.select import kernels_for
 from megatron_ep_v2.layouts.places import Places
@@ -27,7 +27,7 @@ def gather_rows(x: torch.Tensor, places: Places) -> torch.Tensor:
         rows without a slot.
     """
     _check_rows("received rows", x, len(places.slots))
-    return _Gather.apply(x, places)  # type: ignore[no-any-return]
+    return _Gather.apply(x, places)
 
 
 def gather_weights(weights: torch.Tensor, places: Places) -> torch.Tensor:
@@ -40,7 +40,7 @@ def gather_weights(weights: torch.Tensor, places: Places) -> torch.Tensor:
         [M], zero on padding. The gradient is zero where a selection has no slot.
     """
     _check_weights(weights, places)
-    return _Take.apply(weights, places)  # type: ignore[no-any-return]
+    return _Take.apply(weights, places)
 
 
 def reduce_rows(y: torch.Tensor, places: Places, weights: torch.Tensor | None = None) -> torch.Tensor:
@@ -57,20 +57,20 @@ def reduce_rows(y: torch.Tensor, places: Places, weights: torch.Tensor | None = 
     y = y.flatten(0, -2)
     _check_rows("experts' rows", y, places.num_rows)
     if weights is None:
-        return _Reduce.apply(y, places)  # type: ignore[no-any-return]
+        return _Reduce.apply(y, places)
     _check_weights(weights, places)
-    return _WeightedReduce.apply(y, weights, places)  # type: ignore[no-any-return]
+    return _WeightedReduce.apply(y, weights, places)
 
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, places: Places) -> torch.Tensor:
+    def forward(ctx: Context, x: torch.Tensor, places: Places) -> torch.Tensor:
         ctx.save_for_backward(places.slots)
-        return _mover(x).gather(x.contiguous(), places.rows)  # type: ignore[no-any-return]
+        return _mover(x).gather(x.contiguous(), places.rows)
 
     @staticmethod
     @first_order(linear=True)
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+    def backward(ctx: Context, grad: torch.Tensor) -> Gradients:
         (slots,) = ctx.saved_tensors
         return (
             _mover(grad).reduce(grad.contiguous(), slots, None),  # x
@@ -80,13 +80,13 @@ class _Gather(torch.autograd.Function):
 
 class _Take(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weights: torch.Tensor, places: Places) -> torch.Tensor:
+    def forward(ctx: Context, weights: torch.Tensor, places: Places) -> torch.Tensor:
         ctx.save_for_backward(places.slots)
-        return _mover(weights).take(weights.contiguous(), places.sources)  # type: ignore[no-any-return]
+        return _mover(weights).take(weights.contiguous(), places.sources)
 
     @staticmethod
     @first_order(linear=True)
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+    def backward(ctx: Context, grad: torch.Tensor) -> Gradients:
         (slots,) = ctx.saved_tensors
         return (
             _mover(grad).take(grad.contiguous(), slots),  # weights
@@ -96,13 +96,13 @@ class _Take(torch.autograd.Function):
 
 class _Reduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, places: Places) -> torch.Tensor:
+    def forward(ctx: Context, y: torch.Tensor, places: Places) -> torch.Tensor:
         ctx.save_for_backward(places.rows)
-        return _mover(y).reduce(y.contiguous(), places.slots, None)  # type: ignore[no-any-return]
+        return _mover(y).reduce(y.contiguous(), places.slots, None)
 
     @staticmethod
     @first_order(linear=True)
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+    def backward(ctx: Context, grad: torch.Tensor) -> Gradients:
         (rows,) = ctx.saved_tensors
         return (
             _mover(grad).gather(grad.contiguous(), rows),  # y
@@ -112,14 +112,14 @@ class _Reduce(torch.autograd.Function):
 
 class _WeightedReduce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, weights: torch.Tensor, places: Places) -> torch.Tensor:
+    def forward(ctx: Context, y: torch.Tensor, weights: torch.Tensor, places: Places) -> torch.Tensor:
         y, weights = y.contiguous(), weights.contiguous()
         ctx.save_for_backward(y, weights, places.rows, places.sources)
-        return _mover(y).reduce(y, places.slots, weights)  # type: ignore[no-any-return]
+        return _mover(y).reduce(y, places.slots, weights)
 
     @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+    @first_order()
+    def backward(ctx: Context, grad: torch.Tensor) -> Gradients:
         y, weights, rows, sources = ctx.saved_tensors
         grad_y, grad_weights = _mover(grad).spread(grad.contiguous(), y, rows, sources, weights)
         return (
@@ -149,6 +149,6 @@ def _check_weights(weights: torch.Tensor, places: Places) -> None:
         )
 
 
-def _mover(rows: torch.Tensor) -> Any:
+def _mover(rows: torch.Tensor) -> ModuleType:
     """The module with `gather`, `take`, `reduce` and `spread` for this device."""
     return kernels_for(rows, move, "layouts")

@@ -7,7 +7,7 @@ Imports nothing, because settings and the command line must work where torch can
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +42,15 @@ DISPATCH_DTYPES = ("auto", "bf16", *FORMATS)
 NOT_CARRIED = "nvfp4 is not carried: deep_ep takes 8-bit values with 4-byte packs of scales, and NVFP4 has neither"
 
 
-def dtype_of_recipe(config: Any) -> tuple[str, str]:
-    """Resolve dispatch_dtype=auto: 8 bits only if the experts' GEMMs round the same rows in the same groups anyway.
+class QuantizedConfig(Protocol):
+    """What is read of Megatron's TransformerConfig; also `fp4`, which some versions lack."""
 
-    Args:
-        config: Megatron's TransformerConfig; only `fp8`, `fp8_recipe` and `fp4` are read.
+    fp8: str | None
+    fp8_recipe: object  # an enum or its name
+
+
+def dtype_of_recipe(config: QuantizedConfig) -> tuple[str, str]:
+    """Resolve dispatch_dtype=auto: 8 bits only if the experts' GEMMs round the same rows in the same groups anyway.
 
     Returns:
         `(one of DISPATCH_DTYPES without auto, reason)`.

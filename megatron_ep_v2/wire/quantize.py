@@ -20,7 +20,7 @@ PyTorch, for every device; `quantize_triton` is equal on CUDA tensors bit by bit
 from __future__ import annotations
 
 import sys
-from typing import Any
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,7 @@ def to_wire(x: torch.Tensor, dtype: str) -> Payload:
     """
     if dtype not in FORMATS or x.dim() != 2:
         return x
-    return _kernels(x).quantize(x, FORMATS[dtype])  # type: ignore[no-any-return]
+    return _kernels(x).quantize(x, FORMATS[dtype])
 
 
 def from_wire(payload: Payload, sent_as: str, dtype: torch.dtype) -> torch.Tensor:
@@ -61,10 +61,10 @@ def from_wire(payload: Payload, sent_as: str, dtype: torch.dtype) -> torch.Tenso
     """
     if isinstance(payload, torch.Tensor):
         return payload
-    return _kernels(payload[0]).dequantize(*payload, FORMATS[sent_as], dtype)  # type: ignore[no-any-return]
+    return _kernels(payload[0]).dequantize(*payload, FORMATS[sent_as], dtype)
 
 
-def _kernels(rows: torch.Tensor) -> Any:
+def _kernels(rows: torch.Tensor) -> ModuleType:
     """The module with `quantize` and `dequantize` for this device."""
     variables = "MCORE_DEEPEP_V2_DISPATCH_DTYPE and MCORE_DEEPEP_V2_GRAD_DISPATCH_DTYPE"
     return kernels_for(rows, sys.modules[__name__], "8-bit rows", f", or set {variables} to bf16")
