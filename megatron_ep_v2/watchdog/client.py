@@ -16,12 +16,12 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import torch.distributed as dist
 
 from megatron_ep_v2.watchdog.rendezvous import Rendezvous
-from megatron_ep_v2.watchdog.watcher import Task
+from megatron_ep_v2.watchdog.watcher import Address, Task
 
 FAILED_SECONDS = 6.0  # time limit for the report of a call that failed
 END_SECONDS = 3.0  # time limit for a watcher to send the others its final answer
@@ -45,7 +45,9 @@ class WatcherClient:
         process: The watcher; None after it was ended.
     """
 
-    def __init__(self, rendezvous: Rendezvous, addresses: Sequence[Any], hosts: Sequence[str], call_log: int):
+    def __init__(
+        self, rendezvous: Rendezvous, addresses: Sequence[Address | None], hosts: Sequence[str], call_log: int
+    ):
         assert rendezvous.address is not None
         ranks, rank = dist.get_process_group_ranks(rendezvous.group), dist.get_rank()
         with rendezvous.listener as listener:
@@ -61,30 +63,34 @@ class WatcherClient:
                 stacks=_stack_file().fileno(),
                 listener=listener.fileno(),
             )
-            self.process = _start(task)
+            self.process: subprocess.Popen[bytes] | None = _start(task)
 
     def report_failure(self, error: RuntimeError) -> None:
         """Delay an error until the watcher has asked the others and printed its report."""
+        assert self.process is not None  # it is ended with the buffer
+        to_watcher, from_watcher = _pipes(self.process)
         with contextlib.suppress(OSError):  # without a watcher, the error comes without a report
-            self.process.stdin.write(f"failed with {type(error).__name__}: {error}".partition("\n")[0][:200].encode())
-            if select.select([self.process.stdout], [], [], FAILED_SECONDS)[0]:
-                self.process.stdout.read(64)
+            to_watcher.write(f"failed with {type(error).__name__}: {error}".partition("\n")[0][:200].encode())
+            if select.select([from_watcher], [], [], FAILED_SECONDS)[0]:
+                from_watcher.read(64)
 
     def leave_to_parent(self) -> None:
         """In a forked child: close its copies of the connection, so that only the rank itself holds it. The watcher
         runs on, and the child cannot end it."""
         self._of_parent, self.process = self.process, None  # kept: the destructor of a Popen polls its process
         if self._of_parent is not None:
-            self._of_parent.stdin.close()
-            self._of_parent.stdout.close()
+            for pipe in _pipes(self._of_parent):
+                pipe.close()
 
     def close(self) -> None:
         """End the watcher."""
         process, self.process = self.process, None
+        assert process is not None  # `Watch.stop` has looked
+        to_watcher, from_watcher = _pipes(process)
         with contextlib.suppress(OSError):
-            process.stdin.write(b"bye\n")
-        process.stdin.close()
-        process.stdout.close()
+            to_watcher.write(b"bye\n")
+        to_watcher.close()
+        from_watcher.close()
         try:
             process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
@@ -97,21 +103,27 @@ def program(size: int, parent: int) -> str:
     return _PROGRAM.format(str(Path(__file__).parents[2]), size, parent)
 
 
-def _start(task: Task) -> Any:
+def _pipes(process: subprocess.Popen[bytes]) -> tuple[IO[bytes], IO[bytes]]:
+    """The watcher's standard input and output."""
+    assert process.stdin is not None and process.stdout is not None
+    return process.stdin, process.stdout
+
+
+def _start(task: Task) -> subprocess.Popen[bytes]:
     """Start a watcher: isolated and without site-packages, to start quickly whatever the job's environment is."""
     words = json.dumps(dataclasses.asdict(task)).encode()
-    process: Any = subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-I", "-S", "-c", program(len(words), os.getpid())],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         bufsize=0,
         pass_fds=(task.call_log, task.stacks, task.listener),
     )
-    process.stdin.write(words)
+    _pipes(process)[0].write(words)
     return process
 
 
-def shared_file() -> Any:
+def shared_file() -> IO[bytes]:
     """A file without a name; in memory if the system supports it."""
     if hasattr(os, "memfd_create"):
         return open(os.memfd_create("megatron_ep_v2"), "r+b", buffering=0)
@@ -119,7 +131,7 @@ def shared_file() -> Any:
 
 
 @functools.cache
-def _stack_file() -> Any:
+def _stack_file() -> IO[bytes]:
     """The file to which this process writes the stacks of its threads on STACK_SIGNAL."""
     file = shared_file()
     faulthandler.register(STACK_SIGNAL, file=file, all_threads=True, chain=False)

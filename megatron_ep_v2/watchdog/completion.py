@@ -5,7 +5,8 @@ from __future__ import annotations
 import collections
 import ctypes
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
@@ -13,14 +14,36 @@ from megatron_ep_v2.errors import UnavailableError
 from megatron_ep_v2.watchdog.call_log import DONE, MARKED, NUMBERS, CallLog
 
 WAITS_KEPT = 256  # timed forward dispatches, for `stragglers()`
+Events: TypeAlias = tuple[torch.cuda.Event, torch.cuda.Event]  # at begin and end
 
 
-class HostClock:
-    """Clock for buffers whose calls return when they have finished.
+class Clock(Protocol):
+    """Measures when calls begin and end.
 
     Attributes:
         every: One in `every` forward dispatches is timed.
     """
+
+    every: int
+
+    def start(self) -> Any:
+        """Begin a timed dispatch; returns what this clock's `stop` needs."""
+
+    def stop(self, number: int, start: Any) -> None:
+        """End a timed dispatch. start: From `start()`."""
+
+    def waits(self) -> dict[int, float]:
+        """Number of the call -> its seconds, for the last timed dispatches."""
+
+    def mark(self, number: int) -> None:
+        """Call `number` has returned."""
+
+    def close(self) -> None:
+        """Release what the clock holds."""
+
+
+class HostClock:
+    """Clock for buffers whose calls return when they have finished."""
 
     every = 1
 
@@ -28,15 +51,12 @@ class HostClock:
         self._waits: collections.deque[tuple[int, float]] = collections.deque(maxlen=WAITS_KEPT)
 
     def start(self) -> float:
-        """Begin a timed dispatch."""
         return time.monotonic()
 
     def stop(self, number: int, start: float) -> None:
-        """End a timed dispatch. start: From `start()`."""
         self._waits.append((number, time.monotonic() - start))
 
     def waits(self) -> dict[int, float]:
-        """Number of the call -> its seconds, for the last timed dispatches."""
         return dict(self._waits)
 
     def mark(self, number: int) -> None:
@@ -69,7 +89,7 @@ class GpuClock:
     every = 7
 
     def __init__(self, call_log: CallLog, comm_stream: torch.cuda.Stream | None = None):
-        self._waits: collections.deque[tuple[int, tuple[Any, Any]]] = collections.deque()
+        self._waits: collections.deque[tuple[int, Events]] = collections.deque()
         self._call_log, self._cells = call_log, torch.frombuffer(call_log.page, dtype=torch.int64)
         self._done = self._cells.data_ptr() + 8 * DONE
         self._comm_stream, self._stream, self._event = comm_stream, torch.cuda.Stream(), torch.cuda.Event()
@@ -86,7 +106,7 @@ class GpuClock:
             raise _cannot_write(f"cuMemcpyDtoHAsync answers {code}")
         self._stream.synchronize()
 
-    def start(self) -> tuple[Any, Any]:
+    def start(self) -> Events:
         if len(self._waits) < WAITS_KEPT:
             events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         else:
@@ -94,7 +114,7 @@ class GpuClock:
         events[0].record()
         return events
 
-    def stop(self, number: int, start: tuple[Any, Any]) -> None:
+    def stop(self, number: int, start: Events) -> None:
         start[1].record()
         self._waits.append((number, start))
 
@@ -123,7 +143,7 @@ class GpuClock:
 _unfinished: list[GpuClock] = []
 
 
-def _copy_to_host() -> Any:
+def _copy_to_host() -> Callable[[int, int, int, int], int]:
     """CUDA's `cuMemcpyDtoHAsync(to, from, bytes, stream) -> error code`, which costs the host less than torch's
     copy."""
     try:

@@ -9,9 +9,11 @@ import logging
 import secrets
 import socket
 from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from megatron_ep_v2.watchdog.watcher import Address
 
 logger = logging.getLogger("megatron_ep_v2")
 
@@ -24,13 +26,13 @@ class Rendezvous:
         seconds: The watchdog's limit; 0 = no watchdog.
 
     Attributes:
-        address: Of this rank's watcher: (address, port, token). None without a watchdog.
+        address: Of this rank's watcher; None without a watchdog.
         listener: The socket of that address.
     """
 
-    def __init__(self, group: Any, seconds: float):
+    def __init__(self, group: ProcessGroup, seconds: float):
         self.group, self.seconds = group, seconds
-        self.address: tuple[str, int, str] | None = None
+        self.address: Address | None = None
         if seconds and group.size() > 1:
             try:
                 self.listener, address = _listen(group)
@@ -60,7 +62,7 @@ class Rendezvous:
             )
 
 
-def _listen(group: Any) -> tuple[socket.socket, str]:
+def _listen(group: ProcessGroup) -> tuple[socket.socket, str]:
     """A listening socket, and the address or name by which the group's other hosts reach it.
 
     The address is the one from which this host reaches the group's store. If that is a loopback address (Debian has

@@ -1,15 +1,11 @@
-"""The text of a report: from the answers of all watchers to the names of the late ranks.
-
-An answer (JSON): rank, host, entered and left (calls), pending (call, 0 = none), calls ([number, kind, step, moe_call,
-tokens] of the last ones), idle (seconds since the call log changed), end ("" = the rank lives), stopped.
-"""
+"""The text of a report: from the answers of all watchers to the names of the late ranks."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypedDict
 
 from megatron_ep_v2.watchdog.call_log import KINDS
 
@@ -17,14 +13,38 @@ STACK_FRAMES = 12
 WARM_UP = 4  # first calls: deep_ep compiles kernels in them
 
 
-def find_late(answers: Mapping[int, dict[str, Any]], ranks: Sequence[int], number: int) -> dict[int, str]:
+class Answer(TypedDict):
+    """What a watcher answers about its rank, sent as JSON.
+
+    Attributes:
+        rank: In the world.
+        host: The rank's host.
+        entered: Number of its last call.
+        pending: Number of its first call that has not finished; 0 = none.
+        calls: [number, kind, step, moe_call, tokens] of the last ones.
+        idle: Seconds since the call log changed.
+        end: How the rank ended; "" = it lives.
+        stopped: Whether a signal or a debugger has stopped it.
+    """
+
+    rank: int
+    host: str
+    entered: int
+    pending: int
+    calls: list[list[int]]
+    idle: float
+    end: str
+    stopped: bool
+
+
+def find_late(answers: Mapping[int, Answer], ranks: Sequence[int], number: int) -> dict[int, str]:
     """The ranks that call `number` of the asking rank waits for: rank -> why."""
     late = {rank: "does not answer: its host is down or has no watcher" for rank in ranks if rank not in answers}
     odd = _find_odd(answers)
     return late | (odd or {rank: "has not arrived" for rank, answer in answers.items() if answer["entered"] < number})
 
 
-def _find_odd(answers: Mapping[int, dict[str, Any]]) -> dict[int, str]:
+def _find_odd(answers: Mapping[int, Answer]) -> dict[int, str]:
     """The ranks in the minority at the first call that differs between ranks: rank -> why."""
     calls = {rank: {call[0]: tuple(call[1:4]) for call in answer["calls"]} for rank, answer in answers.items()}
     for number in sorted(set().union(*calls.values())):
@@ -44,7 +64,7 @@ def write_report(
     rank: int,
     what: str,
     number: int,
-    answers: Mapping[int, dict[str, Any]],
+    answers: Mapping[int, Answer],
     late: Mapping[int, str],
     stacks: Mapping[int, str],
 ) -> list[str]:
@@ -86,7 +106,7 @@ def choose_threads(text: str, *threads: int) -> str:
     return "\n".join(chosen[:-1]) or "none was written"
 
 
-def _state(answer: dict[str, Any], in_full: bool) -> str:
+def _state(answer: Answer, in_full: bool) -> str:
     """The call that a rank is in, or its last one. in_full: With duration and tokens."""
     number = answer["pending"] or answer["entered"]
     call = next((call for call in answer["calls"] if call[0] == number), None)

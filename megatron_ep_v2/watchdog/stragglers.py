@@ -14,9 +14,9 @@ import statistics
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.groups import find_registered
@@ -56,7 +56,7 @@ class Stragglers:
         return "\n".join([title, f"{'rank':>6}{'times last':>12}{'median':>12}{'worst':>12}", *rows])
 
 
-def stragglers(group: Any = None) -> Stragglers:
+def stragglers(group: ProcessGroup | None = None) -> Stragglers:
     """Find the ranks that arrive last at forward dispatches since the buffer was built. Collective.
 
     Counts the last 256 timed dispatches; on a GPU one in seven is timed.
@@ -76,8 +76,9 @@ def stragglers(group: Any = None) -> Stragglers:
             needed="a dispatch in a group of two or more ranks, with the watchdog on",
             fix="call it between the first dispatch and destroy_buffers(), with MCORE_DEEPEP_V2_WATCHDOG_SECS above 0",
         )
-    waits: list[Any] = [None] * chosen.group.size()
-    dist.all_gather_object(waits, chosen.watch.clock.waits(), group=chosen.group)
+    clock = chosen.watch.clock  # None before the first dispatch
+    waits: list[dict[int, float]] = [{}] * chosen.group.size()
+    dist.all_gather_object(waits, {} if clock is None else clock.waits(), group=chosen.group)
     return summarize(dict(zip(dist.get_process_group_ranks(chosen.group), waits, strict=True)))
 
 

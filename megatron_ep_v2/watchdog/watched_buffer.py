@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from megatron_ep_v2.buffers.contract import Buffer, Payload
+from megatron_ep_v2.buffers.contract import Buffer, Handle, Payload
 from megatron_ep_v2.errors import EPError
 from megatron_ep_v2.watchdog.call_log import (
     BACKWARD_OF_COMBINE,
@@ -29,13 +29,14 @@ from megatron_ep_v2.watchdog.call_log import (
     CallLog,
 )
 from megatron_ep_v2.watchdog.client import WatcherClient, shared_file
-from megatron_ep_v2.watchdog.completion import GpuClock, HostClock
+from megatron_ep_v2.watchdog.completion import Clock, GpuClock, HostClock
 from megatron_ep_v2.watchdog.rendezvous import Rendezvous
+from megatron_ep_v2.watchdog.watcher import Address
 
 logger = logging.getLogger("megatron_ep_v2")
 
 
-def watch(buffer: Buffer, rendezvous: Rendezvous, addresses: Sequence[Any], hosts: Sequence[str]) -> Buffer:
+def watch(buffer: Buffer, rendezvous: Rendezvous, addresses: Sequence[Address | None], hosts: Sequence[str]) -> Buffer:
     """Wrap a buffer so that its calls are watched; returns the buffer itself without a watchdog.
 
     Args:
@@ -53,7 +54,8 @@ def watch(buffer: Buffer, rendezvous: Rendezvous, addresses: Sequence[Any], host
 
 
 class WatchedBuffer:
-    """A buffer whose dispatches and combines are logged; other attributes are the wrapped buffer's."""
+    """A buffer whose dispatches and combines are logged; other attributes, and the arguments that it does not read, are
+    the wrapped buffer's."""
 
     def __init__(self, buffer: Buffer, watch: Watch):
         self.buffer, self.watch = buffer, watch
@@ -61,7 +63,9 @@ class WatchedBuffer:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.buffer, name)
 
-    def dispatch(self, x: Payload, **arguments: Any) -> Any:
+    def dispatch(
+        self, x: Payload, **arguments: Any
+    ) -> tuple[Payload, torch.Tensor | None, torch.Tensor | None, Handle, object]:
         """See `contract.Buffer.dispatch`."""
         rows = x[0] if isinstance(x, tuple) else x
         if _captured(rows):
@@ -96,7 +100,9 @@ class WatchedBuffer:
         vars(answer[3])["moe_call"] = moe_call  # all calls of a layer have this handle
         return answer
 
-    def combine(self, x: torch.Tensor, handle: Any, topk_weights: torch.Tensor | None = None, **arguments: Any) -> Any:
+    def combine(
+        self, x: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None = None, **arguments: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None, object]:
         """See `contract.Buffer.combine`."""
         if _captured(x):
             return self.buffer.combine(x, handle, topk_weights, **arguments)
@@ -127,16 +133,16 @@ class Watch:
         clock: Measures when calls begin and end; None before the first one.
     """
 
-    def __init__(self, rendezvous: Rendezvous, addresses: Sequence[Any], hosts: Sequence[str]):
+    def __init__(self, rendezvous: Rendezvous, addresses: Sequence[Address | None], hosts: Sequence[str]):
         self.step, self.moe_calls, self.number = 1, 0, 0
-        self.clock: Any = None
+        self.clock: Clock | None = None
         with shared_file() as memory:
             os.ftruncate(memory.fileno(), LOG_BYTES)
             self.call_log = CallLog(memory.fileno())
             self.client = WatcherClient(rendezvous, addresses, hosts, memory.fileno())
         self._hook = register_optimizer_step_post_hook(self._count_step)
 
-    def set_clock(self, rows: torch.Tensor, comm_stream: torch.cuda.Stream | None) -> Any:
+    def set_clock(self, rows: torch.Tensor, comm_stream: torch.cuda.Stream | None) -> Clock:
         """At the first call, choose the clock for the device of these rows and the stream of the buffer's kernels."""
         self.clock = GpuClock(self.call_log, comm_stream) if rows.is_cuda else HostClock()
         return self.clock
@@ -174,13 +180,13 @@ class Watch:
         self.call_log = CallLog(-1)
         self.client.leave_to_parent()
 
-    def _count_step(self, *_: Any) -> None:
+    def _count_step(self, *_: object) -> None:
         """After each optimizer's step. Several steps without a MoE call between them count as one."""
         self.step += self.moe_calls > 0
         self.moe_calls = 0
 
 
-def _moe_call(handle: Any) -> tuple[int, int]:
+def _moe_call(handle: Handle) -> tuple[int, int]:
     """(number of the handle's dispatch in its step, tokens); zeros if the dispatch was not watched."""
     return getattr(handle, "moe_call", (0, 0))
 

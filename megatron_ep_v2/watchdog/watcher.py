@@ -22,12 +22,15 @@ import socketserver
 import sys
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from megatron_ep_v2.watchdog.call_log import ENTERED, LEFT, RING, THREAD, CallLog
-from megatron_ep_v2.watchdog.report import choose_threads, find_late, write_report
+from megatron_ep_v2.watchdog.report import Answer, choose_threads, find_late, write_report
+
+Address: TypeAlias = tuple[str, int, str]  # of a watcher: address or name of its host, port, token
 
 SETTLE_SECONDS = 0.3  # between a lost connection and the end of the process at its other end
 LOOK_BACK = 32  # calls that a report compares
@@ -44,7 +47,7 @@ class Task:
         host: The rank's host.
         seconds: The limit.
         token: Other watchers must send it to get an answer.
-        peers: The other ranks' (address or name of the host, port, token); None if a rank has no watcher.
+        peers: Addresses of the other ranks' watchers; None if a rank has none.
         main_thread: Of the rank's process.
         stack_signal: Makes the rank's process write its stacks to the file `stacks`.
         call_log, stacks, listener: File descriptors: the call log, the file for stacks, a listening socket.
@@ -54,7 +57,7 @@ class Task:
     host: str
     seconds: float
     token: str
-    peers: dict[int, Any]
+    peers: dict[int, Address | None]
     main_thread: int
     stack_signal: int
     call_log: int
@@ -73,7 +76,7 @@ class Watcher:
     def __init__(self, task: Task, parent: int):
         self.task, self.call_log, self.parent = task, CallLog(task.call_log), parent
         self.end = ""  # how the rank ended
-        self.final_answers: dict[int, dict[str, Any]] = {}  # of ranks that have ended
+        self.final_answers: dict[int, Answer] = {}  # of ranks that have ended
         self.state: tuple[int, ...] = ()
         self.since, self.reported = time.monotonic(), False
         self.stack_lock, self.stack_text, self.stack_time = threading.Lock(), "", 0.0
@@ -136,15 +139,14 @@ class Watcher:
         stacks = self._ask(running[:MOST_STACKS], "stack")
         return "\n".join(write_report(rank, what, number, answers, late, stacks))
 
-    def answer(self, around: int) -> dict[str, Any]:
-        """The answer to another watcher; see report.py for its fields."""
+    def answer(self, around: int) -> Answer:
+        """The answer to another watcher."""
         entered, pending = self.call_log.cells[ENTERED], self.call_log.pending()
         numbers = {*range(around - LOOK_BACK, around + 1), pending, entered}
         return {
             "rank": self.task.rank,
             "host": self.task.host,
             "entered": entered,
-            "left": self.call_log.cells[LEFT],
             "pending": pending,
             "calls": [self.call_log.call(n) for n in sorted(numbers) if max(0, entered - RING) < n <= entered],
             "idle": time.monotonic() - self.since,
@@ -169,8 +171,9 @@ class Watcher:
                 self.stack_text, self.stack_time = text.decode(errors="replace"), time.monotonic()
         return choose_threads(self.stack_text, self.task.main_thread, self.call_log.cells[THREAD])
 
-    def _ask(self, ranks: Any, words: str) -> dict[int, Any]:
-        """Answers of the ranks' watchers that can be reached in time: rank -> answer."""
+    def _ask(self, ranks: Iterable[int], words: str) -> dict[int, Any]:
+        """Answers of the ranks' watchers that can be reached in time, from JSON: rank -> an Answer to "where", the text
+        of stacks to "stack", None to "gone"."""
         answers: dict[int, Any] = {}
 
         def ask(rank: int, address: str, port: int, token: str) -> None:
@@ -180,9 +183,9 @@ class Watcher:
                 answers[rank] = json.loads(connection.makefile().readline())
 
         threads = [
-            threading.Thread(target=ask, args=(rank, *self.task.peers[rank]), daemon=True)
+            threading.Thread(target=ask, args=(rank, *address), daemon=True)
             for rank in ranks
-            if self.task.peers[rank]
+            if (address := self.task.peers[rank])
         ]
         stop = time.monotonic() + ANSWER_SECONDS
         for thread in threads:
@@ -202,7 +205,7 @@ class Watcher:
 class _Server(socketserver.ThreadingTCPServer):
     daemon_threads = True
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
+    def handle_error(self, request: object, client_address: object) -> None:
         """Ignore a client that disconnected."""
 
 
@@ -214,7 +217,7 @@ def _handler(watcher: Watcher) -> type[socketserver.StreamRequestHandler]:
             token, word, rest = (*self.rfile.readline().decode().split(" ", 2), "")[:3]
             if token != watcher.task.token:
                 return
-            answer: Any = None
+            answer: Answer | str | None = None
             if word == "where":
                 answer = watcher.answer(int(rest))
             elif word.strip() == "stack":
@@ -249,5 +252,5 @@ def main(size: int, parent: int) -> None:
         elif os.getppid() != parent:  # a fork of the rank still holds the connection
             sys.exit(1)
     values = json.loads(text)
-    values["peers"] = {int(rank): address for rank, address in values["peers"].items()}
+    values["peers"] = {int(rank): address and tuple(address) for rank, address in values["peers"].items()}
     Watcher(Task(**values), parent).run()
