@@ -8,7 +8,13 @@ Importing this package does nothing: no deep_ep, no Megatron, no CUDA, no enviro
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed import ProcessGroup
+
+    from megatron_ep_v2.watchdog.stragglers import Stragglers
 
 __version__ = "0.1.0"
 __all__ = [
@@ -16,15 +22,17 @@ __all__ = [
     *("moe_submodules", "status", "stragglers", "uninstall"),
 ]
 
+T = TypeVar("T")
 
-def install(**settings: Any) -> dict[str, Any]:
+
+def install(**settings: bool | float | str | None) -> dict[str, object]:
     """Bind this package to Megatron-Core; see `megatron.binding.install`."""
     from megatron_ep_v2.megatron import binding
 
     return binding.install(**settings)
 
 
-def moe_submodules(submodules: Any) -> Any:
+def moe_submodules(submodules: T) -> T:
     """Call `install()` and return Megatron's MoESubmodules with the installed experts. A patched Megatron calls
     this."""
     from megatron_ep_v2.megatron import binding
@@ -39,7 +47,7 @@ def uninstall() -> None:
     binding.uninstall()
 
 
-def status() -> dict[str, Any]:
+def status() -> dict[str, object]:
     """Report what is installed and active, as JSON-able values; see `megatron.binding.status`."""
     from megatron_ep_v2.megatron import binding
 
@@ -53,14 +61,14 @@ def destroy_buffers() -> None:
     pool.destroy_buffers()
 
 
-def stragglers(group: Any = None) -> Any:
+def stragglers(group: ProcessGroup | None = None) -> Stragglers:
     """Report which rank arrives last at dispatches, and how late. Collective; see `watchdog.stragglers.stragglers`."""
     from megatron_ep_v2.watchdog import stragglers
 
     return stragglers.stragglers(group)
 
 
-def expert_load() -> Any:
+def expert_load() -> list[torch.Tensor]:
     """Read the tokens per expert since the last call, by MoE layer. Collective; see `megatron.expert_load`."""
     from megatron_ep_v2.megatron import expert_load
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -30,7 +29,7 @@ class DecodeGraphs:
     ):
         self.pair, self.experts, self.slot, self.device = pair, experts, slot, torch.device(device)
         self._by_bucket: dict[int, _Captured] = {}
-        self._memory = None  # shared by the graphs, which never run concurrently
+        self._last: torch.cuda.CUDAGraph | None = None  # the graphs share memory, because they never run concurrently
 
     def capture(self, buckets: Iterable[int] | None = None) -> None:
         """Compile and capture; collective. buckets: In the same order on every rank; None = all, the largest first, so
@@ -82,9 +81,10 @@ class DecodeGraphs:
         torch.cuda.current_stream(device).wait_stream(warm_up)
         static.graph = torch.cuda.CUDAGraph()
         # thread_local: other threads (NCCL's watchdog) may make CUDA calls that a capture forbids.
-        with torch.cuda.graph(static.graph, pool=self._memory, capture_error_mode="thread_local"):
+        memory = None if self._last is None else self._last.pool()
+        with torch.cuda.graph(static.graph, pool=memory, capture_error_mode="thread_local"):
             static.y = self._layer(static, bucket)
-        self._memory = static.graph.pool()
+        self._last = static.graph
         return static
 
 
@@ -96,4 +96,4 @@ class _Captured:
     topk_idx: torch.Tensor
     topk_weights: torch.Tensor
     y: torch.Tensor | None = None
-    graph: Any = None
+    graph: torch.cuda.CUDAGraph | None = None

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.distributed import ProcessGroup
 
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.checks import check_dispatch, pass_on
+from megatron_ep_v2.buffers.contract import Handle
 from megatron_ep_v2.buffers.limits import HIDDEN_MULTIPLE
 from megatron_ep_v2.errors import EPError, InputError, TokenCapacityError
 
@@ -81,7 +82,7 @@ class PrepareFinalize:
 
     def __init__(
         self,
-        group: Any,
+        group: ProcessGroup,
         *,
         hidden: int,
         num_experts: int,
@@ -98,7 +99,7 @@ class PrepareFinalize:
         self.buckets = buckets_up_to(max_decode_tokens)
         self.first_id = group.rank() * (num_experts // group.size()) if global_ids else 0
         self._widening = -hidden % HIDDEN_MULTIPLE
-        self._handles: list[Any] = [None] * slots
+        self._handles: list[Handle | None] = [None] * slots
         most = max(max_prefill_tokens, self.buckets[-1])
         self.buffer = pool.get(
             group,
@@ -243,8 +244,9 @@ class PrepareFinalize:
 
     def _refuse(self, refusals: list[EPError], x: torch.Tensor, bucket: int | None) -> None:
         """Raise the refusal, by a call of the dispatch in which the other ranks wait."""
-        decode: dict[str, Any] = {} if bucket is None else {"num_max_tokens_per_rank": bucket, "do_cpu_sync": False}
-        self.buffer.dispatch(x, **decode, **pass_on(self.buffer, refusals))
+        self.buffer.dispatch(
+            x, num_max_tokens_per_rank=bucket, do_cpu_sync=bucket is None, **pass_on(self.buffer, refusals)
+        )
 
     def _check_fit(self, x: torch.Tensor, topk_idx: torch.Tensor, bucket: int | None) -> None:
         self._check_rows(x, "make PrepareFinalize with hidden and dtype of the model's hidden states")
