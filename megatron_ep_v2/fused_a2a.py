@@ -33,8 +33,8 @@ from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.contract import Buffer, Handle
 from megatron_ep_v2.buffers.pool import get_buffer
 from megatron_ep_v2.gradients import (
-    Gradients,
     HandleContext,
+    InputGrads,
     first_order,
     save_handle,
     share_handle,
@@ -139,7 +139,7 @@ class FusedDispatch(torch.autograd.Function):
         _idx: None,
         grad_probs: torch.Tensor | None,
         _handle: None,
-    ) -> Gradients:
+    ) -> InputGrads:
         handle, routings = take_handle(ctx)
         buffer, ctx.buffer = ctx.buffer, None  # an output that the user keeps must not keep it
         assert buffer is not None  # a second backward has raised
@@ -182,7 +182,7 @@ class FusedCombine(torch.autograd.Function):
 
     @staticmethod
     @first_order(linear=True)
-    def backward(ctx: _CombineContext, grad: torch.Tensor, _event: None) -> Gradients:
+    def backward(ctx: _CombineContext, grad: torch.Tensor, _event: None) -> InputGrads:
         handle, _ = take_handle(ctx)
         buffer, ctx.buffer = ctx.buffer, None  # as above
         assert buffer is not None

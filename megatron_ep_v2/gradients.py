@@ -21,8 +21,8 @@ from megatron_ep_v2.errors import EPError
 
 Routings: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 Kept: TypeAlias = tuple[Handle, Routings | None]  # what `take_handle` returns
-Gradients: TypeAlias = tuple[torch.Tensor | None, ...]  # of a forward's inputs; None for an input without one
-Backward: TypeAlias = Callable[..., Gradients]
+InputGrads: TypeAlias = tuple[torch.Tensor | None, ...]  # of a forward's inputs; None for an input without one
+Backward: TypeAlias = Callable[..., InputGrads]
 
 
 class Context(Protocol):
@@ -168,7 +168,7 @@ def first_order(*, linear: bool = False) -> Callable[[Backward], Backward]:
 
     def wrap(backward: Backward) -> Backward:
         @functools.wraps(backward)
-        def refusing(ctx: Context, *grads: torch.Tensor | None) -> Gradients:
+        def refusing(ctx: Context, *grads: torch.Tensor | None) -> InputGrads:
             if not torch.is_grad_enabled():  # no create_graph
                 return backward(ctx, *grads)
             used: Context | _Unpacked = ctx if linear else _Unpacked(ctx)

@@ -19,7 +19,7 @@ import torch
 from megatron_ep_v2.errors import InputError
 from megatron_ep_v2.experts.gemm import Gemm, gemm
 from megatron_ep_v2.experts.groups import Groups
-from megatron_ep_v2.gradients import Context, Gradients, first_order
+from megatron_ep_v2.gradients import Context, InputGrads, first_order
 from megatron_ep_v2.kernels import swiglu, wgrad
 from megatron_ep_v2.kernels.select import kernels_for
 from megatron_ep_v2.layouts.places import place_contiguous, rows_that_fit
@@ -202,7 +202,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     @first_order()
-    def backward(ctx: _LinearContext, grad: torch.Tensor) -> Gradients:
+    def backward(ctx: _LinearContext, grad: torch.Tensor) -> InputGrads:
         w, ends, *kept = ctx.saved_tensors
         groups = ctx.groups.of_run(ends)
         grad, grad_x, grad_w = grad.contiguous(), None, None
@@ -250,7 +250,7 @@ class _WeightedSwiglu(torch.autograd.Function):
 
     @staticmethod
     @first_order()
-    def backward(ctx: Context, grad: torch.Tensor) -> Gradients:
+    def backward(ctx: Context, grad: torch.Tensor) -> InputGrads:
         h, probs, used = ctx.saved_tensors
         grad_h, grad_probs = _kernels(h).backward(grad.contiguous(), h, probs, used)
         return (

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from megatron_ep_v2.gradients import Context, Gradients, first_order
+from megatron_ep_v2.gradients import Context, InputGrads, first_order
 from megatron_ep_v2.kernels.select import triton_if_installed
 
 # Tokens x experts from which on the kernels are used. The host needs longer to launch them than PyTorch's top-k, which
@@ -69,7 +69,7 @@ class _TopK(torch.autograd.Function):
 
     @staticmethod
     @first_order(linear=True)
-    def backward(ctx: _TopKContext, grad: torch.Tensor | None, _: None) -> Gradients:
+    def backward(ctx: _TopKContext, grad: torch.Tensor | None, _: None) -> InputGrads:
         (indices,) = ctx.saved_tensors
         kernels = _kernels()
         assert kernels is not None

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 from megatron_ep_v2.errors import InputError
-from megatron_ep_v2.gradients import Context, Gradients, first_order
+from megatron_ep_v2.gradients import Context, InputGrads, first_order
 from megatron_ep_v2.kernels import move
 from megatron_ep_v2.kernels.select import kernels_for
 from megatron_ep_v2.layouts.places import Places
@@ -70,7 +70,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     @first_order(linear=True)
-    def backward(ctx: Context, grad: torch.Tensor) -> Gradients:
+    def backward(ctx: Context, grad: torch.Tensor) -> InputGrads:
         (slots,) = ctx.saved_tensors
         return (
             _mover(grad).reduce(grad.contiguous(), slots, None),  # x
@@ -86,7 +86,7 @@ class _Take(torch.autograd.Function):
 
     @staticmethod
     @first_order(linear=True)
-    def backward(ctx: Context, grad: torch.Tensor) -> Gradients:
+    def backward(ctx: Context, grad: torch.Tensor) -> InputGrads:
         (slots,) = ctx.saved_tensors
         return (
             _mover(grad).take(grad.contiguous(), slots),  # weights
@@ -102,7 +102,7 @@ class _Reduce(torch.autograd.Function):
 
     @staticmethod
     @first_order(linear=True)
-    def backward(ctx: Context, grad: torch.Tensor) -> Gradients:
+    def backward(ctx: Context, grad: torch.Tensor) -> InputGrads:
         (rows,) = ctx.saved_tensors
         return (
             _mover(grad).gather(grad.contiguous(), rows),  # y
@@ -119,7 +119,7 @@ class _WeightedReduce(torch.autograd.Function):
 
     @staticmethod
     @first_order()
-    def backward(ctx: Context, grad: torch.Tensor) -> Gradients:
+    def backward(ctx: Context, grad: torch.Tensor) -> InputGrads:
         y, weights, rows, sources = ctx.saved_tensors
         grad_y, grad_weights = _mover(grad).spread(grad.contiguous(), y, rows, sources, weights)
         return (
