@@ -70,15 +70,15 @@ def stragglers(group: ProcessGroup | None = None) -> Stragglers:
     watched = [buffer for buffer in pool.buffers() if isinstance(buffer, WatchedBuffer)]
     known = find_registered(group)
     chosen = next((buffer for buffer in watched if group is None or buffer.group is known), None)
-    if chosen is None:
+    clock = None if chosen is None else chosen.watch.clock
+    if chosen is None or clock is None:
         raise UnavailableError(
             "no dispatch was watched, so the last rank to arrive is unknown",
             needed="a dispatch in a group of two or more ranks, with the watchdog on",
             fix="call it between the first dispatch and destroy_buffers(), with MCORE_DEEPEP_V2_WATCHDOG_SECS above 0",
         )
-    clock = chosen.watch.clock  # None before the first dispatch
     waits: list[dict[int, float]] = [{}] * chosen.group.size()
-    dist.all_gather_object(waits, {} if clock is None else clock.waits(), group=chosen.group)
+    dist.all_gather_object(waits, clock.waits(), group=chosen.group)
     return summarize(dict(zip(dist.get_process_group_ranks(chosen.group), waits, strict=True)))
 
 
