@@ -11,12 +11,14 @@ import gc
 import inspect
 import logging
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from megatron_ep_v2 import fused_a2a, recompute
 from megatron_ep_v2 import settings as settings_module
@@ -33,11 +35,17 @@ from megatron_ep_v2.megatron.symbols import (
     OPTIMIZER,
     SCHEDULE,
     TOKEN_DISPATCHER,
+    Binding,
+    Bound,
+    Owner,
     checkpoints,
     find_expert_symbols,
     find_symbols,
 )
 from megatron_ep_v2.probe import Choice, choose, probe
+
+if TYPE_CHECKING:
+    from megatron.core.transformer.moe.moe_layer import MoESubmodules
 
 logger = logging.getLogger("megatron_ep_v2")
 
@@ -52,13 +60,13 @@ class _Installation:
     experts: str
     experts_reason: str
     megatron_version: str
-    bound: list[tuple[Any, str, Any, Any]] = field(default_factory=list)  # module or class, name, theirs, ours
+    bound: list[Bound] = field(default_factory=list)
 
 
 _installation: _Installation | None = None
 
 
-def install(**explicit: Any) -> dict[str, Any]:
+def install(**explicit: bool | float | str | None) -> dict[str, object]:
     """Make Megatron-Core's flex token dispatcher (backend "deepep") run on this package. Call it before the model is
     built. A second call without arguments changes nothing; with arguments, it replaces the first (if it then fails,
     Megatron is as before both calls). Existing models continue: the settings that Megatron's configuration decided for
@@ -82,7 +90,7 @@ def install(**explicit: Any) -> dict[str, Any]:
     global _installation
     if _installation is not None and not explicit:
         return status()
-    settings = settings_module.resolve(**explicit)
+    settings = settings_module.resolve(None, **explicit)
     if _installation is not None and _has_layers():
         settings = settings_module.keep_offers(settings, settings_module.active())
     choice = choose(probe(), settings)
@@ -93,7 +101,7 @@ def install(**explicit: Any) -> dict[str, Any]:
 
     experts_reason = f"asked for by {settings.source('experts')}" if settings.experts != "megatron" else "default"
     installation = _Installation(choice, layout, layout_reason, settings.experts, experts_reason, version)
-    bindings = []
+    bindings: list[Binding] = []
     if choice.kind != "megatron":
         bindings += _bindings(modules, layout, settings.experts)
     if choice.kind != "megatron" or settings.experts != "megatron":
@@ -130,7 +138,7 @@ def uninstall() -> None:
     _installation = None
 
 
-def moe_submodules(submodules: Any) -> Any:
+def moe_submodules(submodules: MoESubmodules) -> MoESubmodules:
     """Call `install()` and return Megatron's MoESubmodules with the installed experts. For a patched Megatron, whose
     first MoE layer is already being built when `install()` binds its constructor.
 
@@ -146,15 +154,15 @@ def moe_submodules(submodules: Any) -> Any:
     return with_experts(submodules, _installation.experts)
 
 
-def bound() -> list[tuple[Any, str, Any, Any]]:
-    """Bound symbols: (module or class, name, Megatron's object, ours). For code that switches between installations."""
+def bound() -> list[Bound]:
+    """Bound symbols, for code that switches between installations."""
     return list(_installation.bound) if _installation else []
 
 
-def status() -> dict[str, Any]:
+def status() -> dict[str, object]:
     """Report what is installed and active, as JSON-able values."""
     found = probe()
-    report: dict[str, Any] = {
+    report: dict[str, object] = {
         "installed": _installation is not None,
         "have_deep_ep": found.have_deep_ep,
         "have_deep_ep_v2": found.have_deep_ep_v2,
@@ -252,9 +260,9 @@ def _has_layers() -> bool:
     return bool(managers.managers)
 
 
-def _bindings(modules: dict[str, ModuleType], layout: str, experts: str) -> list[tuple[Any, str, Any]]:
-    """Symbols to bind: (module or class, name, our object)."""
-    ours: list[tuple[Any, str, Any]] = [
+def _bindings(modules: dict[str, ModuleType], layout: str, experts: str) -> list[Binding]:
+    """Symbols to bind."""
+    ours: list[Binding] = [
         (modules[FUSED_A2A], "HAVE_DEEP_EP", bool(probe().carriers)),
         (modules[FUSED_A2A], "FusedDispatch", fused_a2a.FusedDispatch),
         (modules[FUSED_A2A], "FusedCombine", fused_a2a.FusedCombine),
@@ -279,7 +287,7 @@ def _bindings(modules: dict[str, ModuleType], layout: str, experts: str) -> list
     return ours
 
 
-def _bindings_of_experts(version: str, experts: str) -> list[tuple[Any, str, Any]]:
+def _bindings_of_experts(version: str, experts: str) -> list[Binding]:
     """Bindings that build the experts and keep optimizer states of different kinds apart. With Megatron's own experts
     the latter are bound if the symbols exist, because a checkpoint of ours may be loaded into them."""
     try:
@@ -294,7 +302,7 @@ def _bindings_of_experts(version: str, experts: str) -> list[tuple[Any, str, Any
 
     optimizer, loader = modules[OPTIMIZER].DistributedOptimizer, modules[DIST_CHECKPOINTING]
     by_number, whole = "sharded_param_state_dp_reshardable", "sharded_param_state_dp_zero"
-    ours: list[tuple[Any, str, Any]] = [
+    ours: list[Binding] = [
         (optimizer, by_number, expert_checkpoint.mark_buffers(getattr(optimizer, by_number))),
         (optimizer, whole, expert_checkpoint.refuse_whole_buffers(getattr(optimizer, whole))),
         (loader, "load", expert_checkpoint.explain_load(loader.load)),
@@ -322,18 +330,20 @@ def _bind_refusals() -> None:
             _bind(_installation, owner, name, ours)
 
 
-def _bind(installation: _Installation, owner: Any, name: str, ours: Any) -> None:
+def _bind(installation: _Installation, owner: Owner, name: str, ours: object) -> None:
     theirs = inspect.getattr_static(owner, name)  # keeps a staticmethod wrapped
-    bound = staticmethod(ours) if isinstance(theirs, staticmethod) else ours
+    bound = staticmethod(ours) if isinstance(theirs, staticmethod) and callable(ours) else ours
     installation.bound.append((owner, name, theirs, bound))
     setattr(owner, name, bound)
 
 
-def _destroy_buffers_before(destroy_process_group: Any) -> Any:
+def _destroy_buffers_before(
+    destroy_process_group: Callable[[ProcessGroup | None], None],
+) -> Callable[[ProcessGroup | None], None]:
     """Wrap `destroy_process_group` to destroy the group's buffers first: afterwards they could only hang or leak."""
 
     @functools.wraps(destroy_process_group)
-    def destroy(group: Any = None) -> None:
+    def destroy(group: ProcessGroup | None = None) -> None:
         pool.destroy_buffers(group)
         destroy_process_group(group)
 

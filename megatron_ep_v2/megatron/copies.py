@@ -12,7 +12,7 @@ The parts of this package share their groups by themselves, and raise an explain
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar
+from typing import SupportsIndex, TypeVar
 
 from torch.distributed import ProcessGroup
 
@@ -21,7 +21,7 @@ from megatron_ep_v2.errors import EPError
 T = TypeVar("T")
 
 
-def deepcopy_sharing_groups(part: T, memo: dict[int, Any]) -> T:
+def deepcopy_sharing_groups(part: T, memo: dict[int, object]) -> T:
     """`__deepcopy__` that shares process groups in the object's attributes and copies the other attributes."""
     memo |= {id(value): value for value in vars(part).values() if isinstance(value, ProcessGroup)}
     copied = memo[id(part)] = object.__new__(type(part))
@@ -38,7 +38,7 @@ def shallow_copy(part: T) -> T:
     return copied
 
 
-def refuse_to_pickle_groups(part: Any, protocol: Any) -> Any:
+def refuse_to_pickle_groups(part: object, protocol: SupportsIndex) -> str | tuple[object, ...]:
     """`__reduce_ex__` that refuses to pickle an object with process groups in its attributes.
 
     Raises:

@@ -14,9 +14,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Protocol, TypeAlias, TypeVar
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
@@ -28,6 +29,9 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ep_v2.errors import SettingsError
+
+R = TypeVar("R")
+Offset: TypeAlias = tuple[int, int, int]  # axis, position on it, positions
 
 _RAW = "dp_reshardable"
 _RAW_WHOLE = "dp_zero_gather_scatter"  # the same in one piece; an old format that Megatron still supports
@@ -55,7 +59,7 @@ class ExpertShards:
     first: int
     local: int
     number: int
-    offsets: tuple[Any, ...]
+    offsets: tuple[Offset, ...]
     by_name: bool
 
     def factory(
@@ -110,7 +114,7 @@ class ExpertShards:
     def _key(self, before: str, name: str, local_expert: int) -> str:
         return f"{before}{self.first + local_expert}.{name}" if self.by_name else f"{before}{name}"
 
-    def _axes(self, local_expert: int) -> tuple[Any, ...]:
+    def _axes(self, local_expert: int) -> tuple[Offset, ...]:
         """Megatron's offsets, with the expert axis if there is one."""
         if self.by_name:
             return self.offsets
@@ -121,7 +125,7 @@ class ExpertShards:
         return ShardedTensor.from_rank_offsets(key, part, *axes, replica_id=replica_id, prepend_axis_num=len(axes))
 
 
-def drop_extra_states(_module: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def drop_extra_states(_module: torch.nn.Module, state: dict[str, object], prefix: str, *_: object) -> None:
     """Drop the extra states before a StackedLinear loads, which has none."""
     for name in [name for name in state if name.startswith(f"{prefix}_extra_state")]:
         del state[name]
@@ -130,7 +134,7 @@ def drop_extra_states(_module: Any, state: dict[str, Any], prefix: str, *_: Any)
 # ------------------------------------------------------------------------------------- buffers that are saved by number
 
 
-def check_format(metadata: dict[str, Any]) -> None:
+def check_format(metadata: Mapping[str, object]) -> None:
     """Check that a checkpoint's format supports stacked experts.
 
     Args:
@@ -151,14 +155,17 @@ def check_format(metadata: dict[str, Any]) -> None:
         )
 
 
-def mark_buffers(sharded_param_state_dp_reshardable: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap DistributedOptimizer's method to use other keys for buffers with stacked experts."""
+def mark_buffers(
+    sharded_param_state_dp_reshardable: Callable[..., dict[int, object]],
+) -> Callable[..., dict[int, object]]:
+    """Wrap DistributedOptimizer's method, which returns the state of each buffer by its number, to use other keys for
+    buffers with stacked experts."""
 
     @functools.wraps(sharded_param_state_dp_reshardable)
-    def marked(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def marked(self: DistributedOptimizer, *args: object, **kwargs: object) -> dict[int, object]:
         state = sharded_param_state_dp_reshardable(self, *args, **kwargs)
 
-        def rename(value: Any) -> Any:
+        def rename(value: object) -> object:
             if isinstance(value, ShardedTensor) and _BUCKET in value.key:
                 return dataclasses.replace(value, key=value.key.replace(_BUCKET, _STACKED + _BUCKET))
             return value
@@ -172,12 +179,12 @@ def mark_buffers(sharded_param_state_dp_reshardable: Callable[..., Any]) -> Call
     return marked
 
 
-def refuse_whole_buffers(sharded_param_state_dp_zero: Callable[..., Any]) -> Callable[..., Any]:
+def refuse_whole_buffers(sharded_param_state_dp_zero: Callable[..., R]) -> Callable[..., R]:
     """Wrap DistributedOptimizer's method, which saves and loads whole buffers as they lie in memory, to raise for
     buffers with stacked experts."""
 
     @functools.wraps(sharded_param_state_dp_zero)
-    def refusing(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def refusing(self: DistributedOptimizer, *args: object, **kwargs: object) -> R:
         if any(_holds_stacked_experts(buffer) for buffer in self.buffers):
             _refuse_whole_buffers()
         return sharded_param_state_dp_zero(self, *args, **kwargs)
@@ -194,15 +201,23 @@ def _refuse_whole_buffers() -> None:
     )
 
 
-def _holds_stacked_experts(buffer: Any) -> bool:
+class _ParamBuffer(Protocol):
+    """What is read of Megatron's buffers of parameters and gradients."""
+
+    params: Iterable[torch.nn.Parameter]
+
+
+def _holds_stacked_experts(buffer: _ParamBuffer) -> bool:
     return any(getattr(parameter, "stacked_experts", False) for parameter in buffer.params)
 
 
-def explain_load(load: Callable[..., Any]) -> Callable[..., Any]:
+def explain_load(load: Callable[..., R]) -> Callable[..., R]:
     """Wrap `dist_checkpointing.load` to explain a failure caused by a checkpoint from another kind of experts."""
 
     @functools.wraps(load)
-    def explained(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
+    def explained(
+        sharded_state_dict: dict[str, object], checkpoint_dir: str | Path, *args: object, **kwargs: object
+    ) -> R:
         wanted = _raw_keys(value.key for value in nested_values(sharded_state_dict) if hasattr(value, "key"))
         try:
             return load(sharded_state_dict, checkpoint_dir, *args, **kwargs)
@@ -214,7 +229,7 @@ def explain_load(load: Callable[..., Any]) -> Callable[..., Any]:
     return explained
 
 
-def _raise_if_other_kind(wanted: set[str], checkpoint_dir: Any, error: BaseException) -> None:
+def _raise_if_other_kind(wanted: set[str], checkpoint_dir: str | Path, error: BaseException) -> None:
     try:  # Megatron's own reader fails with a newer torch (megatron-core 0.19.2 with torch 2.15)
         written = _raw_keys(FileSystemReader(str(checkpoint_dir)).read_metadata().state_dict_metadata)
     # An unreadable checkpoint is the cause of the failed load; the caller raises that error.
@@ -235,5 +250,5 @@ def _raise_if_other_kind(wanted: set[str], checkpoint_dir: Any, error: BaseExcep
     ) from error
 
 
-def _raw_keys(keys: Any) -> set[str]:
+def _raw_keys(keys: Iterable[str]) -> set[str]:
     return {key for key in keys if _BUCKET in key}

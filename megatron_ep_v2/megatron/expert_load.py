@@ -12,10 +12,10 @@ import gc
 import itertools
 import sys
 import weakref
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from megatron_ep_v2.buffers.groups import find_registered, is_registered, registered
 from megatron_ep_v2.errors import GroupMismatchError
@@ -38,7 +38,7 @@ class ExpertLoad:
         used: Whether it may have counted rows since the last `expert_load()`; equal on all ranks of the group.
     """
 
-    def __init__(self, group: Any, num_local_experts: int):
+    def __init__(self, group: ProcessGroup, num_local_experts: int):
         self.group = group
         self._dispatched = self._captured = False
         self._host = torch.zeros(num_local_experts, dtype=torch.int64, device="cpu")  # whatever the default device is
@@ -49,7 +49,7 @@ class ExpertLoad:
     __reduce_ex__ = refuse_to_pickle_groups
     __copy__ = shallow_copy
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ExpertLoad:
+    def __deepcopy__(self, memo: dict[int, object]) -> ExpertLoad:
         """A new counter at 0 in the same group, for a copy of the layer."""
         memo[id(self)] = copied = ExpertLoad(self.group, len(self._host))
         return copied
@@ -129,11 +129,11 @@ def _on_open_groups() -> list[ExpertLoad]:
     return [layer for _, layer in sorted(_layers.items()) if is_registered(find_registered(layer.group))]
 
 
-def _gather(group: Any) -> dict[ExpertLoad, torch.Tensor]:
+def _gather(group: ProcessGroup) -> dict[ExpertLoad, torch.Tensor]:
     """For each used layer of the group: [experts of the group] int64. Collective."""
     for last in (False, True):
         members = [layer for layer in _on_open_groups() if layer.group is group and layer.used]
-        by_rank: list[Any] = [None] * group.size()
+        by_rank: list[list[list[int]]] = [[]] * group.size()  # rank, layer, local expert
         dist.all_gather_object(by_rank, [layer.counts().tolist() for layer in members], group=registered(group))
         numbers = [len(by_layer) for by_layer in by_rank]
         if len(set(numbers)) == 1:

@@ -16,20 +16,30 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_expert_parallel_rng_tracker_name
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import import_module
+from megatron.core.transformer.spec_utils import ModuleSpec, import_module
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ep_v2.errors import SettingsError
 from megatron_ep_v2.experts.gemm import Gemm, gemm
 from megatron_ep_v2.experts.groups import Groups
 from megatron_ep_v2.experts.mlp import linear, run_experts
 from megatron_ep_v2.megatron.copies import deepcopy_sharing_groups, refuse_to_pickle_groups, shallow_copy
-from megatron_ep_v2.megatron.expert_checkpoint import ExpertShards, check_format, drop_extra_states
+from megatron_ep_v2.megatron.expert_checkpoint import ExpertShards, Offset, check_format, drop_extra_states
+from megatron_ep_v2.megatron.symbols import Binding, Owner
+
+if TYPE_CHECKING:
+    from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensorFactory
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Experts(MegatronModule):  # type: ignore[misc]
@@ -52,12 +62,13 @@ class Experts(MegatronModule):  # type: ignore[misc]
     def __init__(
         self,
         num_local_experts: int,
-        config: Any,
-        submodules: Any = None,
-        pg_collection: Any = None,
+        config: TransformerConfig,
+        submodules: object = None,
+        pg_collection: ProcessGroupCollection | None = None,
         name: str | None = None,
     ):
         super().__init__(config=config)
+        assert pg_collection is not None  # Megatron passes it
         _check(config, pg_collection)
         self.num_local_experts = num_local_experts
         self.ep_group, self.dp_group = pg_collection.ep, pg_collection.expt_dp
@@ -103,8 +114,8 @@ class Experts(MegatronModule):  # type: ignore[misc]
         """Do nothing: backward computes the weights' gradients."""
 
     def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
-    ) -> dict[str, Any]:
+        self, prefix: str = "", sharded_offsets: tuple[Offset, ...] = (), metadata: Mapping[str, object] | None = None
+    ) -> dict[str, ShardedTensorFactory | ShardedObject]:
         """Sharded state for Megatron's distributed checkpoints; see the module's docstring.
 
         Raises:
@@ -120,7 +131,7 @@ class Experts(MegatronModule):  # type: ignore[misc]
             by_name=bool((metadata or {}).get("singleton_local_shards", False)),
         )
         replica = (0, 0, self.dp_group.rank())
-        state: dict[str, Any] = {}
+        state: dict[str, ShardedTensorFactory | ShardedObject] = {}
         for name, module in linears.items():
             state[f"{prefix}{name}.weight"] = shards.factory(prefix, name, module.weight, replica)
             state |= shards.extra_states(prefix, name, replica)
@@ -150,7 +161,7 @@ EXPERTS: dict[str, type[Experts]] = {
 }
 
 
-def use_experts(layer_spec: Any, backend: str) -> None:
+def use_experts(layer_spec: ModuleSpec, backend: str) -> None:
     """Put these experts into the MoE part of a transformer layer's ModuleSpec."""
     mlp = layer_spec.submodules.mlp  # a ModuleSpec; from megatron-core 0.18 on a functools.partial
     submodules = mlp.submodules if hasattr(mlp, "submodules") else mlp.keywords["submodules"]
@@ -158,7 +169,7 @@ def use_experts(layer_spec: Any, backend: str) -> None:
     submodules.experts = EXPERTS[backend]
 
 
-def with_experts(submodules: Any, backend: str) -> Any:
+def with_experts(submodules: MoESubmodules, backend: str) -> MoESubmodules:
     """Copy Megatron's MoESubmodules with these experts instead of Megatron's.
 
     Args:
@@ -196,7 +207,13 @@ def built_with(init: Callable[..., None], experts: Callable[[], str]) -> Callabl
     """
 
     @functools.wraps(init)
-    def build(self: Any, config: Any, submodules: Any = None, *args: Any, **kwargs: Any) -> None:
+    def build(
+        self: MoELayer,
+        config: TransformerConfig,
+        submodules: MoESubmodules | None = None,
+        *args: object,
+        **kwargs: object,
+    ) -> None:
         kind = experts()
         if submodules is not None and kind != "megatron":  # Megatron raises for None
             submodules = with_experts(submodules, kind)
@@ -215,7 +232,7 @@ class StackedLinear(torch.nn.Module):
     And this package's mark `stacked_experts`, by which checkpoints distinguish it from Megatron's experts.
     """
 
-    def __init__(self, config: Any, num_local_experts: int, out_features: int, in_features: int):
+    def __init__(self, config: TransformerConfig, num_local_experts: int, out_features: int, in_features: int):
         super().__init__()
         # None as in Megatron's own linears: the CPU, unless the caller builds on another device ("meta").
         device = None if config.use_cpu_initialization else torch.device("cuda", torch.cuda.current_device())
@@ -233,13 +250,13 @@ class StackedLinear(torch.nn.Module):
         self.weight.tensor_model_parallel = True  # type: ignore[attr-defined]
         self.weight.stacked_experts = True  # type: ignore[attr-defined]
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> StackedLinear:
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> StackedLinear:
         """Mark the weight again: torch creates a new parameter when one leaves the device "meta"."""
         super()._apply(fn, recurse)
         self._mark()
         return self
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         """Mark the weight of a copy: torch copies a parameter without its attributes."""
         super().__setstate__(state)
         self._mark()
@@ -264,22 +281,22 @@ class StackedLinear(torch.nn.Module):
         return linear(x, self.weight, groups, multiply, last, activation, main_grad)
 
     @torch.no_grad()
-    def initialize(self, method: Callable[[torch.Tensor], Any], first: int, number: int) -> None:
+    def initialize(self, method: Callable[[torch.Tensor], object], first: int, number: int) -> None:
         """Initialize each expert separately. If all ranks draw the same random numbers, skip those of other experts."""
         for expert in range(number) if self._drawn_alike else range(first, first + len(self.weight)):
             here = 0 <= expert - first < len(self.weight)
             method(self.weight[expert - first] if here else torch.empty_like(self.weight[0]))
 
 
-def _random(config: Any) -> contextlib.AbstractContextManager[Any]:
+def _random(config: TransformerConfig) -> contextlib.AbstractContextManager[object]:
     """Megatron's random state for experts, which differs between expert-parallel ranks; on the CPU there is none."""
     if config.use_cpu_initialization:
         return contextlib.nullcontext()
-    return get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name())  # type: ignore[no-any-return]
+    return get_cuda_rng_tracker().fork(get_expert_parallel_rng_tracker_name())
 
 
 # Field of TransformerConfig -> the value that these experts need. Fields that a version lacks are ignored.
-_NEEDED: dict[str, Any] = {
+_NEEDED: dict[str, object] = {
     "gated_linear_unit": True,
     "activation_func": F.silu,
     "activation_func_clamp_value": None,
@@ -309,11 +326,11 @@ _NEEDED: dict[str, Any] = {
 _OFFLOADS = {"expert_fc1", "moe_act", "fused_group_mlp"}  # modules of fine-grained offloading inside the experts
 
 
-def _recomputes(config: Any, module: str) -> bool:
+def _recomputes(config: TransformerConfig, module: str) -> bool:
     return config.recompute_granularity == "selective" and module in (config.recompute_modules or ())
 
 
-def _check(config: Any, pg_collection: Any) -> None:
+def _check(config: TransformerConfig, pg_collection: ProcessGroupCollection) -> None:
     found = {name: getattr(config, name, value) for name, value in _NEEDED.items()}
     needed = dict(_NEEDED)
     if getattr(config, "cpu_offloading_weights", False) and not config.cpu_offloading:
@@ -383,7 +400,7 @@ REFUSALS = (
 )
 
 
-def bindings() -> Iterator[tuple[Any, str, Any]]:
+def bindings() -> Iterator[Binding]:
     """(owner, name, guarded function) for the functions of Megatron and of frameworks that are imported already."""
     for refusal in REFUSALS:
         for module in refusal.modules:
@@ -391,15 +408,17 @@ def bindings() -> Iterator[tuple[Any, str, Any]]:
                 with contextlib.suppress(ImportError):
                     importlib.import_module(module)
             *path, name = refusal.name.split(".")
-            owner = functools.reduce(lambda at, part: getattr(at, part, None), path, sys.modules.get(module))
+            owner: Owner | None = sys.modules.get(module)
+            for part in path:
+                owner = getattr(owner, part, None)
             theirs = getattr(owner, name, None)
-            if theirs is not None and not hasattr(theirs, "refuses_stacked_experts"):
+            if owner is not None and theirs is not None and not hasattr(theirs, "refuses_stacked_experts"):
                 yield owner, name, _guarded(theirs, refusal)
 
 
-def _guarded(theirs: Callable[..., Any], refusal: Refusal) -> Callable[..., Any]:
+def _guarded(theirs: Callable[P, R], refusal: Refusal) -> Callable[P, R]:
     @functools.wraps(theirs)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
         if any(_holds_stacked(value) for value in (*args, *kwargs.values())):
             raise SettingsError(
                 "stacked experts, one parameter for all experts of a rank, are not supported by this function",
@@ -413,7 +432,7 @@ def _guarded(theirs: Callable[..., Any], refusal: Refusal) -> Callable[..., Any]
     return guarded
 
 
-def _holds_stacked(value: Any) -> bool:
+def _holds_stacked(value: object) -> bool:
     if isinstance(value, torch.nn.Module):
         return any(_holds_stacked(parameter) for parameter in value.parameters())
     if isinstance(value, Mapping):

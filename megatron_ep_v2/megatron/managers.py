@@ -14,10 +14,12 @@ import math
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.distributed import ProcessGroup
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import capacity, pool
@@ -61,7 +63,7 @@ def _warn_of_half_precision(dtype: torch.dtype) -> None:
     logger.warning("router probabilities are %s; set --moe-router-dtype fp32", dtype)
 
 
-def follow_deterministic_mode(config: Any, group: Any) -> None:
+def follow_deterministic_mode(config: TransformerConfig, group: ProcessGroup) -> None:
     """Turn on the setting `deterministic` under Megatron's --deterministic-mode, unless the user has set it.
 
     Args:
@@ -97,7 +99,7 @@ class CompactManager(_MegatronsManager):  # type: ignore[misc]
     token_probs: torch.Tensor
     tokens_per_expert: torch.Tensor
 
-    def __init__(self, *args: Any, **kwargs: Any):
+    def __init__(self, *args: object, **kwargs: object):
         super().__init__(*args, **kwargs)
         self._follow_config()
         self._built_for = installed
@@ -108,7 +110,7 @@ class CompactManager(_MegatronsManager):  # type: ignore[misc]
     __reduce_ex__ = refuse_to_pickle_groups
     __copy__ = shallow_copy
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CompactManager:
+    def __deepcopy__(self, memo: dict[int, object]) -> CompactManager:
         """Copy for a copy of the layer, on the same group and so the same buffer."""
         copied = deepcopy_sharing_groups(self, memo)
         managers.add(copied)
@@ -279,13 +281,13 @@ class CountsOnDevice(torch.Tensor):
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> CountsOnDevice:
+    def __deepcopy__(self, memo: dict[int, object]) -> CountsOnDevice:
         """Copy for a copy of the layer; torch's own deepcopy needs operations that return the subclass."""
         copied = self.clone().as_subclass(CountsOnDevice)
         copied.alignment = self.alignment
         return copied
 
-    def tolist(self) -> Any:
+    def tolist(self) -> NoReturn:
         """Raise: Megatron's own experts call this and would wait for the device."""
         raise SettingsError(
             "these experts want tokens_per_expert on the host, where sync-free mode does not bring it",
@@ -352,7 +354,10 @@ BY_LAYOUT: dict[str, type[CompactManager]] = {
 # ------------------------------------------------------------------------------------- Megatron's functions around them
 
 
-def preprocess(theirs: Callable[..., Any]) -> Callable[..., Any]:
+_Preprocess: TypeAlias = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+def preprocess(theirs: _Preprocess) -> _Preprocess:
     """Replace `MoEFlexTokenDispatcher.dispatch_preprocess` by a shorter version for the managers of this package.
 
     Megatron compiles its own, once per layer until torch's limit of recompilations: seconds at the first step and
@@ -362,7 +367,10 @@ def preprocess(theirs: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(theirs)
     def dispatch_preprocess(
-        self: Any, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
+        self: token_dispatcher.MoEFlexTokenDispatcher,
+        hidden_states: torch.Tensor,
+        routing_map: torch.Tensor,
+        probs: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         manager = self._comm_manager
         if not isinstance(manager, CompactManager):
@@ -373,7 +381,7 @@ def preprocess(theirs: Callable[..., Any]) -> Callable[..., Any]:
                     needed="install() before the model is built",
                     fix="call install() earlier, or build the model again",
                 )
-            return theirs(self, hidden_states, routing_map, probs)  # type: ignore[no-any-return]
+            return theirs(self, hidden_states, routing_map, probs)
         self.hidden_shape = hidden_states.shape
         if self.tp_size > 1:
             routing_map, probs = self._initialize_metadata(routing_map, probs)
@@ -391,7 +399,7 @@ def keep_rows(theirs: Callable[..., bool]) -> Callable[..., bool]:
     """
 
     @functools.wraps(theirs)
-    def should_free_input(name: str, is_moe: bool, config: Any, *more: Any, **named: Any) -> bool:
+    def should_free_input(name: str, is_moe: bool, config: TransformerConfig, *more: object, **named: object) -> bool:
         ours = config.moe_token_dispatcher_type == "flex" and config.moe_flex_dispatcher_backend == "deepep"
         return not (ours and name == "mlp") and theirs(name, is_moe, config, *more, **named)
 

@@ -10,18 +10,22 @@ import functools
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from megatron_ep_v2 import device_checks, settings
-from megatron_ep_v2.megatron.symbols import GRAPHED_STEP, OPTIMIZERS
+from megatron_ep_v2.megatron.symbols import GRAPHED_STEP, OPTIMIZERS, Binding
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _stepping = False  # inside another bound step
 
 
-def bindings(modules: dict[str, ModuleType]) -> list[tuple[Any, str, Any]]:
+def bindings(modules: dict[str, ModuleType]) -> list[Binding]:
     """(class, name, our function) for each way in which Megatron steps.
 
     Args:
@@ -34,26 +38,26 @@ def bindings(modules: dict[str, ModuleType]) -> list[tuple[Any, str, Any]]:
     return [(owner, name, deciding_first(getattr(owner, name))) for owner, name in steps]
 
 
-def deciding_first(step: Callable[..., Any]) -> Callable[..., Any]:
+def deciding_first(step: Callable[P, R]) -> Callable[P, R]:
     """Wrap a step of Megatron to raise on every rank of the model if any rank's device check counted something."""
 
     @functools.wraps(step)
-    def decide_and_step(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def decide_and_step(*args: P.args, **kwargs: P.kwargs) -> R:
         global _stepping
         if _stepping or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-            return step(self, *args, **kwargs)
+            return step(*args, **kwargs)
         device_checks.read_all(*_groups())
         _stepping = True
         try:
             with device_checks.read_by_caller():
-                return step(self, *args, **kwargs)
+                return step(*args, **kwargs)
         finally:
             _stepping = False
 
     return decide_and_step
 
 
-def _groups() -> tuple[Any, ...]:
+def _groups() -> tuple[ProcessGroup, ...]:
     """Groups that, reduced over in turn, reach every rank of the model. Empty if no rank can have a check, or if all
     ranks are in one expert-parallel group. Every rank returns the same."""
     from megatron.core import parallel_state

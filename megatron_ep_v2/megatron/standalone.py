@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import typing
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -14,10 +14,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe import fused_a2a, token_dispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.distributed import ProcessGroup
 
 from megatron_ep_v2.errors import UnavailableError
+from megatron_ep_v2.megatron.symbols import Binding
 
 __all__ = [
+    "Dispatcher",
     "ensure_global_memory_buffer",
     "fused_a2a",
     "make_dispatchers",
@@ -29,19 +32,34 @@ __all__ = [
 ]
 
 
+class Dispatcher(Protocol):
+    """What is called of Megatron's MoETokenDispatcher, in this order around the experts."""
+
+    def dispatch_preprocess(
+        self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def token_dispatch(self, rows: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def dispatch_postprocess(
+        self, rows: torch.Tensor, probs: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]: ...
+    def combine_preprocess(self, rows: torch.Tensor) -> torch.Tensor: ...
+    def token_combine(self, rows: torch.Tensor) -> torch.Tensor: ...
+    def combine_postprocess(self, rows: torch.Tensor) -> torch.Tensor: ...
+
+
 def make_dispatchers(
     kind: str,
     backend: str,
     count: int,
-    group: Any,
-    alone: Any,
+    group: ProcessGroup,
+    alone: ProcessGroup,
     *,
     hidden: int,
     experts: int,
     topk: int,
     dtype: torch.dtype,
-    **config: Any,
-) -> list[Any]:
+    **config: object,
+) -> list[Dispatcher]:
     """Build token dispatchers of one layer shape, with Megatron's symbols as they are bound now.
 
     Args:
@@ -71,7 +89,7 @@ def make_dispatchers(
         raise UnavailableError(
             f"this megatron-core has no {missing[0]}", fix="measure it with a Megatron-Core that has it"
         )
-    classes: dict[str, Callable[..., Any]] = {
+    classes: dict[str, Callable[..., Dispatcher]] = {
         "allgather": token_dispatcher.MoEAllGatherTokenDispatcher,
         "alltoall": token_dispatcher.MoEAlltoAllTokenDispatcher,
         "flex": token_dispatcher.MoEFlexTokenDispatcher,
@@ -135,7 +153,7 @@ def on_cpu() -> Iterator[None]:
     They take the device of their collectives from torch.cuda (replaced by the CPU), and alltoall copies its counts to
     the host on a CUDA stream (replaced: they are on the host already).
     """
-    patches: list[tuple[Any, str, Any]] = [
+    patches: list[Binding] = [
         (torch.cuda, "current_device", lambda: torch.device("cpu")),
         (
             token_dispatcher.MoEAlltoAllTokenDispatcher,
@@ -155,7 +173,9 @@ def on_cpu() -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def splits_as_lists(self: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor | None:
+def splits_as_lists(
+    self: token_dispatcher.MoEAlltoAllTokenDispatcher, point: str, tokens_per_expert: torch.Tensor | None = None
+) -> torch.Tensor | None:
     """`MoEAlltoAllTokenDispatcher._maybe_dtoh_and_synchronize` where nothing has to be copied to the host: only the
     split sizes take the form that collectives want."""
     if point == self.cuda_dtoh_point:

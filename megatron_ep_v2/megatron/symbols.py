@@ -10,10 +10,17 @@ import importlib.util
 import inspect
 import sys
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from megatron_ep_v2 import versions
 from megatron_ep_v2.errors import SeamError
+
+if TYPE_CHECKING:
+    from torch.autograd import Function
+
+Owner: TypeAlias = ModuleType | type  # that has a symbol as its attribute
+Binding: TypeAlias = tuple[Owner, str, object]  # owner, name, what is bound there
+Bound: TypeAlias = tuple[Owner, str, object, object]  # owner, name, Megatron's object, ours
 
 FUSED_A2A = "megatron.core.transformer.moe.fused_a2a"
 TOKEN_DISPATCHER = "megatron.core.transformer.moe.token_dispatcher"
@@ -139,7 +146,7 @@ def _import_schedule() -> ModuleType:
     return _import(SCHEDULES[-1])
 
 
-def checkpoints(modules: dict[str, ModuleType]) -> list[Any]:
+def checkpoints(modules: dict[str, ModuleType]) -> list[type[Function]]:
     """The autograd functions of activation recompute that Megatron uses: its own, and TransformerEngine's (for FP8) if
     Megatron has imported it and its first argument is the function to run twice."""
     theirs = getattr(sys.modules.get(TE_CHECKPOINT), "_CheckpointFunction", None)

@@ -7,7 +7,7 @@ Three modules, placed where Megatron lets a model choose them (layer spec, `MoES
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,7 @@ from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 
+from megatron_ep_v2.gradients import Context, InputGrads
 from megatron_ep_v2.megatron.standalone import splits_as_lists
 
 ROUTER_DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
@@ -34,11 +35,13 @@ class CpuRotaryEmbedding(RotaryEmbedding):
 class CpuCoreAttention(torch.nn.Module):
     """Causal attention; Megatron's own takes its work space from the GPU."""
 
-    def __init__(self, *, softmax_scale: float | None = None, **_: Any):
+    def __init__(self, *, softmax_scale: float | None = None, **_: object):
         super().__init__()
         self.softmax_scale = softmax_scale
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object, **__: object
+    ) -> torch.Tensor:
         """query [S, B, heads, D], key and value [S, B, groups, D] -> [S, B, heads * D]."""
         query, key, value = (t.permute(1, 2, 0, 3) for t in (query, key, value))
         context = F.scaled_dot_product_attention(
@@ -91,10 +94,16 @@ def _all_to_all(
     return rows if group.size() == 1 else _AllToAll.apply(rows, received, sent, group)
 
 
+class _AllToAllContext(Context, Protocol):
+    received: list[int]
+    sent: list[int]
+    group: dist.ProcessGroup
+
+
 class _AllToAll(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: torch.Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup
+        ctx: _AllToAllContext, rows: torch.Tensor, received: list[int], sent: list[int], group: dist.ProcessGroup
     ) -> torch.Tensor:
         ctx.received, ctx.sent, ctx.group = received, sent, group
         output = rows.new_empty((sum(received), *rows.shape[1:]))
@@ -102,5 +111,5 @@ class _AllToAll(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: _AllToAllContext, grad: torch.Tensor) -> InputGrads:
         return _AllToAll.apply(grad, ctx.sent, ctx.received, ctx.group), None, None, None

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -14,14 +13,14 @@ from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 
 from megatron_ep_v2.errors import UnavailableError
 from megatron_ep_v2.experts.gemm import gemm
-from megatron_ep_v2.megatron.experts import EXPERTS
+from megatron_ep_v2.megatron.experts import EXPERTS, Experts
 from megatron_ep_v2.megatron.qwen3_moe.model import megatron_layer_spec, moe_submodules
 from megatron_ep_v2.megatron.qwen3_moe.optimizer import collect_gradient
 from megatron_ep_v2.megatron.qwen3_moe.trainer import Trainer
 from megatron_ep_v2.settings import environment
 
 # Megatron's own experts: how the layer's configuration differs, and the environment that they need.
-MEGATRON: dict[str, Mapping[str, Any]] = {
+MEGATRON: dict[str, Mapping[str, object]] = {
     "megatron": {},
     "megatron-opfuser": {"use_transformer_engine_op_fuser": True},
 }
@@ -49,10 +48,10 @@ class ExpertSet:
         EPError, ImportError, RuntimeError, AssertionError: They cannot run here.
     """
 
-    def __init__(self, kind: str, trainer: Trainer, owners: Sequence[Any]):
+    def __init__(self, kind: str, trainer: Trainer, owners: Sequence[torch.nn.Module]):
         self.layers, self._variables = trainer.moe_layers, _ENVIRONMENT.get(kind, {})
         self._entered = contextlib.ExitStack()
-        self.modules: list[Any] = []
+        self.modules: list[torch.nn.Module] = []
         with environment(**self._variables):
             for layer, own in zip(self.layers, owners, strict=True):
                 if kind == trainer.options.experts:
@@ -73,7 +72,7 @@ class ExpertSet:
         self._entered.close()
 
 
-def _stacked(kind: str, layer: MoELayer, own: Any) -> Any:
+def _stacked(kind: str, layer: MoELayer, own: torch.nn.Module) -> Experts:
     """This package's, with the very parameters of `own`."""
     module = EXPERTS[kind](
         layer.num_local_experts, layer.config, pg_collection=ProcessGroupCollection.use_mpu_process_groups()
@@ -85,7 +84,7 @@ def _stacked(kind: str, layer: MoELayer, own: Any) -> Any:
     return module
 
 
-def _megatron(kind: str, trainer: Trainer, layer: MoELayer, own: Any) -> Any:
+def _megatron(kind: str, trainer: Trainer, layer: MoELayer, own: torch.nn.Module) -> torch.nn.Module:
     """Megatron's, built as its MoELayer does; each expert's weights and gradients are views of those in `own`."""
     config = copy.copy(layer.config)
     for name, value in MEGATRON[kind].items():
@@ -112,9 +111,10 @@ def _megatron(kind: str, trainer: Trainer, layer: MoELayer, own: Any) -> Any:
     return module
 
 
-def one_by_one(experts: Any, linear: str) -> list[torch.nn.Parameter]:
+def one_by_one(experts: torch.nn.Module, linear: str) -> list[torch.nn.Parameter]:
     """A linear's weights [out, in] of each expert in SequentialMLP and TEGroupedMLP."""
-    if hasattr(experts, "local_experts"):
-        return [getattr(expert, linear).weight for expert in experts.local_experts]
+    local: Iterable[torch.nn.Module] | None = getattr(experts, "local_experts", None)
+    if local is not None:
+        return [getattr(expert, linear).weight for expert in local]
     grouped = getattr(experts, linear)
     return [getattr(grouped, f"weight{i}") for i in range(grouped.num_gemms)]

@@ -8,7 +8,6 @@ import math
 import re
 import zlib
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +16,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.moe.moe_layer import MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -110,8 +110,8 @@ def megatron_layer_spec(shape: ModelShape, device: torch.device) -> ModuleSpec:
     return spec
 
 
-def moe_submodules(spec: ModuleSpec) -> Any:
-    """The MoESubmodules of a layer."""
+def moe_submodules(spec: ModuleSpec) -> MoESubmodules:
+    """Those of a layer."""
     mlp = spec.submodules.mlp  # a ModuleSpec, from megatron-core 0.18 on a functools.partial
     return mlp.submodules if isinstance(mlp, ModuleSpec) else mlp.keywords["submodules"]
 
@@ -124,7 +124,7 @@ def with_fused_gradients(layer: type) -> type:
     """
 
     class FusedGradients(layer):  # type: ignore[misc, valid-type]
-        def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any):
+        def __init__(self, config: TransformerConfig, *args: object, **kwargs: object):
             config = copy.copy(config)
             config.gradient_accumulation_fusion = True
             super().__init__(config, *args, **kwargs)

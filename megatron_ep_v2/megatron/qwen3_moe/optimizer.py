@@ -8,17 +8,26 @@ one rank and has seen the tokens of all).
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeAlias, TypedDict
 
 import torch
 import torch.distributed as dist
 
 from megatron_ep_v2.megatron.qwen3_moe.options import Recipe
 
+# A Parameter with two attributes of Megatron's: `main_grad`, and whether a gradient is in it already.
+Collected: TypeAlias = Any
 _PIECE = 2**26  # elements
 
 
-def collect_gradient(parameter: Any, into: torch.Tensor) -> None:
+class OptimizerState(TypedDict):
+    """What goes into a checkpoint: masters by parameter name, and torch's own state."""
+
+    masters: dict[str, torch.Tensor]
+    adamw: dict[str, Any]
+
+
+def collect_gradient(parameter: Collected, into: torch.Tensor) -> None:
     """Add a parameter's gradients up in an fp32 tensor of its shape, micro-batch after micro-batch.
 
     As in Megatron's own data parallelism: a module that fuses this with its GEMM adds to `main_grad` by itself and says
@@ -28,7 +37,7 @@ def collect_gradient(parameter: Any, into: torch.Tensor) -> None:
     parameter.register_post_accumulate_grad_hook(_collect)
 
 
-def _collect(parameter: Any) -> None:
+def _collect(parameter: Collected) -> None:
     assert parameter.grad is not None  # the hook runs after its accumulation
     if not parameter.grad_added_to_main_grad:
         parameter.main_grad.add_(parameter.grad)
@@ -44,7 +53,7 @@ class FlatGradients:
         self.buffer = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
         views = self.buffer.split(sizes)
         self.by_name = {name: view.view_as(p) for (name, p), view in zip(parameters.items(), views, strict=True)}
-        self._parameters: list[Any] = list(parameters.values())
+        self._parameters: list[Collected] = list(parameters.values())
         for name, parameter in parameters.items():
             collect_gradient(parameter, self.by_name[name])
 
@@ -114,11 +123,11 @@ class Optimizer:
         self.adamw.step()
         self._masters_to_parameters()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> OptimizerState:
         return {"masters": self.masters, "adamw": self.adamw.state_dict()}
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: OptimizerState) -> None:
         for name, master in self.masters.items():
             master.copy_(state["masters"][name])
         self.adamw.load_state_dict(state["adamw"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from megatron_ep_v2.device_checks import read_all
 from megatron_ep_v2.errors import EPError, InputError
 from megatron_ep_v2.megatron.expert_load import ExpertLoad
 from megatron_ep_v2.megatron.qwen3_moe.model import build_model, named_parameters
-from megatron_ep_v2.megatron.qwen3_moe.optimizer import Gradients, Optimizer, learning_rate
+from megatron_ep_v2.megatron.qwen3_moe.optimizer import Gradients, Optimizer, OptimizerState, learning_rate
 from megatron_ep_v2.megatron.qwen3_moe.options import TrainerOptions
 
 
@@ -45,6 +45,13 @@ class StepStats:
         """Busiest expert over the mean, averaged over layers: 1 is even, `num_experts / topk` the worst."""
         load = self.expert_load.double()
         return (load.amax(dim=1) / load.mean(dim=1).clamp(min=1.0)).mean().item()
+
+
+class TrainerState(TypedDict):
+    """What goes into a checkpoint."""
+
+    step: int
+    optimizer: OptimizerState
 
 
 class Trainer:
@@ -130,11 +137,11 @@ class Trainer:
         shape = self.options.shape
         return dense + experts, dense + experts * shape.topk // shape.num_experts
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> TrainerState:
         assert self.optimizer is not None  # without one there is nothing to go on with
         return {"step": self.step_number, "optimizer": self.optimizer.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: TrainerState) -> None:
         assert self.optimizer is not None
         self.step_number = state["step"]
         self.optimizer.load_state_dict(state["optimizer"])
@@ -178,7 +185,7 @@ class Trainer:
     def _load_counter(self, number: int) -> Callable[..., None]:
         """For Megatron's own dispatchers: counts what the router says."""
 
-        def count(router: Any, _: Any, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        def count(router: torch.nn.Module, _: object, output: tuple[torch.Tensor, torch.Tensor]) -> None:
             # With recomputation the first forward runs without gradients; it would count twice.
             if self._load_of(number) is None and router.training and torch.is_grad_enabled():
                 self.expert_load[number] += output[1].sum(dim=0)  # the routing map, [tokens, experts] bool
