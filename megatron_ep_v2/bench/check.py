@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TypeVar
 
 import torch
 
@@ -12,6 +12,7 @@ from megatron_ep_v2.bench.timing import slowest_rank
 from megatron_ep_v2.errors import EPError
 
 Tensors = Mapping[str, torch.Tensor] | Iterable[torch.Tensor] | torch.Tensor
+K = TypeVar("K")
 
 
 class WrongResultError(EPError):
@@ -33,8 +34,8 @@ def errors(found: Tensors, expected: Tensors) -> dict[str, float]:
 
 
 def require_equal(
-    results: Mapping[Any, Tensors], expected: Tensors, tolerance: float, device: torch.device
-) -> dict[Any, float]:
+    results: Mapping[K, Tensors], expected: Tensors, tolerance: float, device: torch.device
+) -> dict[K, float]:
     """The largest relative L2 of each case, of any tensor and any rank; collective.
 
     Args:

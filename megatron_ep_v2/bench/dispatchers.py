@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from megatron_ep_v2.bench.layer import Groups, OurBuffer, named_results
@@ -50,7 +48,7 @@ class DispatcherSet:
         fixed_sms = variant.buffer is not None and CARRIERS[variant.buffer].fixed_sms
         group = groups.get((variant.buffer or "megatron", sms if fixed_sms else None))
         self.ours = OurBuffer(variant.buffer, variant.layout, sms, group, tokens) if variant.buffer else None
-        config: dict[str, Any] = {}
+        config: dict[str, object] = {}
         if self.ours is None and sms is not None:
             config[standalone.sms_field(variant.backend)] = sms
         if variant.backend == "ncclep":

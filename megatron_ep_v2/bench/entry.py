@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch.distributed as dist
 
+from megatron_ep_v2.bench.rows import Row
 from megatron_ep_v2.bench.variants import Variant
 
 # What a library that is missing, too old or misused here was seen to raise.
@@ -52,8 +53,8 @@ class Entry(Generic[B]):
         sms, experts = (f", {self.sms} SMs" if self.sms else ""), (f", {self.experts} experts" if self.experts else "")
         return self.variant.name + sms + experts
 
-    def described(self) -> dict[str, Any]:
-        """For a row of JSON."""
+    def described(self) -> Row:
+        """What a row says about it."""
         buffer_bytes = self.layer.buffer_bytes if self.layer else None
         return {
             "variant": self.variant.name,
@@ -70,7 +71,7 @@ class Entry(Generic[B]):
 
 def entries_of(
     variants: Sequence[Variant], sms: Sequence[int | None], experts: Sequence[str | None] = (None,)
-) -> list[Entry[Any]]:
+) -> list[Entry[B]]:
     """One for each variant and kind of experts, and for each SM count where the variant takes one."""
     return [
         Entry(variant, count, kind)
@@ -81,7 +82,7 @@ def entries_of(
 
 
 @contextlib.contextmanager
-def noted(*entries: Entry[Any]) -> Iterator[None]:
+def noted(*entries: Entry[B]) -> Iterator[None]:
     """What fails inside is noted as the reason why these are unavailable, on every rank if on one; collective."""
     mine = None
     try:

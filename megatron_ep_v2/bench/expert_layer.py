@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
+from torch.distributed import ProcessGroup
 
 from megatron_ep_v2.experts.groups import Groups
 from megatron_ep_v2.experts.mlp import swiglu_experts
@@ -28,7 +28,7 @@ class Sizes:
 class ExpertLayer:
     """The layer and what goes in: leaves that stay where they are, so that a graph can be captured over them."""
 
-    def __init__(self, sizes: Sizes, group: Any, device: torch.device):
+    def __init__(self, sizes: Sizes, group: ProcessGroup, device: torch.device):
         self.sizes, self.group, self.device = sizes, group, device
         generator = torch.Generator(device).manual_seed(1000 + group.rank())
 

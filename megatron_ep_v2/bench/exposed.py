@@ -7,9 +7,9 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 Interval = tuple[float, float]
@@ -31,7 +31,7 @@ class Share:
     exposed: float
 
 
-def profiled(run: Callable[[], Any], trace: Path | None = None) -> Share:
+def profiled(run: Callable[[], object], trace: Path | None = None) -> Share:
     """Run once under the profiler.
 
     Args:
@@ -44,7 +44,7 @@ def profiled(run: Callable[[], Any], trace: Path | None = None) -> Share:
     return share((event.name, _times(event)) for event in kernels)
 
 
-def busy(run: Callable[[], Any]) -> float:
+def busy(run: Callable[[], object]) -> float:
     """`computing` of one run under the profiler."""
     return computing((event.name, _times(event)) for event in _device_events(run))
 
@@ -55,7 +55,7 @@ def computing(events: Iterable[tuple[str, Interval]]) -> float:
     return length(union(times for name, times in events if "deep_ep" not in name and "nccl" not in name))
 
 
-def _device_events(run: Callable[[], Any]) -> list[Any]:
+def _device_events(run: Callable[[], object]) -> list[FunctionEvent]:
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         run()
@@ -67,7 +67,7 @@ def _device_events(run: Callable[[], Any]) -> list[Any]:
     ]
 
 
-def _times(event: Any) -> Interval:
+def _times(event: FunctionEvent) -> Interval:
     return event.time_range.start, event.time_range.end
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from megatron_ep_v2 import settings as settings_module
+from megatron_ep_v2.bench.calls import unwrapped
 from megatron_ep_v2.bench.shapes import Batch
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.carriers import CARRIERS
+from megatron_ep_v2.buffers.contract import Buffer, BufferSpec
 from megatron_ep_v2.probe import probe
 from megatron_ep_v2.settings import Settings
 from megatron_ep_v2.watchdog.watched_buffer import WatchedBuffer
@@ -75,13 +78,15 @@ class Groups:
 
     def __init__(self) -> None:
         self.alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
-        self.hybrid_buffers: dict[int | None, Any] = {}  # HybridEP's, by SM count; Megatron holds only one at a time
+        self.hybrid_buffers: dict[int | None, object] = {}  # HybridEP's, by SM count; Megatron holds only one at a time
         # Megatron's own dispatchers have no buffer in the pool, so they share the world with DeepEP V2's.
-        sharing = ("megatron", probe().v2_carrier)
-        self._by_kind: dict[Any, Any] = {(kind, None): dist.group.WORLD for kind in sharing}
+        world, sharing = dist.group.WORLD, ("megatron", probe().v2_carrier)
+        assert world is not None  # the ranks have joined it
+        self._by_kind: dict[tuple[str | None, int | None], ProcessGroup] = {(kind, None): world for kind in sharing}
 
-    def get(self, kind: Any) -> Any:
-        """The group of a kind of buffer over all ranks; collective for a new kind."""
+    def get(self, kind: tuple[str, int | None]) -> ProcessGroup:
+        """The group of a kind of buffer (its name, and its SM count if it is fixed) over all ranks; collective for a
+        new kind."""
         if kind not in self._by_kind:
             self._by_kind[kind] = dist.new_group()
         return self._by_kind[kind]
@@ -98,7 +103,7 @@ class OurBuffer:
             of the variant that ran last.
     """
 
-    def __init__(self, kind: str, layout: str | None, sms: int | None, group: Any, tokens: int):
+    def __init__(self, kind: str, layout: str | None, sms: int | None, group: ProcessGroup, tokens: int):
         self.group, self.kind, self.num_sms = group, kind, sms
         self.settings: Settings = settings_module.resolve(
             buffer=kind,
@@ -109,8 +114,8 @@ class OurBuffer:
         )
 
     @property
-    def live(self) -> Any:
-        """The `contract.Buffer` itself, below the watchdog that dispatchers find in the pool; None before the first
+    def live(self) -> Buffer | None:
+        """The buffer itself, below the watchdog that dispatchers find in the pool; None before the first
         call."""
         found = pool.find(self.group)
         return found.buffer if isinstance(found, WatchedBuffer) else found
@@ -122,11 +127,10 @@ class OurBuffer:
         if buffer is None:
             return
         if CARRIERS[self.kind].fixed_sms:
-            type(buffer._buffer).set_num_sms(buffer.num_sms)
+            type(unwrapped(buffer)).set_num_sms(buffer.num_sms)
         elif CARRIERS[self.kind].needs_cuda:
-            buffer.num_sms = self.settings.num_sms or buffer.get_theoretical_num_sms(
-                buffer.spec.num_experts, buffer.spec.num_topk
-            )
+            spec: BufferSpec = vars(buffer)["spec"]
+            buffer.num_sms = self.settings.num_sms or buffer.get_theoretical_num_sms(spec.num_experts, spec.num_topk)
         self.num_sms = buffer.num_sms
 
     def leave(self) -> None:

@@ -9,18 +9,18 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from megatron_ep_v2.bench.rows import Row
 from megatron_ep_v2.probe import loaded_nccl_version, probe
 
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-def environment(command: str) -> dict[str, Any]:
+def environment(command: str) -> dict[str, object]:
     """Hardware, versions, commit and command: the first row of a results file."""
-    header: dict[str, Any] = {
+    header: dict[str, object] = {
         "environment": True,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "python": platform.python_version(),
@@ -56,13 +56,13 @@ def output_of(*command: str) -> str:
         return "unknown"
 
 
-def write_rows(path: Path, header: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+def write_rows(path: Path, header: dict[str, object], rows: Sequence[Row]) -> None:
     """A JSONL file, header first."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in [header, *rows]))
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """One table: a line of common facts, a line for each measured variant, and what could not be measured, with why."""
     first = rows[0]
     text = [
@@ -73,7 +73,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         f"forward + backward: logical {first['logical_bytes'] / 2**20:.1f} MiB, on the wire "
         f"{first['wire_bytes'] / 2**20:.1f} MiB (a token once per rank); link {first['link_gb_per_s']:.4g} GB/s",
     ]
-    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+    columns: dict[str, Callable[[Row], str]] = {
         "variant": lambda row: row["variant"],
         "SMs": lambda row: or_dash(row["num_sms"] or None, "d"),
         "fwd us": lambda row: f"{row['forward_us']:.0f}",
@@ -93,7 +93,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(text + problems(rows))
 
 
-def aligned(columns: Mapping[str, Callable[[dict[str, Any]], str]], rows: Sequence[dict[str, Any]]) -> list[str]:
+def aligned(columns: Mapping[str, Callable[[Row], str]], rows: Sequence[Row]) -> list[str]:
     """Lines of a table: a heading, then a line for each row; the first column to the left, the last one ragged."""
     if not rows:
         return []
@@ -107,7 +107,7 @@ def aligned(columns: Mapping[str, Callable[[dict[str, Any]], str]], rows: Sequen
     return lines
 
 
-def problems(rows: Sequence[dict[str, Any]]) -> list[str]:
+def problems(rows: Sequence[Row]) -> list[str]:
     """Lines about the variants that have no time, with why."""
     lines = [f"{row['variant']}: {row['reason']}; not timed" for row in rows if row["status"] == "wrong"]
     for row in rows:
@@ -117,10 +117,10 @@ def problems(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def summary(rows: Sequence[Row]) -> dict[str, list[str]]:
     """What to know about a whole run: which rows are noisy, and which variants are wrong."""
 
-    def name(row: dict[str, Any]) -> str:
+    def name(row: Row) -> str:
         sms = f" {row['num_sms']} SMs" if row["num_sms"] else ""
         experts = f", {row['expert_backend']} experts" if row.get("expert_backend") else ""
         what = f"{row['shape']}, {row['routing']} routing, {row['tokens_per_rank']} tokens"
@@ -132,7 +132,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def noise_warning(of: Mapping[str, Any]) -> str:
+def noise_warning(of: Mapping[str, list[str]]) -> str:
     """About a `summary`, for people; "" where there is nothing to say."""
     if not of["noisy"]:
         return ""
@@ -140,7 +140,7 @@ def noise_warning(of: Mapping[str, Any]) -> str:
     return f"This machine was too noisy for these rows; they may differ by more than 10 % in another run:\n{lines}\n"
 
 
-def or_dash(value: Any, form: str) -> str:
+def or_dash(value: object, form: str) -> str:
     """Formatted; "-" for None."""
     return "-" if value is None else format(value, form)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from megatron_ep_v2.bench.timing import summarise
+
+Row: TypeAlias = dict[str, Any]  # JSON-able values by the name of their field; each kind of row has its own fields
 
 
 def spread(kind: str, times: Sequence[float]) -> dict[str, float]:
@@ -35,7 +37,7 @@ def timed(times: Mapping[str, Sequence[float]], base: Mapping[str, Sequence[floa
     return row
 
 
-def measured(times: Mapping[str, Sequence[float]], wire_bytes: int, link_gb_per_s: float) -> dict[str, Any]:
+def measured(times: Mapping[str, Sequence[float]], wire_bytes: int, link_gb_per_s: float) -> Row:
     """What a row says about its times.
 
     Args:
@@ -45,7 +47,7 @@ def measured(times: Mapping[str, Sequence[float]], wire_bytes: int, link_gb_per_
         link_gb_per_s: Measured in the same run.
     """
     kinds = ("forward", "forward_backward", "alone", "host")
-    row: dict[str, Any] = timed({kind: times[kind] for kind in kinds if times.get(kind)})
+    row: Row = timed({kind: times[kind] for kind in kinds if times.get(kind)})
     gb_per_s = wire_bytes / row["forward_backward_us"] / 1e3
     peak = times["peak_memory"][0]
     return row | {
@@ -56,7 +58,7 @@ def measured(times: Mapping[str, Sequence[float]], wire_bytes: int, link_gb_per_
     }
 
 
-def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
+def add_ratios(rows: Sequence[Row]) -> None:
     """How many times as long a row takes as the raw calls of its own buffer, layout and SM count; and as Megatron's
     faster alltoall row. Each row has its `buffer` and `layout`."""
     timed = [row for row in rows if "forward_backward_us" in row]
@@ -68,5 +70,5 @@ def add_ratios(rows: Sequence[dict[str, Any]]) -> None:
         row["ratio_to_alltoall"] = round(time / min(alltoall), 3) if alltoall else None
 
 
-def _floor(row: Mapping[str, Any]) -> tuple[Any, ...]:
+def _floor(row: Row) -> tuple[object, ...]:
     return row["buffer"], row["layout"], row["num_sms"]

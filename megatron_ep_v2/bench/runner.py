@@ -28,12 +28,12 @@ import torch.distributed as dist
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.bench import check, ranks, report, timing
+from megatron_ep_v2.bench.rows import Row
 from megatron_ep_v2.buffers.carriers import DEFAULT_V2, REFERENCE
 from megatron_ep_v2.errors import EPError, SettingsError
 from megatron_ep_v2.probe import probe
 
 K = TypeVar("K")
-Row = dict[str, Any]
 
 
 class Run:
@@ -79,16 +79,16 @@ class Run:
         wanted: Any = results[expected] if isinstance(expected, str | tuple) else expected
         return check.require_equal(results, wanted, tolerance, self.device)
 
-    def time(self, runs: Mapping[K, Any], **more: Any) -> dict[K, dict[str, list[float]]]:
+    def time(self, runs: Mapping[K, timing.Run], **more: Any) -> dict[K, dict[str, list[float]]]:
         """`timing.time_runs` with `--repeats`."""
         return timing.time_runs(runs, self.options.repeats, self.device, **more)
 
-    def time_alone(self, runs: Mapping[K, Any], **more: Any) -> dict[K, list[float]]:
+    def time_alone(self, runs: Mapping[K, timing.Run], **more: Any) -> dict[K, list[float]]:
         """Microseconds of each round, from an idle device."""
         return {case: times["alone"] for case, times in self.time(runs, kinds={"alone": 1}, **more).items()}
 
     def time_kernels(
-        self, runs: Mapping[K, Any], in_graph: Mapping[K, Any] | None = None
+        self, runs: Mapping[K, timing.Run], in_graph: Mapping[K, timing.Run] | None = None
     ) -> tuple[dict[K, float], dict[K, float]]:
         """Microseconds of each call: on the device, from a CUDA graph of many; and launched from Python, the mean of
         `timing.IN_A_ROW`, where a small one is bound by the host. On the CPU, the second for both.
@@ -147,7 +147,7 @@ def main(
     *,
     line: Callable[[Row], str] = fields,
     repeats: int | None = 20,
-    rehearsal: Mapping[str, Any] | None = None,
+    rehearsal: Mapping[str, object] | None = None,
     needs_gpu: bool = True,
     single: bool = False,
 ) -> None:

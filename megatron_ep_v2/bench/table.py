@@ -6,7 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from megatron_ep_v2.bench.entry import Entry, entries_of, noted, without_repetit
 from megatron_ep_v2.bench.layer import Groups, Layer, within
 from megatron_ep_v2.bench.progress import Progress
 from megatron_ep_v2.bench.raw import RawLayer
-from megatron_ep_v2.bench.rows import add_ratios, measured
+from megatron_ep_v2.bench.rows import Row, add_ratios, measured
 from megatron_ep_v2.bench.shapes import DTYPES, Batch, Shape, make_batch, pairs_sent, rank_load, wire_pairs
 from megatron_ep_v2.bench.variants import Variant
 
@@ -45,8 +45,8 @@ class Point:
 
 def measure_table(
     point: Point, variants: Sequence[Variant], device: torch.device, groups: Groups, progress: Progress
-) -> list[dict[str, Any]]:
-    """Rows as JSON-able values, the same on every rank; collective."""
+) -> list[Row]:
+    """The same on every rank; collective."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     batch = make_batch(point.shape, point.tokens, point.routing, DTYPES[point.dtype], rank, device, point.seed)
     sent, load, busiest = _traffic(batch, point.shape, ranks)
@@ -69,7 +69,7 @@ def measure_table(
     times = _take_times([entry for entry in entries if entry.status == "ok"], point.repeats, device, progress)
 
     pair_bytes = point.shape.hidden * DTYPES[point.dtype].itemsize
-    common: dict[str, Any] = {
+    common: Row = {
         "shape": point.shape.name,
         "hidden": point.shape.hidden,
         "experts": point.shape.experts,

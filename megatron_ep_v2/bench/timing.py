@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,7 @@ NOISY_SPREAD = 1.30  # 80th over 20th percentile above this
 _CLEAR_PEAK = Path("/proc/self/clear_refs")
 
 K = TypeVar("K")
-Run = Any  # something to call, or a `calls.Layer`
+Run: TypeAlias = Callable[[], object]  # also a `calls.Layer`
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def time_runs(
 
 def repeated(run: Run, count: int) -> None:
     """`count` runs without a pause: of a layer in two halves, all forward and then all backward."""
-    if hasattr(run, "forward"):
+    if hasattr(run, "forward") and hasattr(run, "backward"):
         run.backward([run.forward() for _ in range(count)])
     else:
         for _ in range(count):
@@ -265,5 +265,5 @@ def measure_link(device: torch.device, repeats: int = 5) -> float:
 
 
 def _status(name: str) -> int:
-    line: Any = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
     return int(line.split()[1]) * 1024

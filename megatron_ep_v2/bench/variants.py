@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch.distributed import ProcessGroup
 
 import megatron_ep_v2
 from megatron_ep_v2.buffers.carriers import CARRIERS
+
+if TYPE_CHECKING:  # importing it imports Megatron
+    from megatron_ep_v2.megatron.standalone import Dispatcher
+    from megatron_ep_v2.megatron.symbols import Bound
 
 _FUSED = {"moe_permute_fusion": True}
 
@@ -36,7 +41,7 @@ class Variant:
     backend: str = "deepep"
     buffer: str | None = None
     layout: str | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, object] = field(default_factory=dict)
     takes_sms: bool = True
 
 
@@ -78,15 +83,15 @@ VARIANTS = {
 def make_dispatchers(
     variant: Variant,
     count: int,
-    group: Any,
-    alone: Any,
+    group: ProcessGroup,
+    alone: ProcessGroup,
     *,
     hidden: int,
     experts: int,
     topk: int,
     dtype: torch.dtype,
-    **config: Any,
-) -> tuple[list[Any], list[tuple[Any, str, Any, Any]]]:
+    **config: object,
+) -> tuple[list[Dispatcher], list[Bound]]:
     """Megatron's token dispatchers outside any model, and what must be bound in Megatron while they run.
 
     Args:
@@ -96,8 +101,8 @@ def make_dispatchers(
         **config: More fields of TransformerConfig.
 
     Returns:
-        The dispatchers; and what `install()` had bound when they were made (module or class, name, Megatron's object,
-        ours), for Megatron looks it up at every call. Nothing of it is bound any more.
+        The dispatchers; and what `install()` had bound when they were made, for Megatron looks it up at every call.
+        Nothing of it is bound any more.
 
     Raises:
         EPError, ImportError, ValueError, AssertionError: This environment does not offer it.
@@ -109,7 +114,11 @@ def make_dispatchers(
     try:
         made = standalone.make_dispatchers(
             *(variant.kind, variant.backend, count, group, alone),
-            **{"hidden": hidden, "experts": experts, "topk": topk, "dtype": dtype, **variant.config, **config},
+            hidden=hidden,
+            experts=experts,
+            topk=topk,
+            dtype=dtype,
+            **{**variant.config, **config},
         )
         return made, [each for each in binding.bound() if each[1] != "destroy_process_group"]
     finally:

@@ -8,7 +8,6 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from megatron_ep_v2 import settings
 from megatron_ep_v2.bench import ranks, report
 from megatron_ep_v2.bench.layer import Groups
 from megatron_ep_v2.bench.progress import Progress
+from megatron_ep_v2.bench.rows import Row
 from megatron_ep_v2.bench.session import session
 from megatron_ep_v2.bench.shapes import PRESETS, Shape
 from megatron_ep_v2.bench.table import Point, measure_table
@@ -83,7 +83,7 @@ def _measure(
 ) -> int:
     main = dist.get_rank() == 0
     groups, progress = Groups(), Progress(len(points), silent=not main)
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     header = report.environment(command) if main else {}
     for point in points:
         progress.next_table(f"{point.shape.name} {point.routing} {point.tokens}")

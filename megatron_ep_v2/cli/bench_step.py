@@ -6,7 +6,6 @@ import argparse
 import gc
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from megatron_ep_v2.bench import report
 from megatron_ep_v2.bench.entry import entries_of
 from megatron_ep_v2.bench.layer import Groups
 from megatron_ep_v2.bench.progress import Progress
+from megatron_ep_v2.bench.rows import Row
 from megatron_ep_v2.bench.session import session
 from megatron_ep_v2.bench.shapes import Shape
 from megatron_ep_v2.bench.step.advice import advice, step_table
@@ -56,7 +56,7 @@ def _measure(
     main, ranks = dist.get_rank() == 0, dist.get_world_size()
     groups, progress = Groups(), Progress(len(shapes), silent=not main)
     header = report.environment(command) if main else {}
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for shape in shapes:
         progress.next_table(f"{shape.name} step")
         progress.say("building the model")

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from megatron_ep_v2.bench.report import aligned, or_dash, problems
+from megatron_ep_v2.bench.rows import Row
 from megatron_ep_v2.settings import variable
 
 _BAR = 40  # characters of the longest bar
 _EQUAL = 0.01  # steps that differ by less are called equal
 
 
-def step_table(rows: Sequence[dict[str, Any]]) -> str:
+def step_table(rows: Sequence[Row]) -> str:
     """Common facts, a line for each measured variant, and what could not be measured, with why."""
     first = rows[0]
     busiest = "" if first["busiest_expert_load"] is None else f", busiest expert {first['busiest_expert_load']:.2f} x"
@@ -43,7 +43,7 @@ def step_table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(text + problems(_without_time(rows)) + what_experts_give(rows))
 
 
-def what_experts_give(rows: Sequence[dict[str, Any]]) -> list[str]:
+def what_experts_give(rows: Sequence[Row]) -> list[str]:
     """A line for each of this package's kinds of experts: its best row next to the best with Megatron's own."""
     timed = sorted((row for row in rows if "step_ms" in row), key=lambda row: row["step_ms"])
     megatron = [row for row in timed if row["expert_backend"].startswith("megatron")]
@@ -69,7 +69,7 @@ def what_experts_give(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def advice(rows: Sequence[dict[str, Any]]) -> str:
+def advice(rows: Sequence[Row]) -> str:
     """The curve of this package's rows, a bar each, and the settings of the best: of the shortest median step.
 
     Args:
@@ -105,21 +105,21 @@ def advice(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(text)
 
 
-def _name(row: dict[str, Any]) -> str:
+def _name(row: Row) -> str:
     return row["variant"] + (f", {row['num_sms']} SMs" if row["num_sms"] else "")
 
 
-def _with_experts(row: dict[str, Any], sms: bool = True) -> str:
+def _with_experts(row: Row, sms: bool = True) -> str:
     return (_name(row) if sms else row["variant"]) + f", {row['expert_backend']} experts"
 
 
-def _without_time(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def _without_time(rows: Sequence[Row]) -> list[Row]:
     """Rows without a time, named for `problems`: once what is so with all dispatchers, or with all experts."""
 
-    def same(rows: Sequence[dict[str, Any]]) -> bool:
+    def same(rows: Sequence[Row]) -> bool:
         return {row["status"] for row in rows} == {"unavailable"} and len({row["reason"] for row in rows}) == 1
 
-    def each(field: str, rows: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    def each(field: str, rows: Sequence[Row]) -> list[list[Row]]:
         return [[row for row in rows if row[field] == value] for value in dict.fromkeys(row[field] for row in rows)]
 
     kinds = each("expert_backend", rows)

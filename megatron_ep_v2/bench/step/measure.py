@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,6 +16,7 @@ from megatron_ep_v2.bench.entry import Entry, noted, without_repetitions
 from megatron_ep_v2.bench.exposed import busy
 from megatron_ep_v2.bench.layer import Groups, within
 from megatron_ep_v2.bench.progress import Progress
+from megatron_ep_v2.bench.rows import Row
 from megatron_ep_v2.bench.shapes import DTYPES, Shape
 from megatron_ep_v2.bench.step.model import FORMULA, step_flops
 from megatron_ep_v2.bench.step.sections import Stopwatch, Watched
@@ -68,8 +69,8 @@ def measure_steps(
     repeats: int,
     groups: Groups,
     progress: Progress,
-) -> list[dict[str, Any]]:
-    """Rows as JSON-able values, the same on every rank; collective.
+) -> list[Row]:
+    """The same on every rank; collective.
 
     Args:
         trainer: Fresh; with the experts of `owner`.
@@ -195,7 +196,7 @@ def _take_times(
     return times
 
 
-def _measured(times: dict[str, list[float]], tokens: int, flops_per_rank: int) -> dict[str, Any]:
+def _measured(times: dict[str, list[float]], tokens: int, flops_per_rank: int) -> Row:
     step = timing.summarise(times["step"])
     peak, busy_us = times["peak_memory"][0], times["busy"][0]
     return {
@@ -213,9 +214,7 @@ def _measured(times: dict[str, list[float]], tokens: int, flops_per_rank: int) -
     }
 
 
-def _common(
-    name: str, trainer: Trainer, ranks: int, repeats: int, micro_batches: int, first: StepStats | None
-) -> dict[str, Any]:
+def _common(name: str, trainer: Trainer, ranks: int, repeats: int, micro_batches: int, first: StepStats | None) -> Row:
     options, shape = trainer.options, trainer.options.shape
     return {
         "shape": name,
