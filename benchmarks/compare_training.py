@@ -14,12 +14,14 @@ import itertools
 import json
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
+RunFacts: TypeAlias = dict[str, Any]  # of a run: its name, its rows and its summary, from JSON
 
 
 def main() -> None:
@@ -50,12 +52,12 @@ def main() -> None:
     _plot(runs, options.out, options.caption)
 
 
-def _load(name: str, folder: str) -> dict[str, Any]:
+def _load(name: str, folder: str) -> RunFacts:
     rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return {"name": name, "rows": rows, "summary": json.loads((Path(folder) / "summary.json").read_text())}
 
 
-def _plot(runs: list[dict[str, Any]], out: Path, caption: str) -> None:
+def _plot(runs: list[RunFacts], out: Path, caption: str) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for run, style in zip(runs, itertools.cycle(("-", "--", ":", "-.")), strict=False):
         axes.plot([row["step"] for row in run["rows"]], [row["loss"] for row in run["rows"]], style, label=run["name"])

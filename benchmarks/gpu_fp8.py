@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,6 +34,7 @@ from megatron_ep_v2.bench.calls import FusedCalls, RawCalls
 from megatron_ep_v2.bench.rows import ratio, timed
 from megatron_ep_v2.bench.runner import Row, Run, main
 from megatron_ep_v2.bench.shapes import PRESETS, TINY, Batch, Shape, make_batch, pairs_sent
+from megatron_ep_v2.buffers.contract import Buffer
 from megatron_ep_v2.fused_a2a import get_buffer
 from megatron_ep_v2.wire.formats import FORMATS
 from megatron_ep_v2.wire.quantize import from_wire, to_wire
@@ -114,7 +114,7 @@ def chosen(wire: tuple[str, str], run: Run) -> settings.Settings:
     )
 
 
-def raw_calls(buffer: Any, batch: Batch, shape: Shape) -> tuple[dict[str, Callable[[], Any]], torch.Tensor]:
+def raw_calls(buffer: Buffer, batch: Batch, shape: Shape) -> tuple[dict[str, Callable[[], object]], torch.Tensor]:
     """The four calls of a layer, dispatches for each dtype, with payloads that are quantised beforehand; and the rows
     that this rank receives in bf16."""
     layer = RawCalls(
@@ -127,7 +127,7 @@ def raw_calls(buffer: Any, batch: Batch, shape: Shape) -> tuple[dict[str, Callab
         do_expand=True,
     )
     rows, row_weights, handle = layer.dispatch()
-    calls: dict[str, Callable[[], Any]] = {
+    calls: dict[str, Callable[[], object]] = {
         "combine": lambda: layer.combine(rows, handle),
         "combine with weights": lambda: layer.combine_with_weights(rows, handle, row_weights),
     }
@@ -139,7 +139,7 @@ def raw_calls(buffer: Any, batch: Batch, shape: Shape) -> tuple[dict[str, Callab
     return calls, rows
 
 
-def measure_wire(shape: Shape, calls: dict[str, Callable[[], Any]], batch: Batch, run: Run) -> list[Row]:
+def measure_wire(shape: Shape, calls: dict[str, Callable[[], object]], batch: Batch, run: Run) -> list[Row]:
     """Bytes that one dispatch sends to other ranks: values and scales of each row, once to a rank."""
     to_rank = pairs_sent(batch.topk_idx, shape.experts, run.ranks)
     num_rows = int(to_rank.sum() - to_rank[run.rank])
@@ -176,7 +176,7 @@ def measure_kernels(shape: str, inputs: dict[str, torch.Tensor], run: Run) -> li
             moved = x.nbytes + sum(part.nbytes for part in payload)  # each read or written once
             source = torch.empty(moved // 2, dtype=torch.uint8, device=run.device)
             target = torch.empty_like(source)
-            runs: dict[str, Callable[[], Any]] = {
+            runs: dict[str, Callable[[], object]] = {
                 "quantize": lambda x=x, dtype=dtype: to_wire(x, dtype),
                 "dequantize": lambda payload=payload, dtype=dtype: from_wire(payload, dtype, torch.bfloat16),
                 "copy": lambda source=source, target=target: target.copy_(source),

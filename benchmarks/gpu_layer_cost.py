@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 import megatron_ep_v2
 from megatron_ep_v2 import settings
-from megatron_ep_v2.bench.calls import FusedCalls, RawCalls, unwrapped
+from megatron_ep_v2.bench.calls import FusedCalls, Layer, RawCalls, unwrapped
 from megatron_ep_v2.bench.rows import timed
 from megatron_ep_v2.bench.runner import Row, Run, main
 from megatron_ep_v2.bench.shapes import PRESETS, TINY, make_batch
@@ -47,7 +47,7 @@ class Asynchronous:
     """deep_ep's own buffer, each call waiting for an event of the current stream, allocating on the communication
     stream, and waited for right after it."""
 
-    def __init__(self, buffer: Any):
+    def __init__(self, buffer: Any):  # of a class without types
         self.buffer = buffer
 
     def dispatch(self, *arguments: Any, **more: Any) -> Any:
@@ -80,7 +80,7 @@ def measure(run: Run) -> Iterator[list[Row]]:
             }
             raw: dict[str, Any] = {"buffer": unwrapped(buffer), "topk_weights": batch.weights, **layer}
             raw["num_sms"] = buffer.num_sms
-            cases: dict[str, Any] = {"four raw calls": RawCalls(**raw)}
+            cases: dict[str, Layer[Any]] = {"four raw calls": RawCalls(**raw)}
             if not run.cpu:
                 cases["four raw calls, async"] = RawCalls(**raw | {"buffer": Asynchronous(raw["buffer"])})
             cases["fused"] = FusedCalls(group=dist.group.WORLD, probs=batch.weights, **layer)

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -93,7 +92,7 @@ def measure_kernels(shape: Shape, tokens: int, run: Run) -> list[Row]:
     def moved(places: Places) -> int:
         return num_selections + places.num_rows
 
-    cases: dict[str, tuple[Callable[[], Any], int]] = {
+    cases: dict[str, tuple[Callable[[], object], int]] = {
         "copy": (lambda: target.copy_(source), 2 * source.numel()),
         "gather, contiguous": (lambda: gather_rows(x, aligned), moved(aligned) * row),
         "gather, masked": (lambda: gather_rows(x, masked), moved(masked) * row),

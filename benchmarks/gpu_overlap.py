@@ -62,7 +62,7 @@ def measure(run: Run) -> Iterator[list[Row]]:
     from megatron_ep_v2.megatron.standalone import model_parallel
 
     layout = run.options.layout
-    mode: dict[str, Any] = {"sync_free": True} if layout == "sync-free" else {"layout": layout}
+    mode: dict[str, bool | str] = {"sync_free": True} if layout == "sync-free" else {"layout": layout}
     with model_parallel(run.ranks, seed=1):
         megatron_ep_v2.install(buffer=run.buffer, num_max_tokens_per_rank=run.options.tokens, **mode)
         for case in run.options.cases:
@@ -78,7 +78,7 @@ def line(row: Row) -> str:
     )
 
 
-def _config(layers: int, **more: Any) -> Any:
+def _config(layers: int, **more: object) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     return TransformerConfig(
@@ -179,7 +179,7 @@ def _one_forward_one_backward(options: argparse.Namespace, device: torch.device)
     def tokens() -> torch.Tensor:
         return torch.randint(VOCABULARY, shape, generator=generator).to(device)
 
-    batches: list[dict[str, Any]] = [
+    batches: list[dict[str, torch.Tensor | None]] = [
         {"input_ids": tokens(), "position_ids": positions, "attention_mask": None, "labels": tokens()}
         for _ in range(options.micro_batches)
     ]

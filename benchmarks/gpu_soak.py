@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,9 @@ from megatron_ep_v2.bench.kernels import count_kernels
 from megatron_ep_v2.bench.runner import Row, Run, main
 from megatron_ep_v2.bench.shapes import PRESETS, TINY, Shape
 from megatron_ep_v2.bench.timing import slowest_rank
+
+if TYPE_CHECKING:  # importing it imports Megatron
+    from megatron_ep_v2.megatron.standalone import Dispatcher
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +59,7 @@ def measure(run: Run) -> Iterator[list[Row]]:
     assert len(compiled) <= 1, f"kernels were compiled after the warm-up: {sorted(compiled)}"
 
 
-def _layer(dispatcher: Any, shape: Shape, num_tokens: int, step: int, run: Run) -> None:
+def _layer(dispatcher: Dispatcher, shape: Shape, num_tokens: int, step: int, run: Run) -> None:
     """One layer, forward and backward, with every gradient checked: experts pass rows through, weighted, so that the
     rows of a token add up to the token."""
     device, generator = run.device, run.generator(step)

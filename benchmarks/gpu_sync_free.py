@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,7 @@ from megatron_ep_v2.layouts import gather_rows, gather_weights, place_contiguous
 from megatron_ep_v2.serving import Decode, DecodeGraphs, PrepareFinalize
 
 TOLERANCE = 1.5e-2  # relative L2 in bf16
+Given: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # hidden states, selections, weights
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +47,7 @@ def measure(run: Run) -> Iterator[list[Row]]:
 
 def measure_layer(sizes: Sizes, run: Run) -> list[Row]:
     layer = ExpertLayer(sizes, dist.group.WORLD, run.device)
-    cases: dict[str, Callable[[], Any]] = {
+    cases: dict[str, Callable[[], dict[str, torch.Tensor]]] = {
         "expanded": lambda: layer.step(layer.expanded),
         "sync-free": lambda: layer.step(layer.sync_free),
     }
@@ -96,10 +97,10 @@ def measure_decode(sizes: Sizes, run: Run) -> Iterator[list[Row]]:
         weights, selections = scores.topk(sizes.topk, dim=1)
         given = x, selections, weights
 
-        def eager(given: Any = given, bucket: int = bucket) -> torch.Tensor:
+        def eager(given: Given = given, bucket: int = bucket) -> torch.Tensor:
             return pair.finalize(experts(pair.prepare_decode(*given, bucket=bucket)))
 
-        def replay(given: Any = given, bucket: int = bucket) -> torch.Tensor:
+        def replay(given: Given = given, bucket: int = bucket) -> torch.Tensor:
             return graphs(*given, bucket=bucket)
 
         cases = {"eager": eager, "graph": replay}

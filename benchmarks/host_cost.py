@@ -23,17 +23,18 @@ import socket
 import statistics
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import FunctionCtx
+from torch.distributed import ProcessGroup
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.bench import timing
 from megatron_ep_v2.bench.calls import RawCalls
 from megatron_ep_v2.bench.runner import Row, Run, main
 from megatron_ep_v2.buffers import elastic, pool
-from megatron_ep_v2.buffers.contract import BufferSpec
+from megatron_ep_v2.buffers.contract import Buffer, BufferSpec, Payload
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 from megatron_ep_v2.watchdog.rendezvous import Rendezvous
 from megatron_ep_v2.watchdog.watched_buffer import watch
@@ -60,14 +61,14 @@ class Handle(SimpleNamespace):
     """With what the callers read of deep_ep's."""
 
 
-def make_stub(given: Tensors) -> Any:
+def make_stub(given: Tensors) -> type:
     """A class in the place of deep_ep.ElasticBuffer. Its answers are new tensors each time, as the real ones are."""
     counts = [ROWS // LOCAL_EXPERTS] * LOCAL_EXPERTS
 
     class Stub:
         num_bytes, num_allocated_qps = 0, 0
 
-        def __init__(self, group: Any, **options: Any):
+        def __init__(self, group: ProcessGroup | None, **options: object):
             pass
 
         def get_theoretical_num_sms(self, num_experts: int, num_topk: int) -> int:
@@ -78,21 +79,21 @@ def make_stub(given: Tensors) -> Any:
 
         def dispatch(  # with deep_ep's parameters, since taking them costs something too
             self,
-            x: Any,
-            topk_idx: Any = None,
-            topk_weights: Any = None,
-            num_experts: Any = None,
-            num_max_tokens_per_rank: Any = None,
-            expert_alignment: Any = None,
+            x: Payload,
+            topk_idx: torch.Tensor | None = None,
+            topk_weights: torch.Tensor | None = None,
+            num_experts: int | None = None,
+            num_max_tokens_per_rank: int | None = None,
+            expert_alignment: int | None = None,
             num_sms: int = 0,
-            previous_event: Any = None,
+            previous_event: None = None,
             async_with_compute_stream: bool = False,
             allocate_on_comm_stream: bool = False,
-            handle: Any = None,
-            do_cpu_sync: Any = None,
+            handle: Handle | None = None,
+            do_cpu_sync: bool | None = None,
             do_expand: bool = False,
             do_zero_padding: bool = False,
-        ) -> Any:
+        ) -> tuple[torch.Tensor, None, torch.Tensor | None, Handle, None]:
             if handle is not None:
                 return given.rows.detach(), None, None, handle, None
             handle = Handle(
@@ -108,14 +109,14 @@ def make_stub(given: Tensors) -> Any:
 
         def combine(
             self,
-            x: Any,
-            handle: Any,
-            topk_weights: Any = None,
+            x: torch.Tensor,
+            handle: Handle,
+            topk_weights: torch.Tensor | None = None,
             num_sms: int = 0,
-            previous_event: Any = None,
+            previous_event: None = None,
             async_with_compute_stream: bool = False,
             allocate_on_comm_stream: bool = False,
-        ) -> Any:
+        ) -> tuple[torch.Tensor, torch.Tensor | None, None]:
             return given.x.detach(), None if topk_weights is None else given.probs.detach(), None
 
         def destroy(self) -> None:
@@ -131,14 +132,14 @@ class AnyDeviceBuffer(elastic.ElasticBuffer):
         assert rows.dtype == dtype and rows.is_meta and rows.shape[1] == self.spec.hidden
 
 
-def make_buffers(device: str, stub: Any) -> dict[str, Any]:
+def make_buffers(device: str, stub: type) -> dict[str, Buffer]:
     """Each in a process group of its own, as the pool keeps them."""
     elastic.import_deep_ep = lambda: SimpleNamespace(ElasticBuffer=stub)
     kind = elastic.ElasticBuffer if device == "cuda" else AnyDeviceBuffer
-    buffers: dict[str, Any] = {"stub": stub(None)}
+    buffers: dict[str, Buffer] = {"stub": stub(None)}
     for name in ("elastic", "watched"):
         group = dist.new_group()
-        buffer: Any = kind(group, SPEC, settings.active(), ["here"])
+        buffer: Buffer = kind(group, SPEC, settings.active(), ["here"])
         if name == "watched":
             rendezvous = Rendezvous(group, settings.active().watchdog_secs)
             rendezvous.listener = socket.create_server(("localhost", 0))  # which a group of one rank has no need of
@@ -149,7 +150,7 @@ def make_buffers(device: str, stub: Any) -> dict[str, Any]:
     return buffers
 
 
-def four_calls(buffer: Any, given: Tensors) -> Callable[[], Any]:
+def four_calls(buffer: Buffer, given: Tensors) -> Callable[[], object]:
     return RawCalls(
         buffer=buffer,
         hidden=given.x,
@@ -161,7 +162,7 @@ def four_calls(buffer: Any, given: Tensors) -> Callable[[], Any]:
     )
 
 
-def fused_layer(group: Any, given: Tensors) -> Callable[[], None]:
+def fused_layer(group: ProcessGroup, given: Tensors) -> Callable[[], None]:
     def layer() -> None:
         x, probs = given.leaves
         x.grad = probs.grad = None
@@ -177,20 +178,22 @@ def fused_layer(group: Any, given: Tensors) -> Callable[[], None]:
 def minimal_layer(given: Tensors) -> Callable[[], None]:
     class Dispatch(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, x: torch.Tensor, probs: torch.Tensor) -> Any:
+        def forward(ctx: FunctionCtx, x: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return given.rows.detach(), given.row_probs.detach()
 
         @staticmethod
-        def backward(ctx: Any, grad_rows: torch.Tensor, grad_probs: torch.Tensor) -> Any:
+        def backward(
+            ctx: FunctionCtx, grad_rows: torch.Tensor, grad_probs: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             return given.x.detach(), given.probs.detach()
 
     class Combine(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, rows: torch.Tensor) -> Any:
+        def forward(ctx: FunctionCtx, rows: torch.Tensor) -> torch.Tensor:
             return given.x.detach()
 
         @staticmethod
-        def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        def backward(ctx: FunctionCtx, grad: torch.Tensor) -> torch.Tensor:
             return given.rows.detach()
 
     def layer() -> None:
@@ -216,7 +219,7 @@ def measure(run: Run) -> Iterator[list[Row]]:
     device = run.options.device
     given = Tensors(device)
     buffers = make_buffers(device, make_stub(given))
-    cases: dict[str, Callable[[], Any]] = {name: four_calls(buffer, given) for name, buffer in buffers.items()}
+    cases: dict[str, Callable[[], object]] = {name: four_calls(buffer, given) for name, buffer in buffers.items()}
     cases["minimal autograd"] = minimal_layer(given)
     for group, name in zip(pool._pool, ("elastic", "watched"), strict=True):
         cases[f"fused on {name}"] = fused_layer(group, given)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megatron_ep_v2.bench.check import require_equal
 from megatron_ep_v2.bench.shapes import Shape
+from megatron_ep_v2.buffers.contract import Buffer, Handle
 from megatron_ep_v2.experts.gemm import deep_gemm
 from megatron_ep_v2.experts.groups import Groups
 from megatron_ep_v2.experts.mlp import swiglu_experts
@@ -75,7 +76,7 @@ class Batch:
         return cls(x, top.indices, top.values.contiguous())
 
 
-def variants(buffer: Any, model: Model, batch: Batch) -> dict[str, Run]:
+def variants(buffer: Buffer, model: Model, batch: Batch) -> dict[str, Run]:
     """By name; on DeepGEMM, too, where it is installed."""
     have_deep_gemm = batch.x.is_cuda and importlib.util.find_spec("deep_gemm") is not None
     ways: dict[str, Run] = {}
@@ -88,7 +89,7 @@ def variants(buffer: Any, model: Model, batch: Batch) -> dict[str, Run]:
     return ways
 
 
-def expanded(buffer: Any, model: Model, batch: Batch, backend: str) -> Run:
+def expanded(buffer: Buffer, model: Model, batch: Batch, backend: str) -> Run:
     w1, w2 = model.own()
 
     def run() -> torch.Tensor:
@@ -100,7 +101,7 @@ def expanded(buffer: Any, model: Model, batch: Batch, backend: str) -> Run:
     return run
 
 
-def contiguous(buffer: Any, model: Model, batch: Batch, backend: str) -> Run:
+def contiguous(buffer: Buffer, model: Model, batch: Batch, backend: str) -> Run:
     w1, w2 = model.own()
 
     def run() -> torch.Tensor:
@@ -114,7 +115,7 @@ def contiguous(buffer: Any, model: Model, batch: Batch, backend: str) -> Run:
     return run
 
 
-def masked(buffer: Any, model: Model, batch: Batch, multiply: Callable[..., torch.Tensor]) -> Run:
+def masked(buffer: Buffer, model: Model, batch: Batch, multiply: Callable[..., torch.Tensor]) -> Run:
     w1, w2 = model.own()
     expected_m = expected_rows(batch, model)
 
@@ -140,7 +141,8 @@ def expected_rows(batch: Batch, model: Model) -> int:
     return math.ceil(2 * share / CONTIGUOUS_ALIGNMENT) * CONTIGUOUS_ALIGNMENT
 
 
-def _dispatch(buffer: Any, model: Model, batch: Batch, **more: bool) -> Any:
+def _dispatch(buffer: Buffer, model: Model, batch: Batch, **more: bool) -> tuple[Any, Any, Any, Handle, Any]:
+    """Rows, ids and weights as the layout has them."""
     return buffer.dispatch(
         batch.x,
         topk_idx=batch.topk_idx,

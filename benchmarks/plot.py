@@ -27,6 +27,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 matplotlib.rcParams["svg.hashsalt"] = "megatron_ep_v2"  # the same rows give the same file
 
@@ -42,7 +44,7 @@ class Plot:
 
     select: Callable[[list[Row]], list[Row]]
     panel: Callable[[Row], str]
-    draw: Callable[[Any, list[Row]], None]
+    draw: Callable[[Axes, list[Row]], None]
     title: str
 
 
@@ -83,7 +85,7 @@ def load(files: Iterable[Path]) -> tuple[list[Row], list[str]]:
     return rows, captions
 
 
-def make(plot: Plot, rows: list[Row], captions: list[str]) -> Any:
+def make(plot: Plot, rows: list[Row], captions: list[str]) -> Figure | None:
     """The figure, side by side up to three panels; None if the rows have nothing for it."""
     rows = plot.select(rows)
     if not rows:
@@ -115,7 +117,7 @@ def _times(rows: list[Row]) -> list[Row]:
     return [row for row in rows if "forward_backward_us" in row]
 
 
-def _time_bars(axes: Any, rows: list[Row]) -> None:
+def _time_bars(axes: Axes, rows: list[Row]) -> None:
     for i, row in enumerate(rows):
         color = f"C{0 if row['variant'].startswith('raw') else 2 if row.get('buffer') else 1}"
         median, p20, p80 = (row[f"forward_backward{part}_us"] / 1e3 for part in ("", "_p20", "_p80"))
@@ -132,7 +134,7 @@ def _sms(rows: list[Row]) -> list[Row]:
     return _with_several([row for row in rows if "gb_per_s" in row and row["num_sms"]], "num_sms", _place)
 
 
-def _sms_markers(axes: Any, rows: list[Row]) -> None:
+def _sms_markers(axes: Axes, rows: list[Row]) -> None:
     _markers(axes, rows, "num_sms", "gb_per_s")
     for link in sorted({row["link_gb_per_s"] for row in rows}):
         axes.axhline(link, color="gray", linestyle="--", label="link, all_to_all_single")
@@ -145,7 +147,7 @@ def _tokens(rows: list[Row]) -> list[Row]:
     return _with_several(timed, "tokens_per_rank", _shape)
 
 
-def _token_markers(axes: Any, rows: list[Row]) -> None:
+def _token_markers(axes: Axes, rows: list[Row]) -> None:
     _markers(axes, rows, "tokens_per_rank", "ms")
     axes.set(xlabel="tokens a rank", ylabel="ms", xscale="log", yscale="log")
     axes.set_xticks(ticks := sorted({row["tokens_per_rank"] for row in rows}), [str(tick) for tick in ticks])
@@ -156,7 +158,7 @@ def _steps(rows: list[Row]) -> list[Row]:
     return [row for row in rows if "step_ms" in row]
 
 
-def _step_bars(axes: Any, rows: list[Row]) -> None:
+def _step_bars(axes: Axes, rows: list[Row]) -> None:
     for i, row in enumerate(rows):
         left = 0.0
         shares = {"dispatch": row["dispatch_percent"], "combine": row["combine_percent"]}
@@ -177,12 +179,12 @@ def _tune(rows: list[Row]) -> list[Row]:
     return _with_several([row for row in _steps(rows) if row["num_sms"]], "num_sms", _step_place)
 
 
-def _tune_markers(axes: Any, rows: list[Row]) -> None:
+def _tune_markers(axes: Axes, rows: list[Row]) -> None:
     _markers(axes, rows, "num_sms", "step_ms")
     axes.set(xlabel="SMs", ylabel="ms", xticks=sorted({row["num_sms"] for row in rows}))
 
 
-def _markers(axes: Any, rows: list[Row], x: str, y: str) -> None:
+def _markers(axes: Axes, rows: list[Row], x: str, y: str) -> None:
     """One marker for each row, hollow where noisy; no line between them."""
     for i, name in enumerate(dict.fromkeys(row["series"] for row in rows)):
         label: str | None = name
@@ -205,10 +207,10 @@ def _markers(axes: Any, rows: list[Row], x: str, y: str) -> None:
 def _with_several(rows: list[Row], name: str, place: Callable[[Row], str]) -> list[Row]:
     """The rows of those variants that were measured at several values of `name` in one place."""
 
-    def key(row: Row) -> tuple[Any, ...]:
+    def key(row: Row) -> tuple[object, ...]:
         return row["variant"], row.get("expert_backend"), row["file"], place(row)
 
-    values: dict[tuple[Any, ...], set[Any]] = {}
+    values: dict[tuple[object, ...], set[object]] = {}
     for row in rows:
         values.setdefault(key(row), set()).add(row[name])
     return [row for row in rows if len(values[key(row)]) > 1]
