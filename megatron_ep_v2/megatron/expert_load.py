@@ -126,7 +126,11 @@ def expert_load() -> list[torch.Tensor]:
 
 def _on_open_groups() -> list[ExpertLoad]:
     """All layers whose group was not destroyed, oldest first."""
-    return [layer for _, layer in sorted(_layers.items()) if is_registered(find_registered(layer.group))]
+    return [
+        layer
+        for _, layer in sorted(_layers.items())
+        if (group := find_registered(layer.group)) is not None and is_registered(group)
+    ]
 
 
 def _gather(group: ProcessGroup) -> dict[ExpertLoad, torch.Tensor]:

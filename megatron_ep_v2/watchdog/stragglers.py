@@ -68,7 +68,7 @@ def stragglers(group: ProcessGroup | None = None) -> Stragglers:
         UnavailableError: No dispatch of the group was watched.
     """
     watched = [buffer for buffer in pool.buffers() if isinstance(buffer, WatchedBuffer)]
-    known = find_registered(group)
+    known = None if group is None else find_registered(group)
     chosen = next((buffer for buffer in watched if group is None or buffer.group is known), None)
     clock = None if chosen is None else chosen.watch.clock
     if chosen is None or clock is None:
