@@ -175,7 +175,7 @@ class Trainer:
 
     def _load_of(self, number: int) -> ExpertLoad | None:
         """What counts the tokens of this rank's experts in a layer, where this package's dispatcher does."""
-        return getattr(getattr(self.moe_layers[number].token_dispatcher, "_comm_manager", None), "load", None)
+        return getattr(getattr(self.moe_layers[number].token_dispatcher, "_comm_manager", None), "expert_load", None)
 
     def _counted_by_dispatch(self) -> dict[int, torch.Tensor]:
         """Layer -> [local experts] int64 since the last call."""
