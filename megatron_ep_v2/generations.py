@@ -7,6 +7,7 @@ Imports neither torch nor deep_ep.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from megatron_ep_v2 import versions
 
 # Import names under which DeepEP is installed. The wheels of 2.5 have one of their own, DeepEP itself has not.
 PACKAGES = ("deep_ep", "deep_ep_v25")
+ALWAYS = {"deep_ep_v25": "2.5"}  # import names that a single generation has
 
 BUFFER_CLASSES = ("EPBuffer", "ElasticBuffer", "Buffer", "HybridEPBuffer")
 
@@ -33,8 +35,10 @@ class Generation:
         nvcc_blackwell: The same for GPUs of SM 10.0.
         needs_cuobjdump: It reads its kernels with cuobjdump.
         cache: Folder of compiled kernels, below the home folder; EP_JIT_CACHE_DIR names another.
-        cache_is_a_list: EP_JIT_CACHE_DIR may name several, separated by colons.
         cache_may_be_shared: The cache is safe on a network file system.
+        on_deep_jit: It compiles with DeepJIT, which also reads variables with DJ_ for EP_, and takes a list of folders
+            for EP_JIT_CACHE_DIR, with colons; it writes to the first.
+        nic_variable: Variable with the name of the RDMA device whose speed it asks `ibstat` for; None = always mlx5_0.
         max_local_experts: Most experts on one rank.
         gin_needs_gdaki: Its RDMA goes through NCCL's GDAKI (Mellanox only), so not over EFA.
         fault: Why this package does not carry it; None = it does.
@@ -48,8 +52,9 @@ class Generation:
     nvcc_blackwell: str | None = None
     needs_cuobjdump: bool = False
     cache: str | None = None
-    cache_is_a_list: bool = False
     cache_may_be_shared: bool = False
+    on_deep_jit: bool = False
+    nic_variable: str | None = None
     max_local_experts: int | None = None
     gin_needs_gdaki: bool = False
     fault: str | None = None
@@ -59,7 +64,7 @@ class Generation:
         if self.cache is None:
             return []
         named = environ.get("EP_JIT_CACHE_DIR", "")
-        names = named.split(":") if self.cache_is_a_list else [named]
+        names = named.split(":") if self.on_deep_jit else [named]
         return [Path(name) for name in names if name] or [home / self.cache]
 
 
@@ -73,8 +78,8 @@ GENERATIONS: dict[str, Generation] = {
             nvcc=versions.NVCC_25,
             nvcc_blackwell=versions.NVCC_25,
             cache=".dj",
-            cache_is_a_list=True,
             cache_may_be_shared=True,
+            on_deep_jit=True,
             max_local_experts=512,  # layout/ep/workspace.cuh
             gin_needs_gdaki=True,
         ),
@@ -87,6 +92,7 @@ GENERATIONS: dict[str, Generation] = {
             nvcc_blackwell=versions.NVCC_BLACKWELL,
             needs_cuobjdump=True,
             cache=".deep_ep",
+            nic_variable="EP_NIC_NAME",
             max_local_experts=256,  # deep_ep 2.1.0, csrc and layout.cuh
         ),
         Generation(
@@ -98,6 +104,7 @@ GENERATIONS: dict[str, Generation] = {
             nvcc_blackwell=versions.NVCC_BLACKWELL,
             needs_cuobjdump=True,
             cache=".deep_ep",
+            nic_variable="EP_NIC_NAME",
             fault="older than 2.1: its padding rows are not zero, and its combine between hosts is faulty",
         ),
         Generation(
@@ -142,9 +149,34 @@ def install_command(generation: str, torch_version: str = "") -> str:
     command = (
         f"pip install {distribution}=={version}" if fitting else f"pip install torch=={torch} {distribution}=={version}"
     )
-    if nccl is not None:
-        command += f" && pip install --no-deps 'nvidia-nccl-cu13{nccl}'"
-    return command
+    return command if nccl is None else f"{command} && {nccl_command(generation)}"
+
+
+def nccl_command(generation: str) -> str:
+    """The command that puts the NCCL which the wheels of a generation need in the place of torch's."""
+    of_wheels = [nccl for name, _, _, _, nccl in versions.WHEELS if name == generation and nccl is not None]
+    needed = of_wheels[0] if of_wheels else f">={GENERATIONS[generation].nccl}"
+    return f"pip install --no-deps 'nvidia-nccl-cu13{needed}'"
+
+
+def of_distribution(distribution: str) -> str | None:
+    """The generation that wheels of this name hold; None if they are none of `versions.WHEELS`."""
+    return next((row[0] for row in versions.WHEELS if row[1] == normalised(distribution)), None)
+
+
+def built_for(distribution: str, version: str) -> list[str]:
+    """The versions of torch that a wheel is for; none if it is not one of `versions.WHEELS`."""
+    return [row[3] for row in versions.WHEELS if row[1:3] == (normalised(distribution), version)]
+
+
+def same_series(one: str, other: str) -> bool:
+    """Whether two versions of torch have the same first two numbers: a wheel is for all of a series."""
+    return _series(one) == _series(other)
+
+
+def normalised(distribution: str) -> str:
+    """A distribution's name as registries write it: metadata may have underscores."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 def _series(version: str) -> list[str]:

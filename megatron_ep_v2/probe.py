@@ -99,11 +99,12 @@ class Probe:
 @functools.cache
 def probe() -> Probe:
     """Probe once and cache the result; `probe.cache_clear()` forgets it."""
-    packages = tuple(package for name in PACKAGES if (package := _look_at(name)) is not None)
+    packages = tuple(package for name in PACKAGES if (package := look_at(name)) is not None)
     return Probe(packages=packages, cuda=torch.cuda.is_available())
 
 
-def _look_at(name: str) -> Package | None:
+def look_at(name: str) -> Package | None:
+    """Import one of `generations.PACKAGES`; None if it is not installed."""
     try:
         module = importlib.import_module(name)
     except _IMPORT_FAILURES as error:
@@ -175,7 +176,9 @@ def choose(found: Probe, settings: Settings, *, managed: bool = False) -> Choice
         f"the {asked} buffer, asked for by {source}, cannot be used",
         found="no CUDA device" if asked in found.carriers else found.describe(),
         needed=carrier.requirement,
-        fix="run on a machine with GPUs, or ask for buffer=reference" if asked in found.carriers else _ways_out(asked),
+        fix="run on a machine with GPUs, or ask for buffer=reference"
+        if asked in found.carriers
+        else _ways_out(found, asked),
     )
 
 
@@ -187,7 +190,7 @@ def _choose_automatically(found: Probe, managed: bool) -> Choice:
             "no DeepEP buffer can be used on this GPU machine",
             found=found.describe(),
             needed=" or ".join(carrier.requirement for carrier in CARRIERS.values() if carrier.needs_cuda),
-            fix=_ways_out(DEFAULT_V2),
+            fix=_ways_out(found, DEFAULT_V2),
         )
     carrier = CARRIERS[found.carriers[0]]
     if carrier.name == MEGATRONS_OWN and not managed:
@@ -198,26 +201,39 @@ def _choose_automatically(found: Probe, managed: bool) -> Choice:
 
 def _check_generation(found: Probe, carrier: str) -> None:
     """Refuse a generation that has the carrier's class and that this package does not carry: deep_ep 2.0."""
-    package = found.package_of(carrier)
-    fault = package and package.generation and GENERATIONS[package.generation].fault
-    if package is not None and CARRIERS[carrier].is_v2 and fault:
+    package, fault = found.package_of(carrier), _fault(found, carrier)
+    if package is not None and fault:
         raise UnavailableError(
             f"{package.describe()} is of a generation that this package does not carry",
             found=f"generation {package.generation}: {fault}",
             needed=CARRIERS[carrier].requirement,
-            fix=_ways_out(carrier),
+            fix=_ways_out(found, carrier),
         )
 
 
-def _ways_out(carrier: str) -> str:
-    """Fix of an error about a missing carrier: the wheel to install, or the reference on purpose."""
+def _fault(found: Probe, carrier: str) -> str | None:
+    """Why this package does not carry the generation of a carrier of V2; None = it does."""
+    package = found.package_of(carrier)
+    if package is None or package.generation is None or not CARRIERS[carrier].is_v2:
+        return None
+    return GENERATIONS[package.generation].fault
+
+
+def _ways_out(found: Probe, carrier: str) -> str:
+    """Fix of an error about a missing carrier: the wheel to install, or the reference on purpose. Never what is
+    installed and refused."""
     generation = CARRIERS[carrier].generation
     generation = generation if generation in WITH_WHEELS else CARRIERS[DEFAULT_V2].generation
     assert generation is not None
-    return (
-        f"install DeepEP {generation}: {install_command(generation, torch.__version__)}; or, to run the slow reference "
-        "on purpose, set MCORE_DEEPEP_V2_BUFFER=reference"
-    )
+    install = f"install DeepEP {generation}: {install_command(generation, torch.__version__)}"
+    if any(package.failure for package in found.packages):
+        install = "`python -m megatron_ep_v2 doctor` says why the import fails, and what to install"
+    elif found.packages:
+        install = install.replace(": ", ", in an environment without another DeepEP: ", 1)
+    others = [name for name in found.carriers if name != carrier and CARRIERS[name].is_v2]
+    if others and not _fault(found, others[0]):
+        install = f"leave MCORE_DEEPEP_V2_BUFFER at auto, which takes {others[0]}; or {install}"
+    return f"{install}; or, to run the slow reference on purpose, set MCORE_DEEPEP_V2_BUFFER=reference"
 
 
 def loaded_nccl_version() -> str | None:

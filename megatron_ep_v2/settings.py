@@ -21,7 +21,7 @@ from megatron_ep_v2.wire.formats import DISPATCH_DTYPES, NOT_CARRIED
 PREFIX = "MCORE_DEEPEP_V2_"
 TESTS_PREFIX = PREFIX + "TEST_"  # read by this package's own tests
 _SHOWN = re.compile(
-    rf"(EP|NCCL|NVSHMEM|{PREFIX.rstrip('_')})_.+|CUDA_(HOME|PATH|VISIBLE_DEVICES|DEVICE_MAX_CONNECTIONS)"
+    rf"(EP|DJ|NCCL|NVSHMEM|{PREFIX.rstrip('_')})_.+|CUDA_(HOME|PATH|VISIBLE_DEVICES|DEVICE_MAX_CONNECTIONS)"
 )
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.distributed import ProcessGroup
 
+from megatron_ep_v2.buffers.carriers import CARRIERS
 from megatron_ep_v2.buffers.checks import check_combine, check_dispatch, check_group_open
 from megatron_ep_v2.buffers.contract import BufferSpec, Payload
 from megatron_ep_v2.buffers.deep_ep import everyone_arrives, memory_left_as_it_is
@@ -107,7 +108,7 @@ class LegacyBuffer:
             raise UnavailableError(
                 f"deep_ep could not build a legacy Buffer for a group of {group.size()}",
                 found=f"{type(error).__name__}: {error}",
-                needed="NVLink between the ranks of a host; between hosts RDMA, and deep_ep built with NVSHMEM",
+                needed="NVLink between the ranks of a host; between hosts RDMA, and a deep_ep with NVSHMEM",
                 fix="keep expert parallelism inside one host, or install what the message names",
             ) from error
         self.comm_stream: torch.cuda.Stream | None = self._buffer.get_comm_stream()
@@ -144,12 +145,12 @@ class LegacyBuffer:
             raise InputError(
                 f"rank {self.group.rank()}: deep_ep's legacy Buffer cannot dispatch without a host wait",
                 found="do_cpu_sync=False",
-                fix="leave MCORE_DEEPEP_V2_SYNC_FREE off, or use DeepEP V2",
+                fix=f"leave MCORE_DEEPEP_V2_SYNC_FREE off, or use a buffer with it: {_with_layout('sync-free')}",
             )
         if do_expand or (handle is not None and topk_weights is not None):
             raise InputError(
                 f"rank {self.group.rank()}: deep_ep's legacy Buffer has no expanded layout and no cached weights",
-                fix="use layout=compact, or buffer=elastic with deep_ep >= 2.1",
+                fix=f"use layout=compact, or a buffer with both: {_with_layout('expanded')}",
             )
         if handle is not None:
             recv_x, _, _, _, _, event = memory_left_as_it_is(self._buffer.dispatch)(x, handle=handle.raw)
@@ -209,3 +210,7 @@ class LegacyBuffer:
         if self._buffer is None:
             raise ClosedError("this legacy Buffer was destroyed", fix="ask get_buffer() for a new one")
         check_group_open(self.group)
+
+
+def _with_layout(layout: str) -> str:
+    return ", ".join(f"buffer={name}" for name, carrier in CARRIERS.items() if layout in carrier.layouts)

@@ -23,9 +23,10 @@ from torch.distributed import ProcessGroup
 from megatron_ep_v2 import fused_a2a, recompute
 from megatron_ep_v2 import settings as settings_module
 from megatron_ep_v2.buffers import capacity, pool
-from megatron_ep_v2.buffers.carriers import CARRIERS, MEGATRONS_OWN, REFERENCE
+from megatron_ep_v2.buffers.carriers import CARRIERS, DEFAULT_V2, MEGATRONS_OWN, REFERENCE
 from megatron_ep_v2.errors import SeamError, SettingsError
 from megatron_ep_v2.experts.gemm import gemm
+from megatron_ep_v2.generations import install_command
 from megatron_ep_v2.megatron import optimizer_step
 from megatron_ep_v2.megatron.symbols import (
     DIST_CHECKPOINTING,
@@ -223,8 +224,8 @@ def _choose_layout(settings: settings_module.Settings, choice: Choice) -> tuple[
             raise SettingsError(
                 "sync-free mode needs a buffer that does not wait, and its own layout",
                 found=f"sync_free from {settings.source('sync_free')}; the {choice.kind} buffer, layout={asked}",
-                needed="the elastic or the reference buffer, and layout=auto or expanded",
-                fix="unset MCORE_DEEPEP_V2_SYNC_FREE, or MCORE_DEEPEP_V2_LAYOUT; or install deep_ep >= 2.1",
+                needed=f"{_carriers_with('sync-free')}, and layout=auto or expanded",
+                fix=f"unset MCORE_DEEPEP_V2_SYNC_FREE, or MCORE_DEEPEP_V2_LAYOUT; or {_get_v2()}",
             )
         return "sync-free", f"sync_free is on ({settings.source('sync_free')})"
     if "expanded" not in carrier.layouts:
@@ -232,8 +233,8 @@ def _choose_layout(settings: settings_module.Settings, choice: Choice) -> tuple[
             raise SettingsError(
                 f"deep_ep's {carrier.label} has no expanded layout",
                 found=f"layout=expanded from {settings.source('layout')}; {choice.reason}",
-                needed="layout=compact or auto, or deep_ep with ElasticBuffer",
-                fix="unset MCORE_DEEPEP_V2_LAYOUT, or install deep_ep >= 2.1",
+                needed=f"layout=compact or auto, or {_carriers_with('expanded')}",
+                fix=f"unset MCORE_DEEPEP_V2_LAYOUT, or {_get_v2()}",
             )
         return "compact", f"the {carrier.label} has no other layout"
     if carrier.is_v2 and not settings.allow_multiple_reduction:
@@ -249,6 +250,18 @@ def _choose_layout(settings: settings_module.Settings, choice: Choice) -> tuple[
     if asked != "auto":
         return asked, f"asked for by {settings.source('layout')}"
     return "expanded", "this buffer sorts rows by expert itself, so nothing is permuted"
+
+
+def _carriers_with(layout: str) -> str:
+    return " or ".join(f"the {carrier.label}" for carrier in CARRIERS.values() if layout in carrier.layouts)
+
+
+def _get_v2() -> str:
+    """Fix of an error about the buffer: take what is installed of DeepEP V2, or install it."""
+    if probe().v2_carrier is not None:
+        return "unset MCORE_DEEPEP_V2_BUFFER"
+    generation = str(CARRIERS[DEFAULT_V2].generation)
+    return f"install DeepEP {generation}: {install_command(generation, torch.__version__)}"
 
 
 def _has_layers() -> bool:
