@@ -7,11 +7,12 @@ import json
 import sys
 from dataclasses import asdict
 
-from megatron_ep_v2.buffers.carriers import CARRIERS
+from megatron_ep_v2.buffers.carriers import CARRIERS, MEGATRONS_OWN
 from megatron_ep_v2.cli import prog
 from megatron_ep_v2.doctor import hardware, software
 from megatron_ep_v2.doctor.check import Check, gin_off, gpus
-from megatron_ep_v2.doctor.facts import Facts, gather
+from megatron_ep_v2.doctor.facts import gather
+from megatron_ep_v2.doctor.packages import Facts
 from megatron_ep_v2.doctor.trial import run_trial
 
 
@@ -67,9 +68,11 @@ def _usable(facts: Facts, checks: list[Check]) -> str:
     """The carrier after `install()` with the present settings, in words."""
     if failed := _failed(checks):
         return f"nothing, before this is fixed: {failed}"
-    settings, kind, count = facts["settings"], facts["deep_ep"]["choice"], len(gpus(facts))
+    settings, kind, count = facts["settings"], facts["probe"].get("choice"), len(gpus(facts))
+    if kind is None:
+        return "nothing: install() says why"
     if kind == "megatron":
-        return f"Megatron's own path on the legacy Buffer, {count} GPUs of this host"
+        return f"Megatron's own path on the {CARRIERS[MEGATRONS_OWN].label}, {count} GPUs of this host"
     carrier = CARRIERS[kind]
     compact = "expanded" not in carrier.layouts or settings["layout"] == "compact"
     if not carrier.needs_cuda:

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from megatron_ep_v2.buffers import gin
 from megatron_ep_v2.buffers.carriers import CARRIERS, MEGATRONS_OWN
-from megatron_ep_v2.doctor.facts import Facts
+from megatron_ep_v2.doctor.packages import Facts, carriers, generation
+from megatron_ep_v2.settings import NAMES, Settings
 
 
 @dataclass(frozen=True)
@@ -71,16 +73,6 @@ def is_blackwell(facts: Facts) -> bool:
     return any(version(device["sm"]) >= (10,) for device in gpus(facts))
 
 
-def generation(facts: Facts) -> str:
-    """The generation of deep_ep, detected by its API: "none", "broken", "V1", "hybrid-ep", "V2 2.0" or "V2 2.1"."""
-    found = facts["deep_ep"]
-    if failure := found.get("failure"):
-        return "none" if "No module named 'deep_ep'" in failure["how"] else "broken"
-    if "elastic" in found["carriers"]:
-        return "V2 2.1" if found["zero_padding"] else "V2 2.0"
-    return "hybrid-ep" if found["have_hybrid"] else "V1"
-
-
 def wants_v2(facts: Facts) -> bool:
     """Whether DeepEP V2 is wanted: there are GPUs, and the settings ask for V2, or for auto without only V1
     installed."""
@@ -90,19 +82,17 @@ def wants_v2(facts: Facts) -> bool:
 
 
 def has_only_v1(facts: Facts) -> bool:
-    """Whether deep_ep has the legacy Buffer and no ElasticBuffer."""
-    return generation(facts) in ("V1", "hybrid-ep") and MEGATRONS_OWN in facts["deep_ep"]["carriers"]
+    """Whether there is the legacy Buffer, and no class of V2."""
+    here = carriers(facts)
+    return MEGATRONS_OWN in here and not any(CARRIERS[name].is_v2 for name in here)
 
 
 def gin_off(facts: Facts) -> str | None:
-    """Reason why a buffer on this host would be built without NCCL GIN (decided as in buffers.elastic); None = with
-    it."""
-    asked, source = facts["settings"]["gin"], facts["settings"]["sources"].get("gin")
-    if asked != "auto":
-        return f"gin=off by {source}" if asked == "off" else None
-    if facts["environment"].get("EP_DISABLE_GIN", "0") not in ("", "0"):
-        return "EP_DISABLE_GIN is set"
-    return None if facts["rdma"]["devices"] else "no RDMA device"
+    """Reason why a buffer for the ranks of this host would be built without NCCL GIN; None = with it."""
+    asked = Settings(**{name: facts["settings"][name] for name in NAMES}, sources=facts["settings"]["sources"])
+    vendors = [device["vendor"] for device in facts["rdma"]["devices"]]
+    off, reason = gin.choose(asked, vendors, ["this host"], generation(facts))
+    return reason if off else None
 
 
 def version(text: str | None) -> tuple[int, ...]:

@@ -9,27 +9,25 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from megatron_ep_v2 import __version__
 from megatron_ep_v2.doctor.host import read_host, read_toolkit
 from megatron_ep_v2.doctor.imports import STEPS
+from megatron_ep_v2.doctor.packages import Facts, generation
 
 SECONDS = 300  # time limit for a process of imports; slow shared file systems take a minute
-
-Facts = dict[str, Any]
 
 
 def gather() -> Facts:
     """Gather all facts. Takes as long as importing Megatron-Core.
 
     Returns:
-        The host's facts (`host.read_host`), "toolkit" (`host.read_toolkit`), and the result of each step of imports.py,
-        or {"failure": {"how": in one line, "stderr": its end}} if the step ended its process.
+        The host's facts (`host.read_host`), "toolkit" (`host.read_toolkit`), and the result of each step of imports.py
+        ({} = not installed), or {"failure": {"how": in one line, "stderr": its end}} if the step ended its process.
     """
-    host, imports = read_host(), _look_at_imports()
-    environment = {**host["environment"], **imports["deep_ep"].get("environment", {})}
-    return {"megatron_ep_v2": __version__, **host, **imports, "toolkit": read_toolkit(environment)}
+    facts = {"megatron_ep_v2": __version__, **read_host(), **_look_at_imports()}
+    environment = {**facts["environment"], **facts["probe"].get("environment", {})}
+    return {**facts, "toolkit": read_toolkit(environment, generation(facts))}
 
 
 def _look_at_imports() -> Facts:

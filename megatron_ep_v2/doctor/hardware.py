@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from megatron_ep_v2 import versions
-from megatron_ep_v2.doctor.check import Check, Checks, generation, gin_off, gpus, is_blackwell, version, wants_v2
-from megatron_ep_v2.doctor.facts import Facts
+import re
 
-_AMAZON, _MELLANOX = "0x1d0f", "0x15b3"  # PCI vendors
+from megatron_ep_v2.buffers.carriers import CARRIERS
+from megatron_ep_v2.buffers.gin import AMAZON, MELLANOX
+from megatron_ep_v2.doctor.check import Check, Checks, gin_off, gpus, is_blackwell, version, wants_v2
+from megatron_ep_v2.doctor.packages import Facts, generation, generation_to_install, replace_command
+from megatron_ep_v2.generations import GENERATIONS, WITH_WHEELS
+
+# On these, a rank whose rename comes second may not see the first one's kernel (DeepEP's issue 683).
+_NETWORK = re.compile(r"nfs.*|lustre|gpfs|beegfs.*|cifs|smb3?|fuse\..+|9p|ceph|afs|wekafs|panfs")
+_ZERO_PADDING_NVCC = "13.1"  # older ones do not compile 2.1's zero padding for SM 10.0
 _ROOM_GIB = 1.0  # a kernel takes well under 1 MiB, a training run some tens of them
 
 checks = Checks()
@@ -16,8 +22,12 @@ checks = Checks()
 def check_cuda(facts: Facts) -> Check:
     driver, torch = facts["driver"], facts["torch"]
     if not gpus(facts):
-        hidden = f"{len(driver['gpus'])} GPUs, hidden by CUDA_VISIBLE_DEVICES"
-        return Check("skip", hidden if driver["gpus"] else "no GPU")
+        found = f"{len(driver['gpus'])} GPUs, hidden by CUDA_VISIBLE_DEVICES" if driver["gpus"] else "no GPU"
+        asked = CARRIERS.get(facts["settings"]["buffer"])
+        if asked and asked.needs_cuda:
+            fix = "run on a machine with GPUs, or unset MCORE_DEEPEP_V2_BUFFER"
+            return Check("fail", found, f"a GPU for the {asked.label}", fix)
+        return Check("skip", found)
     found = f"driver {driver['version']} (CUDA {driver['cuda']}), torch for CUDA {torch.get('cuda')}"
     if "failure" in torch:
         return Check("skip", found)
@@ -58,28 +68,34 @@ def check_nvlink(facts: Facts) -> Check:
 
 @checks.add("nvcc", for_v2=True)
 def check_nvcc(facts: Facts) -> Check:
-    toolkit, driver = facts["toolkit"], version(facts["driver"]["cuda"])
-    found = f"{toolkit['version']} at {toolkit['nvcc']}" + ("" if toolkit["cuobjdump"] else ", no cuobjdump next to it")
-    least, most = (12, 8) if is_blackwell(facts) else (12, 3), driver[0] if driver else 99
-    needed = f"CUDA {'.'.join(map(str, least))} or newer, with cuobjdump: DeepEP V2 compiles at run time"
-    if driver:
-        needed += f"; at most CUDA {most} for this driver"
-    good = toolkit["cuobjdump"] and least <= version(toolkit["version"]) < (most + 1,)
+    toolkit, driver, row = facts["toolkit"], version(facts["driver"]["cuda"]), generation(facts)
+    lacks_cuobjdump = row.needs_cuobjdump and not toolkit["cuobjdump"]
+    found = f"{toolkit['version']} at {toolkit['nvcc']}" + (", no cuobjdump next to it" if lacks_cuobjdump else "")
+    least, most = row.nvcc_blackwell if is_blackwell(facts) else row.nvcc, driver[0] if driver else 99
+    needed = f"CUDA {least} or newer{', with cuobjdump' if row.needs_cuobjdump else ''}: DeepEP {row.name} compiles at "
+    needed += "run time" + (f"; at most CUDA {most} for this driver" if driver else "")
+    good = not lacks_cuobjdump and version(least) <= version(toolkit["version"]) < (most + 1,)
     return Check("ok" if good else "fail", found, needed, "install a CUDA toolkit, and set CUDA_HOME to it")
 
 
 @checks.add("JIT cache", for_v2=True)
 def check_cache(facts: Facts) -> Check:
-    cache = facts["toolkit"]["cache"]
+    cache, row = facts["toolkit"]["cache"], generation(facts)
     found = f"{cache['path']}: {cache['error'] or str(cache['free_gib']) + ' GiB free'}"
-    status = "fail" if cache["error"] else "ok" if cache["free_gib"] >= _ROOM_GIB else "warn"
     fix = "set EP_JIT_CACHE_DIR to a folder with room that every rank can write to"
-    return Check(status, found, f"a folder to write to, {_ROOM_GIB:g} GiB free", fix)
+    if cache["error"] or cache["free_gib"] < _ROOM_GIB:
+        return Check("fail" if cache["error"] else "warn", found, f"a folder to write to, {_ROOM_GIB:g} GiB free", fix)
+    if _NETWORK.fullmatch(cache["file_system"] or "") and not row.cache_may_be_shared:
+        needed = f"a local folder: where two hosts compile the same kernel, one of them may fail with DeepEP {row.name}"
+        fix = "set EP_JIT_CACHE_DIR to a local folder, the same on every host"
+        return Check("warn", f"{found}, on {cache['file_system']}", needed, fix)
+    return Check("ok", found)
 
 
 @checks.add("RDMA", for_v2=True)
 def check_rdma(facts: Facts) -> Check:
-    devices, nic = facts["rdma"]["devices"], facts["environment"].get("EP_NIC_NAME", "mlx5_0")
+    devices, variable = facts["rdma"]["devices"], generation(facts).nic_variable
+    nic = facts["environment"].get(variable or "", "mlx5_0")
     if not devices:
         return Check("skip", "no device: expert parallelism inside one host only")
     active = [device["name"] for device in devices if any(port["state"] == "ACTIVE" for port in device["ports"])]
@@ -90,8 +106,10 @@ def check_rdma(facts: Facts) -> Check:
     lacking = [] if facts["rdma"]["ibstat"] else ["no ibstat on PATH"]
     lacking += [] if nic in [device["name"] for device in devices] else [f"no device {nic}"]
     if lacking and not facts["settings"]["num_sms"]:
-        needed = f"ibstat and {nic} (EP_NIC_NAME): else, between hosts, ZeroDivisionError in get_theoretical_num_sms"
-        fix = "install infiniband-diags and set EP_NIC_NAME, or set MCORE_DEEPEP_V2_NUM_SMS (e.g. 24)"
+        needed = f"ibstat and {nic}{f' ({variable})' if variable else ''}: else, between hosts, ZeroDivisionError in "
+        needed += "get_theoretical_num_sms"
+        fix = "install infiniband-diags" + (f" and set {variable}" if variable else "")
+        fix += ", or set MCORE_DEEPEP_V2_NUM_SMS (e.g. 24)"
         return Check("warn", f"{found}; {', '.join(lacking)}", needed, fix)
     return Check("ok", found)
 
@@ -100,11 +118,11 @@ def check_rdma(facts: Facts) -> Check:
 def check_gin(facts: Facts) -> Check:
     devices, library = facts["rdma"]["devices"], facts["fabric"].get("mlx5")
     if off := gin_off(facts):
-        return Check("ok", f"off ({off}): NVLink of one host alone")
+        return Check("ok", f"off: {off}")
     if not devices:
         needed = "an RDMA device: else DeepEP V2 asserts that NCCL GIN is unavailable"
         return Check("fail", "on by MCORE_DEEPEP_V2_GIN, no RDMA device", needed, "MCORE_DEEPEP_V2_GIN=auto")
-    if any(device["vendor"] == _MELLANOX for device in devices) and version(library) < (1, 25):
+    if any(device["vendor"] == MELLANOX for device in devices) and version(library) < (1, 25):
         found = f"on; libmlx5 has {'symbols up to MLX5_' + library if library else 'not been found'}"
         fix = "install a newer OFED or rdma-core; or, on one host, MCORE_DEEPEP_V2_GIN=off"
         return Check("warn", found, "MLX5_1.25, or NCCL GIN may be unavailable", fix)
@@ -113,28 +131,40 @@ def check_gin(facts: Facts) -> Check:
 
 @checks.add("EFA", for_v2=True)
 def check_efa(facts: Facts) -> Check:
-    count = sum(device["vendor"] == _AMAZON for device in facts["rdma"]["devices"])
-    if not count:
+    vendors = [device["vendor"] for device in facts["rdma"]["devices"]]
+    if AMAZON not in vendors:
         return Check("skip", "no device")
+    found, row, off = f"{vendors.count(AMAZON)} devices", generation(facts), gin_off(facts)
+    if row.gin_needs_gdaki and MELLANOX not in vendors:
+        if facts["settings"]["gin"] == "off" or facts["environment"].get("EP_DISABLE_GIN", "0") not in ("", "0"):
+            return Check("ok", f"{found}, not used")
+        found += f", which DeepEP {row.name} cannot use" + (": one host only, on NVLink" if off else "")
+        needed = "NVIDIA (Mellanox) devices between hosts: this generation uses NCCL's GDAKI"
+        other = next(name for name in WITH_WHEELS if not GENERATIONS[name].gin_needs_gdaki)
+        fix = f"between hosts stay on DeepEP {other}: {replace_command(facts, other)}; else MCORE_DEEPEP_V2_GIN=off"
+        return Check("warn" if off else "fail", found, needed, fix)
     plugin, queues = facts["fabric"].get("net_plugin"), facts["settings"]["num_qps"] or "chosen by deep_ep"
-    found = f"{count} devices, aws-ofi-nccl {'found' if plugin else 'not found'}, num_qps {queues}"
+    found += f", aws-ofi-nccl {'found' if plugin else 'not found'}, num_qps {queues}"
     fix = "install aws-ofi-nccl, name it in NCCL_NET_PLUGIN; where queues run out, set MCORE_DEEPEP_V2_NUM_QPS"
     return Check("ok" if plugin else "warn", found, "the plugin through which NCCL finds EFA", fix)
 
 
 @checks.add("hybrid combine", for_v2=True)
 def check_hybrid_combine(facts: Facts) -> Check:
-    if generation(facts) != "V2 2.0" or gin_off(facts) or not facts["settings"]["allow_hybrid_mode"]:
+    row = generation(facts)
+    if not row.fault or gin_off(facts) or not facts["settings"]["allow_hybrid_mode"]:
         return Check("ok", "not the faulty one of deep_ep 2.0 between hosts")
-    found = "deep_ep 2.0 in hybrid mode: its combine between hosts is faulty"
-    return Check("fail", found, f"deep_ep {versions.DEEP_EP_V2} or newer", "or MCORE_DEEPEP_V2_ALLOW_HYBRID_MODE=off")
+    found = f"DeepEP {row.name} in hybrid mode: its combine between hosts is faulty"
+    newer = generation_to_install(facts)
+    fix = f"{replace_command(facts, newer)}; or MCORE_DEEPEP_V2_ALLOW_HYBRID_MODE=off"
+    return Check("fail", found, f"DeepEP {newer}", fix)
 
 
 @checks.add("zero padding", for_v2=True)
 def check_zero_padding(facts: Facts) -> Check:
-    nvcc = facts["toolkit"]["version"]
-    if not is_blackwell(facts) or version(nvcc) >= (13, 1):
+    nvcc, least = facts["toolkit"]["version"], version(_ZERO_PADDING_NVCC)
+    if not is_blackwell(facts) or max(version(nvcc), version(generation(facts).nvcc_blackwell)) >= least:
         return Check("ok", "compiles")
     found = f"CUDA {nvcc} on SM 10.0: a dispatch that pads its experts (fp8, fp4) does not compile"
     fix = "set CUDA_HOME to a newer toolkit, or MCORE_DEEPEP_V2_LAYOUT=compact"
-    return Check("warn", found, "CUDA 13.1 or newer", fix)
+    return Check("warn", found, f"CUDA {_ZERO_PADDING_NVCC} or newer", fix)

@@ -19,23 +19,28 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ep_v2 import settings
+from megatron_ep_v2.buffers.gin import RDMA_DEVICES
 from megatron_ep_v2.errors import SettingsError
+from megatron_ep_v2.generations import PACKAGES, Generation, normalised
 
-INFINIBAND = Path("/sys/class/infiniband")
+INFINIBAND = RDMA_DEVICES
+MOUNTS = Path("/proc/mounts")
 CUDA = Path("/usr/local/cuda")
 # Packages whose version may explain a failure, by the names of their wheels.
 _PACKAGES = re.compile(
-    r"megatron[-_](core|ep[-_]v2)|deep[-_]ep|transformer[-_]engine.*|torch|triton"
+    r"megatron[-_](core|ep[-_]v2)|.*deep[-_]?ep.*|deepinfer.*|transformer[-_]engine.*|torch|triton"
     r"|nvidia[-_](nccl|nvshmem|cuda[-_]runtime|cuda[-_]nvcc|ml[-_]py).*"
 )
 
 
 def read_host() -> dict[str, Any]:
-    """Python, package versions, DeepGEMM, variables, settings, GPUs as the driver sees them, RDMA devices."""
+    """Python, versions of distributions, those of DeepEP's packages, DeepGEMM, variables, settings, GPUs as the driver
+    sees them, RDMA devices."""
     return {
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "packages": _packages(),
+        "distributions": _distributions(),
         "deep_gemm": importlib.util.find_spec("deep_gemm") is not None,
         "environment": settings.shown_environment(),
         "settings": _settings(),
@@ -51,6 +56,13 @@ def _packages() -> dict[str, str]:
         str(each.metadata["Name"]): each.version for each in found if each.metadata
     }  # half-removed packages have none
     return {name: versions[name] for name in sorted(versions) if _PACKAGES.fullmatch(name.lower())}
+
+
+def _distributions() -> dict[str, str]:
+    """Import name -> "distribution==version" of the packages of DeepEP; without those that no metadata names."""
+    owners = importlib.metadata.packages_distributions()
+    found = {name: owners[name][0] for name in PACKAGES if owners.get(name)}
+    return {name: f"{normalised(owner)}=={importlib.metadata.version(owner)}" for name, owner in found.items()}
 
 
 def _settings() -> dict[str, Any]:
@@ -94,27 +106,35 @@ def _rdma_devices() -> list[dict[str, Any]]:
     ]
 
 
-def read_toolkit(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Find the compiler that deep_ep's JIT will call, as deep_ep does, and its cache folder.
+def read_toolkit(environment: Mapping[str, str], generation: Generation) -> dict[str, Any]:
+    """Find the compiler that DeepEP's JIT will call, as DeepEP does, and its cache folder.
 
     Args:
-        environment: Variables after `import deep_ep`, which adds those that it was built with.
+        environment: Variables after the import of DeepEP, which adds those that it was built with.
+        generation: Of the package in use.
     """
+
+    def variable(name: str) -> str | None:
+        return environment.get(f"EP_{name}") or (environment.get(f"DJ_{name}") if generation.on_deep_jit else None)
+
     on_path = shutil.which("nvcc")
     named = environment.get("CUDA_HOME") or environment.get("CUDA_PATH")
     home = Path(named) if named else Path(on_path).parent.parent if on_path else CUDA
-    nvcc = environment.get("EP_JIT_NVCC_COMPILER") or str(home / "bin" / "nvcc")
+    nvcc = variable("JIT_NVCC_COMPILER") or str(home / "bin" / "nvcc")
     release = re.search(r"release (\d+\.\d+)", _output(nvcc, "--version"))
+    cache = variable("JIT_CACHE_DIR") or ""
+    cache = cache.partition(":")[0] if generation.on_deep_jit else cache
     return {
         "nvcc": nvcc,
         "version": release[1] if release else None,
         "cuobjdump": (home / "bin" / "cuobjdump").exists(),
-        "cache": _folder(Path(environment.get("EP_JIT_CACHE_DIR") or Path.home() / ".deep_ep")),
+        "cache": _folder(Path(cache) if cache else Path.home() / str(generation.cache)),
     }
 
 
 def _folder(path: Path) -> dict[str, Any]:
-    """Whether files can be written to a folder, tried with a temporary file in its nearest existing parent."""
+    """Whether files can be written to a folder, tried with a temporary file in its nearest existing parent; its free
+    room and its kind of file system."""
     nearest = next(folder for folder in (path, *path.absolute().parents) if os.path.exists(folder))
     error = None
     try:
@@ -123,7 +143,17 @@ def _folder(path: Path) -> dict[str, Any]:
     except OSError as failure:
         error = failure.strerror
     shown = f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
-    return {"path": shown, "error": error, "free_gib": round(shutil.disk_usage(nearest).free / 2**30, 1)}
+    free_gib = round(shutil.disk_usage(nearest).free / 2**30, 1)
+    return {"path": shown, "error": error, "free_gib": free_gib, "file_system": _file_system(nearest)}
+
+
+def _file_system(folder: Path) -> str | None:
+    """The kind of file system that holds a folder, e.g. "ext4", "nfs4"; None if it cannot be read."""
+    rows = [line.split() for line in _text(MOUNTS).splitlines()]
+    # A space in a mount point is written as its octal code. Of two mounts on one point the later one counts.
+    mounts = {Path(row[1].replace(r"\040", " ")): row[2] for row in rows if len(row) > 2}
+    folder = folder.resolve()
+    return next((mounts[parent] for parent in (folder, *folder.parents) if parent in mounts), None)
 
 
 def _text(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""Facts from importing torch, deep_ep, TransformerEngine and Megatron-Core, in a process that an import may kill.
+"""Facts from importing torch, DeepEP, TransformerEngine and Megatron-Core, in a process that an import may kill.
 
     python -m megatron_ep_v2.doctor.imports REPORT STEP...
 
@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import importlib
 import importlib.util
-import inspect
 import json
 import re
 import sys
@@ -25,6 +25,7 @@ from typing import Any
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.errors import EPError, SeamError
+from megatron_ep_v2.generations import PACKAGES
 from megatron_ep_v2.megatron import symbols
 
 
@@ -45,23 +46,31 @@ def look_at_torch() -> dict[str, Any]:
     }
 
 
-def look_at_deep_ep() -> dict[str, Any]:
-    """deep_ep's API; the buffer that `install()` would choose; the NCCL and CUDA libraries then in use."""
-    from megatron_ep_v2.probe import choose, import_deep_ep, loaded_libraries, loaded_nccl_version, probe
+def look_at_package(name: str) -> dict[str, Any]:
+    """A package of DeepEP (`probe.Package`); {} if it is not installed. One whose import fails is hidden from Megatron,
+    as if it were not installed."""
+    from megatron_ep_v2.probe import look_at
 
-    found = probe()
-    if found.failure:
-        sys.modules["deep_ep"] = None  # type: ignore[assignment]  # for Megatron: as if it were not installed
-    elastic = import_deep_ep().ElasticBuffer if "elastic" in found.carriers else None
-    choice = None
+    package = look_at(name)
+    if package is None:
+        return {}
+    if package.failure:
+        sys.modules[name] = None  # type: ignore[assignment]
+    return {**asdict(package), "failure": {"how": package.failure} if package.failure else None}
+
+
+def look_at_probe() -> dict[str, Any]:
+    """The carriers that can be imported; the buffer that `install()` would choose; the NCCL and CUDA libraries then in
+    use."""
+    from megatron_ep_v2.probe import choose, loaded_libraries, loaded_nccl_version, probe
+
+    found, choice = probe(), None
     with contextlib.suppress(EPError):  # other checks report its causes
         choice = choose(found, settings.resolve()).kind
     environment, libraries = settings.shown_environment(), loaded_libraries("libnccl.so")
     root = environment.get("EP_NCCL_ROOT_DIR") or environment.get("NCCL_DIR")
     return {
-        **asdict(found),
-        "failure": {"how": found.failure} if found.failure else None,
-        "zero_padding": elastic is not None and "do_zero_padding" in inspect.signature(elastic.dispatch).parameters,
+        "carriers": found.carriers,
         "choice": choice,
         "environment": environment,
         "nccl": {
@@ -124,7 +133,8 @@ def look_at_megatron() -> dict[str, Any]:
 
 STEPS: dict[str, Callable[[], dict[str, Any]]] = {
     "torch": look_at_torch,
-    "deep_ep": look_at_deep_ep,
+    **{name: functools.partial(look_at_package, name) for name in PACKAGES},
+    "probe": look_at_probe,
     "fabric": look_at_fabric,
     "transformer_engine": look_at_transformer_engine,
     "megatron": look_at_megatron,

@@ -17,11 +17,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_ep_v2.buffers.carriers import CARRIERS, MEGATRONS_OWN
 from megatron_ep_v2.doctor.check import Check
-from megatron_ep_v2.doctor.facts import Facts, describe_end
+from megatron_ep_v2.doctor.facts import describe_end
+from megatron_ep_v2.doctor.packages import Facts
 
 # Limit against hangs only, not for slow or busy machines. A trial takes 6 s on two CPU cores, and about a minute if
-# deep_ep's cache is empty and it compiles some 14 kernels.
+# DeepEP's cache is empty and it compiles some 14 kernels.
 SECONDS = 600  # for everything
 GRACE_SECONDS = 60  # for the other ranks, once one has failed
 STACK_SECONDS = 10  # for a rank that is stuck to write its stack
@@ -90,7 +92,8 @@ def _judge(found: Facts, ends: dict[int, str]) -> Check:
         whys = "; ".join(f"rank {rank}: {end}" for rank, end in ends.items())
         return Check("fail", f"{what}: {whys}", "no error on any rank", "read each rank's stderr, below", "trial")
     one, worst = found["0"], max(error for each in found.values() for error in each["errors"].values())
-    text = f"{what}, {one['buffer']} buffer, {one['layout']}, {one['dtype']}: relative error {worst:.0e}"
+    carrier = CARRIERS[MEGATRONS_OWN if one["buffer"] == "megatron" else one["buffer"]]
+    text = f"{what}, {carrier.label}, {one['layout']}, {one['dtype']}: relative error {worst:.0e}"
     if worst <= one["tolerance"]:
         return Check("ok", text, name="trial")
     needed = f"at most {one['tolerance']:g}, against a dense computation"

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.doctor_machine import FUSED_A2A, H200, HYBRID_EP, V1, V2_0, V2_1, Machine, Report
+from tests.helpers.doctor_machine import DEEP_EP, FUSED_A2A, H200, HYBRID_EP, V1, V2_0, V2_1, Machine, Report
 
 Change = Callable[[Machine], object]
 
-DEEP_EP, MOE = "deep_ep/__init__.py", "megatron/core/transformer/moe"
+MOE = "megatron/core/transformer/moe"
 NCCL, HEADER, CUDART = "nccl/lib/libnccl.so.2", "nccl/include/nccl.h", "cudart/libcudart.so.13"
 
 
@@ -64,7 +64,22 @@ def gpu(name: str, sm: str) -> Change:
 
 
 def deep_ep(source: str) -> Change:
-    return put(modules={DEEP_EP: source})
+    """Of a build that no metadata names."""
+
+    def change(machine: Machine) -> None:
+        machine.modules[DEEP_EP], machine.wheels = source, {}
+
+    return change
+
+
+def mounted(file_system: str) -> Change:
+    """The home folder, on a file system of this kind."""
+
+    def change(machine: Machine) -> None:
+        home = machine.folder / "home"
+        machine.files["mounts"] = f"/dev/a / ext4 rw 0 0\nserver:/home {home} {file_system} rw 0 0\n"
+
+    return change
 
 
 def rdma(name: str = "mlx5_0", *more: Change, **values: str) -> Change:
@@ -104,7 +119,7 @@ KILLED = "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)"
 NO_TORCH = dict.fromkeys(
     ["NCCL", "one NCCL", "one CUDA runtime", "deep_ep", "megatron-core", "experts", "CUDA"], "skip"
 )
-DIED = dict.fromkeys(["NCCL", "one NCCL", "one CUDA runtime"], "skip")
+OTHER_TORCH = {"deep_ep": "warn"}  # the wheel was built for torch 2.11
 NOT_V2 = dict.fromkeys(["NCCL", "nvcc", "JIT cache", "NCCL GIN", "hybrid combine", "zero padding"], "skip")
 
 FAULTS: dict[str, tuple[Change, dict[str, str], str]] = {
@@ -115,8 +130,8 @@ FAULTS: dict[str, tuple[Change, dict[str, str], str]] = {
         "cannot be 'sorted'",
     ),
     "no torch": (put(torch=None), {"torch": "fail", **NO_TORCH}, "No module named 'torch'"),
-    "a torch that is too old": (put(torch={"version": "2.3.1"}), {"torch": "fail"}, "2.3.1"),
-    "a torch too old for V2": (put(torch={"version": "2.9.1"}), {"torch": "warn"}, "2.9.1"),
+    "a torch that is too old": (put(torch={"version": "2.3.1"}), {"torch": "fail", **OTHER_TORCH}, "2.3.1"),
+    "a torch too old for V2": (put(torch={"version": "2.9.1"}), {"torch": "warn", **OTHER_TORCH}, "2.9.1"),
     "grouped experts on GPUs without a grouped GEMM": (
         both(gpu("NVIDIA A100", "8.0"), put(environment={"MCORE_DEEPEP_V2_EXPERTS": "grouped"})),
         {"experts": "fail", "GPUs": "fail"},
@@ -124,7 +139,7 @@ FAULTS: dict[str, tuple[Change, dict[str, str], str]] = {
     ),
     "deepgemm experts without a grouped GEMM": (
         both(put(torch={"version": "2.7.1"}), put(environment={"MCORE_DEEPEP_V2_EXPERTS": "deepgemm"})),
-        {"experts": "fail", "torch": "warn"},
+        {"experts": "fail", "torch": "warn", **OTHER_TORCH},
         "torch 2.7.1 has no grouped GEMM",
     ),
     "deepgemm experts without DeepGEMM": (
@@ -177,13 +192,13 @@ FAULTS: dict[str, tuple[Change, dict[str, str], str]] = {
     "no NVLink": (put(link="NODE"), {"NVLink": "fail"}, "28 of 28 pairs without: GPU0-GPU1 NODE"),
     # ---------------------------------------------------------------------------------------------------------- deep_ep
     "no deep_ep": (no_deep_ep, {"deep_ep": "fail"}, "not installed"),
-    "deep_ep 1": (deep_ep(V1), {"deep_ep": "warn", **NOT_V2}, "1.2.1: by its API V1"),
-    "deep_ep 2.0": (deep_ep(V2_0), {"deep_ep": "fail"}, "2.0.0: by its API V2, older than 2.1"),
-    "hybrid-ep": (deep_ep(HYBRID_EP), {"deep_ep": "warn", **NOT_V2}, "hybrid: by its API the branch hybrid-ep"),
+    "deep_ep 1": (deep_ep(V1), {"deep_ep": "warn", **NOT_V2}, "deep_ep 1.2.1: DeepEP legacy, by its API (Buffer"),
+    "deep_ep 2.0": (deep_ep(V2_0), {"deep_ep": "fail"}, "deep_ep 2.0.0: DeepEP 2.0, by its API (Ela"),
+    "hybrid-ep": (deep_ep(HYBRID_EP), {"deep_ep": "warn", **NOT_V2}, "1.2.1+hybrid: DeepEP hybrid-ep, by its API (Hyb"),
     "deep_ep built with a newer NCCL": (
         deep_ep("raise ImportError('_C.so: undefined symbol: ncclGetLsaDevicePointer')"),
         {"deep_ep": "fail"},
-        "(the NCCL in the process is older than the one deep_ep was built with)",
+        "(the NCCL in the process is older than the one that it was built with)",
     ),
     "deep_ep's NCCL check": (
         deep_ep("assert False, 'Duplicate NCCL runtime found in the current system: a and b'"),
@@ -197,14 +212,14 @@ FAULTS: dict[str, tuple[Change, dict[str, str], str]] = {
     ),
     "deep_ep that fails unforeseen": (
         deep_ep("raise KeyError('x')"),
-        {"deep_ep": "fail", **DIED},
+        {"deep_ep": "fail"},
         "import: KeyError: 'x' (of unknown cause)",
     ),
-    "deep_ep that kills": (deep_ep(KILLED), {"deep_ep": "fail", **DIED}, "killed the process (SIGSEGV) (Megatron"),
+    "deep_ep that kills": (deep_ep(KILLED), {"deep_ep": "fail"}, "killed the process (SIGSEGV) (whatever"),
     "deep_ep that exits": (
         deep_ep("import os\nos._exit(3)"),
-        {"deep_ep": "fail", **DIED},
-        "ended the process (exit code 3) (Megatron",
+        {"deep_ep": "fail"},
+        "ended the process (exit code 3) (whatever",
     ),
     # ------------------------------------------------------------------------------------------------------------- JIT
     "no nvcc": (put(nvcc=None), {"nvcc": "fail"}, "None at "),
@@ -217,6 +232,8 @@ FAULTS: dict[str, tuple[Change, dict[str, str], str]] = {
         "/proc/self/deep_ep: ",
     ),
     "a JIT folder without room": (put(site=FULL_DISK), {"JIT cache": "warn"}, "~/.deep_ep: 0.2 GiB free"),
+    "a JIT folder on NFS": (mounted("nfs4"), {"JIT cache": "warn"}, " GiB free, on nfs4"),
+    "a JIT folder on a fuse file system": (mounted("fuse.s3fs"), {"JIT cache": "warn"}, " GiB free, on fuse.s3fs"),
     # ------------------------------------------------------------------------------------------------------------- RDMA
     "RDMA": (rdma(), {"RDMA": "ok"}, "1 of 1 devices active (mlx5_0)"),
     "RDMA with a file that cannot be read": (
@@ -257,7 +274,7 @@ FAULTS: dict[str, tuple[Change, dict[str, str], str]] = {
     "the hybrid combine of 2.0": (
         rdma("mlx5_0", deep_ep(V2_0)),
         {"hybrid combine": "fail", "deep_ep": "fail", "RDMA": "ok"},
-        "deep_ep 2.0 in hybrid mode",
+        "DeepEP 2.0 in hybrid mode",
     ),
     "zero padding on SM100": (gpu("NVIDIA B200", "10.0"), {"zero padding": "warn"}, "CUDA 13.0 on SM 10.0"),
     # --------------------------------------------------------------------------------------------------------- Megatron
@@ -305,9 +322,14 @@ def test_a_fault_changes_its_own_check(fault: str, tmp_path: Path) -> None:
 
 HARMLESS: dict[str, tuple[Change, str, str]] = {
     "NCCL from 2.31 with other headers": (put(files={NCCL: "23100"}), "NCCL", "2.31.0 loaded, headers 2.30.4"),
-    "EP_DISABLE_GIN": (put(environment={"EP_DISABLE_GIN": "1"}), "NCCL GIN", "off (EP_DISABLE_GIN is set)"),
+    "EP_DISABLE_GIN": (
+        put(environment={"EP_DISABLE_GIN": "1"}),
+        "NCCL GIN",
+        "off: EP_DISABLE_GIN was set when the job started",
+    ),
     "a Megatron patched by us": (put(modules={f"{MOE}/fused_a2a.py": PATCHED}), "megatron-core", "by megatron_ep_v2"),
     "a Megatron with deepepv2": (put(modules={f"{MOE}/fused_a2a.py": OWN_V2}), "megatron-core", "backend deepepv2"),
+    "a JIT folder on a local disk": (mounted("xfs"), "JIT cache", "~/.deep_ep: "),
     "CUDA 13.1 on SM100": (both(gpu("NVIDIA B200", "10.0"), put(nvcc="13.1")), "zero padding", "compiles"),
 }
 

@@ -40,6 +40,8 @@ USABLE = [
     (None, REFERENCE, f"reference buffer on nccl ({GPUS}), expanded layout"),
     (None, {}, "nothing, before this is fixed: deep_ep"),
     (V1, {"MCORE_DEEPEP_V2_BUFFER": "elastic"}, "nothing, before this is fixed: deep_ep"),
+    (V2_1, {"MCORE_DEEPEP_V2_BUFFER": "ep"}, "nothing, before this is fixed: deep_ep"),
+    (V2_1, {"MCORE_DEEPEP_V2_BUFFER": "elastic", "CUDA_VISIBLE_DEVICES": ""}, "nothing, before this is fixed: CUDA"),
 ]
 
 
@@ -151,7 +153,7 @@ def test_the_document_has_what_an_issue_needs_and_no_secret(tmp_path: Path) -> N
     assert set(facts["environment"]) == {*shown, "CUDA_HOME"}
     assert "hush" not in done.stdout
     assert facts["torch"]["version"] == "2.11.0+cu130" and facts["driver"]["version"] == "580.159"
-    assert facts["deep_ep"]["version"] == "2.1.0" and facts["deep_ep"]["nccl"]["loaded"] == "2.30.4"
+    assert facts["deep_ep"]["version"] == "2.1.0" and facts["probe"]["nccl"]["loaded"] == "2.30.4"
     assert facts["megatron"]["version"] == "0.19.2" and facts["toolkit"]["version"] == "13.0"
     assert facts["settings"]["gin"] == "auto" and facts["megatron_ep_v2"]
 

@@ -1,7 +1,8 @@
 """A made-up machine for the doctor: modules, programs, libraries and devices in one folder, to run the real command on.
 
-Nothing of this machine shows through: torch, deep_ep, megatron and TransformerEngine are small stand-ins, nvidia-smi,
-nvcc and ibstat are scripts, shared libraries are files that a stand-in maps into memory, as loading them would.
+Nothing of this machine shows through: torch, the packages of DeepEP, megatron and TransformerEngine are small
+stand-ins, nvidia-smi, nvcc and ibstat are scripts, shared libraries are files that a stand-in maps into memory, as
+loading them would.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tests.helpers.paths import ROOT
 SITE = """
 import ctypes, mmap, pathlib, sys
 from importlib.machinery import PathFinder
+from importlib.metadata import DistributionFinder
 
 machine = pathlib.Path(__file__).parent.parent
 kept, load = [], ctypes.CDLL
@@ -28,8 +30,11 @@ kept, load = [], ctypes.CDLL
 class OnlyHere:
     def find_spec(name, path=None, target=None):
         spec = PathFinder.find_spec(name, path, target)
-        foreign = spec and name in ("torch", "deep_ep", "megatron", "transformer_engine")
+        foreign = spec and name in ("torch", "deep_ep", "deep_ep_v25", "megatron", "transformer_engine")
         return None if foreign and not str(spec.origin).startswith(str(machine)) else spec
+
+    def find_distributions(context=DistributionFinder.Context()):
+        return [each for each in PathFinder.find_distributions(context) if str(each._path).startswith(str(machine))]
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = OnlyHere
 
@@ -58,7 +63,7 @@ def CDLL(name, *arguments, **options):
 ctypes.CDLL = CDLL
 
 import megatron_ep_v2.doctor.host as host
-host.INFINIBAND, host.CUDA = machine / "infiniband", machine / "no-cuda"
+host.INFINIBAND, host.CUDA, host.MOUNTS = machine / "infiniband", machine / "no-cuda", machine / "mounts"
 """
 
 TORCH = """
@@ -150,6 +155,13 @@ V2_0 = (
     "__version__ = '2.0.0'\nclass Buffer: ...\nclass ElasticBuffer:\n    def dispatch(self, x, do_expand=False): ...\n"
 )
 V2_1 = V2_0.replace("2.0.0", "2.1.0").replace("do_expand=False", "do_expand=False, do_zero_padding=False")
+V2_5 = (
+    "__version__ = '2.5.0'\nclass EPBuffer:\n    def dispatch(self, x, do_expand=False, do_zero_padding=False): ...\n"
+)
+
+DEEP_EP, DEEP_EP_V25 = "deep_ep/__init__.py", "deep_ep_v25/__init__.py"
+WHEEL_2_1, WHEEL_2_5 = "sgl-deep-ep==0.1.2.post1", "sgl-deep-ep-v25==0.1.0rc0"  # both for torch 2.14.1
+NCCL_HEADER = "#define NCCL_MAJOR {}\n#define NCCL_MINOR {}\n#define NCCL_PATCH {}\n"
 
 H200 = {"name": "NVIDIA H200", "sm": "9.0"}
 
@@ -163,6 +175,7 @@ class Machine:
         link: Between each two of them, as nvidia-smi has it.
         torch: What the stand-in for torch says; None = not installed.
         modules: Source by path below the folder of packages.
+        wheels: "distribution==version" by import name, of packages that are there.
         nvcc: The compiler's version; None = there is none.
         files: Content by path; below nccl, cudart and lib shared libraries, which a stand-in maps into memory.
         programs: Shell script by path.
@@ -185,7 +198,7 @@ class Machine:
     )
     modules: dict[str, str] = field(
         default_factory=lambda: {
-            "deep_ep/__init__.py": V2_1,
+            DEEP_EP: V2_1,
             "megatron/core/__init__.py": "__version__ = '0.19.2'",
             "megatron/core/transformer/moe/fused_a2a.py": FUSED_A2A,
             "megatron/core/transformer/moe/token_dispatcher.py": TOKEN_DISPATCHER,
@@ -198,11 +211,12 @@ class Machine:
             "megatron/core/dist_checkpointing/__init__.py": DIST_CHECKPOINTING,
         }
     )
+    wheels: dict[str, str] = field(default_factory=lambda: {"deep_ep": "tokenspeed-deepep==2.1.0.post20260801"})
     nvcc: str | None = "13.0"
     files: dict[str, str] = field(
         default_factory=lambda: {
             "nccl/lib/libnccl.so.2": "23004",
-            "nccl/include/nccl.h": "#define NCCL_MAJOR 2\n#define NCCL_MINOR 30\n#define NCCL_PATCH 4\n",
+            "nccl/include/nccl.h": NCCL_HEADER.format(2, 30, 4),
             "cudart/libcudart.so.13": "13000",
             "cuda/bin/cuobjdump": "",
         }
@@ -216,7 +230,22 @@ class Machine:
         assert self.torch
         self.gpus, self.nvcc = [], None
         self.torch |= {"version": "2.11.0+cpu", "cuda": None, "devices": [], "libraries": []}
-        del self.modules["deep_ep/__init__.py"]
+        del self.modules[DEEP_EP]
+        return self
+
+    def put_deep_ep(self, *packages: tuple[str, str, str | None], nccl: tuple[int, int, int]) -> Machine:
+        """Torch 2.14.1 with an nvcc and an NCCL for these packages of DeepEP: (file, source, wheel), and no others."""
+        assert self.torch
+        self.torch["version"], self.nvcc = "2.14.1+cu130", "13.1"
+        for file in (DEEP_EP, DEEP_EP_V25):
+            self.modules.pop(file, None)
+        self.wheels = {}
+        for file, source, wheel in packages:
+            self.modules[file] = source
+            if wheel:
+                self.wheels[file.partition("/")[0]] = wheel
+        self.files["nccl/lib/libnccl.so.2"] = str(nccl[0] * 10000 + nccl[1] * 100 + nccl[2])
+        self.files["nccl/include/nccl.h"] = NCCL_HEADER.format(*nccl)
         return self
 
     def add_rdma(self, name: str = "mlx5_0", vendor: str = "0x15b3", state: str = "4: ACTIVE") -> None:
@@ -260,6 +289,12 @@ class Machine:
         for path in [Path(name) for name in self.modules]:
             for parent in path.parents[:-1]:
                 files.setdefault(f"site/{parent}/__init__.py", "")
+        for package, wheel in self.wheels.items():
+            if any(name.startswith(f"{package}/") for name in self.modules):
+                name, _, version = wheel.partition("==")
+                info = f"site/{name.replace('-', '_')}-{version}.dist-info"
+                files[f"{info}/METADATA"] = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+                files[f"{info}/top_level.txt"] = f"{package}\n"
         programs = dict(self.programs)
         if self.gpus:
             programs.setdefault("bin/nvidia-smi", self._nvidia_smi())
