@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import megatron_ep_v2
+from megatron_ep_v2.generations import PACKAGES
 from tests.helpers.harness import HANG
 
 PACKAGE = "megatron_ep_v2"
@@ -22,8 +23,8 @@ ROOT = Path(megatron_ep_v2.__file__).parent
 # A module may import those above it. Modules of one line may import each other, but not in a circle.
 LEVELS = [
     {"errors", "versions", "buffers.carriers", "wire.formats"},  # no torch
-    {"settings", "buffers.groups"},
-    {"probe", "device_checks", "buffers.contract", "megatron.symbols"},
+    {"settings", "generations", "buffers.groups"},
+    {"probe", "device_checks", "buffers.contract", "buffers.gin", "megatron.symbols"},
     {"gradients"},
     {"kernels", "kernels.*"},
     {"wire", "wire.*"},
@@ -38,9 +39,15 @@ LEVELS = [
     {"cli", "cli.*"},
     {"__main__"},
 ]
-MAY_IMPORT_DEEP_EP = {"probe", "buffers.elastic", "buffers.legacy"}
-
-
+# Modules that import by a name which the source does not spell, and what.
+LOADS = {
+    "probe": "the packages of DeepEP, and nothing else does",
+    "buffers.pool": "the wrapper of a carrier",
+    "kernels.select": "our Triton kernels",
+    "megatron.experts": "Megatron's and TransformerEngine's experts",
+    "megatron.symbols": "Megatron",
+    "__main__": "a command",
+}
 MAY_READ_ENVIRONMENT = {"settings"}
 
 
@@ -104,8 +111,16 @@ def importers(package: str) -> set[str]:
     return {module for module, tree in SOURCES.items() if package in {i.split(".")[0] for i in imported(tree, module)}}
 
 
-def test_few_modules_import_deep_ep() -> None:
-    assert importers("deep_ep") <= MAY_IMPORT_DEEP_EP
+def test_only_the_probe_loads_deep_ep() -> None:
+    """Others ask it for a class (`load_class`)."""
+    assert {module for package in PACKAGES for module in importers(package)} == set()
+    loaders = set()
+    for module, tree in SOURCES.items():
+        for node in ast.walk(tree):
+            called = isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if called in ("import_module", "__import__") and not isinstance(node.args[0], ast.Constant):
+                loaders.add(module)
+    assert loaders == set(LOADS)
 
 
 def test_only_the_folder_megatron_imports_megatron() -> None:
@@ -131,7 +146,7 @@ import {module}
 torch = sys.modules.get("torch")
 print(json.dumps({{
     "changed environment": sorted(set(before.items()) ^ set(os.environ.items())),
-    "packages": sorted({{"deep_ep", "megatron"}} & set(sys.modules)),
+    "packages": sorted({{"deep_ep", "deep_ep_v25", "megatron"}} & set(sys.modules)),
     "cuda": bool(torch) and torch.cuda.is_initialized(),
     "group": bool(torch) and torch.distributed.is_available() and torch.distributed.is_initialized(),
     "torch": bool(torch),

@@ -61,6 +61,7 @@ def test_a_given_default_counts_as_given(monkeypatch: pytest.MonkeyPatch) -> Non
     ("name", "text", "value"),
     [
         ("buffer", "Reference", "reference"),
+        ("buffer", "EP", "ep"),
         ("gin", " off ", "off"),
         *[("experts", text, text.lower()) for text in ("Megatron", "GROUPED", "DeepGEMM", "sequential")],
         ("num_qps", "12", 12),

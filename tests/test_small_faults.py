@@ -7,7 +7,6 @@ import contextlib
 import copy
 import functools
 import pickle
-import types
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -19,6 +18,7 @@ import torch.distributed as dist
 import megatron_ep_v2
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import elastic
+from megatron_ep_v2.buffers.gin import MELLANOX
 from megatron_ep_v2.device_checks import DeviceCheck, read_all
 from megatron_ep_v2.errors import EPError, InputError, SettingsError
 from megatron_ep_v2.serving import PrepareFinalize
@@ -234,9 +234,9 @@ def test_a_deterministic_dispatch_between_hosts_cannot_do_without_a_host_wait(
     called = []
     monkeypatch.setattr(FakeBuffer, "num_scaleout_ranks", domains, raising=False)
     monkeypatch.setattr(FakeBuffer, "dispatch", lambda self, x, **arguments: called.append(arguments["do_cpu_sync"]))
-    monkeypatch.setattr(elastic, "import_deep_ep", lambda: types.SimpleNamespace(ElasticBuffer=FakeBuffer))
+    monkeypatch.setattr(elastic, "load_class", lambda name: FakeBuffer)
+    monkeypatch.setattr(elastic.gin, "rdma_vendors", lambda: [MELLANOX])
     monkeypatch.setattr(elastic, "check_group_open", lambda group: None)
-    monkeypatch.setattr(elastic, "_check_generation", lambda kind: None)
     monkeypatch.setattr(elastic.ElasticBuffer, "_check_rows", lambda *_: None)  # these rows are on the CPU
     hosts = ["a", "b"] if domains > 1 else ["a", "a"]
     chosen = settings.resolve({}, deterministic=mode == "on", gin="on")

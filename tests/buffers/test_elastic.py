@@ -1,19 +1,23 @@
-"""`ElasticBuffer` on a fake deep_ep: what it refuses before any kernel runs. The kernels themselves: tests/gpu."""
+"""The wrappers of DeepEP V2's buffers, `ElasticBuffer` (2.1) and `EPBuffer` (2.5), on a fake DeepEP: what they refuse
+before any kernel runs, and what 2.5 does otherwise. The kernels themselves: tests/gpu."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_ep_v2 import settings
-from megatron_ep_v2.buffers import elastic
+from megatron_ep_v2.buffers import elastic, ep, gin
 from megatron_ep_v2.buffers.contract import BufferSpec
-from megatron_ep_v2.errors import ClosedError, EPError, UnavailableError
+from megatron_ep_v2.errors import ClosedError, EPError, InputError, UnavailableError
 
 SPEC = BufferSpec(num_max_tokens_per_rank=8, hidden=256, num_topk=2, num_experts=4)
 GROUP = types.SimpleNamespace(size=lambda: 2, rank=lambda: 1)
@@ -21,13 +25,13 @@ HANDLE = types.SimpleNamespace(do_expand=True, num_expanded_tokens=3, topk_idx=t
 
 
 class FakeBuffer:
-    """deep_ep.ElasticBuffer, which no test here may reach."""
+    """DeepEP's class, whose calls no test here may reach."""
 
     num_bytes, num_allocated_qps = 0, 0
     comm_stream = object()
 
     def __init__(self, group: Any, **options: Any):
-        pass
+        self.options = options | {"EP_DISABLE_GIN": os.environ.get("EP_DISABLE_GIN")}
 
     def get_comm_stream(self) -> Any:
         return self.comm_stream
@@ -41,11 +45,28 @@ class FakeBuffer:
     combine = dispatch
 
 
-@pytest.fixture
-def buffer(monkeypatch: pytest.MonkeyPatch) -> elastic.ElasticBuffer:
-    monkeypatch.setattr(elastic, "import_deep_ep", lambda: types.SimpleNamespace(ElasticBuffer=FakeBuffer))
+KINDS = [elastic.ElasticBuffer, ep.EPBuffer]
+
+
+def make(
+    kind: type[elastic.ElasticBuffer], spec: BufferSpec = SPEC, hosts: tuple[str, str] = ("a", "a"), **given: Any
+) -> Any:
+    """A buffer of this kind, with these settings by name."""
+    return kind(GROUP, spec, settings.resolve({}, **given), list(hosts))
+
+
+@pytest.fixture(autouse=True)
+def fake_deep_ep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And a host without RDMA devices, and without the developer's EP_DISABLE_GIN."""
+    monkeypatch.setattr(elastic, "load_class", lambda name: FakeBuffer)
     monkeypatch.setattr(elastic, "check_group_open", lambda group: None)
-    return elastic.ElasticBuffer(GROUP, SPEC, settings.resolve({}), ["a", "a"])
+    monkeypatch.setattr(gin, "rdma_vendors", lambda: [])
+    monkeypatch.delenv("EP_DISABLE_GIN", raising=False)
+
+
+@pytest.fixture(params=KINDS, ids=lambda kind: kind.__name__)
+def buffer(request: pytest.FixtureRequest) -> Any:
+    return make(request.param)
 
 
 @pytest.fixture
@@ -113,13 +134,6 @@ def test_torchs_fill_of_uninitialised_memory_is_off_inside_deep_ep(
         assert seen == [False] * 6
 
 
-def test_deep_ep_2_0_is_told_by_its_api(monkeypatch: pytest.MonkeyPatch) -> None:
-    older = type("ElasticBuffer", (FakeBuffer,), {"dispatch": lambda self, x, topk_idx=None, do_expand=False: None})
-    monkeypatch.setattr(elastic, "import_deep_ep", lambda: types.SimpleNamespace(ElasticBuffer=older))
-    with pytest.raises(UnavailableError, match=r"deep_ep >= 2\.1\.0"):
-        elastic.ElasticBuffer(GROUP, SPEC, settings.resolve({}), ["a", "a"])
-
-
 def test_a_destroyed_buffer_says_so(buffer: elastic.ElasticBuffer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elastic, "everyone_arrives", lambda *_: False)
     buffer.destroy()
@@ -129,3 +143,102 @@ def test_a_destroyed_buffer_says_so(buffer: elastic.ElasticBuffer, monkeypatch: 
 
 def test_the_stream_of_the_kernels_is_deep_eps(buffer: elastic.ElasticBuffer) -> None:
     assert buffer.comm_stream is FakeBuffer.comm_stream
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_the_class_of_the_carrier_is_asked_for_and_its_failure_kept(
+    kind: type[elastic.ElasticBuffer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def fail(self: Any, group: Any, **_: Any) -> None:
+        raise RuntimeError("DevComm setup failed")
+
+    monkeypatch.setattr(elastic, "load_class", lambda name: asked.append(name) or FakeBuffer)
+    monkeypatch.setattr(FakeBuffer, "__init__", fail)
+    with pytest.raises(UnavailableError, match=f"could not build its {kind.carrier.label}") as caught:
+        make(kind)
+    assert asked == [kind.carrier.name] and "DevComm setup failed" in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------ what 2.5 does otherwise
+
+
+@pytest.mark.parametrize(
+    ("given", "of_2_1", "of_2_5"), [({}, 3, None), ({"sl_idx": 3}, 3, 3), ({"sl_idx": 0}, 0, 0)], ids=str
+)
+def test_the_service_level(given: dict[str, int], of_2_1: int, of_2_5: int | None) -> None:
+    """2.5 has variables of its own for it, which a value would override."""
+    assert [make(kind, **given)._buffer.options["sl_idx"] for kind in KINDS] == [of_2_1, of_2_5]
+
+
+def test_an_odd_number_of_sms(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "megatron_ep_v2"):
+        assert [make(kind, num_sms=15).num_sms for kind in KINDS] == [15, 16]
+        assert [make(kind, num_sms=20).num_sms for kind in KINDS] == [20, 20]
+        assert [make(kind).num_sms for kind in KINDS] == [14, 14], "DeepEP's own"
+    rounded = [message for message in caplog.messages if "rounded" in message]
+    assert rounded == ["num_sms=15 is rounded up to 16: DeepEP 2.5 takes an even number"]
+
+
+@pytest.mark.parametrize(("experts", "carried_by"), [(512, 2), (514, 1), (1024, 1), (1026, 0)])
+def test_the_experts_of_a_rank(experts: int, carried_by: int) -> None:
+    """On 2 ranks: 2.1 carries 256 each, and its error names the generation that carries more."""
+    spec = replace(SPEC, num_experts=experts)
+    for kind in KINDS[2 - carried_by :]:
+        make(kind, spec)
+    for kind in KINDS[: 2 - carried_by]:
+        with pytest.raises(InputError, match=f"{experts // 2} experts a rank") as caught:
+            make(kind, spec)
+        assert ("(DeepEP 2.5: 512)" in str(caught.value)) is (kind is elastic.ElasticBuffer)
+
+
+def test_what_becomes_of_the_selections() -> None:
+    assert [kind.keeps_topk_idx for kind in KINDS] == [False, True]
+
+
+NVIDIA_AND_EFA = [gin.AMAZON, gin.MELLANOX]
+# RDMA devices -> EP_DISABLE_GIN on one host and between hosts, None = refused, for 2.1 and for 2.5.
+GIN: dict[str, tuple[list[str], tuple[str | None, ...], tuple[str | None, ...]]] = {
+    "no device": ([], ("1", None), ("1", None)),
+    "NVIDIA": ([gin.MELLANOX], ("0", "0"), ("0", "0")),
+    "EFA": ([gin.AMAZON], ("0", "0"), ("1", None)),
+    "both": (NVIDIA_AND_EFA, ("0", "0"), ("0", "0")),
+    "another vendor": (["0x14e4"], ("0", "0"), ("1", None)),
+}
+
+
+@pytest.mark.parametrize("devices", GIN)
+def test_gin_by_devices(devices: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    vendors, *expected = GIN[devices]
+    monkeypatch.setattr(gin, "rdma_vendors", lambda: vendors)
+    for kind, by_hosts in zip(KINDS, expected, strict=True):
+        for hosts, disabled in zip((("a", "a"), ("a", "b")), by_hosts, strict=True):
+            if disabled is not None:
+                assert make(kind, hosts=hosts)._buffer.options["EP_DISABLE_GIN"] == disabled
+                continue
+            with pytest.raises(UnavailableError, match="the expert-parallel group spans 2 hosts") as caught:
+                make(kind, hosts=hosts)
+            assert caught.value.fix and ("stay on DeepEP 2.1 (pip install" in caught.value.fix) is bool(vendors)
+            assert ("EFA" in str(caught.value.found)) is (devices == "EFA")
+    assert os.environ.get("EP_DISABLE_GIN") is None, "set while a buffer is built only"
+
+
+def test_gin_by_setting_and_by_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gin, "rdma_vendors", lambda: [gin.MELLANOX])
+    for kind in KINDS:
+        assert make(kind, gin="off")._buffer.options["EP_DISABLE_GIN"] == "1"
+        assert "gin=off by install()" in make(kind, gin="off").gin_reason
+    monkeypatch.setenv("EP_DISABLE_GIN", "1")
+    for kind in KINDS:
+        assert make(kind)._buffer.options["EP_DISABLE_GIN"] == "1"
+        assert make(kind, gin="on")._buffer.options["EP_DISABLE_GIN"] == "0"
+
+
+def test_the_vendors_of_a_hosts_devices(tmp_path: Path) -> None:
+    for name, vendor in (("mlx5_0", "0x15b3\n"), ("rdmap0", "0x1d0f\n"), ("unreadable", None)):
+        (tmp_path / name / "device").mkdir(parents=True)
+        if vendor:
+            (tmp_path / name / "device" / "vendor").write_text(vendor)
+    assert gin.rdma_vendors(tmp_path) == [gin.MELLANOX, gin.AMAZON, ""]
+    assert gin.rdma_vendors(tmp_path / "none") == []

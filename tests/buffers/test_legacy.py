@@ -45,7 +45,7 @@ class FakeBuffer:
 
 @pytest.fixture(autouse=True)
 def fake_deep_ep(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(legacy, "import_deep_ep", lambda: types.SimpleNamespace(Buffer=FakeBuffer))
+    monkeypatch.setattr(legacy, "load_class", lambda name: FakeBuffer)
     monkeypatch.setattr(FakeBuffer, "sms", 0)
 
 
@@ -72,4 +72,7 @@ def test_a_dispatch_without_a_host_wait_is_refused(monkeypatch: pytest.MonkeyPat
     rows, picks = torch.zeros(3, 256, dtype=torch.bfloat16), torch.zeros(3, 2, dtype=torch.int64)
     with pytest.raises(InputError, match="cannot dispatch without a host wait") as caught:
         buffer.dispatch(rows, topk_idx=picks, num_experts=4, do_cpu_sync=False)
-    assert caught.value.fix and "elastic" in caught.value.fix
+    assert caught.value.fix and "buffer=ep, buffer=elastic, buffer=reference" in caught.value.fix
+    with pytest.raises(InputError, match="no expanded layout") as caught:
+        buffer.dispatch(rows, topk_idx=picks, num_experts=4, do_expand=True)
+    assert caught.value.fix and "buffer=ep, buffer=elastic, buffer=reference" in caught.value.fix

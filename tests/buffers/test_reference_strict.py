@@ -1,4 +1,4 @@
-"""The reference buffer as it is by default: it refuses what DeepEP's ElasticBuffer would refuse on GPUs."""
+"""The reference buffer as it is by default: it refuses what the newest DeepEP would refuse on GPUs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers.contract import BufferSpec
-from megatron_ep_v2.buffers.elastic import ElasticBuffer
+from megatron_ep_v2.buffers.ep import EPBuffer
 from megatron_ep_v2.buffers.reference import ReferenceBuffer
 from megatron_ep_v2.errors import InputError, PeerError
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
@@ -34,7 +34,7 @@ BEYOND: dict[str, tuple[BufferSpec, int, tuple[str, str]]] = {
     "top-k": (replace(GOOD, num_topk=33), 2, ("top-k=33", "1 to 32")),
     "ranks": (replace(GOOD, num_experts=1025), 1025, ("1025 ranks", "at most 1024")),
     "experts": (replace(GOOD, num_experts=2064), 16, ("2064 experts", "at most 2048")),
-    "experts of a rank": (replace(GOOD, num_experts=514), 2, ("257 experts a rank", "at most 256")),
+    "experts of a rank": (replace(GOOD, num_experts=1026), 2, ("513 experts a rank", "at most 512")),
 }
 
 
@@ -42,7 +42,7 @@ BEYOND: dict[str, tuple[BufferSpec, int, tuple[str, str]]] = {
 def test_a_shape_beyond_the_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     spec, ranks, words = BEYOND[name]
     group = types.SimpleNamespace(size=lambda: ranks, rank=lambda: 1)
-    on_gpu = attempt(lambda: ElasticBuffer(group, spec, settings.resolve({}), ["a"] * ranks))
+    on_gpu = attempt(lambda: EPBuffer(group, spec, settings.resolve({}), ["a"] * ranks))
     monkeypatch.setattr(settings, "_active", settings.resolve({}))
     assert_report(attempt(lambda: ReferenceBuffer(group, spec)), InputError, SAYS, OFF, *words)
     assert_report(on_gpu, InputError, f"{STRICT}=off", *words)
@@ -73,7 +73,7 @@ DISPATCHES: dict[str, tuple[Change, tuple[str, ...]]] = {
         },
         ("top-k", "2)", "3]", "one top-k for all layers"),
     ),
-    "experts": (lambda a: {"num_experts": 514}, ("257 experts a rank",)),
+    "experts": (lambda a: {"num_experts": 1026}, ("513 experts a rank",)),
     "strided rows": (lambda a: {"x": strided_copy(a["x"])}, ("strides (1024, 2)", "contiguous")),
     "strided selections": (lambda a: {"topk_idx": strided_copy(a["topk_idx"])}, ("topk_idx.contiguous()",)),
     "strided weights": (lambda a: {"topk_weights": strided_copy(a["topk_weights"])}, ("topk_weights.contiguous()",)),

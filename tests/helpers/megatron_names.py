@@ -21,6 +21,7 @@ from megatron.core.transformer.moe import fused_a2a, token_dispatcher
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_ep_v2 import settings
+from megatron_ep_v2.generations import PACKAGES
 from megatron_ep_v2.megatron import binding, optimizer_step
 from megatron_ep_v2.megatron.symbols import MANAGER as MANAGER_NAME
 from megatron_ep_v2.megatron.symbols import SCHEDULE, find_symbols
@@ -58,7 +59,8 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     binding.uninstall()
     megatrons_own = [(module, dict(vars(module))) for module in MODULES]
     set_cuda(monkeypatch, False)
-    set_deep_ep(monkeypatch)
+    for package in PACKAGES:
+        set_deep_ep(monkeypatch, package=package)
     yield monkeypatch
     binding.uninstall()
     monkeypatch.undo()
@@ -72,14 +74,30 @@ def set_cuda(monkeypatch: pytest.MonkeyPatch, available: bool) -> None:
     probe.cache_clear()
 
 
-def set_deep_ep(monkeypatch: pytest.MonkeyPatch, *buffers: str, version: str = "2.1.0") -> None:
-    """A deep_ep with these classes; with none, `import deep_ep` finds nothing."""
-    module: Any = ModuleType("deep_ep") if buffers else None
+def set_deep_ep(
+    monkeypatch: pytest.MonkeyPatch,
+    *buffers: str,
+    version: str = "2.1.0",
+    package: str = "deep_ep",
+    zero_padding: bool = True,
+) -> None:
+    """A package of DeepEP with these classes; with none, its import finds nothing.
+
+    Args:
+        package: Its import name; the others stay as they are.
+        zero_padding: Whether their dispatch takes do_zero_padding, which 2.0 does not.
+    """
+
+    def dispatch(self: Any, x: Any, do_expand: bool = False, do_zero_padding: bool = False) -> None: ...
+
+    def dispatch_of_2_0(self: Any, x: Any, do_expand: bool = False) -> None: ...
+
+    module: Any = ModuleType(package) if buffers else None
     if buffers:
         module.__version__ = version
         for name in buffers:
-            setattr(module, name, type(name, (), {}))
-    monkeypatch.setitem(sys.modules, "deep_ep", module)
+            setattr(module, name, type(name, (), {"dispatch": dispatch if zero_padding else dispatch_of_2_0}))
+    monkeypatch.setitem(sys.modules, package, module)
     probe.cache_clear()
 
 
