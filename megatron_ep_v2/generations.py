@@ -1,4 +1,4 @@
-"""The generations of DeepEP, told apart by their API: they share package names, and forks have version numbers of their
+"""The generations of DeepEP, recognised by their API: they share package names, and forks have version numbers of their
 own. One row for each; whatever rests on a generation (probe, buffers, doctor, errors) reads it here.
 
 Imports neither torch nor deep_ep.
@@ -153,7 +153,7 @@ def install_command(generation: str, torch_version: str = "") -> str:
 
 
 def nccl_command(generation: str) -> str:
-    """The command that puts the NCCL which the wheels of a generation need in the place of torch's."""
+    """The command that installs the NCCL which the wheels of a generation need over torch's."""
     of_wheels = [nccl for name, _, _, _, nccl in versions.WHEELS if name == generation and nccl is not None]
     needed = of_wheels[0] if of_wheels else f">={GENERATIONS[generation].nccl}"
     return f"pip install --no-deps 'nvidia-nccl-cu13{needed}'"

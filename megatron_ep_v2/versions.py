@@ -20,7 +20,7 @@ NVCC_BLACKWELL = "12.8"
 NVCC_25 = "13.1"  # says the check of DeepEP 2.5's wheel at import
 
 # Wheels of DeepEP on the package registry: generation, distribution, its version, the torch to install with it, the
-# NCCL that must be put in torch's place (None = torch's own fits). docs/compatibility.md says which of them ran where.
+# NCCL to install over torch's (None = torch's own fits). docs/compatibility.md says which of them ran where.
 # The first of a generation is the one to install where torch can be chosen.
 WHEELS = (
     ("2.1", "sgl-deep-ep", "0.1.2.post1", "2.14.1", None),

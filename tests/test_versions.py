@@ -50,10 +50,15 @@ def test_the_makefile_asks_for_the_same_python() -> None:
 
 
 def test_the_image_has_them() -> None:
-    image = dict(re.findall(r"^(\w+)=(.+)$", text("docker/versions.env"), re.MULTILINE))
-    assert image["MEGATRON_CORE"] == NEWEST and image["NCCL"] == versions.NCCL
+    """For each generation a wheel, with the torch and the NCCL that it needs."""
+    for file, generation in (("versions.env", "2.1"), ("versions-2.5.env", "2.5")):
+        image = dict(re.findall(r"^(\w+)=(.+)$", text(f"docker/{file}"), re.MULTILINE))
+        wanted = (generation, image["DEEP_EP"], image["DEEP_EP_VERSION"], image["TORCH"])
+        nccl = [row[4] for row in versions.WHEELS if row[:4] == wanted]
+        assert [spec.lstrip("=>") for spec in nccl if spec] == [image["NCCL"]]
+        assert image["MEGATRON_CORE"] == NEWEST
     assert f"deep_ep {versions.DEEP_EP_V2}" in text("docker/versions.env")
-    assert f"/deep_ep-{versions.DEEP_EP_V2}-" in text("docker/Dockerfile")
+    assert "--build-arg VERSIONS=versions-2.5.env" in text("docker/Dockerfile")
 
 
 def test_the_table_of_what_was_tested_has_them() -> None:
@@ -61,10 +66,21 @@ def test_the_table_of_what_was_tested_has_them() -> None:
     first = {row[0]: row[1] for row in reversed(rows) if len(row) == 4}
     assert first["deep_ep"].startswith(versions.DEEP_EP_V2)
     assert first["NCCL"].startswith(versions.NCCL)
+    assert any(row[1].startswith(versions.NCCL_25) and "2.5" in row[3] for row in rows if len(row) == 4)
     assert first["Megatron-Core"].startswith(NEWEST)
     on_cpu = {row[1]: row[2] for row in rows if len(row) == 5 and row[4] == "the whole suite, in CI"}
     pinned = re.findall(r"^torch==(\S+)", text("constraints.txt"), re.MULTILINE)
     assert on_cpu == dict(zip([OLDEST, NEWEST], pinned, strict=True))
+
+
+def test_the_table_of_wheels_has_them() -> None:
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text("docs/compatibility.md").splitlines()]
+    table = [tuple(row[:4]) for row in rows if len(row) == 6 and row[1].startswith("`")]
+    wanted = []
+    for generation, distribution, version, torch, nccl in versions.WHEELS:
+        needed = {None: "torch's own"}.get(nccl, (nccl or "").replace("==", "").replace(">=", "from "))
+        wanted.append((generation, f"`{distribution}=={version}`", torch, needed))
+    assert table == wanted
 
 
 @pytest.mark.parametrize("file", [*PAGES, *CONFIGS], ids=lambda file: file.name)

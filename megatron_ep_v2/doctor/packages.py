@@ -76,8 +76,8 @@ def generation_to_install(facts: Facts) -> str:
 
 
 def replace_command(facts: Facts, generation: str) -> str:
-    """The commands that put a generation in the place of what is installed of DeepEP, with the torch that is
-    installed if there is a wheel for it."""
+    """The commands that install a generation instead of what is there of DeepEP, for the torch that is installed if
+    there is a wheel for it."""
     command = install_command(generation, facts["torch"].get("version", ""))
     others = [package for package in packages(facts) if f" {distribution(package)}==" not in command]
     if nccl_differs({str(package["generation"]) for package in others} | {generation}) and "nccl" not in command:

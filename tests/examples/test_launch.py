@@ -281,8 +281,9 @@ def test_the_jobset() -> None:
     assert mounted == {volume["name"] for volume in pods["template"]["spec"]["volumes"]}
 
 
-def test_the_image_has_its_versions_in_one_place() -> None:
-    versions = re.findall(r"^([A-Z_]+)=[\d.]+$", (DOCKER / "versions.env").read_text(), flags=re.MULTILINE)
+@pytest.mark.parametrize("file", ["versions.env", "versions-2.5.env"])
+def test_the_image_has_its_versions_in_one_place(file: str) -> None:
+    versions = re.findall(r"^([A-Z_]+)=\d\S+$", (DOCKER / file).read_text(), flags=re.MULTILINE)
     steps = [line for line in (DOCKER / "Dockerfile").read_text().splitlines() if not line.startswith("#")]
     assert sorted(re.findall(r"==([^\s\"]+)", "\n".join(steps))) == sorted(f"${name}" for name in versions)
     assert not [step for step in steps if step.startswith("FROM") and step != "FROM ${CUDA_IMAGE}"]
