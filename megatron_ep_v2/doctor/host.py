@@ -60,9 +60,14 @@ def _packages() -> dict[str, str]:
 
 def _distributions() -> dict[str, str]:
     """Import name -> "distribution==version" of the packages of DeepEP; without those that no metadata names."""
-    owners = importlib.metadata.packages_distributions()
-    found = {name: owners[name][0] for name in PACKAGES if owners.get(name)}
-    return {name: f"{normalised(owner)}=={importlib.metadata.version(owner)}" for name, owner in found.items()}
+    found = {}
+    for each in importlib.metadata.distributions():
+        declared = (each.read_text("top_level.txt") or "").split()
+        tops = declared or [path.parts[0] for path in each.files or ()]
+        for name in PACKAGES:
+            if name in tops and each.metadata:  # half-removed ones have none
+                found.setdefault(name, f"{normalised(str(each.metadata['Name']))}=={each.version}")
+    return found
 
 
 def _settings() -> dict[str, Any]:

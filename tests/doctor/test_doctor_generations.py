@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ep_v2 import generations, versions
-from megatron_ep_v2.doctor import software
+from megatron_ep_v2.doctor import deep_ep
 from tests.helpers.doctor_machine import (
     DEEP_EP,
     DEEP_EP_V25,
@@ -239,7 +239,7 @@ def test_every_generation_and_mixture(name: str, tmp_path: Path) -> None:
 def assert_no_circle(report: Report, installed: list[str]) -> None:
     """No fix is to install what is there; that of "deep_ep" names a wheel, or the NCCL of one."""
     fixes = [check["fix"] for check in report.checks.values() if check["fix"]]
-    assert [fix for fix in fixes for wheel in installed if f"install {wheel}" in fix or f" {wheel} " in fix] == []
+    assert [fix for fix in fixes for wheel in installed if wheel in fix.split()] == []
     assert not any("build" in fix for fix in fixes)
     wheels = [f"{distribution}==" for _, distribution, *_ in versions.WHEELS]
     named = (*wheels, *(generations.nccl_command(name) for name in generations.WITH_WHEELS))
@@ -249,21 +249,22 @@ def assert_no_circle(report: Report, installed: list[str]) -> None:
 
 def test_every_cause_has_a_fix_for_every_generation() -> None:
     """Filled in without an error, whatever is installed; no generation is sent back to its own wheel."""
-    for part, _, _ in software._CAUSES:
+    for part, _, _ in deep_ep._CAUSES:
         for package, wheel, torch in (
             ("deep_ep", WHEEL_2_1, "2.14.1"),
             ("deep_ep_v25", WHEEL_2_5, "2.14.1"),
             ("deep_ep", "tokenspeed-deepep==2.1.0.post20260801", "2.11.0"),
+            ("deep_ep", "sgl-deep-ep==0.1.2", "2.14.1"),  # of another torch, and not in the table
             ("deep_ep", None, "2.15.0"),
         ):
             broken = {"name": package, "failure": {"how": f"ImportError: {part}"}}
             facts = {"deep_ep": {}, "deep_ep_v25": {}, package: broken, "torch": {"version": torch}}
             facts |= {"distributions": {package: wheel} if wheel else {}, "probe": {}}
             facts["settings"] = {"buffer": "auto", "sources": {}}
-            used = software.package_in_use(facts)
+            used = deep_ep.package_in_use(facts)
             assert used is not None
-            fix = software._repair(facts, used)
-            assert "{" not in fix and (wheel is None or f" {wheel}" not in fix)
+            fix = deep_ep._repair(facts, used)
+            assert "{" not in fix and wheel not in fix.split()
 
 
 # ---------------------------------------------------------------------------------- what rests on the generation in use
