@@ -59,11 +59,16 @@ class Generation:
     gin_needs_gdaki: bool = False
     fault: str | None = None
 
+    def variable(self, name: str, environ: Mapping[str, str]) -> str | None:
+        """The value of a variable of its compiler, e.g. "JIT_CACHE_DIR", for EP_JIT_CACHE_DIR; None if it is unset."""
+        return environ.get(f"EP_{name}") or (environ.get(f"DJ_{name}") if self.on_deep_jit else None)
+
     def cache_folders(self, environ: Mapping[str, str], home: Path) -> list[Path]:
-        """Folders of compiled kernels, as these variables and this home folder have them; [] if it compiles none."""
+        """Folders of compiled kernels, as these variables and this home folder have them, the one that is written to
+        first; [] if it compiles none."""
         if self.cache is None:
             return []
-        named = environ.get("EP_JIT_CACHE_DIR", "")
+        named = self.variable("JIT_CACHE_DIR", environ) or ""
         names = named.split(":") if self.on_deep_jit else [named]
         return [Path(name) for name in names if name] or [home / self.cache]
 

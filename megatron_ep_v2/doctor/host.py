@@ -118,22 +118,17 @@ def read_toolkit(environment: Mapping[str, str], generation: Generation) -> dict
         environment: Variables after the import of DeepEP, which adds those that it was built with.
         generation: Of the package in use.
     """
-
-    def variable(name: str) -> str | None:
-        return environment.get(f"EP_{name}") or (environment.get(f"DJ_{name}") if generation.on_deep_jit else None)
-
     on_path = shutil.which("nvcc")
     named = environment.get("CUDA_HOME") or environment.get("CUDA_PATH")
     home = Path(named) if named else Path(on_path).parent.parent if on_path else CUDA
-    nvcc = variable("JIT_NVCC_COMPILER") or str(home / "bin" / "nvcc")
+    nvcc = generation.variable("JIT_NVCC_COMPILER", environment) or str(home / "bin" / "nvcc")
     release = re.search(r"release (\d+\.\d+)", _output(nvcc, "--version"))
-    cache = variable("JIT_CACHE_DIR") or ""
-    cache = cache.partition(":")[0] if generation.on_deep_jit else cache
+    folders = generation.cache_folders(environment, Path.home())
     return {
         "nvcc": nvcc,
         "version": release[1] if release else None,
         "cuobjdump": (home / "bin" / "cuobjdump").exists(),
-        "cache": _folder(Path(cache) if cache else Path.home() / str(generation.cache)),
+        "cache": _folder(folders[0] if folders else Path.home()),
     }
 
 
