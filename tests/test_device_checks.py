@@ -48,7 +48,7 @@ def test_nothing_counted_raises_nothing() -> None:
 def test_a_loop_of_ones_own_reads_by_name() -> None:
     check = make_check()
     check.count += 2  # as a kernel does
-    device_checks.read_all()  # nobody touched it
+    device_checks.read_all()  # not touched
     check.touch()
     with pytest.raises(EPError, match="full"):
         device_checks.read_all()

@@ -10,27 +10,21 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.helpers.cases import Case, edge_cases
-from tests.helpers.harness import run_ranks
-from tests.helpers.moe import (
-    COMPACT,
-    EXPANDED,
-    PADDED,
-    Layout,
-    Step,
-    assert_step,
-    grad_output,
-    layer_of,
-    own_package,
-    train_steps,
-)
+from tests.helpers.cases import COMPACT, EXPANDED, PADDED, Case, Layout, edge_cases
+from tests.helpers.fused_layer import Step, assert_step, grad_output, layer_of, train_step
+from tests.helpers.harness import isolated, run_ranks
 
 LAYOUTS = [COMPACT, EXPANDED, PADDED]
 
 
+@isolated
+def train_steps(group: Any, case: Case) -> dict[Layout, Step]:
+    return {layout: train_step(case, layout, group) for layout in LAYOUTS}
+
+
 @functools.lru_cache(maxsize=64)
 def steps(case: Case) -> list[dict[Layout, Step]]:
-    return run_ranks(case.size, train_steps, case, LAYOUTS)
+    return run_ranks(case.size, train_steps, case)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -43,7 +37,7 @@ def test_outputs_and_gradients_in_fp64(case: Case, layout: Layout) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["random-large", "dropped-picks"])
+@pytest.mark.parametrize("name", ["random-large", "dropped-selections"])
 def test_outputs_and_gradients_in_lower_precision(name: str, dtype: torch.dtype, layout: Layout) -> None:
     case = replace(next(case for case in edge_cases(4) if case.name == name), dtype=dtype)
     for rank, by_layout in enumerate(steps(case)):
@@ -62,7 +56,7 @@ def test_the_comparison_notices_a_lost_part_of_a_gradient() -> None:
         assert_step(case, 1, replace(step, grad_probs=grad_probs))
 
 
-TINY = Case("tiny", (3, 3), "drop some picks", hidden=4, topk=3, experts=4, dtype=torch.float64, seed=5)
+TINY = Case("tiny", (3, 3), "drop some selections", hidden=4, topk=3, experts=4, dtype=torch.float64, seed=5)
 TINY_UNEVEN = replace(TINY, tokens=(4, 1))
 TINY_EMPTY = replace(TINY, tokens=(3, 0))
 
@@ -83,7 +77,7 @@ class Rerun(torch.autograd.Function):
             return None, *torch.autograd.grad(ctx.fn(*inputs), inputs, grad)
 
 
-@own_package
+@isolated
 def run_gradcheck(group: Any, case: Case, layout: Layout) -> bool:
     """All ranks have equal shapes, so they perturb one element each, in lockstep; outputs depend on own inputs only."""
     layer, x, probs = layer_of(group, case, layout)
@@ -97,7 +91,7 @@ def test_gradcheck(layout: Layout) -> None:
     assert run_ranks(2, run_gradcheck, TINY, layout) == [True, True]
 
 
-@own_package
+@isolated
 def differentiate(group: Any, case: Case, layout: Layout) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """(analytic, numerical) gradients of the group's objective for x and for the probabilities of this rank.
 

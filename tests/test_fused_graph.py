@@ -14,23 +14,10 @@ from torch.utils.checkpoint import checkpoint
 from megatron_ep_v2.errors import EPError
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 from tests.helpers import oracle
-from tests.helpers.cases import SMALL, Case, make_batch, make_batches
-from tests.helpers.harness import run_ranks
-from tests.helpers.moe import (
-    COMPACT,
-    EXPANDED,
-    PADDED,
-    Layout,
-    Step,
-    assert_close,
-    assert_step,
-    dense,
-    grad_output,
-    layer_of,
-    own_package,
-    train_step,
-    weights_dtype,
-)
+from tests.helpers.cases import COMPACT, EXPANDED, PADDED, SMALL, Case, Layout, make_batch, make_batches
+from tests.helpers.compare import assert_close
+from tests.helpers.fused_layer import Step, assert_step, dense, grad_output, layer_of, train_step, weights_dtype
+from tests.helpers.harness import isolated, run_ranks
 
 LAYOUTS = [COMPACT, EXPANDED, PADDED]
 
@@ -43,7 +30,7 @@ def dispatch_small(group: Any, layout: Layout, case: Case = SMALL, **kwargs: Any
     return x, probs, *received
 
 
-@own_package
+@isolated
 def describe_outputs(group: Any, layout: Layout) -> dict[str, Any]:
     case = replace(SMALL, dtype=torch.bfloat16)
     _, _, recv_x, recv_idx, recv_probs, tokens_per_expert, handle = dispatch_small(group, layout, case)
@@ -58,9 +45,9 @@ def describe_outputs(group: Any, layout: Layout) -> dict[str, Any]:
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_types_and_shapes_are_those_of_megatron(layout: Layout) -> None:
-    picks = [batch.topk_idx for batch in make_batches(SMALL)]
+    topk_idx = [batch.topk_idx for batch in make_batches(SMALL)]
     for rank, found in enumerate(run_ranks(2, describe_outputs, layout)):
-        expected = oracle.arrival(picks, rank, SMALL.experts, layout.alignment)
+        expected = oracle.arrival(topk_idx, rank, SMALL.experts, layout.alignment)
         rows = sum(expected.padded) if layout.do_expand else len(expected.rows)
         weights = (rows,) if layout.do_expand else (rows, SMALL.topk)
         assert found == {
@@ -72,7 +59,7 @@ def test_types_and_shapes_are_those_of_megatron(layout: Layout) -> None:
         }
 
 
-@own_package
+@isolated
 def follow_handle(group: Any, layout: Layout, grad: bool) -> list[bool]:
     """Whether the handle lives: after the forward, after the backward; the output is kept, nothing else."""
     gc.disable()  # what only the garbage collector frees is not freed in time
@@ -97,7 +84,7 @@ def test_handles_live_as_long_as_a_backward_needs_them(layout: Layout) -> None:
     assert run_ranks(2, follow_handle, layout, True) == [[True, False]] * 2, "a kept loss must not keep the handle"
 
 
-@own_package
+@isolated
 def several_batches(group: Any, cases: list[Case], layout: Layout, order: tuple[int, ...]) -> list[list[torch.Tensor]]:
     """Gradients of x and probs of several micro-batches that are in flight together, backward in `order`."""
     leaves, outputs = [], []
@@ -120,7 +107,7 @@ def test_backward_of_micro_batches_in_any_order(order: tuple[int, ...], layout: 
             assert_close("probs", grad_probs, dense(case).grad_probs[rank], 1e-13)
 
 
-@own_package
+@isolated
 def combine_twice(group: Any, layout: Layout) -> list[torch.Tensor]:
     x, _, recv_x, _, _, _, handle = dispatch_small(group, layout)
     first, _ = fused_combine(recv_x, group, handle)
@@ -132,17 +119,19 @@ def combine_twice(group: Any, layout: Layout) -> list[torch.Tensor]:
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_one_handle_serves_two_combines(layout: Layout) -> None:
     for rank, (x, first, second, grad) in enumerate(run_ranks(2, combine_twice, layout)):
-        picks = make_batch(SMALL, rank).topk_idx.tolist()
-        terms = [(layout.do_expand and SMALL.topk) or len(oracle.destinations(i, SMALL.local_experts)) for i in picks]
+        topk_idx = make_batch(SMALL, rank).topk_idx.tolist()
+        terms = [
+            (layout.do_expand and SMALL.topk) or len(oracle.destinations(i, SMALL.local_experts)) for i in topk_idx
+        ]
         copies = torch.tensor(terms)[:, None]
         assert_close("first", first, copies * x, 1e-13)
         assert_close("second", second, copies * x**3, 1e-13)
         assert_close("gradient", grad, copies * (1 + 30 * x**2) * grad_output(SMALL, rank), 1e-13)
 
 
-@own_package
+@isolated
 def use_one_output(group: Any, layout: Layout, which: str) -> list[torch.Tensor]:
-    case = replace(SMALL, routing="drop some picks")
+    case = replace(SMALL, routing="drop some selections")
     x, probs, recv_x, recv_idx, recv_probs, _, _ = dispatch_small(group, layout, case)
     if which == "none":
         Forget.apply(recv_x + recv_probs.sum()).sum().backward()
@@ -167,22 +156,22 @@ class Forget(torch.autograd.Function):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("which", ["x", "probs", "none"])
 def test_a_gradient_through_one_output_only(which: str, layout: Layout) -> None:
-    case = replace(SMALL, routing="drop some picks")
+    case = replace(SMALL, routing="drop some selections")
     for rank, (grad_x, grad_probs) in enumerate(run_ranks(2, use_one_output, layout, which)):
-        picks = make_batch(case, rank).topk_idx
+        topk_idx = make_batch(case, rank).topk_idx
         if which != "x":
             assert torch.equal(
-                grad_probs, (picks >= 0).double() if which == "probs" else torch.zeros(picks.shape).double()
+                grad_probs, (topk_idx >= 0).double() if which == "probs" else torch.zeros(topk_idx.shape).double()
             )
             assert not grad_x.any()
             continue
-        ranks = [len(oracle.destinations(ids, case.local_experts)) for ids in picks.tolist()]
-        copies = (picks >= 0).sum(dim=1) if layout.do_expand else torch.tensor(ranks)
+        ranks = [len(oracle.destinations(ids, case.local_experts)) for ids in topk_idx.tolist()]
+        copies = (topk_idx >= 0).sum(dim=1) if layout.do_expand else torch.tensor(ranks)
         assert torch.equal(grad_x, copies[:, None].double().expand_as(grad_x))
         assert not grad_probs.any()
 
 
-@own_package
+@isolated
 def freeze_one_input(group: Any, layout: Layout, frozen: int) -> list[torch.Tensor | None]:
     layer, *inputs = layer_of(group, SMALL, layout)
     inputs[frozen].requires_grad_(False)
@@ -199,7 +188,7 @@ def test_an_input_without_gradient(frozen: int, layout: Layout) -> None:
         assert_close("the other's gradient", gradients[1 - frozen], expected[1 - frozen], 1e-13)
 
 
-@own_package
+@isolated
 def recompute(group: Any, layout: Layout, use_reentrant: bool) -> list[torch.Tensor]:
     layer, x, probs = layer_of(group, SMALL, layout)
     output = checkpoint(layer, x, probs, use_reentrant=use_reentrant)
@@ -216,7 +205,7 @@ def test_activation_checkpointing(use_reentrant: bool, layout: Layout) -> None:
         assert_close("probs", grad_probs, dense(SMALL).grad_probs[rank], 1e-13)
 
 
-@own_package
+@isolated
 def step_on_streams(group: Any, layout: Layout) -> Step:
     return train_step(SMALL, layout, group, async_finish=True, allocate_on_comm_stream=True)
 
@@ -227,7 +216,7 @@ def test_stream_arguments_change_nothing(layout: Layout) -> None:
         assert_step(SMALL, rank, step)
 
 
-@own_package
+@isolated
 def backward_twice(group: Any, layout: Layout) -> str:
     layer, x, probs = layer_of(group, SMALL, layout)
     total = layer(x, probs).sum()

@@ -1,4 +1,4 @@
-"""The harness itself: a test that hangs, dies or fails on one rank must say so, and leave nothing behind."""
+"""The harness itself: a test that hangs, dies or fails on one rank must say so, and leave nothing for the next run."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def read_environment(group: dist.ProcessGroup, name: str) -> str | None:
 
 
 def set_environment(group: dist.ProcessGroup, name: str) -> None:
-    os.environ[name] = "left behind"
+    os.environ[name] = "left"
 
 
 def hold_the_lock(group: dist.ProcessGroup, folder: str) -> None:

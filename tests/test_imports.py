@@ -66,7 +66,7 @@ def level(module: str) -> int:
         for i, names in enumerate(LEVELS):
             if name in names:
                 return i
-    raise AssertionError(f"{module} is new: give it a place in LEVELS")
+    raise AssertionError(f"{module} is new: put it into LEVELS")
 
 
 def imported(tree: ast.Module, module: str) -> Iterator[str]:

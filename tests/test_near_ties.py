@@ -16,12 +16,12 @@ from megatron_ep_v2 import device_checks, recompute
 from megatron_ep_v2.errors import RoutingChangedError
 from megatron_ep_v2.kernels import replay as kernels
 from megatron_ep_v2.recompute import Replayed
-from tests.helpers.cases import SMALL, make_batch
-from tests.helpers.harness import run_ranks
+from tests.helpers import megatron_layer  # noqa: F401  (lets Megatron's checkpoint run without a GPU)
+from tests.helpers.cases import COMPACT, EXPANDED, SMALL, Layout, make_batch
+from tests.helpers.fused_layer import all_experts, grad_output, moe_layer, own_experts
+from tests.helpers.harness import isolated, run_ranks
 from tests.helpers.interpreter import child, needs_triton
-from tests.helpers.moe import COMPACT, EXPANDED, Layout, all_experts, grad_output, moe_layer, own_experts, own_package
-from tests.helpers.recompute_rounds import WHOLE_LAYER  # noqa: F401  (lets Megatron's checkpoint run without a GPU)
-from tests.helpers.replay_oracle import wrong
+from tests.helpers.replay_kernels import wrong
 
 
 class Buffer:
@@ -86,7 +86,7 @@ def test_routings_are_compared_as_in_plain_loops() -> None:
 INTERPRET = """
 import json
 from megatron_ep_v2.kernels import replay_triton
-from tests.helpers.replay_oracle import wrong
+from tests.helpers.replay_kernels import wrong
 
 print(json.dumps(wrong(replay_triton, "cpu")))
 """
@@ -98,7 +98,7 @@ def test_the_kernels_do_the_same_in_tritons_interpreter() -> None:
     assert child(INTERPRET, TRITON_INTERPRET="1") == []
 
 
-@own_package
+@isolated
 def in_another_order(group: Any, layout: Layout) -> dict[str, list[torch.Tensor]]:
     """Way -> gradients of x and of dense probabilities, where each run brings its selections in other columns."""
     case, rank, found = SMALL, group.rank(), {}
@@ -110,9 +110,9 @@ def in_another_order(group: Any, layout: Layout) -> dict[str, list[torch.Tensor]
         runs = itertools.count()
 
         def layer(x: torch.Tensor, dense: torch.Tensor, runs: Any = runs) -> torch.Tensor:
-            picks = batch.topk_idx.roll(next(runs), 1)
-            probs = dense.gather(1, picks.where(picks >= 0, case.experts))
-            return moe_layer(x, picks, probs, experts, case.experts, group, layout)
+            topk_idx = batch.topk_idx.roll(next(runs), 1)
+            probs = dense.gather(1, topk_idx.where(topk_idx >= 0, case.experts))
+            return moe_layer(x, topk_idx, probs, experts, case.experts, group, layout)
 
         x, dense = batch.x.clone().requires_grad_(), dense_of.clone().requires_grad_()
         if way == "plain":

@@ -1,4 +1,4 @@
-"""Activation recompute: one layout for each layer and micro-batch, the same gradients, and no handle left behind."""
+"""Activation recompute: one layout for each layer and micro-batch, the same gradients, and no handle is left."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from megatron_ep_v2 import recompute
+from tests.helpers.cases import COMPACT, EXPANDED, PADDED, Layout
 from tests.helpers.harness import run_ranks
-from tests.helpers.moe import COMPACT, EXPANDED, PADDED, Layout
-from tests.helpers.moe_layer import CPU
 from tests.helpers.recompute_rounds import (
     WRAPS,
     abandon_a_step,
@@ -18,6 +17,7 @@ from tests.helpers.recompute_rounds import (
     two_layers,
     without_reuse,
 )
+from tests.helpers.shapes import CPU
 
 
 @pytest.mark.parametrize("layout", ["compact", "expanded"])

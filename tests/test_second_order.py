@@ -13,8 +13,7 @@ from megatron_ep_v2.experts.groups import Groups
 from megatron_ep_v2.experts.mlp import swiglu_experts
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 from megatron_ep_v2.layouts import gather_rows, gather_weights, place_contiguous, reduce_rows
-from tests.helpers.harness import run_ranks
-from tests.helpers.moe import own_package
+from tests.helpers.harness import isolated, run_ranks
 
 PICKS = torch.tensor([[0, 3], [2, 1], [1, 3], [3, 0], [0, 2], [2, 3]])
 
@@ -30,7 +29,7 @@ def second(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) ->
     return ""
 
 
-@own_package
+@isolated
 def exchange(group: Any, do_expand: bool) -> tuple[str, torch.Tensor]:
     """A penalty on the square of y = 2x, and the second gradient of a loss that is linear in x."""
 

@@ -23,14 +23,13 @@ from megatron_ep_v2.device_checks import DeviceCheck, read_all
 from megatron_ep_v2.errors import EPError, InputError, SettingsError
 from megatron_ep_v2.serving import PrepareFinalize
 from tests.buffers.test_elastic import GROUP, HANDLE, SPEC, FakeBuffer
-from tests.helpers import mcore
-from tests.helpers.harness import run_ranks
-from tests.helpers.mcore import Shape, Split, megatron_ranks
-from tests.helpers.moe import own_package
+from tests.helpers.harness import isolated, run_ranks
+from tests.helpers.megatron_layer import hidden_states, installed, moe_layer_of, set_weights, transformer_config
 from tests.helpers.reports import Report, assert_report, attempt
+from tests.helpers.shapes import Shape, Split
 
 SPLIT = Split(1, 2)
-SHAPE = Shape("fp32", topk=3, hidden=256)
+SHAPE = Shape(hidden=256)
 TOKENS, ROOM = 8, 12  # a rank's; there are rows that a sync-free dispatch leaves as they are
 MARKS = {"allreduce": False, "tensor_model_parallel": True, "stacked_experts": True}
 OF_LAYOUT: dict[str, dict[str, Any]] = {
@@ -52,20 +51,18 @@ def default_device(device: str) -> Iterator[None]:
 def make_layer(device: str = "cpu") -> Any:
     """A MoE layer that is built on this device and materialised on the CPU, with the same weights every time."""
     with default_device(device):
-        layer = mcore.make_moe_layer(SHAPE, SPLIT, moe_router_load_balancing_type="none", moe_aux_loss_coeff=0.0)
+        layer = moe_layer_of(transformer_config(SHAPE, SPLIT))
     if device == "meta":
         assert all(parameter.is_meta for parameter in layer.parameters()), "nothing was allocated"
         layer.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(1 + dist.get_rank())
-    for _, parameter in sorted(layer.named_parameters()):
-        parameter.data.normal_(0.0, 0.1, generator=generator)
+    set_weights(layer, 0.1)
     return layer
 
 
 def step(layer: Any, device: str = "cpu") -> list[torch.Tensor]:
     """Output, gradients and expert load of one batch on the CPU, while another device is torch's default."""
-    x = mcore.make_hidden(SHAPE, TOKENS, 1).requires_grad_()
-    grad = mcore.make_hidden(SHAPE, TOKENS, 1, seed=1)
+    x = hidden_states(SHAPE, TOKENS, 1).requires_grad_()
+    grad = hidden_states(SHAPE, TOKENS, 1, seed=1)
     with default_device(device):
         output = layer(x)[0]
         output.backward(grad)
@@ -88,13 +85,13 @@ def marks(layer: Any) -> list[dict[str, Any]]:
 # ------------------------------------------------------------------------------------------------ other default devices
 
 
-@own_package
+@isolated
 def build_on_meta(group: Any) -> dict[str, tuple[bool, int, list[Any], set[str]]]:
     """By layout: whether all is equal to a layer that was built as usual, the rows that its experts got, their marks,
     and the devices of what a checkpoint of them keeps besides weights."""
     found = {}
     for name, more in OF_LAYOUT.items():
-        with megatron_ranks(SPLIT, num_max_tokens_per_rank=ROOM, **more):
+        with installed(SPLIT, num_max_tokens_per_rank=ROOM, **more):
             layer = make_layer("meta")
             got = step(layer, "meta")  # the buffer is made in it
             with default_device("meta"):
@@ -116,11 +113,11 @@ def test_a_model_that_is_built_and_trained_while_another_device_is_the_default()
 # ----------------------------------------------------------------------------------------------------- copies of layers
 
 
-@own_package
+@isolated
 def copy_layers(group: Any) -> dict[str, dict[str, Any]]:
     found = {}
     for name, more in OF_LAYOUT.items():
-        with megatron_ranks(SPLIT, num_max_tokens_per_rank=ROOM, **more):
+        with installed(SPLIT, num_max_tokens_per_rank=ROOM, **more):
             layer = make_layer()
             expected = step(layer)
             if name == "compact":  # Megatron's own manager keeps tensors of a step, which torch does not copy
@@ -131,7 +128,7 @@ def copy_layers(group: Any) -> dict[str, dict[str, Any]]:
             twin = copy.deepcopy(layer, groups)
             got = step(twin)
             with torch.no_grad():
-                layer(mcore.make_hidden(SHAPE, TOKENS, 1))
+                layer(hidden_states(SHAPE, TOKENS, 1))
             manager = twin.token_dispatcher._comm_manager
             parts = [manager, manager.expert_load]
             found[name] = {
@@ -163,13 +160,13 @@ def test_a_copy_of_a_layer_works_and_is_counted_by_itself() -> None:
 # -------------------------------------------------------------------------------------------------- warnings of torch
 
 
-@own_package
+@isolated
 def use_torch(group: Any) -> list[int]:
     """A step of each layout, and a read of checks over the group, in which what torch has deprecated is an error, and
     so is what else this package is warned of. (Megatron's own modules warn each other.)"""
     rows = []
     for more in OF_LAYOUT.values():
-        with megatron_ranks(SPLIT, num_max_tokens_per_rank=ROOM, **more):
+        with installed(SPLIT, num_max_tokens_per_rank=ROOM, **more):
             layer = make_layer()
             with warnings.catch_warnings():
                 warnings.simplefilter("error", FutureWarning)
@@ -201,7 +198,7 @@ HINTS = {  # by tokens and bucket
 }
 
 
-@own_package
+@isolated
 def bring_wrong_buckets(group: Any) -> list[Report | None]:
     settings.activate(settings.resolve(buffer="reference"))
     sizes = {"hidden": 256, "num_experts": 4, "num_topk": 1, "max_prefill_tokens": 16, "max_decode_tokens": LARGEST}

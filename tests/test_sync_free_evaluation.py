@@ -14,14 +14,15 @@ from megatron_ep_v2.device_checks import read_all
 from megatron_ep_v2.errors import LayoutOverflowError
 from megatron_ep_v2.sync_free import sync_free_combine, sync_free_dispatch
 from tests.helpers.harness import run_ranks
-from tests.helpers.moe_layer import CPU, build_layer, hidden_states, make_layer, megatron, step
+from tests.helpers.megatron_layer import build_layer, hidden_states, make_layer, process_groups, step
+from tests.helpers.shapes import CPU
 
 
 def evaluate_and_train(group: Any) -> dict[str, Any]:
     """A training step that fits, an evaluation that does not, and another such step."""
     found: dict[str, Any] = {}
-    with megatron(CPU):
-        small, big = hidden_states(CPU, 6), hidden_states(CPU, CPU.tokens)
+    with process_groups():
+        small, big = hidden_states(CPU, 6, 1), hidden_states(CPU, CPU.tokens, 1)
         with torch.no_grad():
             wanted = make_layer(CPU, "flex", "expanded", "grouped").eval()(big)[0]
         megatron_ep_v2.uninstall()

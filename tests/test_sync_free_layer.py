@@ -15,49 +15,37 @@ from megatron_ep_v2.device_checks import read_all
 from megatron_ep_v2.errors import LayoutOverflowError
 from megatron_ep_v2.recompute import Replayed
 from megatron_ep_v2.sync_free import sync_free_combine, sync_free_dispatch
-from tests.helpers import mcore, moe
-from tests.helpers.cases import Case, edge_cases, make_batch
-from tests.helpers.harness import run_ranks
-from tests.helpers.moe import Step, all_experts, assert_step, grad_output, own_experts, own_package, weights_dtype
-from tests.helpers.oracle import Experts
+from tests.helpers import fused_layer
+from tests.helpers.cases import EXPANDED, Case, edge_cases, make_batch
+from tests.helpers.compare import relative_error
+from tests.helpers.dense_oracle import Experts
+from tests.helpers.fused_layer import Step, assert_step, step_of
+from tests.helpers.harness import isolated, run_ranks
+from tests.helpers.shapes import Split
 
 
 def run_experts(rows: torch.Tensor, probs: torch.Tensor, counts: torch.Tensor, experts: Experts) -> torch.Tensor:
-    """As a grouped GEMM does it: padding between experts runs along, rows behind the last expert stay unwritten."""
-    assert not rows.isnan().any() and not probs.isnan().any(), "a row that nobody sent has reached the experts"
+    """As a grouped GEMM does it: padding between experts runs along, rows after the last expert stay unwritten."""
+    assert not rows.isnan().any() and not probs.isnan().any(), "a row that no rank sent has reached the experts"
     end = int(counts.sum())
     weighted = [experts.run(expert, mine) for expert, mine in enumerate(rows[:end].split(counts.tolist()))]
     done = torch.cat(weighted) * probs[:end, None]
     return torch.cat([done, torch.full_like(rows[end:], float("nan"))]).to(rows.dtype)
 
 
-def layer(
-    x: torch.Tensor,
-    picks: torch.Tensor,
-    probs: torch.Tensor,
-    experts: Experts,
-    num_experts: int,
-    group: Any,
-    align: int,
-) -> torch.Tensor:
-    rows, row_probs, counts, handle = sync_free_dispatch(x, picks, probs, num_experts, group, expert_alignment=align)
-    return sync_free_combine(run_experts(rows, row_probs, counts, experts), group, handle)
-
-
 def train_step(case: Case, group: Any, align: int, checkpointed: bool = False) -> Step:
-    rank = group.rank()
-    batch = make_batch(case, rank, weights_dtype=weights_dtype(case.dtype))
-    x, probs = batch.x.requires_grad_(), batch.topk_weights.requires_grad_()
-    experts = own_experts(case, rank, all_experts(case))
-    experts = Experts(*(tensor.clone().requires_grad_() for tensor in experts.tensors()))
-    arguments = (x, batch.topk_idx, probs, experts, case.experts, group, align)
-    output = checkpoint(Replayed(layer), *arguments, use_reentrant=False) if checkpointed else layer(*arguments)
-    output.backward(grad_output(case, rank))
-    grads = [torch.zeros_like(t) if t.grad is None else t.grad for t in experts.tensors()]
-    return Step(output.detach(), x.grad, probs.grad, Experts(*grads))
+    def layer(x: torch.Tensor, topk_idx: torch.Tensor, probs: torch.Tensor, experts: Experts) -> torch.Tensor:
+        given = (x, topk_idx, probs, case.experts, group)
+        rows, row_probs, counts, handle = sync_free_dispatch(*given, expert_alignment=align)
+        return sync_free_combine(run_experts(rows, row_probs, counts, experts), group, handle)
+
+    def recomputed(*arguments: Any) -> torch.Tensor:
+        return checkpoint(Replayed(layer), *arguments, use_reentrant=False)
+
+    return step_of(recomputed if checkpointed else layer, case, group.rank())
 
 
-@own_package
+@isolated
 def train_steps(group: Any, case: Case) -> dict[int, Step]:
     settings.activate(settings.resolve(sync_free_rows_percent=0))  # room for whatever arrives
     steps = {align: train_step(case, group, align) for align in (1, 16)}
@@ -88,7 +76,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
 SKEWED = Case("skewed", (6, 4, 7, 5), "all to one rank", experts=16, topk=3)  # the last rank gets all of it
 
 
-@own_package
+@isolated
 def overflow_and_replay(group: Any) -> tuple[str, list[int], bool, Step]:
     """(the error, the room after growing, whether the weight is untouched, the replayed step)."""
     settings.activate(settings.resolve(sync_free_rows_percent=50, num_max_tokens_per_rank=8))
@@ -119,12 +107,12 @@ def test_too_little_room_is_noticed_on_every_rank_and_the_step_replayed() -> Non
     assert "rank 3 was sent more rows" in error and "too many on ranks [3]" in error
     assert "12 slots (50 % of an even share)" in error  # 50 % of 8 tokens x top-3
     for rank, (_, grown, untouched, replayed) in enumerate(answers):
-        assert untouched, "the optimizer stepped although picks were left out"
+        assert untouched, "the optimizer stepped although selections were left out"
         assert grown == answers[0][1] and grown[0] > 50
         assert_step(SKEWED, rank, replayed)
 
 
-@own_package
+@isolated
 def dropped(group: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """With too little room: output and gradient of x, which miss what was left out but nothing else."""
     settings.activate(settings.resolve(sync_free_rows_percent=50, num_max_tokens_per_rank=8))
@@ -134,14 +122,14 @@ def dropped(group: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return step.output, step.grad_x
 
 
-def test_picks_without_a_place_leave_no_garbage() -> None:
+def test_selections_without_a_slot_leave_no_garbage() -> None:
     for output, grad in run_ranks(4, dropped):
         assert output.isfinite().all() and grad.isfinite().all()
 
 
-@own_package
+@isolated
 def rooms(group: Any) -> list[int]:
-    """Places at 0, 100 and 100,000 percent."""
+    """Slots at 0, 100 and 100,000 percent."""
     found = []
     for percent in (0, 100, 100_000):
         settings.activate(settings.resolve(sync_free_rows_percent=percent, num_max_tokens_per_rank=10))
@@ -157,10 +145,10 @@ def test_room_is_a_share_of_what_could_arrive() -> None:
 
 
 TWO_SKEWED = Case("two skewed", (6, 4), "all to one rank", experts=16, topk=3)
-TWO_SMALL = Case("two small", (2, 2), experts=16, topk=3)  # 12 picks fit wherever they go
+TWO_SMALL = Case("two small", (2, 2), experts=16, topk=3)  # 12 selections fit wherever they go
 
 
-@own_package
+@isolated
 def two_groups(world: Any) -> tuple[int, Case, int, Step]:
     """The loop of docs/sync_free.md for several groups: the steps it took, and the last one."""
     settings.activate(settings.resolve(sync_free_rows_percent=50, num_max_tokens_per_rank=8))
@@ -185,26 +173,26 @@ def test_several_groups_repeat_a_step_together() -> None:
         assert_step(case, rank, step)
 
 
-WIDE = Case("wide", (6, 4, 7, 5), "drop some picks", experts=16, topk=3, hidden=256)
+WIDE = Case("wide", (6, 4, 7, 5), "drop some selections", experts=16, topk=3, hidden=256)
 
 
-@own_package
+@isolated
 def in_8_bits(group: Any) -> tuple[Step, Step]:
     """The same 8-bit rows, sync-free and expanded."""
     settings.activate(settings.resolve(dispatch_dtype="fp8", grad_dispatch_dtype="fp8", sync_free_rows_percent=0))
-    return train_step(WIDE, group, 1), moe.train_step(WIDE, moe.EXPANDED, group)
+    return train_step(WIDE, group, 1), fused_layer.train_step(WIDE, EXPANDED, group)
 
 
 def test_rows_and_gradients_in_8_bits() -> None:
     for rank, (ours, theirs) in enumerate(run_ranks(4, in_8_bits)):
         for name in ("output", "grad_x", "grad_probs"):
-            error = (getattr(ours, name) - getattr(theirs, name)).norm() / getattr(theirs, name).norm()
+            error = relative_error(getattr(ours, name), getattr(theirs, name))
             assert error < 1e-6, f"rank {rank}, {name}: relative L2 {error:.1e}"
         with pytest.raises(AssertionError, match="relative L2 error"):  # it was in 8 bits
             assert_step(WIDE, rank, ours)
 
 
-@own_package
+@isolated
 def recomputed(group: Any) -> tuple[Step, list[bool]]:
     """A checkpointed layer, and for each dispatch whether it replayed a handle."""
     settings.activate(settings.resolve(sync_free_rows_percent=0))
@@ -229,13 +217,13 @@ def test_a_recomputed_layer_replays_its_handle() -> None:
         assert replayed == [False, True]
 
 
-def flex_bodies(group: Any, split: mcore.Split) -> None:
+def flex_bodies(group: Any, split: Split) -> None:
     from tests.megatron.test_flex_dispatcher import run_bodies
 
     run_bodies(group, split, "sync-free")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("split", [mcore.Split(1, 2), mcore.Split(1, 4), mcore.Split(2, 2)], ids=str)
-def test_under_megatrons_flex_dispatcher(split: mcore.Split) -> None:
+@pytest.mark.parametrize("split", [Split(1, 2), Split(1, 4), Split(2, 2)], ids=str)
+def test_under_megatrons_flex_dispatcher(split: Split) -> None:
     run_ranks(split.size, flex_bodies, split)

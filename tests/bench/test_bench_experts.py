@@ -10,8 +10,10 @@ import torch
 from megatron_ep_v2.megatron.qwen3_moe.expert_kinds import ExpertSet, one_by_one, owner
 from megatron_ep_v2.megatron.qwen3_moe.options import ModelShape, Recipe, TrainerOptions
 from megatron_ep_v2.megatron.qwen3_moe.trainer import Trainer
+from tests.helpers.compare import relative_error
 from tests.helpers.harness import run_ranks
-from tests.helpers.mcore import Split, megatron_ranks, relative_error
+from tests.helpers.megatron_layer import installed
+from tests.helpers.shapes import Split
 
 MODEL = ModelShape(
     num_layers=2,
@@ -32,7 +34,7 @@ def steps_of_each_kind(group: Any, with_optimizer: bool) -> dict[str, Any]:
     """Distance of the gradients from the first kind's, by kind; whether weights and gradients are the same memory; how
     far a step moves the weights that Megatron's experts read; whose experts ran, micro-batch by micro-batch."""
     kinds = ("grouped", "megatron", "sequential")
-    with megatron_ranks(Split(1, 2)):
+    with installed(Split(1, 2)):
         options = TrainerOptions(shape=MODEL, recipe=RECIPE, dtype="fp32", experts=owner(kinds))
         trainer = Trainer(options, torch.device("cpu"), with_optimizer)
         owners = [layer.experts for layer in trainer.moe_layers]

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sys
-from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -20,26 +18,16 @@ from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.errors import PeerError, TokenCapacityError
 from megatron_ep_v2.fused_a2a import fused_dispatch
 from megatron_ep_v2.recompute import Replayed
-from tests.helpers.cases import Case
-from tests.helpers.harness import run_ranks
-from tests.helpers.mcore import Layer, Shape, Split, make_hidden, megatron_ranks, relative_error
-from tests.helpers.moe import (
-    COMPACT,
-    EXPANDED,
-    Layout,
-    assert_close,
-    assert_step,
-    dense,
-    grad_output,
-    layer_of,
-    own_package,
-    train_step,
-)
-from tests.helpers.reports import assert_report, attempt
+from tests.helpers.cases import COMPACT, EXPANDED, Case, Layout
+from tests.helpers.compare import assert_close, relative_error
+from tests.helpers.fused_layer import assert_step, dense, grad_output, layer_of, train_step
+from tests.helpers.harness import isolated, run_ranks
+from tests.helpers.megatron_layer import FlexLayer, hidden_states, installed
+from tests.helpers.reports import assert_report, attempt, log_records
+from tests.helpers.shapes import CPU, Split
 
 CAPACITY = "MCORE_DEEPEP_V2_MAX_TOKENS_PER_RANK"
 EP2 = Split(1, 2)
-SMALL = Shape("fp32", 3, hidden=64)
 TOKENS = 5  # of the first batch
 ARGUMENTS = {
     "seq_length": 16,
@@ -98,13 +86,13 @@ def run_source(group: Any, name: str) -> tuple[str, float]:
     module: Any = ModuleType("megatron.training.global_vars")
     module._GLOBAL_ARGS = SimpleNamespace(**arguments) if arguments else None
     calculator = SimpleNamespace(micro_batch_size=micro_batch_size) if micro_batch_size else None
-    with pytest.MonkeyPatch.context() as monkeypatch, megatron_ranks(EP2):
+    with pytest.MonkeyPatch.context() as monkeypatch, installed(EP2):
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(num_microbatches_calculator, "_GLOBAL_NUM_MICROBATCHES_CALCULATOR", calculator)
-        layer = Layer(SMALL, EP2, moe_aux_loss_coeff=0.0)
+        layer = FlexLayer(CPU, EP2, moe_aux_loss_coeff=0.0)
         vars(layer.config).update(fields)
-        layer(make_hidden(SMALL, TOKENS))
-        hidden = make_hidden(SMALL, tokens if group.rank() else 1)
+        layer(hidden_states(CPU, TOKENS))
+        hidden = hidden_states(CPU, tokens if group.rank() else 1)
         with torch.no_grad():
             error = relative_error(layer(hidden), layer.dense(hidden))
         return megatron_ep_v2.status()["buffers"][0]["num_max_tokens_per_rank"], error
@@ -129,28 +117,15 @@ LATER = Case("later", tokens=(4, 17), experts=8, dtype=torch.float64, seed=2)
 LARGEST = Case("largest", tokens=(25, 2), experts=8, dtype=torch.float64, seed=3)
 
 
-@contextlib.contextmanager
-def log_lines() -> Iterator[list[tuple[int, str]]]:
-    """Level and text of what this package logs."""
-    lines: list[tuple[int, str]] = []
-    handler, logger = logging.Handler(), logging.getLogger("megatron_ep_v2")
-    handler.emit = lambda record: lines.append((record.levelno, record.getMessage()))  # type: ignore[method-assign]
-    logger.addHandler(handler)
-    try:
-        yield lines
-    finally:
-        logger.removeHandler(handler)
-
-
 def dispatch(group: Any, tokens: int, **more: Any) -> Any:
     """A dispatch without gradients; its handle."""
-    picks = torch.tensor([[0, 3, 7]]).expand(tokens, -1).contiguous()
+    topk_idx = torch.tensor([[0, 3, 7]]).expand(tokens, -1).contiguous()
     x, probs = torch.randn(tokens, 32, dtype=torch.float64), torch.rand(tokens, 3)
     with torch.no_grad():
-        return fused_dispatch(x, picks, probs, 8, group, **more)[-1]
+        return fused_dispatch(x, topk_idx, probs, 8, group, **more)[-1]
 
 
-@own_package
+@isolated
 def grow(group: Any, layout: Layout) -> dict[str, Any]:
     """Forwards of two layers are pending, one of them in a checkpoint, when first rank 1 and then rank 0 has a larger
     batch. The handle of a third is all that is left of it, on rank 1."""
@@ -162,7 +137,7 @@ def grow(group: Any, layout: Layout) -> dict[str, Any]:
     kept = [dispatch(group, 2)] if rank else dispatch(group, 2) and []
     growing: Any = pool.find(group)
     made, capacities, later = [growing.buffer], [growing.num_max_tokens_per_rank], []
-    with log_lines() as lines:
+    with log_records() as records:
         for case in (LATER, LARGEST, FIRST):
             later.append((case, train_step(case, layout, group)))
             made.append(growing.buffer)
@@ -189,7 +164,7 @@ def grow(group: Any, layout: Layout) -> dict[str, Any]:
         "destroyed": [*destroyed, [buffer._destroyed for buffer in made[:3]]],
         "refused": refused,
         "said": said,
-        "lines": [text for _, text in lines if "grows from" in text],
+        "lines": [line for line in (record.getMessage() for record in records) if "grows from" in line],
     }
 
 
@@ -218,7 +193,7 @@ def test_a_larger_batch_makes_the_capacity_grow(layout: Layout) -> None:
             assert_report(found["refused"], PeerError, "rank 1")
 
 
-@own_package
+@isolated
 def start_groups(group: Any) -> list[tuple[list[tuple[int, str]], int]]:
     """What is logged at the first dispatch of a group, and its capacity after a larger batch: unset, again, sync-free,
     set."""
@@ -228,9 +203,10 @@ def start_groups(group: Any) -> list[tuple[list[tuple[int, str]], int]]:
             settings.activate(settings.resolve(buffer="reference", **chosen))
             if len(found) != 1:  # of which the one before has warned
                 monkeypatch.setattr("megatron_ep_v2.buffers.capacity._warned", False)
-            with log_lines() as lines:
+            with log_records() as records:
                 dispatch(group, 4)
             dispatch(group, 9 if group.rank() and "sync_free" not in chosen else 4)
+            lines = [(record.levelno, record.getMessage()) for record in records]
             found.append(([line for line in lines if CAPACITY in line[1]], pool.buffers()[0].num_max_tokens_per_rank))
             pool.destroy_buffers()
     return found
@@ -255,7 +231,7 @@ def test_capacities_are_few_and_at_most_half_as_large_again() -> None:
     assert len(set(rounded.values())) < 30
 
 
-@own_package
+@isolated
 def state_too_little(group: Any) -> tuple[Any, int]:
     """Rank 1 has more tokens than the capacity that was stated: what is said, and how many buffers were built."""
     settings.activate(settings.resolve(buffer="reference", num_max_tokens_per_rank=4))

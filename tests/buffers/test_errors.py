@@ -1,4 +1,4 @@
-"""Bad input: every rank gets an error that says what to do, nobody waits, and the group stays usable."""
+"""Bad input: every rank gets an error that says what to do, no rank waits, and the group stays usable."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ import torch
 from megatron_ep_v2.errors import GroupMismatchError, InputError, PeerError, TokenCapacityError
 from megatron_ep_v2.fused_a2a import fused_dispatch
 from tests.helpers.cases import Case, make_batch
-from tests.helpers.harness import run_ranks
-from tests.helpers.moe import own_package
+from tests.helpers.harness import isolated, run_ranks
 from tests.helpers.reports import Report, assert_report, attempt
 
 CAPACITY = "MCORE_DEEPEP_V2_MAX_TOKENS_PER_RANK"
@@ -32,16 +31,16 @@ def good_arguments(group: Any) -> dict[str, Any]:
     }
 
 
-def set_pick(picks: torch.Tensor, value: int) -> torch.Tensor:
-    picks = picks.clone()
-    picks[2, 1] = value
-    return picks
+def set_pick(topk_idx: torch.Tensor, value: int) -> torch.Tensor:
+    topk_idx = topk_idx.clone()
+    topk_idx[2, 1] = value
+    return topk_idx
 
 
-def repeat_pick(picks: torch.Tensor) -> torch.Tensor:
-    picks = picks.clone()
-    picks[3, 2] = picks[3, 0]
-    return picks
+def repeat_pick(topk_idx: torch.Tensor) -> torch.Tensor:
+    topk_idx = topk_idx.clone()
+    topk_idx[3, 2] = topk_idx[3, 0]
+    return topk_idx
 
 
 def many_picks(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +85,7 @@ def bad_then_good(arguments: dict[str, Any], change: Change | None) -> list[Repo
     return [attempt(lambda: fused_dispatch(**bad)), attempt(lambda: fused_dispatch(**arguments))]
 
 
-@own_package
+@isolated
 def refuse(group: Any, name: str, culprits: list[int], warm: bool) -> list[Report | None]:
     arguments = good_arguments(group)
     if warm:
@@ -118,7 +117,7 @@ def test_bad_input_on_one_rank_at_the_first_call(name: str) -> None:
     assert [after for _, after in reports] == [None, None]
 
 
-@own_package
+@isolated
 def exceed_capacity(group: Any, first: bool) -> list[Report | None]:
     arguments = good_arguments(group)
     if not first:
@@ -134,7 +133,7 @@ def test_too_many_tokens_on_one_rank(first: bool) -> None:
     assert [after for _, after in reports] == [None, None]
 
 
-@own_package
+@isolated
 def agreed_capacity(group: Any) -> int:
     *_, handle = fused_dispatch(**good_arguments(group))
     return handle.num_max_tokens_per_rank
@@ -155,7 +154,7 @@ DIFFERENT: dict[str, tuple[Change, str]] = {
 }
 
 
-@own_package
+@isolated
 def disagree(group: Any, name: str, warm: bool) -> list[Report | None]:
     arguments = good_arguments(group)
     if warm:

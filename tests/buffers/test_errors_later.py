@@ -22,8 +22,7 @@ from megatron_ep_v2.errors import ClosedError, EPError, InputError, SettingsErro
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 from megatron_ep_v2.settings import resolve
 from tests.helpers.cases import Case, make_batch
-from tests.helpers.harness import run_ranks
-from tests.helpers.moe import own_package
+from tests.helpers.harness import isolated, run_ranks
 from tests.helpers.reports import Report, assert_report, attempt
 
 CASE = Case("good", (6, 4), experts=8)
@@ -74,7 +73,7 @@ MISUSES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
 }
 
 
-@own_package
+@isolated
 def misuse(group: Any, name: str, do_expand: bool) -> Report | None:
     received = dispatched(group, do_expand)
     return attempt(lambda: MISUSES[name][0](*received, do_expand))
@@ -87,7 +86,7 @@ def test_misuse_of_a_handle(name: str, do_expand: bool) -> None:
         assert_report(report, InputError, f"rank {rank}", *MISUSES[name][1])
 
 
-@own_package
+@isolated
 def use_after_destroy(group: Any) -> list[Report | None]:
     buffer, recv_x, _, handle = dispatched(group, False)
     batch = make_batch(CASE, group.rank())
@@ -104,7 +103,7 @@ def test_a_destroyed_buffer_says_so() -> None:
         assert_report(report, ClosedError, "destroyed")
 
 
-@own_package
+@isolated
 def use_after_close(group: Any, subgroup: bool) -> list[Report | None]:
     """A dispatch, a combine and a backward in a process group that was destroyed."""
     used = dist.new_group(list(range(group.size()))) if subgroup else group

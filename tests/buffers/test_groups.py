@@ -20,8 +20,7 @@ from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 from megatron_ep_v2.megatron import expert_load
 from megatron_ep_v2.recompute import Replayed
 from megatron_ep_v2.watchdog.stragglers import stragglers
-from tests.helpers.harness import run_ranks
-from tests.helpers.moe import own_package
+from tests.helpers.harness import isolated, run_ranks
 from tests.helpers.reports import Report, assert_report, attempt
 
 EXPERTS, TOKENS, HIDDEN = 4, 5, 16
@@ -57,8 +56,8 @@ class ForwardingMore(Forwarding):
 def layer(group: Any, tokens: int = TOKENS) -> float:
     """Each token goes to experts 0 and 3, which pass rows through: the largest error of y = 2 x and of its gradient."""
     x = torch.randn(tokens, HIDDEN, requires_grad=True)
-    picks = torch.tensor([[0, 3]]).expand(tokens, -1).contiguous()
-    rows, _, _, _, handle = fused_dispatch(x, picks, torch.ones(tokens, 2), EXPERTS, group, do_expand=True)
+    topk_idx = torch.tensor([[0, 3]]).expand(tokens, -1).contiguous()
+    rows, _, _, _, handle = fused_dispatch(x, topk_idx, torch.ones(tokens, 2), EXPERTS, group, do_expand=True)
     y = fused_combine(rows, group, handle)[0]
     y.sum().backward()
     return float(torch.maximum((y - 2 * x).abs().max(), (x.grad - 2).abs().max()))
@@ -107,7 +106,7 @@ def offload_and_reload(kind: type[Forwarding], destroy: Callable[[Any], None], r
     return found | {"at last": len(pool.buffers())}
 
 
-@own_package
+@isolated
 def offload(group: Any) -> list[tuple[str, dict[str, Any]]]:
     """For each class, with the functions of torch.distributed as they are and as a trainer replaces them; and where the
     trainer keeps a `destroy_process_group` of before install(), which we do not see."""
@@ -136,7 +135,7 @@ def test_a_group_that_forwards_is_offloaded_and_reloaded() -> None:
             assert found["at last"] == 0
 
 
-@own_package
+@isolated
 def renew(group: Any) -> list[tuple[float, int, int, bool]]:
     """Groups of three rounds, each destroyed without our hook: error, buffers, watchers that run, whether one look-up
     finds the buffer."""
@@ -159,7 +158,7 @@ def test_groups_made_again_and_again_leave_no_buffer_and_no_watcher() -> None:
     assert run_ranks(2, renew, env=WATCHED) == [[(0.0, 1, 1, True)] * 3] * 2
 
 
-@own_package
+@isolated
 def pass_groups_that_lead_nowhere(group: Any) -> list[Report | None]:
     settings.activate(settings.resolve(buffer="reference"))
     destroyed, two = Forwarding(dist.new_group()), Forwarding(dist.new_group())
@@ -177,13 +176,13 @@ def test_a_group_that_leads_to_none_or_two_says_so() -> None:
         assert_report(none, ClosedError, "class Unrelated", "none of its attributes holds a group")
 
 
-@own_package
+@isolated
 def combine_too_late(group: Any) -> tuple[Report | None, float]:
     """A handle whose buffer went before its combine: refused, and the group stays usable."""
     settings.activate(settings.resolve(buffer="reference"))
-    picks = torch.tensor([[0, 3]] * TOKENS)
+    topk_idx = torch.tensor([[0, 3]] * TOKENS)
     x = torch.randn(TOKENS, HIDDEN)
-    rows, _, _, _, handle = fused_dispatch(x, picks, torch.ones(TOKENS, 2), EXPERTS, group, do_expand=True)
+    rows, _, _, _, handle = fused_dispatch(x, topk_idx, torch.ones(TOKENS, 2), EXPERTS, group, do_expand=True)
     pool.destroy_buffers()
     return attempt(lambda: fused_combine(rows, group, handle)), layer(group)
 
@@ -194,15 +193,15 @@ def test_a_combine_is_refused_once_the_buffer_of_its_dispatch_is_gone() -> None:
         assert error == 0
 
 
-@own_package
+@isolated
 def replay_too_late(group: Any) -> tuple[Report | None, int]:
     """A checkpoint whose buffer went before its backward, where the group has a new one by then: what is said, and how
     often the new one was asked to dispatch."""
     settings.activate(settings.resolve(buffer="reference"))
-    picks = torch.tensor([[0, 3]] * TOKENS)
+    topk_idx = torch.tensor([[0, 3]] * TOKENS)
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        rows, _, _, _, handle = fused_dispatch(x, picks, torch.ones(TOKENS, 2), EXPERTS, group, do_expand=True)
+        rows, _, _, _, handle = fused_dispatch(x, topk_idx, torch.ones(TOKENS, 2), EXPERTS, group, do_expand=True)
         return fused_combine(rows, group, handle)[0]
 
     y = checkpoint(Replayed(run), torch.randn(TOKENS, HIDDEN, requires_grad=True), use_reentrant=False)
@@ -218,7 +217,7 @@ def test_a_replay_is_refused_once_the_buffer_of_its_first_dispatch_is_gone() -> 
         assert dispatches == 0
 
 
-@own_package
+@isolated
 def decide_over_groups_that_forward(group: Any) -> list[Report | None]:
     """One rank has an error; with the functions of torch.distributed as they are, and as a trainer replaces them."""
     outcomes = []

@@ -1,4 +1,4 @@
-"""`LegacyBuffer` on a fake deep_ep: what it refuses before any kernel runs, and how deep_ep's own failures are told."""
+"""`LegacyBuffer` on a fake deep_ep: what it refuses before any kernel runs, and how it reports deep_ep's failures."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ def test_a_dispatch_without_a_host_wait_is_refused(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(legacy, "check_group_open", lambda group: None)
     buffer = legacy.LegacyBuffer(GROUP, SPEC, settings.resolve({}), ["a", "a"])
     assert buffer.comm_stream is FakeBuffer.comm_stream
-    rows, picks = torch.zeros(3, 256, dtype=torch.bfloat16), torch.zeros(3, 2, dtype=torch.int64)
+    rows, topk_idx = torch.zeros(3, 256, dtype=torch.bfloat16), torch.zeros(3, 2, dtype=torch.int64)
     with pytest.raises(InputError, match="cannot dispatch without a host wait") as caught:
-        buffer.dispatch(rows, topk_idx=picks, num_experts=4, do_cpu_sync=False)
+        buffer.dispatch(rows, topk_idx=topk_idx, num_experts=4, do_cpu_sync=False)
     assert caught.value.fix and "buffer=ep, buffer=elastic, buffer=reference" in caught.value.fix
     with pytest.raises(InputError, match="no expanded layout") as caught:
-        buffer.dispatch(rows, topk_idx=picks, num_experts=4, do_expand=True)
+        buffer.dispatch(rows, topk_idx=topk_idx, num_experts=4, do_expand=True)
     assert caught.value.fix and "buffer=ep, buffer=elastic, buffer=reference" in caught.value.fix

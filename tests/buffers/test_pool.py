@@ -10,22 +10,21 @@ from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.errors import EPError
 from megatron_ep_v2.fused_a2a import fused_dispatch
-from tests.helpers.harness import run_ranks
-from tests.helpers.moe import own_package
+from tests.helpers.harness import isolated, run_ranks
 
 CULPRIT = 1
 
 
 def dispatch(group: Any) -> tuple[str, str]:
-    picks = torch.rand(5, 8).topk(3, dim=1).indices
+    topk_idx = torch.rand(5, 8).topk(3, dim=1).indices
     try:
-        fused_dispatch(torch.randn(5, 16), picks, torch.rand(5, 3), 8, group)
+        fused_dispatch(torch.randn(5, 16), topk_idx, torch.rand(5, 3), 8, group)
     except EPError as error:
         return type(error).__name__, str(error)
     return "none", ""
 
 
-@own_package
+@isolated
 def one_rank_asks_for_deep_ep(group: Any) -> list[tuple[str, str]]:
     settings.activate(settings.resolve(buffer="elastic" if group.rank() == CULPRIT else "reference"))
     first = dispatch(group)
@@ -41,7 +40,7 @@ def test_a_rank_without_a_buffer_tells_the_others() -> None:
         assert after == ("none", ""), "the group must stay usable"
 
 
-@own_package
+@isolated
 def two_groups(group: Any) -> list[int]:
     other = torch.distributed.new_group(list(range(group.size())))
     dispatch(group)

@@ -11,10 +11,10 @@ import torch
 from megatron_ep_v2.buffers.contract import BufferSpec
 from megatron_ep_v2.buffers.reference import ReferenceBuffer
 from tests.helpers import oracle
-from tests.helpers.cases import Case, edge_cases, make_batches
+from tests.helpers.cases import Case, Layout, edge_cases, make_batches
 from tests.helpers.compare import arrived_rows, gather, same_bits
 from tests.helpers.conformance import LAYOUTS, BufferConformance
-from tests.helpers.exercise import Layout, Trace, exercise
+from tests.helpers.exercise import Trace, exercise
 from tests.helpers.harness import run_ranks
 
 
@@ -38,7 +38,7 @@ class TestReferenceOnEightRanks(BufferConformance):
     @classmethod
     def runs(cls):
         cases = {case.name: case for case in edge_cases(8)}
-        for name in ("random", "dropped-picks", "one-token"):
+        for name in ("random", "dropped-selections", "one-token"):
             for layout in (Layout(False), Layout(True, 16, zero=True)):
                 yield cases[name], layout
 
@@ -65,10 +65,10 @@ def test_two_runs_agree_bit_for_bit(dtype: torch.dtype) -> None:
 
 def test_rows_are_ordered_by_expert_source_and_token() -> None:
     case, batches = CASES["random"], make_batches(CASES["random"])
-    picks = [batch.topk_idx for batch in batches]
+    topk_idx = [batch.topk_idx for batch in batches]
     traces = [(rank, layout, trace) for rank, by_layout in enumerate(run(case)) for layout, trace in by_layout.items()]
     for rank, layout, trace in traces:
-        expected = oracle.arrival(picks, rank, case.experts, layout.alignment)
+        expected = oracle.arrival(topk_idx, rank, case.experts, layout.alignment)
         assert arrived_rows(trace.handle) == sorted(expected.rows)
         if layout.do_expand:
             order = expected.expanded_order()

@@ -18,8 +18,7 @@ from megatron_ep_v2.buffers.reference import ReferenceBuffer
 from megatron_ep_v2.errors import InputError, PeerError
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 from tests.helpers.cases import Case, make_batch, strided_copy
-from tests.helpers.harness import run_ranks
-from tests.helpers.moe import own_package
+from tests.helpers.harness import isolated, run_ranks
 from tests.helpers.reports import Report, assert_report, attempt
 
 STRICT = "MCORE_DEEPEP_V2_REFERENCE_STRICT"
@@ -96,7 +95,7 @@ def dispatch_of(group: Any) -> dict[str, Any]:
     }
 
 
-@own_package
+@isolated
 def refuse(group: Any, alone: bool) -> dict[str, Report | None]:
     """What is raised by wrong calls; `alone` on one rank. Good ones come between them, with right values."""
     buffer, good = ReferenceBuffer(group, replace(GOOD, num_max_tokens_per_rank=5)), dispatch_of(group)
@@ -112,7 +111,7 @@ def refuse(group: Any, alone: bool) -> dict[str, Report | None]:
         )
         hidden = change_rows(good["x"]) if wrong else good["x"]
         found[f"cached {name}"] = attempt(functools.partial(buffer.dispatch, hidden, handle=handle))
-    for name in ("hidden", "fp32"):  # and the rows came to their places in spite of all that
+    for name in ("hidden", "fp32"):  # and the rows arrived in spite of all that
         assert f"combine {name}" in found
     times = torch.zeros(len(good["x"]), 2, dtype=torch.bool).scatter_(1, good["topk_idx"] // 2, True).sum(dim=1)
     assert torch.equal(buffer.combine(rows, handle)[0], good["x"] * times[:, None])
@@ -133,7 +132,7 @@ def test_rows_that_deep_ep_does_not_carry(alone: bool) -> None:
             assert_report(report, InputError, SAYS, OFF, *words)
 
 
-@own_package
+@isolated
 def two_layers(group: Any, off: bool) -> list[Report | None]:
     """Megatron's calls, with a second layer of another hidden size, and a third one in fp32."""
     if off:
@@ -160,7 +159,7 @@ def test_layers_of_one_group_are_alike_unless_the_setting_is_off() -> None:
     assert run_ranks(2, two_layers, True, env=DEFAULT) == [[None] * 3] * 2
 
 
-@own_package
+@isolated
 def first_layer(group: Any) -> Report | None:
     batch = make_batch(replace(CASE, hidden=40), group.rank())
     return attempt(lambda: fused_dispatch(batch.x, batch.topk_idx, batch.topk_weights, CASE.experts, group))

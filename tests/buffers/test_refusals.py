@@ -19,12 +19,11 @@ from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 from megatron_ep_v2.serving import Decode, DecodeGraphs, PrepareFinalize
 from megatron_ep_v2.sync_free import sync_free_combine, sync_free_dispatch
 from tests.helpers.cases import Case, make_batch
-from tests.helpers.harness import run_ranks
-from tests.helpers.moe import own_package
+from tests.helpers.harness import isolated, run_ranks
 from tests.helpers.reports import Report, assert_report, attempt
 
 CULPRIT, RANKS = 1, 3
-CASE = Case("batch", (3, 5, 4), "drop some picks", experts=6, dtype=torch.float64)
+CASE = Case("batch", (3, 5, 4), "drop some selections", experts=6, dtype=torch.float64)
 E5M2 = torch.float8_e5m2
 
 
@@ -107,7 +106,7 @@ def copies(rank: int, do_expand: bool) -> torch.Tensor:
     return (experts if do_expand else ranks).sum(dim=1, keepdim=True)
 
 
-@own_package
+@isolated
 def refuse(group: Any, do_expand: bool) -> dict[str, tuple[Report | None, bool]]:
     """The error of each wrong call, and whether the same call is right when it is made as it should be."""
     layer, mine = dispatched(group, do_expand), group.rank() == CULPRIT
@@ -157,7 +156,7 @@ def test_the_others_raise_too_and_the_right_call_works(do_expand: bool) -> None:
         assert all(right for _, right in found.values()), {name: right for name, (_, right) in found.items()}
 
 
-@own_package
+@isolated
 def refuse_handles(group: Any) -> tuple[Report | None, torch.Tensor]:
     """A rank combines by the handle of another dispatch, of equal sizes."""
     first = dispatched(group, False)
@@ -190,7 +189,7 @@ def layer_step(group: Any, sync_free: bool) -> tuple[Report | None, torch.Tensor
     return report, output.detach(), hidden.grad
 
 
-@own_package
+@isolated
 def both_layers(group: Any) -> list[Any]:
     return [layer_step(group, sync_free) for sync_free in (False, True)]
 
@@ -210,7 +209,7 @@ def test_experts_that_lose_a_row() -> None:
 # ---------------------------------------------------------------------------------------------------------- serving
 
 HIDDEN = 40  # widened to 256
-SERVED = Case("served", (3, 5, 4), "drop some picks", experts=6, hidden=HIDDEN, dtype=torch.float64)
+SERVED = Case("served", (3, 5, 4), "drop some selections", experts=6, hidden=HIDDEN, dtype=torch.float64)
 Given = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 # name -> (what the culprit brings instead, words of its error)
 WRONG_TOKENS: dict[str, tuple[Callable[..., Given], tuple[str, ...]]] = {
@@ -239,7 +238,7 @@ def served(work: Decode) -> torch.Tensor:
     return work.rows * (work.topk_idx >= 0).sum(dim=1, keepdim=True)
 
 
-@own_package
+@isolated
 def serve(group: Any, culprits: list[int]) -> dict[str, Any]:
     """The reports of wrong calls by phase and name; and the outputs of right ones after them."""
     batch, wrong = make_batch(SERVED, group.rank()), group.rank() in culprits

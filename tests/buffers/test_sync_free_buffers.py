@@ -1,4 +1,4 @@
-"""`do_cpu_sync=False` on the reference buffer: the rows of an ordinary dispatch, and garbage that nobody reads."""
+"""`do_cpu_sync=False` on the reference buffer: the rows of an ordinary dispatch, and garbage that is not read."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_the_real_rows_are_those_of_an_ordinary_dispatch(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_what_lies_behind_them_is_poison(case: Case) -> None:
+def test_what_lies_after_them_is_poison(case: Case) -> None:
     for found in answers(case):
         ours = found["sync-free"]
         tail = {name: ours[name][ours["real"] :] for name in BY_ROW if ours[name] is not None}

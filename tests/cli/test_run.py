@@ -18,7 +18,7 @@ from tests.helpers.paths import ROOT
 # What a script sees; the same text runs as a script and as a module.
 WITNESS = """
 import json, sys
-import beside
+import neighbour
 import megatron_ep_v2
 seen = {
     "name": __name__, "file": __file__, "argv": sys.argv, "path": sys.path[0], "status": megatron_ep_v2.status(),
@@ -72,7 +72,7 @@ seen["bound"] = token_dispatcher.fused_dispatch.__module__
 def test_a_script_runs_as_if_python_had_started_it(tmp_path: Path) -> None:
     """Its own argv, name and folder; everything bound before; its exit status is the command's."""
     write(tmp_path / "job", "pretrain.py", WITNESS + BOUND + "print(json.dumps(seen), flush=True)\nsys.exit(7)")
-    write(tmp_path / "job", "beside.py", "")
+    write(tmp_path / "job", "neighbour.py", "")
     script = os.path.join("job", "pretrain.py")
     arguments = ["--lr", "1e-3", "--help", "-m", "run"]
     done = run("run", script, *arguments, cwd=tmp_path, MCORE_DEEPEP_V2_LAYOUT="compact")
@@ -88,7 +88,7 @@ def test_a_script_runs_as_if_python_had_started_it(tmp_path: Path) -> None:
 
 
 def test_a_module_runs_as_if_python_had_started_it(tmp_path: Path, without_megatron: dict[str, str]) -> None:
-    write(tmp_path, "beside.py", "")
+    write(tmp_path, "neighbour.py", "")
     write(tmp_path / "recipes", "__init__.py", "")
     write(tmp_path / "recipes", "pretrain.py", WITNESS + "print(json.dumps(seen))")
     done = run("run", "-m", "recipes.pretrain", "--lr", "1e-3", cwd=tmp_path, **without_megatron)
@@ -110,8 +110,8 @@ from megatron.core.transformer.moe.token_dispatcher import fused_combine, fused_
 dist.init_process_group("gloo")
 rank, ranks = dist.get_rank(), dist.get_world_size()
 x = torch.full((3, 8), float(rank + 1), requires_grad=True)
-picks, probs = torch.tensor([[0, 1]] * 3), torch.ones(3, 2)
-rows, _, row_probs, counts, handle = fused_dispatch(x, picks, probs, ranks, dist.group.WORLD)
+topk_idx, probs = torch.tensor([[0, 1]] * 3), torch.ones(3, 2)
+rows, _, row_probs, counts, handle = fused_dispatch(x, topk_idx, probs, ranks, dist.group.WORLD)
 y, _ = fused_combine(rows * 10, dist.group.WORLD, handle)
 y.sum().backward()
 seen = {"rank": rank, "argv": sys.argv[1:], "sum": y.sum().item(), "grad": x.grad.sum().item()}

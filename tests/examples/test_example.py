@@ -95,7 +95,7 @@ def test_data_that_cannot_be_used(kind: str, tmp_path: Path) -> None:
         path.write_bytes(bytes(range(256)) * 100)
     elif kind == "unreadable":
         if os.geteuid() == 0:
-            path.mkdir()  # root may read every file: a folder in the place of a file, with a broken link in it
+            path.mkdir()  # root may read every file: a folder where a file should be, with a broken link in it
             (path / "gone.txt").symlink_to(tmp_path / "nowhere")
         else:
             path.write_text("text")

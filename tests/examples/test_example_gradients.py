@@ -13,8 +13,10 @@ from qwen3_moe.presets import PRESETS
 
 from megatron_ep_v2.megatron.qwen3_moe import model, optimizer
 from megatron_ep_v2.megatron.qwen3_moe.trainer import Trainer
+from tests.helpers.compare import relative_error
 from tests.helpers.harness import run_ranks
-from tests.helpers.mcore import Split, megatron_ranks, relative_error
+from tests.helpers.megatron_layer import installed
+from tests.helpers.shapes import Split
 
 RANKS = 2
 SHAPE = dataclasses.replace(PRESETS["tiny"].shape, num_layers=2, hidden_size=64, kv_channels=16, seq_length=32)
@@ -44,12 +46,12 @@ def gradients(group: Any, experts: str) -> tuple[dict[str, torch.Tensor], Traine
 def fused_and_not(group: Any, experts: str) -> tuple[dict[str, float], int, list[bool]]:
     """Distance of each parameter's gradient, calls of the extension, and which linears are fused: the first layer's
     attention, the output layer."""
-    with megatron_ranks(Split(1, RANKS)), pytest.MonkeyPatch.context() as patch:
+    with installed(Split(1, RANKS)), pytest.MonkeyPatch.context() as patch:
         wanted, _ = gradients(group, experts)
         extension, plain = Extension(), model.megatron_layer_spec
         patch.setattr(layers, "_grad_accum_fusion_available", True)
         patch.setattr(layers, "fused_weight_gradient_mlp_cuda", extension, raising=False)
-        patch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))  # of the gradient that nobody reads
+        patch.setattr(torch.cuda, "current_device", lambda: torch.device("cpu"))  # of the gradient that is not read
 
         def fused(*arguments: Any) -> Any:
             spec = plain(*arguments)
@@ -65,7 +67,7 @@ def fused_and_not(group: Any, experts: str) -> tuple[dict[str, float], int, list
 
 @pytest.mark.parametrize("experts", ["megatron", "grouped"])
 def test_gradients_are_the_same_where_the_gemm_adds_them(experts: str) -> None:
-    """Over two micro-batches, with parameters beside them whose gradients come from autograd."""
+    """Over two micro-batches, with other parameters whose gradients come from autograd."""
     by_extension = 2 + (2 * SHAPE.num_experts // RANKS if experts == "megatron" else 0)  # linears of a layer
     for distances, calls, fused in run_ranks(RANKS, fused_and_not, experts):
         assert calls == 2 * 2 * SHAPE.num_layers * by_extension

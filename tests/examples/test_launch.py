@@ -18,8 +18,9 @@ from typing import Any
 import pytest
 
 from tests.helpers.harness import HANG
-from tests.helpers.mcore import Shape, Split, make_config
+from tests.helpers.megatron_layer import transformer_config
 from tests.helpers.paths import JOBS, ROOT
+from tests.helpers.shapes import CPU, Split
 
 CONFIGS, LAUNCH, DOCKER = ROOT / "examples" / "configs", ROOT / "examples" / "launch", ROOT / "docker"
 
@@ -105,8 +106,8 @@ def test_the_recipe_of_megatron_bridge(monkeypatch: pytest.MonkeyPatch) -> None:
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
 
-    shape = Shape("bf16", 4, router_dtype=None)
-    config = SimpleNamespace(model=make_config(shape, Split(1, 2), moe_token_dispatcher_type="alltoall"))
+    model = transformer_config(CPU, Split(1, 2), moe_token_dispatcher_type="alltoall", moe_router_dtype=None)
+    config = SimpleNamespace(model=model)
     order: list[Any] = []
     modules = {
         "megatron.bridge": {"__path__": []},
@@ -224,7 +225,7 @@ def test_settings_for_efa(calls: Calls) -> None:
 
 
 def linter(name: str, package: str) -> str:
-    """Its program, which pip puts beside this Python."""
+    """Its program, which pip puts next to this Python."""
     program = shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if program is None:
         pytest.skip(f"there is no {name} here: pip install {package}")

@@ -1,4 +1,4 @@
-"""SwiGLU experts against fp64 on every backend, with rows of nobody that hold NaN; and what the backends refuse."""
+"""SwiGLU experts against fp64 on every backend, with unowned rows that hold NaN; and what the backends refuse."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_ep_v2.experts import gemm as gemms
 from megatron_ep_v2.experts.gemm import DeepGemm, Grouped
 from megatron_ep_v2.experts.groups import Groups
 from megatron_ep_v2.experts.mlp import swiglu_experts
-from tests.helpers.experts_oracle import NAN, SIZES, batch, check, expected, gradcheck_inputs, run, with_tail
+from tests.helpers.expert_rows import NAN, SIZES, check, expected, expert_rows, gradcheck_inputs, run, with_tail
 
 BACKENDS = ["sequential", "grouped", "deepgemm"]
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -62,7 +62,7 @@ def deep_gemm_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32], ids=str)
 def test_against_fp64(backend: str, sizes: str, kind: torch.dtype, deep_gemm_calls: list[str]) -> None:
-    b = batch(SIZES[sizes])
+    b = expert_rows(SIZES[sizes])
     groups = Groups.from_counts(torch.tensor(b.sizes, dtype=kind), b.x)
     check(run(swiglu_experts, b, groups, backend), expected(b), 1e-6)
     assert deep_gemm_calls == (["nt", "nt", "nn", "nn"] if backend == "deepgemm" else [])
@@ -71,9 +71,9 @@ def test_against_fp64(backend: str, sizes: str, kind: torch.dtype, deep_gemm_cal
 @each_backend
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize(("num_rows", "alignment"), [(60, 4), (640, 128)])
-def test_rows_of_nobody_reach_nothing(backend: str, sizes: str, num_rows: int, alignment: int) -> None:
-    """With the counts on the device alone: static rows, NaN behind the last expert, in the incoming gradient, too."""
-    b = batch(SIZES[sizes])
+def test_unowned_rows_reach_nothing(backend: str, sizes: str, num_rows: int, alignment: int) -> None:
+    """With the counts on the device alone: static rows, NaN after the last expert, in the incoming gradient, too."""
+    b = expert_rows(SIZES[sizes])
     moved, groups, slots = with_tail(b, num_rows, alignment)
     assert groups.sizes is None and groups.used is not None
     ours = run(swiglu_experts, moved, groups, backend)
@@ -82,7 +82,7 @@ def test_rows_of_nobody_reach_nothing(backend: str, sizes: str, num_rows: int, a
         rest[slots] = False
         if name == "probs":  # padding between experts is a row like others, of zeros
             rest[: int(groups.used)] = False
-        assert not ours[name][rest].any(), f"{name}: rows of nobody are zero"
+        assert not ours[name][rest].any(), f"{name}: unowned rows are zero"
         ours[name] = ours[name][slots]
     check(ours, expected(b), 1e-6)
 
@@ -91,7 +91,7 @@ def test_aligned_rows_are_not_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     import megatron_ep_v2.experts.mlp as mlp
 
     monkeypatch.setattr(mlp, "_padded", None)
-    b = batch([128, 0, 256, 0])
+    b = expert_rows([128, 0, 256, 0])
     groups = Groups.from_counts(torch.tensor(b.sizes), b.x)
     assert groups.alignment == 128
     check(run(swiglu_experts, b, groups, "deepgemm"), expected(b), 1e-6)
@@ -105,13 +105,13 @@ def test_gradients_by_differences(tail: bool) -> None:
 
 @each_backend
 def test_bf16(backend: str) -> None:
-    b = batch([40, 3, 0, 21], hidden=64, ffn=32, dtype=torch.bfloat16)
+    b = expert_rows([40, 3, 0, 21], hidden=64, ffn=32, dtype=torch.bfloat16)
     groups = Groups.from_counts(torch.tensor(b.sizes), b.x)
     check(run(swiglu_experts, b, groups, backend), expected(b), 1e-2)
 
 
 def test_frozen_weights_and_inputs_get_no_gradient() -> None:
-    b = batch([3, 4])
+    b = expert_rows([3, 4])
     groups = Groups.from_counts(torch.tensor(b.sizes), b.x)
     x = b.x.requires_grad_()
     swiglu_experts(x, b.probs, b.w1, b.w2, groups, "grouped").backward(b.grad)
@@ -124,7 +124,7 @@ def test_frozen_weights_and_inputs_get_no_gradient() -> None:
 @pytest.mark.parametrize("backend", ["sequential", "grouped"])
 def test_a_gradient_of_a_gradient_is_refused(backend: str) -> None:
     """The kernels' outputs on GPUs carry no graph, so it would be wrong there in silence."""
-    b = batch([3, 4])
+    b = expert_rows([3, 4])
     groups = Groups.from_counts(torch.tensor(b.sizes), b.x)
     x = b.x.requires_grad_()
     y = swiglu_experts(x, b.probs, b.w1, b.w2, groups, backend)
@@ -134,7 +134,7 @@ def test_a_gradient_of_a_gradient_is_refused(backend: str) -> None:
 
 
 def test_rows_and_weights_of_two_dtypes_are_refused() -> None:
-    b = batch([3, 4])
+    b = expert_rows([3, 4])
     groups = Groups.from_counts(torch.tensor(b.sizes), b.x)
     for backend in ("sequential", "grouped"):
         with pytest.raises(InputError, match="float64 rows"):
@@ -142,7 +142,7 @@ def test_rows_and_weights_of_two_dtypes_are_refused() -> None:
 
 
 def test_what_is_refused() -> None:
-    b = batch([3, 4])
+    b = expert_rows([3, 4])
     counts = torch.tensor(b.sizes)
     with pytest.raises(InputError, match="not as many as their counts say"):
         Groups.from_counts(counts + 1, b.x)
@@ -153,14 +153,14 @@ def test_what_is_refused() -> None:
         swiglu_experts(b.x, b.probs, b.w2, b.w1, groups, "grouped")
     with pytest.raises(InputError, match="grouped GEMM does not take"):
         swiglu_experts(b.x.double(), b.probs, b.w1.double(), b.w2.double(), groups, "grouped")
-    odd = batch([3, 4], hidden=6)
+    odd = expert_rows([3, 4], hidden=6)
     with pytest.raises(InputError, match="multiples of 4"):
         swiglu_experts(odd.x, odd.probs, odd.w1, odd.w2, groups, "grouped")
 
 
 def test_deepgemm_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    b = batch([3, 4])
+    b = expert_rows([3, 4])
     groups = Groups.from_counts(torch.tensor(b.sizes), b.x)
     with pytest.raises(UnavailableError, match="DeepGEMM cannot be imported") as raised:
         swiglu_experts(b.x, b.probs, b.w1, b.w2, groups, "deepgemm")
@@ -173,7 +173,7 @@ def test_deepgemm_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_torch_without_a_grouped_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.nn.functional, "grouped_mm")
     monkeypatch.setattr(gemms, "_grouped_mm", gemms._grouped_mm.__wrapped__)
-    b = batch([3, 4])
+    b = expert_rows([3, 4])
     groups = Groups.from_counts(torch.tensor(b.sizes), b.x)
     check(run(swiglu_experts, b, groups, "grouped"), expected(b), 1e-6)  # torch 2.8 and 2.9 have it under this name
     monkeypatch.delattr(torch, "_grouped_mm")

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
 from megatron_ep_v2 import settings
-from tests.helpers.experts_layer import WAYS, errors, run_layer
-from tests.helpers.experts_oracle import layer, layer_expected
-from tests.helpers.harness import run_ranks
+from tests.helpers.cases import Case
+from tests.helpers.experts_layer import WAYS, errors, train_each_way
+from tests.helpers.fused_layer import Step
+from tests.helpers.harness import isolated, run_ranks
 
-SIZES = {"tokens": 40, "experts": 8, "topk": 3, "hidden": 32, "ffn": 24, "dtype": torch.float32}
+CASE = Case("idle expert", (40, 37), "drop some, idle expert", hidden=32, experts=8, ffn=24)
 
 
-def run(group, *args):  # type: ignore[no-untyped-def]
+@isolated
+def train(group: Any) -> dict[tuple[str, str], Step]:
     settings.activate(settings.resolve(buffer="reference"))
-    return run_layer(group, *args, "cpu")
+    return train_each_way(group, CASE, WAYS, ("grouped", "sequential"), "cpu")
 
 
 def test_every_way_to_the_experts_gives_the_same_layer() -> None:
-    wanted = layer_expected(layer(ranks=2, device="cpu", **SIZES))
-    found = errors(run_ranks(2, run, WAYS, ("grouped", "sequential"), SIZES), wanted)
-    assert len(found) == 2 * 3 * 2 * 5
+    found = errors(CASE, run_ranks(2, train))
+    assert len(found) == 2 * 3 * 2 * 6
     for name, error in found.items():
         assert error < 2e-6, f"{name}: relative L2 {error:.1e}"

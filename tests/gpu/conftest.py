@@ -1,4 +1,5 @@
-"""GPU tests: marked `gpu`, skipped with the reason where they cannot run. `pytest -m gpu -s tests/gpu` runs them.
+"""GPU tests: marked `gpu`, skipped with the reason where they cannot run. `pytest -m gpu -s tests/gpu` runs them, on
+the carrier of DeepEP V2 that is installed.
 
 deep_ep compiles a kernel for each new shape in 2.5 s, on all ranks at once, so the tests share their shapes. R ranks:
 
@@ -13,8 +14,8 @@ deep_ep compiles a kernel for each new shape in 2.5 s, on all ranks at once, so 
 | decode | 2048 | 8 | 128 | the bucket | 4 each | decode |
 
 A kernel is compiled for one layout, alignment, dtype, for a first or a cached dispatch, with or without a host wait:
-hence the numbers (read in deep_ep 2.1.0's csrc/kernels/elastic). On 4 GPUs 97, so four minutes; EP_JIT_CACHE_DIR keeps
-them.
+so the numbers (read in deep_ep 2.1.0's csrc/kernels/elastic; 2.5 has the same kernels). On 4 GPUs 97, so four minutes;
+EP_JIT_CACHE_DIR keeps them.
 The rank processes stay warm over all files (importing Megatron and TransformerEngine takes 15 to 20 s); what has to end
 them comes last.
 """
@@ -28,6 +29,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ep_v2.buffers.carriers import CARRIERS
 from megatron_ep_v2.probe import probe
 
 HERE = Path(__file__).parent
@@ -46,7 +48,8 @@ def _gpus_and_deep_ep() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip(f"needs at least 2 CUDA devices, found {torch.cuda.device_count()}")
     if not probe().have_deep_ep_v2:
-        pytest.skip(f"needs deep_ep with ElasticBuffer; {probe().describe()}")
+        wanted = [carrier.requirement for carrier in CARRIERS.values() if carrier.is_v2]
+        pytest.skip(f"needs {' or '.join(wanted)}; {probe().describe()}")
     # torch's deterministic mode wants it, and looks once in a process: at the first matrix product of any test.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 

@@ -1,4 +1,4 @@
-"""The shared suite on deep_ep's own buffers: ElasticBuffer in both layouts, the legacy Buffer in the compact one."""
+"""The shared suite on deep_ep's own buffers: the V2 carrier in both layouts, the legacy Buffer in the compact one."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import pytest
 import torch
 
 from megatron_ep_v2 import settings
+from megatron_ep_v2.buffers.carriers import CARRIERS
 from megatron_ep_v2.buffers.contract import BufferSpec
-from megatron_ep_v2.buffers.elastic import ElasticBuffer
-from megatron_ep_v2.buffers.legacy import LegacyBuffer
 from megatron_ep_v2.buffers.limits import HIDDEN_MULTIPLE
-from tests.helpers.cases import Case, edge_cases
+from megatron_ep_v2.probe import probe
+from tests.helpers.carriers import buffer_class, v2_carrier
+from tests.helpers.cases import Case, Layout, edge_cases
 from tests.helpers.conformance import BufferConformance, payload_cases
-from tests.helpers.exercise import Layout
 
 HIDDEN = 2 * HIDDEN_MULTIPLE
 
@@ -34,14 +35,23 @@ def on_gpu(case: Case, **changes: Any) -> GpuCase:
     return GpuCase(**{**vars(case), **changes})
 
 
-def make_elastic(group: Any, spec: BufferSpec) -> ElasticBuffer:
+def make_buffer(name: str, group: Any, spec: BufferSpec) -> Any:
     torch.distributed.barrier(group, device_ids=[torch.cuda.current_device()])  # makes the communicator
-    return ElasticBuffer(group, spec, settings.resolve(), [socket.gethostname()] * group.size())
+    return buffer_class(name)(group, spec, settings.resolve(), [socket.gethostname()] * group.size())
 
 
-def make_legacy(group: Any, spec: BufferSpec) -> LegacyBuffer:
-    torch.distributed.barrier(group, device_ids=[torch.cuda.current_device()])
-    return LegacyBuffer(group, spec, settings.resolve(), [socket.gethostname()] * group.size())
+def make_v2(group: Any, spec: BufferSpec) -> Any:
+    return make_buffer(v2_carrier(), group, spec)
+
+
+def make_legacy(group: Any, spec: BufferSpec) -> Any:
+    return make_buffer("legacy", group, spec)
+
+
+@pytest.fixture(scope="module")
+def legacy() -> None:
+    if "legacy" not in probe().carriers:
+        pytest.skip(f"needs {CARRIERS['legacy'].requirement}; {probe().describe()}")
 
 
 class GpuConformance(BufferConformance):
@@ -79,8 +89,8 @@ class GpuConformance(BufferConformance):
         yield from ()
 
 
-class TestElasticBuffer(GpuConformance):
-    factory = staticmethod(make_elastic)
+class TestV2Buffer(GpuConformance):
+    factory = staticmethod(make_v2)
     sizes = (8, 4, 2)
     layouts = (Layout(False), Layout(True), Layout(True, 128, zero=True))
 
@@ -90,6 +100,7 @@ class TestElasticBuffer(GpuConformance):
             yield from payload_cases(size, (torch.float8_e4m3fn,), False)
 
 
+@pytest.mark.usefixtures("legacy")
 class TestLegacyBuffer(GpuConformance):
     factory = staticmethod(make_legacy)
     sizes = (8, 4, 2)
@@ -98,5 +109,5 @@ class TestLegacyBuffer(GpuConformance):
 
 
 def test_the_suite_runs_on_every_group_size_here() -> None:
-    sizes = {case.size for case, _ in TestElasticBuffer.runs()}
+    sizes = {case.size for case, _ in TestV2Buffer.runs()}
     assert sizes == {size for size in (2, 4, 8) if size <= torch.cuda.device_count()}

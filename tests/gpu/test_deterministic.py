@@ -1,8 +1,8 @@
-"""Deterministic mode on deep_ep's ElasticBuffer: the same bits in repeats, after restarts and in both layouts.
+"""Deterministic mode on deep_ep's buffer: the same bits in repeats, after restarts and in both layouts.
 
 What the mode changes is the order of received rows, and so everything that is added up over them: weight gradients.
-A token's own sums run in the order of its picks in any case, so its output and gradients repeat without the mode, too;
-that they are the same in both layouts is what this package adds, by sorting the picks.
+A token's own sums run in the order of its selections in any case, so its output and gradients repeat without the mode,
+too; that they are the same in both layouts is what this package adds, by sorting the selections.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from tests.helpers.deterministic_rounds import ON_GPU, repeat
+from tests.helpers.deterministic_rounds import repeat
 from tests.helpers.harness import run_ranks
 from tests.helpers.progress import say
+from tests.helpers.shapes import GPU
 
 RANKS = torch.cuda.device_count()
 REPEATS, RESTARTS = 10, 2
@@ -21,7 +22,7 @@ REPEATS, RESTARTS = 10, 2
 
 def run(deterministic: bool, repeats: int, torchs_mode: bool = False, fresh: bool = False) -> list[Any]:
     say(f"deterministic {deterministic}, {repeats} repeats, torch's mode {torchs_mode}")
-    arguments = (ON_GPU, deterministic, repeats, torchs_mode)
+    arguments = (GPU, deterministic, repeats, torchs_mode)
     return run_ranks(RANKS, repeat, *arguments, backend="nccl", fresh=fresh)
 
 
@@ -45,7 +46,7 @@ def test_torchs_own_mode_changes_nothing() -> None:
 
 
 def test_without_it_rows_come_in_another_order() -> None:
-    """The negative control. Warps of many SMs race for the places of thousands of rows: no ten orders are equal."""
+    """The negative control. Warps of many SMs race for the slots of thousands of rows: no ten orders are equal."""
     for rank, found in enumerate(run(False, REPEATS)):
         different = {name: len(set(found[True][name])) for name in found[True]}
         print(f"rank {rank}: different results in {REPEATS} repeats, expanded: {different}")

@@ -1,4 +1,4 @@
-"""Experts chosen by a setting on GPUs: their weight gradients against fp64, and training beside TransformerEngine's
+"""Experts chosen by a setting on GPUs: their weight gradients against fp64, and training against TransformerEngine's
 grouped experts in Megatron's DDP and distributed optimizer."""
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from megatron_ep_v2.kernels import wgrad
-from tests.helpers.experts_oracle import SIZES
+from tests.helpers.compare import relative_error
+from tests.helpers.expert_rows import SIZES
 from tests.helpers.harness import run_ranks
+from tests.kernels.test_wgrad import exact
 
 RANKS = torch.cuda.device_count()
 STEPS = 4
@@ -25,18 +27,16 @@ def test_weight_gradients_are_added_in_fp32(sizes: list[int], kind: torch.dtype,
     grad, x = (torch.randn(sum(sizes) + 9, n, generator=generator, device="cuda").to(kind) for n in columns)
     grad[sum(sizes) :], x[sum(sizes) :] = float("nan"), float("nan")
     ends = torch.tensor(sizes, device="cuda").cumsum(0).to(torch.int32)
-    at = [0, *ends.tolist()]
     for out_kind in {torch.float32 if kind != torch.float64 else kind, kind}:
         before = torch.randn(len(sizes), *columns, generator=generator, device="cuda").to(out_kind)
         out = before.clone()
         wgrad.add_(out, grad, x, ends)
+        wanted = exact(before, grad, x, ends)
         for expert, size in enumerate(sizes):
-            mine, rows = out[expert], slice(at[expert], at[expert + 1])
             if not size:
-                assert torch.equal(mine, before[expert])
+                assert torch.equal(out[expert], before[expert])
                 continue
-            wanted = before[expert].double() + grad[rows].double().t() @ x[rows].double()
-            error = ((mine.double() - wanted).norm() / wanted.norm()).item()
+            error = relative_error(out[expert], wanted[expert])
             assert error < {torch.float64: 1e-12, torch.float32: 2e-6}.get(out_kind, 4e-3), error
 
 
@@ -50,9 +50,10 @@ def train(group: Any, experts: str, fusion: bool, state: dict[str, torch.Tensor]
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     import megatron_ep_v2
-    from tests.helpers.moe_layer import GPU, build_layer, hidden_states
+    from tests.helpers.megatron_layer import build_layer, hidden_states
+    from tests.helpers.shapes import GPU
 
-    megatron_ep_v2.install(buffer="elastic", num_max_tokens_per_rank=GPU.tokens, experts=experts)
+    megatron_ep_v2.install(buffer=GPU.buffer, num_max_tokens_per_rank=GPU.tokens, experts=experts)
     layer = build_layer(GPU, "flex", gradient_accumulation_fusion=fusion)
     if state is None:
         state = {name: p.detach().clone() for name, p in layer.named_parameters()}
@@ -77,7 +78,7 @@ def train(group: Any, experts: str, fusion: bool, state: dict[str, torch.Tensor]
         optimizer="adam", lr=1e-4, bf16=True, use_distributed_optimizer=True, overlap_param_gather=True, clip_grad=1.0
     )
     optimizer = get_megatron_optimizer(config, [ddp])
-    said, hidden = [], hidden_states(GPU, GPU.tokens)
+    said, hidden = [], hidden_states(GPU, GPU.tokens, 1)
     for _ in range(STEPS):
         ddp.zero_grad_buffer()
         optimizer.zero_grad()
@@ -94,18 +95,18 @@ def train(group: Any, experts: str, fusion: bool, state: dict[str, torch.Tensor]
     return said, main, state
 
 
-def beside_transformer_engine(group: Any) -> dict[str, Any]:
-    from tests.helpers.moe_layer import GPU, megatron
+def against_transformer_engine(group: Any) -> dict[str, Any]:
+    from tests.helpers.megatron_layer import process_groups
 
     found = {}
-    with megatron(GPU):
+    with process_groups():
         theirs, main, state = train(group, "megatron", True, None)
         for fusion in (True, False):
             ours, own, _ = train(group, "grouped", fusion, state)
             errors = []
             for name, stacked in own.items():
                 wanted = torch.stack([main[f"{name}{i}"] for i in range(len(stacked))])
-                errors.append(((stacked - wanted).norm() / wanted.norm()).item())
+                errors.append(relative_error(stacked, wanted))
             found[f"fusion={fusion}"] = {
                 "loss": max(abs(a[0] - b[0]) / b[0] for a, b in zip(ours, theirs, strict=True)),
                 "norm": max(abs(a[1] - b[1]) / b[1] for a, b in zip(ours, theirs, strict=True)),
@@ -114,10 +115,10 @@ def beside_transformer_engine(group: Any) -> dict[str, Any]:
     return found
 
 
-def test_training_beside_transformer_engines_grouped_experts() -> None:
-    """Real DDP and distributed optimizer, gradients reduced and parameters gathered beside compute, in bf16."""
+def test_training_against_transformer_engines_grouped_experts() -> None:
+    """Real DDP and distributed optimizer, gradients reduced and parameters gathered during compute, in bf16."""
     pytest.importorskip("transformer_engine")
-    for found in run_ranks(RANKS, beside_transformer_engine, backend="nccl"):
+    for found in run_ranks(RANKS, against_transformer_engine, backend="nccl"):
         assert len(found) == 2
         for fusion, errors in found.items():
             print(fusion, errors)

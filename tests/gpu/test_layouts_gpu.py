@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from megatron_ep_v2 import settings
-from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.experts.groups import Groups
 from megatron_ep_v2.experts.mlp import swiglu_experts
 from megatron_ep_v2.layouts import (
@@ -24,9 +23,13 @@ from megatron_ep_v2.layouts import (
 )
 from megatron_ep_v2.wire import quantize
 from megatron_ep_v2.wire.formats import FORMATS
-from tests.helpers.experts_layer import WAYS, errors, run_layer
-from tests.helpers.experts_oracle import NAN, batch, check, expected, layer, layer_expected, run, with_tail
-from tests.helpers.harness import run_ranks
+from tests.helpers.carriers import v2_carrier
+from tests.helpers.cases import Case
+from tests.helpers.compare import relative_error
+from tests.helpers.expert_rows import NAN, check, expected, expert_rows, run, with_tail
+from tests.helpers.experts_layer import WAYS, errors, train_each_way
+from tests.helpers.fused_layer import Step
+from tests.helpers.harness import isolated, run_ranks
 from tests.helpers.layout_kernels import column_cases, differences, move_cases, place_cases, swiglu_cases
 from tests.helpers.layout_oracle import routing
 from tests.helpers.progress import say
@@ -40,7 +43,7 @@ def test_the_kernels_equal_the_references() -> None:
     """Bit by bit; SwiGLU and dot products as close as another order of sums is."""
     from megatron_ep_v2.kernels import move_triton, places_triton, swiglu_triton
 
-    say("places")
+    say("slots")
     wrong = differences(place_cases(places_triton, "cuda"))
     say("moves")
     wrong += differences(
@@ -53,21 +56,21 @@ def test_the_kernels_equal_the_references() -> None:
     assert wrong == []
 
 
-def laid_out(way: str, picks: torch.Tensor, num_recv: torch.Tensor) -> Places:
+def laid_out(way: str, topk_idx: torch.Tensor, num_recv: torch.Tensor) -> Places:
     if way == "masked":
-        return place_masked(picks, num_recv, 6, 24)
-    return place_contiguous(picks, num_recv, 6, 1024 if way == "aligned" else 256, 128 if way == "aligned" else 32)
+        return place_masked(topk_idx, num_recv, 6, 24)
+    return place_contiguous(topk_idx, num_recv, 6, 1024 if way == "aligned" else 256, 128 if way == "aligned" else 32)
 
 
 @pytest.mark.parametrize("way", ["aligned", "overflow", "masked"])
 def test_a_graph_replays_what_runs_eagerly(way: str) -> None:
-    """Places, rows there, experts, rows back, and all gradients: captured once, replayed on other routings. No call
-    may wait for the device, and NaN in rows that have not come reaches nothing."""
+    """Slots, rows there, experts, rows back, and all gradients: captured once, replayed on other routings. No call
+    may wait for the device, and NaN in rows that were not received reaches nothing."""
     rows, topk, hidden, ffn = 37, 5, 256, 128
-    weights = batch([0] * 6, hidden, ffn, torch.bfloat16, "cuda")
+    weights = expert_rows([0] * 6, hidden, ffn, torch.bfloat16, "cuda")
     w1, w2 = weights.w1.requires_grad_(), weights.w2.requires_grad_()
     static: dict[str, Any] = {
-        "picks": torch.empty(rows, topk, dtype=torch.int64, device="cuda"),
+        "topk_idx": torch.empty(rows, topk, dtype=torch.int64, device="cuda"),
         "num_recv": torch.empty((), dtype=torch.int32, device="cuda"),
         "x": torch.empty(rows, hidden, dtype=torch.bfloat16, device="cuda").requires_grad_(),
         "probs": torch.empty(rows, topk, device="cuda").requires_grad_(),
@@ -78,14 +81,14 @@ def test_a_graph_replays_what_runs_eagerly(way: str) -> None:
         r = routing(kind, rows=rows, topk=topk, num_experts=6, seed=seed)
         generator = torch.Generator("cuda").manual_seed(seed)
         with torch.no_grad():
-            static["picks"].copy_(r.picks)
+            static["topk_idx"].copy_(r.topk_idx)
             static["num_recv"].fill_(r.num_recv)
             for name in ("x", "probs", "grad"):
                 static[name].normal_(generator=generator)
                 static[name][r.num_recv :] = NAN
 
     def layer_step() -> list[torch.Tensor]:
-        places = laid_out(way, static["picks"], static["num_recv"])
+        places = laid_out(way, static["topk_idx"], static["num_recv"])
         y = swiglu_experts(
             gather_rows(static["x"], places),
             gather_weights(static["probs"], places),
@@ -119,14 +122,14 @@ def test_a_graph_replays_what_runs_eagerly(way: str) -> None:
         replayed = [tensor.clone() for tensor in captured]
         for ours, eager in zip(replayed, layer_step(), strict=True):
             assert torch.equal(ours, eager), f"{kind}: replay and eager run differ"
-            assert torch.isfinite(ours.float()).all(), f"{kind}: NaN of rows that have not come"
+            assert torch.isfinite(ours.float()).all(), f"{kind}: NaN of rows that were not received"
         assert kind == "nothing" or replayed[0].any()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("tail", [False, True], ids=["exact", "rows of nobody"])
+@pytest.mark.parametrize("tail", [False, True], ids=["exact", "unowned rows"])
 def test_experts_against_fp64(backend: str, tail: bool) -> None:
-    b = batch([300, 0, 1, 77, 512, 0, 128, 5], hidden=512, ffn=256, dtype=torch.bfloat16, device="cuda")
+    b = expert_rows([300, 0, 1, 77, 512, 0, 128, 5], hidden=512, ffn=256, dtype=torch.bfloat16, device="cuda")
     wanted = expected(b)
     if not tail:
         groups = Groups.from_counts(torch.tensor(b.sizes), b.x)
@@ -141,19 +144,19 @@ def test_experts_against_fp64(backend: str, tail: bool) -> None:
     check(ours, wanted, 1e-2)
 
 
-def elastic(group: Any, *args: Any) -> dict[str, dict[str, torch.Tensor]]:
-    settings.activate(settings.resolve(buffer="elastic"))
-    answer = run_layer(group, *args, "cuda")
-    pool.destroy_buffers()
-    return answer
+@isolated
+def train(group: Any, case: Case, backends: list[str]) -> dict[tuple[str, str], Step]:
+    settings.activate(settings.resolve(buffer=v2_carrier()))
+    return train_each_way(group, case, WAYS, backends, "cuda")
 
 
-def test_whole_layers_on_elastic_buffer_against_fp64() -> None:
-    sizes = {"tokens": 128, "experts": 4 * RANKS, "topk": 4, "hidden": 512, "ffn": 256, "dtype": torch.bfloat16}
+def test_whole_layers_against_fp64() -> None:
+    tokens = tuple(128 - 3 * rank for rank in range(RANKS))
+    sizes: dict[str, Any] = {"topk": 4, "hidden": 512, "ffn": 256, "dtype": torch.bfloat16}
+    case = Case("idle expert", tokens, "drop some, idle expert", experts=4 * RANKS, **sizes)
     backends = ["grouped", *(["deepgemm"] if importlib.util.find_spec("deep_gemm") else [])]
-    answers = run_ranks(RANKS, elastic, WAYS, backends, sizes, backend="nccl")
-    found = errors(answers, layer_expected(layer(ranks=RANKS, device="cuda", **sizes)))
-    assert len(found) == RANKS * len(WAYS) * len(backends) * 5
+    found = errors(case, run_ranks(RANKS, train, case, backends, backend="nccl"))
+    assert len(found) == RANKS * len(WAYS) * len(backends) * 6
     worst = max(found, key=found.__getitem__)
     assert found[worst] < 1.2e-2, f"{worst}: relative L2 {found[worst]:.1e}"  # bf16 rounds h, a, y and partial sums
 
@@ -168,7 +171,7 @@ def test_deepgemm_takes_the_payloads_as_they_are_delivered(way: str) -> None:
 
     experts, hidden, columns = 6, 512, 256
     r = routing("random", rows=150, topk=5, num_experts=experts)
-    picks, num_recv = r.picks.cuda(), torch.tensor(r.num_recv, dtype=torch.int32, device="cuda")
+    topk_idx, num_recv = r.topk_idx.cuda(), torch.tensor(r.num_recv, dtype=torch.int32, device="cuda")
     x = torch.randn(150, hidden, device="cuda").bfloat16()
     payload = quantize.quantize(x, FORMATS["fp8"])
     weights = torch.randn(experts, columns, hidden, device="cuda")
@@ -178,8 +181,8 @@ def test_deepgemm_takes_the_payloads_as_they_are_delivered(way: str) -> None:
     exact = (codes.double().view_as(blocks) * scales.double()[:, :, None, :, None]).view_as(weights)
     rows = quantize.dequantize(*payload, FORMATS["fp8"], torch.float64)
 
-    places = place_contiguous(picks, num_recv, experts, 1024) if way == "contiguous" else place_masked(
-        picks, num_recv, experts, 128
+    places = place_contiguous(topk_idx, num_recv, experts, 1024) if way == "contiguous" else place_masked(
+        topk_idx, num_recv, experts, 128
     )  # fmt: skip
     values, row_scales = gather_payload(payload, places, "mn_major")
     out = torch.full((*values.shape[:-1], columns), NAN, dtype=torch.bfloat16, device="cuda")
@@ -190,5 +193,4 @@ def test_deepgemm_takes_the_payloads_as_they_are_delivered(way: str) -> None:
     out = out.view(-1, columns)
     used = places.m_indices >= 0
     wanted = torch.einsum("mk,mnk->mn", rows[places.rows[used].long()], exact[places.m_indices[used].long()])
-    error = (out[used].double() - wanted).norm() / wanted.norm()
-    assert used.any() and error < 5e-3
+    assert used.any() and relative_error(out[used], wanted) < 5e-3

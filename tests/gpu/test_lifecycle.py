@@ -18,8 +18,9 @@ from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.errors import EPError, GroupMismatchError, InputError
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
-from tests.helpers.harness import HANG, run_ranks
-from tests.helpers.moe import own_package
+from tests.helpers.carriers import v2_carrier
+from tests.helpers.compare import relative_error
+from tests.helpers.harness import HANG, isolated, run_ranks
 from tests.helpers.progress import say
 
 JOBS = Path(__file__).parent / "jobs"
@@ -47,7 +48,7 @@ Jobs = dict[str, "Future[tuple[int, str]]"]
 def jobs() -> Iterator[Jobs]:
     """All at the same time: most of each is starting up."""
     with ThreadPoolExecutor(len(ROUNDS)) as pool:
-        yield {fail: pool.submit(job, "rounds.py", str(rounds), fail) for fail, rounds in ROUNDS.items()}
+        yield {fail: pool.submit(job, "rounds.py", v2_carrier(), str(rounds), fail) for fail, rounds in ROUNDS.items()}
 
 
 @pytest.mark.parametrize("fail", ["never", "step"])
@@ -99,7 +100,7 @@ def mismatch(group: Any, names: list[str]) -> list[tuple[str, str]]:
         }
         if group.rank() == CULPRIT:
             arguments |= MISTAKES[name][0](arguments)
-        settings.activate(settings.resolve(buffer="elastic", **arguments.pop("settings", {})))
+        settings.activate(settings.resolve(buffer=v2_carrier(), **arguments.pop("settings", {})))
         try:
             fused_dispatch(**arguments, group=group)
             answers.append(("none", ""))
@@ -118,19 +119,19 @@ def test_a_mismatch_is_named_on_every_rank() -> None:
 
 
 def unsupported(group: Any) -> str:
-    settings.activate(settings.resolve(buffer="elastic"))
+    settings.activate(settings.resolve(buffer=v2_carrier()))
     x = torch.randn(4, 300, device="cuda", dtype=torch.bfloat16)
-    picks = torch.zeros(4, 1, device="cuda", dtype=torch.int64)
+    topk_idx = torch.zeros(4, 1, device="cuda", dtype=torch.int64)
     with pytest.raises(InputError) as caught:
-        fused_dispatch(x, picks, torch.ones(4, 1, device="cuda"), group.size(), group)
+        fused_dispatch(x, topk_idx, torch.ones(4, 1, device="cuda"), group.size(), group)
     return str(caught.value)
 
 
-@own_package
+@isolated
 def grow(group: Any) -> list[dict[str, Any]]:
     """No capacity is set. A forward of 96 tokens is pending when rank 1 has 128: all ranks build a larger buffer. The
     pending backward runs on the old one, which is destroyed in the next dispatch."""
-    settings.activate(settings.resolve(buffer="elastic", watchdog_secs=30))
+    settings.activate(settings.resolve(buffer=v2_carrier(), watchdog_secs=30))
     pending = Layer(group, 96)
     watched: Any = pool.find(group)
     old, capacities = watched.buffer.buffer, [watched.num_max_tokens_per_rank]
@@ -162,7 +163,7 @@ class Layer:
         y = x * probs.sum(dim=1, keepdim=True)
         y.sum().backward()
         pairs = ((self.y, y), (self.x.grad, x.grad), (self.probs.grad, probs.grad))
-        return [float((mine.double() - wanted).norm() / wanted.norm()) for mine, wanted in pairs]
+        return [relative_error(mine, wanted) for mine, wanted in pairs]
 
 
 def test_a_capacity_grows_while_a_backward_is_pending() -> None:

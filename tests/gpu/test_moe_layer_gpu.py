@@ -1,5 +1,5 @@
-"""Megatron's whole MoE layer on ElasticBuffer with TransformerEngine's grouped experts: features beside alltoall, and
-what one forward + backward launches, waits for and holds."""
+"""Megatron's whole MoE layer with TransformerEngine's grouped experts: features against alltoall, and what one
+forward + backward launches, waits for and holds."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ import torch
 import megatron_ep_v2
 from tests.gpu.waits import traced
 from tests.helpers.harness import run_ranks
-from tests.helpers.moe_layer import GPU, GPU_FEATURES, compare_with_alltoall, hidden_states, make_layer, megatron, step
+from tests.helpers.megatron_layer import hidden_states, make_layer, process_groups, step
+from tests.helpers.moe_features import GPU_FEATURES, compare_with_alltoall
 from tests.helpers.progress import say
+from tests.helpers.shapes import GPU
 
 RANKS = torch.cuda.device_count()
 
@@ -32,9 +34,9 @@ def test_every_feature_agrees_with_alltoall() -> None:
 def run(group: Any) -> dict[str, dict[str, Any]]:
     """Layout -> kernels by name, waits by name, dispatches that wait for counts, peak MiB; one forward + backward."""
     found = {}
-    with megatron(GPU):
-        hidden = hidden_states(GPU, GPU.tokens)
-        # The first one leaves behind what is allocated once in a process (cuBLAS' workspaces).
+    with process_groups():
+        hidden = hidden_states(GPU, GPU.tokens, 1)
+        # The first one allocates what is allocated once in a process (cuBLAS' workspaces).
         for layout in ("expanded", "compact", "expanded"):
             say(f"{layout}: memory and trace", group)
             layer = make_layer(GPU, "flex", layout)
@@ -57,7 +59,7 @@ def test_nothing_is_permuted_and_the_host_waits_once() -> None:
     by_rank = run_ranks(RANKS, run, backend="nccl")
     for found in by_rank:
         compact, expanded = found["compact"], found["expanded"]
-        deep_ep = {name: n for name, n in expanded["kernels"].items() if "deep_ep::elastic" in name}
+        deep_ep = {name: n for name, n in expanded["kernels"].items() if "deep_ep::" in name}
         assert sum(n for name, n in deep_ep.items() if "dispatch_impl" in name) == 2
         assert sum(n for name, n in deep_ep.items() if "combine_impl" in name) == 2
         assert any("permute" in name for name in compact["kernels"]), "the trace would not show a permute"

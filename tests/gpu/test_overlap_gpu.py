@@ -1,7 +1,7 @@
-"""What other streams run beside a watched call where all streams share one hardware queue.
+"""What other streams run during a watched call where all streams share one hardware queue.
 
-There, a kernel that waits for the communication holds back all that is queued behind it, on any stream, and so does a
-write to memory. So neither may be queued between a call and what is to run beside it: this is the test of the
+There, a kernel that waits for the communication holds back all that is queued after it, on any stream, and so does a
+write to memory. So neither may be queued between a call and what is to run next to it: this is the test of the
 watchdog's mark (`watchdog.completion.GpuClock`).
 """
 
@@ -16,36 +16,36 @@ from megatron_ep_v2 import settings
 from megatron_ep_v2.bench.exposed import profiled
 from megatron_ep_v2.fused_a2a import get_buffer
 from megatron_ep_v2.watchdog.watched_buffer import WatchedBuffer
-from tests.helpers.harness import run_ranks
-from tests.helpers.moe import own_package
+from tests.helpers.carriers import v2_carrier
+from tests.helpers.harness import isolated, run_ranks
+from tests.helpers.shapes import GPU
 
 RANKS = torch.cuda.device_count()
-TOKENS, HIDDEN, EXPERTS, TOPK = 4096, 2048, 128, 8
 AHEAD_CYCLES = 4_000_000  # about 2 ms: until all is queued, on every rank
 
 
-@own_package
-def compute_beside_calls(group: Any) -> dict[str, float]:
-    """Call -> the part of its kernels' time in which a GEMM ran that was queued behind it, on a stream of its own."""
-    settings.activate(settings.resolve(buffer="elastic", watchdog_secs=30, num_max_tokens_per_rank=TOKENS))
-    x = torch.randn(TOKENS, HIDDEN, device="cuda").bfloat16()
-    top = torch.rand(TOKENS, EXPERTS, device="cuda").topk(TOPK, dim=1)
-    weight = torch.randn(HIDDEN, 4 * HIDDEN, device="cuda").bfloat16()
-    buffer = get_buffer(group, x, top.indices, EXPERTS)
+@isolated
+def compute_during_calls(group: Any) -> dict[str, float]:
+    """Call -> the part of its kernels' time in which a GEMM ran that was queued after it, on a stream of its own."""
+    settings.activate(settings.resolve(buffer=v2_carrier(), watchdog_secs=30, num_max_tokens_per_rank=GPU.tokens))
+    x = torch.randn(GPU.tokens, GPU.hidden, device="cuda").bfloat16()
+    top = torch.rand(GPU.tokens, GPU.experts, device="cuda").topk(GPU.topk, dim=1)
+    weight = torch.randn(GPU.hidden, 4 * GPU.hidden, device="cuda").bfloat16()
+    buffer = get_buffer(group, x, top.indices, GPU.experts)
     assert isinstance(buffer, WatchedBuffer)
     rows, _, _, handle, _ = buffer.dispatch(
-        x, topk_idx=top.indices, topk_weights=top.values, num_experts=EXPERTS, do_expand=True
+        x, topk_idx=top.indices, topk_weights=top.values, num_experts=GPU.experts, do_expand=True
     )
-    beside = torch.cuda.Stream()
+    other = torch.cuda.Stream()
 
     def run(call: Callable[[], Any]) -> None:
         torch.distributed.barrier()
         torch.cuda._sleep(AHEAD_CYCLES)
-        beside.wait_stream(torch.cuda.current_stream())
+        other.wait_stream(torch.cuda.current_stream())
         call()
-        with torch.cuda.stream(beside):
+        with torch.cuda.stream(other):
             x @ weight
-        torch.cuda.current_stream().wait_stream(beside)
+        torch.cuda.current_stream().wait_stream(other)
 
     calls: dict[str, Callable[[], Any]] = {
         "cached dispatch": lambda: buffer.dispatch(x, handle=handle, num_sms=handle.num_sms, do_expand=True),
@@ -59,10 +59,10 @@ def compute_beside_calls(group: Any) -> dict[str, float]:
     return found
 
 
-def test_compute_runs_beside_watched_calls_in_one_hardware_queue() -> None:
+def test_compute_runs_during_watched_calls_in_one_hardware_queue() -> None:
     everywhere = run_ranks(
         RANKS,
-        compute_beside_calls,
+        compute_during_calls,
         backend="nccl",
         env={"CUDA_DEVICE_MAX_CONNECTIONS": "1"},
         fresh=True,

@@ -1,4 +1,4 @@
-"""Recompute on ElasticBuffer: no second layout, no wait in the replay, and a changed routing stops the step."""
+"""Recompute on GPUs: no second layout, no wait in the replay, and a changed routing stops the step."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import megatron_ep_v2
-from megatron_ep_v2.buffers.elastic import ElasticBuffer
 from megatron_ep_v2.device_checks import read_all
 from megatron_ep_v2.errors import RoutingChangedError
 from tests.gpu.waits import traced
+from tests.helpers.carriers import buffer_class, v2_carrier
+from tests.helpers.compare import relative_errors
 from tests.helpers.harness import run_ranks
-from tests.helpers.moe_layer import GPU, build_layer, hidden_states, make_layer, megatron, step, use
+from tests.helpers.megatron_layer import build_layer, hidden_states, make_layer, process_groups, step, use_dispatcher
+from tests.helpers.moe_features import WHOLE_LAYER
 from tests.helpers.progress import say
-from tests.helpers.recompute_rounds import WHOLE_LAYER, alive, recorded
-from tests.helpers.replay_oracle import wrong
+from tests.helpers.recompute_rounds import alive, recorded
+from tests.helpers.replay_kernels import wrong
+from tests.helpers.shapes import GPU
 
 RANKS = torch.cuda.device_count()
 
@@ -28,16 +31,16 @@ pytestmark = pytest.mark.usefixtures("transformer_engine")
 def replay(group: Any) -> dict[str, dict[str, Any]]:
     """Layout -> dispatches, waits during the backward that recomputes, handles left, distance from no recompute."""
     found = {}
-    with megatron(GPU):
-        hidden = hidden_states(GPU, GPU.tokens)
+    with process_groups():
+        hidden = hidden_states(GPU, GPU.tokens, 1)
         for layout in ("compact", "expanded"):
             say(f"{layout}: replay", group)
-            use(GPU, "flex", layout)
+            use_dispatcher(GPU, "flex", layout)
             plain = step(build_layer(GPU, "flex"), hidden)
             layer = build_layer(GPU, "flex", **WHOLE_LAYER)
             again = step(layer, hidden)
-            distance = {name: _distance(again[name], plain[name]) for name in plain}
-            with recorded(ElasticBuffer) as (calls, handles):
+            distance = relative_errors(again, plain)
+            with recorded(buffer_class(v2_carrier())) as (calls, handles):
                 y = layer(hidden.requires_grad_())[0]
                 forward = len(calls)
                 trace = traced(functools.partial(y.backward, torch.ones_like(y)))
@@ -51,10 +54,6 @@ def replay(group: Any) -> dict[str, dict[str, Any]]:
                 }
             megatron_ep_v2.destroy_buffers()
     return found
-
-
-def _distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
 
 
 def test_the_replay_waits_for_nothing() -> None:
@@ -76,8 +75,8 @@ def checkpoints_of_torch(group: Any) -> dict[str, float]:
     """The largest relative distance of a gradient under torch's checkpoint, without `Replayed`, from a plain step's;
     and that of another plain step. deep_ep orders rows differently in each dispatch."""
     found = {}
-    with megatron(GPU):
-        hidden = hidden_states(GPU, GPU.tokens)
+    with process_groups():
+        hidden = hidden_states(GPU, GPU.tokens, 1)
         for layout in ("compact", "expanded", "sync-free"):
             say(f"{layout}: torch's checkpoint", group)
             layer = make_layer(GPU, "flex", layout, "grouped" if layout == "sync-free" else None)
@@ -94,7 +93,7 @@ def checkpoints_of_torch(group: Any) -> dict[str, float]:
             plain = train(None)
             for name, reentrant in {"again": None, "reentrant": True, "without reentry": False}.items():
                 actual = train(reentrant)
-                found[f"{layout}, {name}"] = max(_distance(actual[key], plain[key]) for key in plain)
+                found[f"{layout}, {name}"] = max(relative_errors(actual, plain).values())
     return found
 
 
@@ -112,10 +111,10 @@ def test_torchs_checkpoint_is_right_by_itself() -> None:
 
 def change(group: Any) -> tuple[str, bool]:
     """Rank 1's router changes between the forward and its recompute; the backward goes on, the step does not."""
-    with megatron(GPU):
+    with process_groups():
         layer = make_layer(GPU, "flex", **WHOLE_LAYER)
         optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
-        hidden = hidden_states(GPU, GPU.tokens).requires_grad_()
+        hidden = hidden_states(GPU, GPU.tokens, 1).requires_grad_()
         y = layer(hidden)[0]
         if group.rank() == 1:
             layer.router.weight.data.neg_()
@@ -141,10 +140,10 @@ def checkpoint_of_te(group: Any) -> list[str]:
     from megatron.core.extensions.transformer_engine import te_checkpoint
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-    with megatron(GPU):
+    with process_groups():
         layer = make_layer(GPU, "flex")
-        hidden = hidden_states(GPU, GPU.tokens).requires_grad_()
-        with recorded(ElasticBuffer) as (calls, _):
+        hidden = hidden_states(GPU, GPU.tokens, 1).requires_grad_()
+        with recorded(buffer_class(v2_carrier())) as (calls, _):
             y = te_checkpoint(lambda x: layer(x)[0], False, get_cuda_rng_tracker, None, hidden)
             y.sum().backward()
         return list(calls)

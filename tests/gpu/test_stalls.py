@@ -23,8 +23,8 @@ from megatron_ep_v2.errors import GroupMismatchError
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 from megatron_ep_v2.watchdog.completion import GpuClock
 from megatron_ep_v2.watchdog.stragglers import Arrival
-from tests.helpers.harness import RanksError, run_ranks
-from tests.helpers.moe import own_package
+from tests.helpers.carriers import v2_carrier
+from tests.helpers.harness import RanksError, isolated, run_ranks
 from tests.helpers.progress import say
 from tests.helpers.stalls import HEAD, standard_error_in
 
@@ -37,7 +37,7 @@ FRESH_ROUNDS = int(os.environ.get("MCORE_DEEPEP_V2_TEST_FRESH_ROUNDS", "2"))
 
 def start(seconds: int, **more: Any) -> None:
     more = {"num_max_tokens_per_rank": TOKENS, **more}
-    settings.activate(settings.resolve(buffer="elastic", watchdog_secs=seconds, **more))
+    settings.activate(settings.resolve(buffer=v2_carrier(), watchdog_secs=seconds, **more))
 
 
 def oversleep() -> None:
@@ -47,7 +47,7 @@ def oversleep() -> None:
 def take_another_branch(group: Any) -> None:
     """Past a layer, into a wait that no other rank is in."""
     with contextlib.suppress(RuntimeError):
-        group.get_group_store().wait(["nobody sets this"], datetime.timedelta(seconds=PAUSE))
+        group.get_group_store().wait(["never set"], datetime.timedelta(seconds=PAUSE))
 
 
 class Late(torch.autograd.Function):
@@ -106,7 +106,7 @@ def compile_kernels(group: Any) -> None:
     pool.destroy_buffers()
 
 
-@own_package
+@isolated
 def late_rounds(group: Any, late: str, rounds: int, folder: str) -> None:
     with standard_error_in(Path(folder, str(group.rank()))):
         compile_kernels(group)
@@ -119,7 +119,7 @@ def late_rounds(group: Any, late: str, rounds: int, folder: str) -> None:
 
 
 # The call that the others wait in -> where the late rank is. The number of a layer's MoE call is that of its dispatch.
-PLACES = {
+WHERE = {
     "forward dispatch": "after forward combine (step {step}, MoE call 1,",
     "forward combine": "after forward dispatch (step {step}, MoE call 2,",
     "backward of the combine": "after forward combine (step {step}, MoE call 2,",
@@ -127,8 +127,8 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("late", [*PLACES, "another branch"])
-def test_a_late_rank_is_named_with_its_place(late: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("late", [*WHERE, "another branch"])
+def test_a_late_rank_is_named_with_its_last_call(late: str, tmp_path: Path) -> None:
     say(f"late to {late}: {ROUNDS} rounds of {PAUSE} s")
     run_ranks(RANKS, late_rounds, late, ROUNDS, str(tmp_path), backend="nccl")
     function = "in take_another_branch" if late == "another branch" else "in oversleep"
@@ -139,12 +139,12 @@ def test_a_late_rank_is_named_with_its_place(late: str, tmp_path: Path) -> None:
         assert len(reports) == ROUNDS and text.count("goes on after") == ROUNDS, text
         for step, report in enumerate(reports, 2):
             assert f": {call} has not finished for" in report and f"(step {step}, MoE call 2," in report, report
-            assert f"rank {CULPRIT} has not arrived" in report and PLACES[call].format(step=step) in report, report
+            assert f"rank {CULPRIT} has not arrived" in report and WHERE[call].format(step=step) in report, report
             assert function in report, report
     assert HEAD not in Path(tmp_path, str(CULPRIT)).read_text()
 
 
-@own_package
+@isolated
 def mismatch_rounds(group: Any, rounds: int) -> list[str]:
     answers = []
     for _ in range(rounds):
@@ -162,7 +162,7 @@ def test_another_capacity_is_named_on_every_rank() -> None:
         assert all(f"num_max_tokens_per_rank: rank {CULPRIT} has 512" in answer for answer in answers)
 
 
-@own_package
+@isolated
 def undisturbed(group: Any, folder: str) -> int:
     with standard_error_in(Path(folder, str(group.rank()))):
         compile_kernels(group)
@@ -177,12 +177,12 @@ def undisturbed(group: Any, folder: str) -> int:
     return calls
 
 
-def test_no_report_of_a_run_in_which_nobody_is_late(tmp_path: Path) -> None:
+def test_no_report_of_a_run_in_which_no_rank_is_late(tmp_path: Path) -> None:
     assert run_ranks(RANKS, undisturbed, str(tmp_path), backend="nccl") == [200 * 8] * RANKS
     assert [HEAD in file.read_text() for file in tmp_path.iterdir()] == [False] * RANKS
 
 
-@own_package
+@isolated
 def straggle(group: Any) -> list[Arrival]:
     """The culprit's host is as quick as the others': its GPU is not. Ten of these dispatches are timed."""
     compile_kernels(group)
@@ -200,7 +200,7 @@ def test_stragglers_by_the_clock_of_the_gpu() -> None:
         assert arrivals[0].rank == CULPRIT and arrivals[0].times_last >= 8 and arrivals[0].median_ms > 3, arrivals
 
 
-@own_package
+@isolated
 def fresh_round(group: Any, how: str, first: bool, folder: str) -> None:
     """first: kernels may have to be compiled. Without an optimizer: making one imports seconds of torch."""
     with standard_error_in(Path(folder, str(group.rank()))):

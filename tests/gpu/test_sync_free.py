@@ -11,14 +11,17 @@ import pytest
 import torch
 
 from megatron_ep_v2 import settings, sync_free
+from megatron_ep_v2.bench.expert_layer import ExpertLayer, Sizes
+from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.device_checks import read_all
 from megatron_ep_v2.errors import LayoutOverflowError
-from tests.gpu.sync_free_layers import Layer, Sizes, errors, poison
 from tests.gpu.waits import traced
-from tests.helpers.harness import run_ranks
-from tests.helpers.moe import own_package
-from tests.helpers.moe_layer import GPU, hidden_states, make_layer, megatron, step
+from tests.helpers.carriers import v2_carrier
+from tests.helpers.compare import relative_errors
+from tests.helpers.harness import isolated, run_ranks
+from tests.helpers.megatron_layer import hidden_states, make_layer, process_groups, step
 from tests.helpers.progress import say
+from tests.helpers.shapes import GPU
 
 RANKS = torch.cuda.device_count()
 SIZES = Sizes()
@@ -30,7 +33,7 @@ pytestmark = pytest.mark.usefixtures("transformer_engine")
 
 def start(**more: Any) -> None:
     """With the watchdog, which must not get in a graph's way."""
-    chosen = {"buffer": "elastic", "num_max_tokens_per_rank": SIZES.tokens, "watchdog_secs": 30}
+    chosen = {"buffer": v2_carrier(), "num_max_tokens_per_rank": SIZES.tokens, "watchdog_secs": 30}
     settings.activate(settings.resolve(**chosen, **more))
 
 
@@ -46,11 +49,38 @@ def trace(step: Callable[[], object]) -> dict[str, Any]:
     return {"waits": found.waits, "dispatches": forms, "kernels": found.kernels.total()}
 
 
-@own_package
+class Poisoned:
+    """A buffer that writes NaN, and ids that look real, over everything past the received rows."""
+
+    def __init__(self, buffer: Any):
+        self.buffer = buffer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.buffer, name)
+
+    def dispatch(self, x: Any, **arguments: Any) -> Any:
+        rows, ids, weights, handle, event = self.buffer.dispatch(x, **arguments)
+        received = int(handle.psum_num_recv_tokens_per_scaleup_rank[-1])
+        if not handle.do_expand and received < len(rows):
+            rows[received:] = float("nan")
+            if ids is not None:
+                local = handle.num_experts // self.buffer.group.size()
+                ids[received:] = torch.arange(ids.shape[1], device=ids.device) % local
+            if weights is not None:
+                weights[received:] = float("nan")
+        return rows, ids, weights, handle, event
+
+
+def poison(group: Any) -> None:
+    """From now on, for this group's buffer."""
+    pool._pool[group] = Poisoned(pool._pool[group])
+
+
+@isolated
 def layers(group: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     start(sync_free_rows_percent=180)
-    layer = Layer(SIZES, group, torch.device("cuda"))
+    layer = ExpertLayer(SIZES, group, torch.device("cuda"))
     say("traces", group)
     found["expanded trace"] = trace(lambda: layer.step(layer.expanded))
     found["trace"] = trace(lambda: layer.step(layer.sync_free))
@@ -60,7 +90,7 @@ def layers(group: Any) -> dict[str, Any]:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     theirs = layer.step(layer.expanded)
-    found["eager"] = errors(ours, theirs)
+    found["eager"] = relative_errors(ours, theirs)
     read_all()
 
     say("graph", group)
@@ -71,8 +101,8 @@ def layers(group: Any) -> dict[str, Any]:
             tensor.fill_(float("nan"))
         graph.replay()
         replayed = {name: tensor.clone() for name, tensor in results.items()}
-        found[f"graph, batch {seed}"] = errors(replayed, layer.step(layer.expanded))
-        found[f"graph beside eager, batch {seed}"] = errors(replayed, layer.step(layer.sync_free))
+        found[f"graph, batch {seed}"] = relative_errors(replayed, layer.step(layer.expanded))
+        found[f"graph and eager, batch {seed}"] = relative_errors(replayed, layer.step(layer.sync_free))
     read_all()
 
     say("overflow", group)
@@ -85,13 +115,13 @@ def layers(group: Any) -> dict[str, Any]:
     del graph, results
     replayed = layer.step(layer.sync_free)
     read_all()
-    found["replayed"] = errors(replayed, layer.step(layer.expanded))
+    found["replayed"] = relative_errors(replayed, layer.step(layer.expanded))
 
     say("evaluation", group)
     sync_free._rooms.clear()  # as little room as at first
     with torch.no_grad():
         wanted = {"output": layer.expanded()}
-        found["evaluation"] = errors({"output": layer.sync_free()}, wanted)
+        found["evaluation"] = relative_errors({"output": layer.sync_free()}, wanted)
         read_all()  # it has made room, and nothing is left to say
         evaluation = torch.cuda.CUDAGraph()
         with torch.cuda.graph(evaluation, capture_error_mode="thread_local"):
@@ -105,21 +135,21 @@ def layers(group: Any) -> dict[str, Any]:
     layer.fill(4)
     clean = layer.step(layer.expanded)
     poison(group)
-    found["poisoned"] = errors(layer.step(layer.sync_free), clean)
+    found["poisoned"] = relative_errors(layer.step(layer.sync_free), clean)
     return found
 
 
 def whole_layer(group: Any) -> dict[str, Any]:
     """Megatron's MoE layer (router, dispatcher, our grouped experts), eagerly and in a graph."""
     found: dict[str, Any] = {}
-    with megatron(GPU):
-        hidden, results = hidden_states(GPU, GPU.tokens), {}
+    with process_groups():
+        hidden, results = hidden_states(GPU, GPU.tokens, 1), {}
         for layout in ("expanded", "sync-free"):
             say(f"Megatron's layer, {layout}", group)
             layer = make_layer(GPU, "flex", layout, "grouped")
             found[f"{layout} trace"] = trace(functools.partial(step, layer, hidden))
             results[layout] = step(layer, hidden)
-        found["eager"] = errors(results["sync-free"], results["expanded"])
+        found["eager"] = relative_errors(results["sync-free"], results["expanded"])
 
         say("Megatron's layer in a graph", group)
         x, parameters = hidden.clone().requires_grad_(), dict(layer.named_parameters())
@@ -129,20 +159,20 @@ def whole_layer(group: Any) -> dict[str, Any]:
             gradients = torch.autograd.grad(y, [x, *parameters.values()], torch.ones_like(y))
             return {"output": y.detach(), **dict(zip(["x", *parameters], gradients, strict=True))}
 
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
+        other = torch.cuda.Stream()
+        other.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(other):
             for _ in range(2):
                 run()
-        torch.cuda.current_stream().wait_stream(beside)
+        torch.cuda.current_stream().wait_stream(other)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             captured = run()
         with torch.no_grad():
-            x.copy_(hidden.flip(0) * 0.5)  # other tokens in other places
+            x.copy_(hidden.flip(0) * 0.5)  # other tokens in another order
         graph.replay()
         replayed = {name: tensor.clone() for name, tensor in captured.items()}
-        found["graph"] = errors(replayed, run())
+        found["graph"] = relative_errors(replayed, run())
         read_all()
     return found
 
@@ -173,7 +203,7 @@ def test_the_host_waits_for_nothing(found: list[dict[str, Any]]) -> None:
     "name",
     [
         "eager",
-        *(f"graph{beside}, batch {n}" for beside in ("", " beside eager") for n in (1, 2)),
+        *(f"graph{eager}, batch {n}" for eager in ("", " and eager") for n in (1, 2)),
         "replayed",
         "evaluation",
         "poisoned",
@@ -203,7 +233,7 @@ def test_a_captured_evaluation_without_room_is_named_as_one(found: list[dict[str
 
 
 @pytest.mark.parametrize("name", ["overflow", "overflow in a graph"])
-def test_overflow_is_told_alike_on_every_rank(found: list[dict[str, Any]], name: str) -> None:
+def test_every_rank_says_the_same_of_an_overflow(found: list[dict[str, Any]], name: str) -> None:
     assert len({answer[name] for answer in found}) == 1
     assert f"rank {RANKS - 1} was sent more rows" in found[0][name]
     assert len({tuple(answer["grown"]) for answer in found}) == 1 and found[0]["grown"][0] > 180

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_ep_v2.kernels.topk import top_k
-from tests.helpers.topk_oracle import wrong
+from tests.helpers.topk_kernels import wrong
 
 
 def test_the_kernels_equal_a_stable_sort() -> None:

@@ -26,8 +26,8 @@ WAITS = {
 class Trace:
     """waits: calls of the host that wait for the device, by name. kernels: names, each as often as it ran.
 
-    deep_ep's own wait spins on host memory and is no call: it is told by its dispatch kernel, which is compiled for one
-    way or the other."""
+    deep_ep's own wait spins on host memory and is no call: its dispatch kernel shows it, which is compiled for one way
+    or the other."""
 
     waits: dict[str, int]
     kernels: Counter[str]

@@ -1,4 +1,4 @@
-"""Batches to dispatch: who has how many tokens, what they pick, what they carry.
+"""Batches to dispatch: how many tokens each rank has, what they select, what they carry; and layouts of what arrives.
 
 A batch is a function of its `Case` alone, so that every rank makes its own part and the test makes all of them again.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ class Case:
         name: Shown by pytest.
         tokens: Tokens of each rank; its length is the group's size.
         routing: A name in ROUTINGS.
-        hidden, topk, experts: H, K and the experts of the whole group.
+        hidden, topk, experts, ffn: H, K, the experts of the whole group and their intermediate size.
         dtype: Of the payload.
         scales: None, or the dtype of an fp8 payload's scales: float32 (one per 128 columns) or int32 (4 x UE8M0).
         strided: Every tensor is a non-contiguous view.
@@ -35,6 +36,7 @@ class Case:
     hidden: int = 32
     topk: int = 3
     experts: int = 0
+    ffn: int = 8
     dtype: torch.dtype = torch.float32
     scales: torch.dtype | None = None
     strided: bool = False
@@ -58,6 +60,25 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """How a dispatch delivers; zero: with zeros in padding."""
+
+    do_expand: bool
+    alignment: int = 1
+    zero: bool = False
+
+    def __str__(self) -> str:
+        return f"{'expanded' if self.do_expand else 'compact'}-{self.alignment}{'-zero' if self.zero else ''}"
+
+    def arguments(self) -> dict[str, Any]:
+        """As `fused_dispatch` takes it."""
+        return {"do_expand": self.do_expand, "expert_alignment": self.alignment}
+
+
+COMPACT, EXPANDED, PADDED = Layout(False), Layout(True), Layout(True, 16)
+
+
+@dataclass(frozen=True)
 class Batch:
     """What one rank dispatches: x [T, H], scales [T, S] or None, topk_idx [T, K] int64, topk_weights [T, K]."""
 
@@ -72,12 +93,12 @@ class Batch:
 
 
 def make_batch(case: Case, rank: int, *, turn: int = 0, weights_dtype: torch.dtype = torch.float32) -> Batch:
-    """The batch of one rank. Another `turn` has the same picks with other values."""
+    """The batch of one rank. Another `turn` has the same selections with other values."""
     tokens = case.tokens[rank]
     topk_idx = ROUTINGS[case.routing](case, rank, _generator(case, rank, -1))
     generator = _generator(case, rank, turn)
     x = torch.randn(tokens, case.hidden, generator=generator, dtype=torch.float64).to(case.dtype)
-    # Weights of -1 picks are not zero on purpose: nobody may carry them along.
+    # Weights of dropped selections are not zero on purpose: they may not travel.
     weights = torch.rand(tokens, case.topk, generator=generator, dtype=torch.float64).to(weights_dtype)
     scales = None
     if case.scales == torch.float32:
@@ -113,19 +134,25 @@ def _random(case: Case, rank: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def _drop_some(case: Case, rank: int, generator: torch.Generator) -> torch.Tensor:
-    picks = _random(case, rank, generator)
-    return picks.masked_fill(torch.rand(picks.shape, generator=generator) < 0.4, -1)
+    topk_idx = _random(case, rank, generator)
+    return topk_idx.masked_fill(torch.rand(topk_idx.shape, generator=generator) < 0.4, -1)
+
+
+def _idle_expert(case: Case, rank: int, generator: torch.Generator) -> torch.Tensor:
+    """Some selections are dropped, and no token selects the last expert."""
+    topk_idx = _drop_some(case, rank, generator)
+    return topk_idx.masked_fill(topk_idx == case.experts - 1, -1)
 
 
 def _drop_tokens(case: Case, rank: int, generator: torch.Generator) -> torch.Tensor:
-    picks = _random(case, rank, generator)
-    picks[::2] = -1
-    return picks
+    topk_idx = _random(case, rank, generator)
+    topk_idx[::2] = -1
+    return topk_idx
 
 
 def _drop_rank(case: Case, rank: int, generator: torch.Generator) -> torch.Tensor:
-    picks = _random(case, rank, generator)
-    return torch.full_like(picks, -1) if rank == 0 else picks
+    topk_idx = _random(case, rank, generator)
+    return torch.full_like(topk_idx, -1) if rank == 0 else topk_idx
 
 
 def _drop_all(case: Case, rank: int, generator: torch.Generator) -> torch.Tensor:
@@ -134,26 +161,27 @@ def _drop_all(case: Case, rank: int, generator: torch.Generator) -> torch.Tensor
 
 def _to_one_rank(case: Case, rank: int, generator: torch.Generator) -> torch.Tensor:
     """Everything to the last rank."""
-    picks = _random(case, rank, generator)
-    return picks.masked_fill(picks < case.experts - case.local_experts, -1)
+    topk_idx = _random(case, rank, generator)
+    return topk_idx.masked_fill(topk_idx < case.experts - case.local_experts, -1)
 
 
 def _to_one_expert(case: Case, rank: int, generator: torch.Generator) -> torch.Tensor:
-    """Every token picks expert 1 and nothing else, in any of its places."""
-    picks = torch.full((case.tokens[rank], case.topk), -1, dtype=torch.int64)
-    place = torch.randint(case.topk, (case.tokens[rank], 1), generator=generator)
-    return picks.scatter_(1, place, 1)
+    """Every token selects expert 1 and nothing else, in any column."""
+    topk_idx = torch.full((case.tokens[rank], case.topk), -1, dtype=torch.int64)
+    column = torch.randint(case.topk, (case.tokens[rank], 1), generator=generator)
+    return topk_idx.scatter_(1, column, 1)
 
 
 def _starve_rank(case: Case, rank: int, generator: torch.Generator) -> torch.Tensor:
     """Nothing to the first rank."""
-    picks = _random(case, rank, generator)
-    return picks.masked_fill(picks < case.local_experts, -1)
+    topk_idx = _random(case, rank, generator)
+    return topk_idx.masked_fill(topk_idx < case.local_experts, -1)
 
 
 ROUTINGS: dict[str, Callable[[Case, int, torch.Generator], torch.Tensor]] = {
     "random": _random,
-    "drop some picks": _drop_some,
+    "drop some selections": _drop_some,
+    "drop some, idle expert": _idle_expert,
     "drop whole tokens": _drop_tokens,
     "drop a whole rank": _drop_rank,
     "drop everything": _drop_all,
@@ -172,7 +200,7 @@ def edge_cases(size: int) -> list[Case]:
         Case("one-expert-per-rank", uneven, experts=size, topk=min(3, size)),
         Case("top-1", uneven, experts=2 * size, topk=1),
         Case("top-8", uneven, experts=4 * size, topk=8),
-        Case("dropped-picks", uneven, "drop some picks", experts=4 * size),
+        Case("dropped-selections", uneven, "drop some selections", experts=4 * size),
         Case("dropped-tokens", uneven, "drop whole tokens", experts=4 * size),
         Case("dropped-rank", uneven, "drop a whole rank", experts=4 * size),
         Case("dropped-everything", uneven, "drop everything", experts=4 * size),

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from megatron_ep_v2.buffers.contract import BufferSpec
-from tests.helpers import oracle
-from tests.helpers.cases import Batch, Case, edge_cases, make_batches
+from tests.helpers import dispatch_oracle as oracle
+from tests.helpers.cases import Batch, Case, Layout, edge_cases, make_batches
 from tests.helpers.compare import assert_sums, check_compact, check_expanded, check_handle, same_bits
-from tests.helpers.exercise import Delivery, Layout, Trace, exercise_all, returned_rows, returned_weights
+from tests.helpers.exercise import Delivery, Trace, exercise_all, returned_rows, returned_weights
 from tests.helpers.harness import RanksError, run_ranks
 
 LAYOUTS = [
@@ -105,11 +105,11 @@ class BufferConformance:
         for rank, trace in enumerate(self.traces(case, layout)):
             check_handle(case, layout.alignment, layout.do_expand, rank, trace.handle, make_batches(case))
 
-    def test_dispatch_delivers_every_pick_once(self, case: Case, layout: Layout) -> None:
+    def test_dispatch_delivers_every_selection_once(self, case: Case, layout: Layout) -> None:
         for rank, trace in enumerate(self.traces(case, layout)):
             self.check_delivery(case, layout, rank, trace.first, trace.handle, make_batches(case), weights=True)
 
-    def test_cached_dispatch_delivers_new_values_to_the_same_places(self, case: Case, layout: Layout) -> None:
+    def test_cached_dispatch_delivers_new_values_to_the_same_rows(self, case: Case, layout: Layout) -> None:
         values = make_batches(case, turn=1)
         for rank, trace in enumerate(self.traces(case, layout)):
             self.check_delivery(case, layout, rank, trace.cached, trace.handle, values, weights=False)
@@ -125,7 +125,7 @@ class BufferConformance:
                 assert combined[0].dtype == rows.dtype
                 assert_sums(combined[0], sums, case.topk)
 
-    def test_combine_carries_weights_pick_by_pick(self, case: Case, layout: Layout) -> None:
+    def test_combine_carries_the_weight_of_each_selection(self, case: Case, layout: Layout) -> None:
         for rank, (trace, batch) in enumerate(zip(self.traces(case, layout), make_batches(case), strict=True)):
             wanted = returned_weights(case, rank).masked_fill(batch.topk_idx < 0, 0.0)
             assert trace.combined[1] is None
@@ -160,11 +160,11 @@ class BufferConformance:
 
 
 def payload_cases(size: int, payloads: tuple[torch.dtype, ...], strided: bool) -> Iterator[Case]:
-    """One batch with dropped picks for each kind of payload, plain and, where accepted, non-contiguous."""
+    """One batch with dropped selections for each kind of payload, plain and, where accepted, non-contiguous."""
     tokens = (6, 0, 7, 5, 3, 8, 1, 9)[:size]
     for dtype in payloads:
         name = str(dtype).removeprefix("torch.")
-        plain = Case(name, tokens, "drop some picks", experts=4 * size, topk=8, hidden=128, dtype=dtype)
+        plain = Case(name, tokens, "drop some selections", experts=4 * size, topk=8, hidden=128, dtype=dtype)
         if dtype == torch.float8_e4m3fn:
             kinds = [
                 replace(plain, name=f"{name}-fp32-scales", hidden=256, scales=torch.float32),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,30 +10,12 @@ import torch
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
-
-
-@dataclass(frozen=True)
-class Size:
-    """Of one layer; `experts` in the whole group."""
-
-    device: str
-    buffer: str
-    dtype: torch.dtype
-    tokens: int
-    hidden: int
-    experts: int
-    topk: int
-
-
-# fp32, because torch rounds what it adds up in bf16 on a CPU (embedding_bag) in another way than elsewhere.
-ON_CPU = Size("cpu", "reference", torch.float32, 64, 256, 8, 4)
-# A batch of many rows for each expert: their order without the mode then differs between any two dispatches.
-ON_GPU = Size("cuda", "elastic", torch.bfloat16, 4096, 2048, 128, 8)
+from tests.helpers.shapes import Shape
 
 
 class _WeightedRows(torch.autograd.Function):
-    """Expert e multiplies its rows by factor[e], and their probabilities weight them: one bf16 row for each pick, of
-    one token in the order of its columns added up in fp32, in the forward and in the backward."""
+    """Expert e multiplies its rows by factor[e], and their probabilities weight them: one bf16 row for each selection,
+    of one token in the order of its columns added up in fp32, in the forward and in the backward."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, probs: torch.Tensor, factor: torch.Tensor, idx: Any, order: Any) -> Any:
@@ -50,20 +31,22 @@ class _WeightedRows(torch.autograd.Function):
         column = None if ctx.idx is None else _column(ctx.idx, row, expert)
         weights = factor[expert] * (probs if column is None else probs[row, column])
         grad_x = _add_up(grad[row].float() * weights[:, None], x, ctx.idx, row, expert)
-        by_pick = factor[expert] * (grad[row].float() * x[row].float()).sum(dim=1)
-        grad_probs = by_pick if column is None else torch.zeros_like(probs).index_put((row, column), by_pick)
+        by_selection = factor[expert] * (grad[row].float() * x[row].float()).sum(dim=1)
+        grad_probs = by_selection if column is None else torch.zeros_like(probs).index_put((row, column), by_selection)
         return grad_x, grad_probs, None, None, None
 
 
 def _column(idx: torch.Tensor, row: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
-    """Where in its row each pick stands."""
+    """The column of each selection in its row."""
     return (idx[row] == expert[:, None]).int().argmax(dim=1)
 
 
-def _add_up(by_pick: torch.Tensor, x: torch.Tensor, idx: Any, row: torch.Tensor, expert: torch.Tensor) -> torch.Tensor:
-    rounded = by_pick.to(x.dtype)
+def _add_up(
+    by_selection: torch.Tensor, x: torch.Tensor, idx: Any, row: torch.Tensor, expert: torch.Tensor
+) -> torch.Tensor:
+    rounded = by_selection.to(x.dtype)
     if idx is None:
-        return rounded  # expanded: one row for each pick; combine adds them up
+        return rounded  # expanded: one row for each selection; combine adds them up
     total = torch.zeros(x.shape, device=x.device)
     column = _column(idx, row, expert)
     for k in range(idx.shape[1]):
@@ -72,21 +55,21 @@ def _add_up(by_pick: torch.Tensor, x: torch.Tensor, idx: Any, row: torch.Tensor,
     return total.to(x.dtype)
 
 
-def bits_of_a_layer(group: Any, size: Size, expand: bool) -> dict[str, str]:
+def bits_of_a_layer(group: Any, shape: Shape, expand: bool) -> dict[str, str]:
     """Fingerprints of the rows sorted by expert, a weight gradient, the output and both gradients."""
     generator = torch.Generator().manual_seed(group.rank())
-    experts, local = size.experts, size.experts // group.size()
-    x, grad = (torch.randn(size.tokens, size.hidden, generator=generator).to(size.dtype) for _ in range(2))
-    top = torch.rand(size.tokens, experts, generator=generator).topk(size.topk, dim=1)
+    experts, local = shape.experts, shape.experts // group.size()
+    x, grad = (torch.randn(shape.tokens, shape.hidden, generator=generator).to(shape.dtype) for _ in range(2))
+    top = torch.rand(shape.tokens, experts, generator=generator).topk(shape.topk, dim=1)
     factor = 0.5 + torch.rand(local, generator=generator)
-    x, grad, factor, picks, probs = (t.to(size.device) for t in (x, grad, factor, top.indices, top.values))
+    x, grad, factor, topk_idx, probs = (t.to(shape.device) for t in (x, grad, factor, top.indices, top.values))
     x, probs = x.requires_grad_(), probs.contiguous().requires_grad_()
 
-    recv_x, idx, recv_probs, counts, handle = fused_dispatch(x, picks, probs, experts, group, do_expand=expand)
-    counts = counts.to(size.device)
+    recv_x, idx, recv_probs, counts, handle = fused_dispatch(x, topk_idx, probs, experts, group, do_expand=expand)
+    counts = counts.to(shape.device)
     if expand:
-        expert = torch.arange(local, device=size.device).repeat_interleave(counts)
-        row = torch.arange(len(expert), device=size.device)
+        expert = torch.arange(local, device=shape.device).repeat_interleave(counts)
+        row = torch.arange(len(expert), device=shape.device)
     else:
         row, column = (idx >= 0).nonzero(as_tuple=True)
         expert, by_expert = idx[row, column].sort(stable=True)
@@ -105,14 +88,14 @@ def _fingerprint(tensor: torch.Tensor) -> str:
     return hashlib.sha256(values.contiguous().view(torch.uint8).cpu().numpy().tobytes()).hexdigest()[:16]
 
 
-def repeat(group: Any, size: Size, deterministic: bool, repeats: int, torchs_mode: bool = False) -> dict[bool, Any]:
+def repeat(group: Any, shape: Shape, deterministic: bool, repeats: int, torchs_mode: bool = False) -> dict[bool, Any]:
     """Layout (whether expanded) -> name -> the fingerprints of each repeat."""
-    settings.activate(settings.resolve(buffer=size.buffer, deterministic=deterministic))
+    settings.activate(settings.resolve(buffer=shape.buffer, deterministic=deterministic))
     torch.use_deterministic_algorithms(torchs_mode)
     try:
         found: dict[bool, Any] = {}
         for expand in (False, True):
-            layers = [bits_of_a_layer(group, size, expand) for _ in range(repeats)]
+            layers = [bits_of_a_layer(group, shape, expand) for _ in range(repeats)]
             found[expand] = {name: [layer[name] for layer in layers] for name in layers[0]}
         return found
     finally:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_ep_v2.buffers.contract import BufferSpec
-from tests.helpers.cases import Batch, Case, make_batch, make_batches, strided_copy
+from tests.helpers.cases import Batch, Case, Layout, make_batch, make_batches, strided_copy
 from tests.helpers.compare import same_bits
 from tests.helpers.progress import say
 
@@ -28,18 +28,6 @@ HANDLE_FIELDS = (
     "num_unaligned_recv_tokens_per_expert",
     "recv_src_metadata",
 )
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a dispatch delivers."""
-
-    do_expand: bool
-    alignment: int = 1
-    zero: bool = False
-
-    def __str__(self) -> str:
-        return f"{'expanded' if self.do_expand else 'compact'}-{self.alignment}{'-zero' if self.zero else ''}"
 
 
 @dataclass(frozen=True)
@@ -83,15 +71,15 @@ class Trace:
 
 
 def returned_rows(case: Case, source: int, do_expand: bool) -> torch.Tensor:
-    """What comes back for the tokens of one rank: [T, ranks or K, H], by destination rank or by pick."""
+    """What comes back for the tokens of one rank: [T, ranks or K, H], by destination rank or by selection."""
     generator = torch.Generator().manual_seed(9000 + source)
-    places = case.topk if do_expand else case.size
-    shape = (case.tokens[source], places, case.hidden)
+    copies = case.topk if do_expand else case.size
+    shape = (case.tokens[source], copies, case.hidden)
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(combine_dtype(case))
 
 
 def returned_weights(case: Case, source: int) -> torch.Tensor:
-    """The weights that come back for the tokens of one rank, pick by pick: [T, K] fp32."""
+    """The weights that come back for the tokens of one rank, one for each selection: [T, K] fp32."""
     generator = torch.Generator().manual_seed(9500 + source)
     return torch.rand(case.tokens[source], case.topk, generator=generator)
 
@@ -101,7 +89,7 @@ def combine_dtype(case: Case) -> torch.dtype:
 
 
 def rows_to_combine(case: Case, rank: int, handle: Any, do_expand: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """`returned_rows` and `returned_weights` where the handle says that they belong. All other places are NaN."""
+    """`returned_rows` and `returned_weights` where the handle says that they belong, NaN elsewhere."""
     num_rows = handle.num_expanded_tokens if do_expand else handle.num_recv_tokens
     rows = torch.full((num_rows, case.hidden), float("nan"), dtype=combine_dtype(case))
     weights = torch.full((num_rows,) if do_expand else (num_rows, case.topk), float("nan"))
@@ -112,14 +100,14 @@ def rows_to_combine(case: Case, rank: int, handle: Any, do_expand: bool) -> tupl
         source, token = divmod(global_token, handle.num_max_tokens_per_rank)
         if not do_expand:
             rows[i] = all_rows[source][token, rank]
-            picks = batches[source].topk_idx[token]
-            mine = (picks >= 0) & (picks // case.local_experts == rank)
+            ids = batches[source].topk_idx[token]
+            mine = (ids >= 0) & (ids // case.local_experts == rank)
             weights[i][mine] = all_weights[source][token][mine]
             continue
-        for place, slot in enumerate(slots):
+        for k, slot in enumerate(slots):
             if slot >= 0:
-                rows[slot] = all_rows[source][token, place]
-                weights[slot] = all_weights[source][token, place]
+                rows[slot] = all_rows[source][token, k]
+                weights[slot] = all_weights[source][token, k]
     return (strided_copy(rows), strided_copy(weights)) if case.strided else (rows, weights)
 
 

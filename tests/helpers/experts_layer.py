@@ -1,4 +1,4 @@
-"""A MoE layer of this package's own parts, each way between dispatch and grouped GEMM, on any device; and its judge."""
+"""A MoE layer of this package's own parts, by each way between dispatch and grouped GEMM, on any device."""
 
 from __future__ import annotations
 
@@ -18,16 +18,20 @@ from megatron_ep_v2.layouts import (
     place_masked,
     reduce_rows,
 )
-from tests.helpers.experts_oracle import Layer, layer
+from tests.helpers.cases import Case
+from tests.helpers.dense_oracle import Experts
+from tests.helpers.fused_layer import Step, step_errors, step_of
 
 WAYS = ("expanded", "contiguous", "masked")
 ALIGNMENT = 128
 
 
-def through(way: str, group: Any, backend: str, x: Any, picks: Any, probs: Any, w1: Any, w2: Any) -> torch.Tensor:
+def through(
+    way: str, group: Any, backend: str, x: Any, topk_idx: Any, probs: Any, w1: torch.Tensor, w2: torch.Tensor
+) -> torch.Tensor:
     """expanded: rows stay where the dispatch put them; contiguous, masked: compact rows, laid out and added up."""
     local, experts = len(w1), len(w1) * group.size()
-    given = (x, picks, probs, experts, group)
+    given = (x, topk_idx, probs, experts, group)
     if way == "expanded":
         rows, _, row_probs, counts, handle = fused_dispatch(*given, do_expand=True, expert_alignment=ALIGNMENT)
         y = swiglu_experts(rows, row_probs, w1, w2, Groups.from_counts(counts, rows), backend)
@@ -44,37 +48,26 @@ def through(way: str, group: Any, backend: str, x: Any, picks: Any, probs: Any, 
     return fused_combine(reduce_rows(y, places), group, handle)[0]
 
 
-def run_layer(
-    group: Any, ways: Sequence[str], backends: Sequence[str], sizes: dict[str, Any], device: str
-) -> dict[str, dict[str, torch.Tensor]]:
-    """Output and gradients of this rank, on the CPU; weights' gradients of its own experts."""
-    given: Layer = layer(ranks=group.size(), device=device, **sizes)
-    rank, local = group.rank(), len(given.w1) // group.size()
-    own = slice(rank * local, (rank + 1) * local)
-    results = {}
+def train_each_way(
+    group: Any, case: Case, ways: Sequence[str], backends: Sequence[str], device: str
+) -> dict[tuple[str, str], Step]:
+    """(way, backend) -> a training step."""
+    found = {}
     for way in ways:
         for backend in backends:
-            x, probs = given.x[rank].clone().requires_grad_(), given.probs[rank].clone().requires_grad_()
-            w1, w2 = given.w1[own].clone().requires_grad_(), given.w2[own].clone().requires_grad_()
-            out = through(way, group, backend, x, given.picks[rank], probs, w1, w2)
-            out.backward(given.grad[rank])
-            found = {"output": out.detach(), "x": x.grad, "probs": probs.grad, "w1": w1.grad, "w2": w2.grad}
-            results[f"{way}, {backend}"] = {name: tensor.cpu() for name, tensor in found.items()}
-    return results
 
+            def layer(x: Any, topk_idx: Any, probs: Any, experts: Experts, way: str = way, on: str = backend) -> Any:
+                return through(way, group, on, x, topk_idx, probs, *experts.stacked())
 
-def errors(
-    answers: list[dict[str, dict[str, torch.Tensor]]], wanted: list[dict[str, torch.Tensor]]
-) -> dict[str, float]:
-    """ "rank, way, backend, tensor" -> relative L2."""
-    found = {}
-    for rank, by_run in enumerate(answers):
-        for run, tensors in by_run.items():
-            for name, tensor in tensors.items():
-                target = wanted[rank][name].cpu()
-                if name in ("w1", "w2"):
-                    target = target.chunk(len(answers))[rank]
-                assert tensor.shape == target.shape
-                error = (tensor.double() - target).norm() / target.norm()
-                found[f"rank {rank}, {run}, {name}"] = error.item()
+            found[way, backend] = step_of(layer, case, group.rank(), device)
     return found
+
+
+def errors(case: Case, answers: list[dict[tuple[str, str], Step]]) -> dict[str, float]:
+    """ "rank, way, backend, tensor" -> relative L2 against the dense layer."""
+    return {
+        f"rank {rank}, {way}, {backend}, {name}": error
+        for rank, by_run in enumerate(answers)
+        for (way, backend), step in by_run.items()
+        for name, error in step_errors(case, rank, step).items()
+    }

@@ -1,9 +1,10 @@
 """Real ranks for tests: `run_ranks(n, fn, *args)` runs `fn(group, *args)` in n processes and returns their n results.
+`@isolated` gives such a function no settings and no buffers of an earlier one.
 
 Importing torch and Megatron costs seconds, a process group on gloo costs milliseconds. So processes are forked from a
 server that has imported them and done nothing with them (no thread, no CUDA), are kept warm and reused, and every run
 gets a process group of its own, over a new file store. A run that fails takes its processes with it: the next run never
-meets what a failed one left behind.
+meets what is left of a failed one.
 
 A run ends in one of five ways: every rank returns; a rank raises (the others get `GRACE` seconds to finish, then they
 are killed); a rank dies; `HANG` seconds pass; the caller has seen `enough`. All but the first raise one `RanksError`
@@ -13,6 +14,7 @@ with the traceback of every rank that raised and the stack of every rank that wa
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import pickle
@@ -64,7 +66,7 @@ def run_ranks(
         backend: gloo, or nccl (rank r then uses GPU r).
         timeout: Seconds for the whole run, not counting the start of new processes.
         env: Environment variables for this run only.
-        fresh: Use new processes and end them afterwards: for functions that change what an import leaves behind.
+        fresh: Use new processes and end them afterwards: for functions that change what an import has made.
         enough: Asked ten times a second: True ends the ranks that are still running. For ranks that would not come
             back: a call that waits in C with Python's lock cannot end its own process.
 
@@ -83,6 +85,24 @@ def run_ranks(
             pool.close()
         if slow:
             say(f"{name}: {time.monotonic() - began:.1f} s")
+
+
+def isolated(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """For functions that ranks run: no settings or buffers of an earlier run, and none for a later one."""
+
+    @functools.wraps(fn)
+    def wrapper(group: Any, *args: Any) -> Any:
+        from megatron_ep_v2 import settings  # not above: a job looks at a Megatron without this package
+        from megatron_ep_v2.buffers.pool import destroy_buffers
+
+        settings.activate(None)
+        try:
+            return fn(group, *args)
+        finally:
+            destroy_buffers()
+            settings.activate(None)
+
+    return wrapper
 
 
 def close_shared_pool() -> None:

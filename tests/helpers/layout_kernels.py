@@ -1,4 +1,4 @@
-"""Layout kernels beside their references on the same inputs: in Triton's interpreter on a CPU, and on a GPU."""
+"""Layout kernels and their references on the same inputs: in Triton's interpreter on a CPU, and on a GPU."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megatron_ep_v2.kernels import move, places, swiglu
+from tests.helpers.compare import same_bits
 from tests.helpers.layout_oracle import KINDS, NAN, Routing, routing
 
 Case = tuple[str, Any, Any]  # name, ours, the reference's
@@ -26,14 +27,14 @@ SHAPES = [(1, 3), (24, 8), (2051, 2)]
 
 
 def place_cases(kernels: Any, device: str, seed: int = 0) -> Iterator[Case]:
-    """Every kind of routing, one of several blocks of picks, and one for a single expert."""
+    """Every kind of routing, one of several blocks of selections, and one for a single expert."""
     routings = [(kind, routing(kind, seed=seed)) for kind in KINDS]
     routings += [("many", routing("random", rows=400, topk=7, num_experts=33, seed=seed))]
     routings += [("single", routing("random", topk=1, num_experts=1, seed=seed))]
     for kind, r in routings:
-        picks = r.picks.to(device)
+        topk_idx = r.topk_idx.to(device)
         for num_recv in (torch.tensor(r.num_recv, dtype=torch.int32, device=device), None):
-            known = picks if num_recv is not None else real(r).to(device)
+            known = topk_idx if num_recv is not None else real(r).to(device)
             for function, sizes in SIZES:
                 arguments = (known, num_recv, r.num_experts, *sizes)
                 pair = (getattr(kernels, function)(*arguments), getattr(places, function)(*arguments))
@@ -41,8 +42,8 @@ def place_cases(kernels: Any, device: str, seed: int = 0) -> Iterator[Case]:
 
 
 def real(r: Routing) -> torch.Tensor:
-    """Picks without the garbage behind them."""
-    return r.picks[: r.num_recv].contiguous()
+    """Selections without the garbage after them."""
+    return r.topk_idx[: r.num_recv].contiguous()
 
 
 def move_cases(
@@ -55,7 +56,7 @@ def move_cases(
     """All functions for `dtypes`, and the one that moves rows as they are for `only_moved`."""
     for (hidden, topk), dtype in itertools.product(shapes, [*dtypes, *only_moved]):
         r = routing("random", rows=21, topk=topk, num_experts=9)
-        found = places.place(r.picks, torch.tensor(r.num_recv, dtype=torch.int32), r.num_experts, 96, 4)
+        found = places.place(r.topk_idx, torch.tensor(r.num_recv, dtype=torch.int32), r.num_experts, 96, 4)
         slots, rows, sources, *_ = [tensor.to(device) for tensor in found]
         name = f"{hidden} {topk} {dtype}"
         generator = torch.Generator().manual_seed(hidden)
@@ -87,7 +88,7 @@ def column_cases(kernels: Any, device: str) -> Iterator[Case]:
         r = routing("random", rows=70, topk=4)
         for group, (function, sizes) in ((96, ("place", (96, 4))), (13, ("place_masked", (13,)))):
             count = torch.tensor(r.num_recv, dtype=torch.int32)
-            rows = getattr(places, function)(r.picks, count, r.num_experts, *sizes)[1].to(device)
+            rows = getattr(places, function)(r.topk_idx, count, r.num_experts, *sizes)[1].to(device)
             scales = (torch.randint(1, 255, (70, num_scales), dtype=torch.int32) << 23).view(torch.float32).to(device)
             for pack in (False, True):
                 arguments = (scales, rows, group, -(-group // 4) * 4, pack)
@@ -121,14 +122,4 @@ def swiglu_cases(kernels: Any, device: str, dtypes: Sequence[torch.dtype], colum
 
 def differences(cases: Iterator[Case]) -> list[str]:
     """Names of the cases whose bits differ."""
-    return [name for name, ours, theirs in cases if not _same(ours, theirs)]
-
-
-def _same(ours: Any, theirs: Any) -> bool:
-    if isinstance(ours, tuple):
-        return len(ours) == len(theirs) and all(map(_same, ours, theirs))
-    if not isinstance(ours, torch.Tensor):
-        return bool(ours == theirs)
-    if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
-        return False
-    return torch.equal(ours.contiguous().view(-1).view(torch.uint8), theirs.contiguous().view(-1).view(torch.uint8))
+    return [name for name, ours, theirs in cases if not same_bits(ours, theirs)]

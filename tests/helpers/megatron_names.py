@@ -53,7 +53,7 @@ def rebound(before: dict[tuple[str, str], Any]) -> set[tuple[str, str]]:
 
 @pytest.fixture
 def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """No installation, no settings, no deep_ep and no CUDA, whatever this machine has; nothing is left behind."""
+    """No installation, no settings, no deep_ep and no CUDA, whatever this machine has; undone at the end."""
     for name in settings.NAMES:
         monkeypatch.delenv(settings.variable(name), raising=False)
     binding.uninstall()

@@ -30,9 +30,9 @@ from torch.overrides import TorchFunctionMode
 
 import megatron_ep_v2
 from megatron_ep_v2.megatron.qwen3_moe import model as example
-from tests.helpers import mcore  # noqa: F401  (quiets Megatron's import, finds the examples)
 
-# Two layers, so that layers are told apart; a dense feed-forward as wide as an expert's, as SequentialMLP needs.
+# Two layers, so that one can be taken for the other; a dense feed-forward as wide as an expert's, as SequentialMLP
+# needs.
 ARGUMENTS = (
     *("--num-layers", "2", "--hidden-size", "32", "--num-attention-heads", "2", "--num-query-groups", "1"),
     *("--kv-channels", "16", "--seq-length", "12", "--num-experts", "8", "--topk", "3", "--moe-ffn-hidden-size", "16"),
@@ -65,7 +65,7 @@ class _Stream:
 
 
 class _Results:
-    """What a checkpoint's writer answers, also from a fork: in the place of a queue in a process of its own, which
+    """What a checkpoint's writer answers, also from a fork: instead of a queue in a process of its own, which
     takes two seconds to start and outlives a rank that is killed."""
 
     def __init__(self) -> None:
@@ -165,7 +165,7 @@ class Setup:
 
     Attributes:
         experts: `install(experts=...)`.
-        overlap: Gather parameters and reduce gradients beside compute.
+        overlap: Gather parameters and reduce gradients during compute.
         fusion: `gradient_accumulation_fusion`, of the experts alone (Megatron's local linears need Apex for it).
         distributed: Megatron's distributed optimizer; else its fp32 one.
         sharding: Of the distributed optimizer's state in checkpoints.
@@ -297,7 +297,7 @@ class Job:
             self.ddp.enable_forward_pre_hook()
         dist.barrier()
 
-    def save_beside_training(self, folder: Path) -> tuple[float, float]:
+    def save_during_training(self, folder: Path) -> tuple[float, float]:
         """`save` in another process (--async-save), and the next step while it writes."""
         if dist.get_rank() == 0:
             folder.mkdir(parents=True)

@@ -78,18 +78,18 @@ def _run_one(
     if backend == "nccl":
         torch.cuda.set_device(rank)
     limit = datetime.timedelta(seconds=timeout + GRACE)  # the test process is the judge of time
-    meeting = dist.FileStore(store, size)
-    dist.init_process_group(backend, store=meeting, rank=rank, world_size=size, timeout=limit)
+    store_of_run = dist.FileStore(store, size)
+    dist.init_process_group(backend, store=store_of_run, rank=rank, world_size=size, timeout=limit)
     # A rank with nothing to do must not close its connections while another one is still being connected.
-    meeting.set(f"connected/{rank}", "")
-    meeting.wait([f"connected/{other}" for other in range(size)], limit)
+    store_of_run.set(f"connected/{rank}", "")
+    store_of_run.wait([f"connected/{other}" for other in range(size)], limit)
     failed = True
     try:
         answer = fn(dist.group.WORLD, *args)
         failed = False
         return answer
     finally:
-        # NCCL's destruction waits for kernels that wait for the others, so nobody would hear of a rank that failed. Its
+        # NCCL's destruction waits for kernels that wait for the others, so one that failed would not be reported. Its
         # process is about to be ended anyway.
         if dist.is_initialized() and not (failed and backend == "nccl"):
             dist.destroy_process_group()

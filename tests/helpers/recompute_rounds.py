@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.tensor_parallel import random as megatron_random
 from torch.utils.checkpoint import checkpoint
 
 import megatron_ep_v2
@@ -19,16 +18,12 @@ from megatron_ep_v2 import device_checks
 from megatron_ep_v2.buffers import reference
 from megatron_ep_v2.errors import EPError
 from megatron_ep_v2.recompute import Replayed
-from tests.helpers.cases import SMALL, make_batch
-from tests.helpers.moe import Layout, all_experts, grad_output, moe_layer, own_experts, own_package
-from tests.helpers.moe_layer import Machine, hidden_states, make_layer, megatron, step
-
-WHOLE_LAYER = {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
-
-
-if not torch.cuda.is_available():  # Megatron's checkpoint keeps the state of the GPU's generator
-    megatron_random._get_cuda_rng_state = lambda *_, **__: None
-    megatron_random._set_cuda_rng_state = lambda *_, **__: None
+from tests.helpers.cases import SMALL, Layout, make_batch
+from tests.helpers.fused_layer import all_experts, grad_output, moe_layer, own_experts
+from tests.helpers.harness import isolated
+from tests.helpers.megatron_layer import hidden_states, make_layer, process_groups, step
+from tests.helpers.moe_features import WHOLE_LAYER
+from tests.helpers.shapes import Shape
 
 
 @contextmanager
@@ -59,13 +54,13 @@ def alive(handles: list[Any]) -> int:
     return sum(handle() is not None for handle in handles)
 
 
-def compare_layers(group: Any, machine: Machine, layout: str, micro_batches: int) -> dict[str, Any]:
+def compare_layers(group: Any, shape: Shape, layout: str, micro_batches: int) -> dict[str, Any]:
     """Gradients of the real layer with and without recompute: the largest difference, and the dispatches of each."""
     found: dict[str, Any] = {}
-    with megatron(machine):
-        hidden = hidden_states(machine, machine.tokens)
-        plain = step(make_layer(machine, "flex", layout), hidden, micro_batches)
-        layer = make_layer(machine, "flex", layout, **WHOLE_LAYER)
+    with process_groups():
+        hidden = hidden_states(shape, shape.tokens, 1)
+        plain = step(make_layer(shape, "flex", layout), hidden, micro_batches)
+        layer = make_layer(shape, "flex", layout, **WHOLE_LAYER)
         with recorded() as (calls, handles):
             again = step(layer, hidden, micro_batches)
             found["calls"], found["alive"] = list(calls), alive(handles)
@@ -81,23 +76,21 @@ def compare_layers(group: Any, machine: Machine, layout: str, micro_batches: int
     return found
 
 
-def without_reuse(group: Any, machine: Machine) -> list[str]:
+def without_reuse(group: Any, shape: Shape) -> list[str]:
     """The dispatches of a recomputed layer where the user has turned the reuse off."""
-    with megatron(machine):
-        layer = make_layer(machine, "flex", **WHOLE_LAYER)
-        megatron_ep_v2.install(
-            buffer=machine.buffer, num_max_tokens_per_rank=machine.tokens, reuse_recompute_handle=False
-        )
+    with process_groups():
+        layer = make_layer(shape, "flex", **WHOLE_LAYER)
+        megatron_ep_v2.install(buffer=shape.buffer, num_max_tokens_per_rank=shape.tokens, reuse_recompute_handle=False)
         with recorded() as (calls, _):
-            step(layer, hidden_states(machine, machine.tokens))
+            step(layer, hidden_states(shape, shape.tokens, 1))
         return calls
 
 
-def change_the_routing(group: Any, machine: Machine) -> str:
+def change_the_routing(group: Any, shape: Shape) -> str:
     """Rank 1's router changes between the forward and its recompute: what every rank raises."""
-    with megatron(machine):
-        layer = make_layer(machine, "flex", **WHOLE_LAYER)
-        y = layer(hidden_states(machine, machine.tokens).requires_grad_())[0]
+    with process_groups():
+        layer = make_layer(shape, "flex", **WHOLE_LAYER)
+        y = layer(hidden_states(shape, shape.tokens, 1).requires_grad_())[0]
         if group.rank() == 1:
             layer.router.weight.data.neg_()
         y.sum().backward()
@@ -110,12 +103,12 @@ def change_the_routing(group: Any, machine: Machine) -> str:
     return "nothing was raised"
 
 
-def abandon_a_step(group: Any, machine: Machine) -> dict[str, Any]:
+def abandon_a_step(group: Any, shape: Shape) -> dict[str, Any]:
     """A step that fails between forward and backward, then a whole one with other tokens."""
-    with megatron(machine):
-        hidden = hidden_states(machine, machine.tokens)
-        expected = step(make_layer(machine, "flex"), hidden * 2)
-        layer = make_layer(machine, "flex", **WHOLE_LAYER)
+    with process_groups():
+        hidden = hidden_states(shape, shape.tokens, 1)
+        expected = step(make_layer(shape, "flex"), hidden * 2)
+        layer = make_layer(shape, "flex", **WHOLE_LAYER)
         with recorded() as (calls, handles):
             try:
                 y = layer(hidden.clone().requires_grad_())[0]
@@ -151,10 +144,10 @@ WRAPS: dict[str, Wrap] = {
 }
 
 
-@own_package
+@isolated
 def two_layers(group: Any, wrap: str, layout: Layout, interleaved: bool) -> tuple[list[torch.Tensor], list[str], int]:
     """Two MoE layers in one checkpoint and two micro-batches, the second's backward first or last: all gradients, the
-    dispatches and the handles left behind."""
+    dispatches and how many handles are left."""
     case, rank = SMALL, group.rank()
     experts = own_experts(case, rank, all_experts(case))
     batches = [make_batch(case, rank, turn=turn, weights_dtype=torch.float64) for turn in (1, 2)]
@@ -162,11 +155,11 @@ def two_layers(group: Any, wrap: str, layout: Layout, interleaved: bool) -> tupl
 
     with recorded() as (calls, handles):
         for turn, batch in enumerate(batches):
-            picks = batch.topk_idx.roll(turn, 0)  # each micro-batch has a routing of its own
+            topk_idx = batch.topk_idx.roll(turn, 0)  # each micro-batch has a routing of its own
 
-            def both(x: torch.Tensor, probs: torch.Tensor, picks: torch.Tensor = picks) -> torch.Tensor:
-                y = x + moe_layer(x, picks, probs, experts, case.experts, group, layout).tanh()
-                return moe_layer(y, picks.flip(1), probs.flip(1), experts, case.experts, group, layout)
+            def both(x: torch.Tensor, probs: torch.Tensor, topk_idx: torch.Tensor = topk_idx) -> torch.Tensor:
+                y = x + moe_layer(x, topk_idx, probs, experts, case.experts, group, layout).tanh()
+                return moe_layer(y, topk_idx.flip(1), probs.flip(1), experts, case.experts, group, layout)
 
             inputs.append((batch.x.requires_grad_(), batch.topk_weights.requires_grad_()))
             outputs.append(WRAPS[wrap](both)(*inputs[-1]))
@@ -178,10 +171,10 @@ def two_layers(group: Any, wrap: str, layout: Layout, interleaved: bool) -> tupl
         return gradients, calls, left
 
 
-@own_package
+@isolated
 def two_backwards(group: Any, layout: Layout) -> tuple[list[torch.Tensor], list[str], int]:
     """One checkpoint of torch's with two outputs, each with a backward of its own, for which it runs again: gradients,
-    dispatches, handles left behind."""
+    dispatches, how many handles are left."""
     case, rank = SMALL, group.rank()
     experts = own_experts(case, rank, all_experts(case))
     batch = make_batch(case, rank, weights_dtype=torch.float64)

@@ -1,8 +1,10 @@
-"""Errors, carried out of the ranks that met them and compared."""
+"""What ranks say, carried out of them: errors, and lines of the log."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,3 +38,20 @@ def assert_report(report: Report | None, kind: type[EPError], *parts: str) -> No
     assert report.fix and f"\n  fix: {report.fix}" in report.text, str(report)
     for part in parts:
         assert part in report.text, f"{part!r} is not in: {report}"
+
+
+@contextlib.contextmanager
+def log_records(name: str = "megatron_ep_v2", level: int | None = None) -> Iterator[list[logging.LogRecord]]:
+    """What this logger is given in the meantime, in a rank too, where pytest's caplog does not reach. level: None = as
+    it is."""
+    records: list[logging.LogRecord] = []
+    handler, logger = logging.Handler(), logging.getLogger(name)
+    handler.emit = records.append  # type: ignore[method-assign]
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(before if level is None else level)
+    try:
+        yield records
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)

@@ -1,4 +1,4 @@
-"""Every stall many times, with the default limit: how often all reports named the right rank and place, and how many
+"""Every stall many times, with the default limit: how often all reports named the right rank and call, and how many
 seconds after the stall the slowest one was there. `python -m tests.helpers.stall_rounds --rounds 20`
 takes half an hour.
 """

@@ -25,8 +25,7 @@ from megatron_ep_v2.buffers import pool, reference
 from megatron_ep_v2.errors import EPError, GroupMismatchError
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 from megatron_ep_v2.watchdog import client
-from tests.helpers.harness import HANG, RanksError, run_ranks
-from tests.helpers.moe import own_package
+from tests.helpers.harness import HANG, RanksError, isolated, run_ranks
 
 RANKS, CULPRIT = 4, 2
 STEPS, LAYERS, HIDDEN, EXPERTS, TOPK, TOKENS = 3, 3, 16, 8, 3, 40
@@ -151,7 +150,7 @@ def layer(group: Any, x: torch.Tensor) -> torch.Tensor:
     return fused_combine(rows * row_probs[:, None], group, handle)[0]
 
 
-@own_package
+@isolated
 def train(group: Any, name: str | None, seconds: int, pause: float, folder: str) -> int:
     """Three steps of three layers; the culprit stalls in the second. Returns the steps that it took."""
     with standard_error_in(Path(folder, str(group.rank()))), contextlib.ExitStack() as stack:
@@ -184,7 +183,7 @@ class Outcome:
     survived: bool
 
     def faults(self, stall: Stall) -> list[str]:
-        """Everything that the reports lack; nothing if they name the right rank and place."""
+        """Everything that the reports lack; nothing if they name the right rank and call."""
         return [
             f"rank {rank} does not say {words!r}"
             for rank in stall.reporters
@@ -233,7 +232,7 @@ def run(name: str | None, seconds: int, pause: float) -> Outcome:
         return Outcome([file.read_text() for file in files], [at - stalled for at in reported], survived)
 
 
-@own_package
+@isolated
 def bring_another_capacity(group: Any) -> tuple[str, str, float]:
     """No stall, because the ranks compare it before the first dispatch: kind and text of the error, seconds."""
     start(1, num_max_tokens_per_rank=64 if group.rank() == CULPRIT else 128)

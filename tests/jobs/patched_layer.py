@@ -26,8 +26,17 @@ import torch
 import torch.distributed as dist
 
 from tests.helpers.harness import HANG
+from tests.helpers.shapes import Shape, Split
 
 RANKS = 2
+SHAPE, SPLIT = Shape(topk=4, hidden=256), Split(1, RANKS)
+
+
+def make_layer(**more: Any) -> Any:
+    """Megatron's MoELayer, the same on every rank."""
+    from tests.helpers.megatron_layer import AUX_LOSS, moe_layer_of, transformer_config
+
+    return moe_layer_of(transformer_config(SHAPE, SPLIT, **AUX_LOSS | more))
 
 
 def with_the_package(report: dict[str, Any]) -> None:
@@ -36,10 +45,8 @@ def with_the_package(report: dict[str, Any]) -> None:
     import megatron_ep_v2
     from megatron_ep_v2 import settings
     from megatron_ep_v2.errors import SettingsError
-    from tests.helpers.mcore import Shape, Split, make_moe_layer
     from tests.megatron.test_flex_dispatcher import weigh
 
-    shape, split = Shape("fp32", 4, hidden=256), Split(1, RANKS)
     stock = token_dispatcher._DeepepManager, token_dispatcher.fused_dispatch
 
     def state() -> list[Any]:
@@ -47,43 +54,42 @@ def with_the_package(report: dict[str, Any]) -> None:
 
     report["file"] = moe_layer.__file__
     with contextlib.suppress(ImportError):  # Megatron's own: HybridEP is not installed
-        make_moe_layer(shape, split, moe_flex_dispatcher_backend="hybridep")
+        make_layer(moe_flex_dispatcher_backend="hybridep")
     report["another backend"] = state()
     with settings.environment(MCORE_DEEPEP_V2_LAYOUT="sorted"):
         try:
-            make_moe_layer(shape, split)
+            make_layer()
         except SettingsError as error:
             report["a wrong setting"] = error.what.splitlines()[0]  # build_module appends what it built
-    make_moe_layer(shape, split)
-    weigh(shape, split)
+    make_layer()
+    weigh(SHAPE, SPLIT)
     report["alone"] = state()
     megatron_ep_v2.install(layout="compact")
-    make_moe_layer(shape, split)
-    weigh(shape, split)
+    make_layer()
+    weigh(SHAPE, SPLIT)
     report["after install()"] = state()
     megatron_ep_v2.uninstall()
     assert stock == (token_dispatcher._DeepepManager, token_dispatcher.fused_dispatch)
-    make_moe_layer(shape, split)
-    weigh(shape, split)
+    make_layer()
+    weigh(SHAPE, SPLIT)
     report["after uninstall()"] = state()
     megatron_ep_v2.uninstall()
     with settings.environment(MCORE_DEEPEP_V2_EXPERTS="grouped"):
-        layers = [make_moe_layer(shape, split) for _ in range(2)]
+        layers = [make_layer() for _ in range(2)]
     report["experts"] = [type(layer.experts).__name__ for layer in layers]
-    layers[0](torch.ones(6, 1, shape.hidden))[0].sum().backward()
+    layers[0](torch.ones(6, 1, SHAPE.hidden))[0].sum().backward()
     megatron_ep_v2.uninstall()
-    report["experts"].append(type(make_moe_layer(shape, split).experts).__name__)
+    report["experts"].append(type(make_layer().experts).__name__)
     megatron_ep_v2.uninstall()
 
 
 def without_the_package(report: dict[str, Any]) -> None:
     from megatron.core.transformer.moe import fused_a2a, moe_layer, token_dispatcher
 
-    from tests.helpers import mcore
+    from tests.helpers.megatron_layer import hidden_states
 
-    shape, split = mcore.Shape("fp32", 4, hidden=256), mcore.Split(1, RANKS)
     try:
-        mcore.make_moe_layer(shape, split)
+        make_layer()
     except ImportError as error:
         report["no deep_ep"] = str(error)
     deep_ep = sys.modules["deep_ep"] = legacy_deep_ep()
@@ -91,10 +97,10 @@ def without_the_package(report: dict[str, Any]) -> None:
     importlib.reload(fused_a2a)
     moe_layer.MoEFlexTokenDispatcher = importlib.reload(token_dispatcher).MoEFlexTokenDispatcher
     torch.manual_seed(7)
-    layer = mcore.make_moe_layer(shape, split)
-    hidden = mcore.make_hidden(shape, 32, 8).requires_grad_()
+    layer = make_layer()
+    hidden = hidden_states(SHAPE, 32, 8).requires_grad_()
     output = layer(hidden)[0]
-    output.backward(mcore.make_hidden(shape, 32, 8, seed=1))
+    output.backward(hidden_states(SHAPE, 32, 8, seed=1))
     manager = layer.token_dispatcher._comm_manager
     report["legacy deep_ep"] = {
         "manager": f"{type(manager).__module__}.{type(manager).__qualname__}",
@@ -188,7 +194,7 @@ def main() -> None:
         # An editable installation is found by a finder of its own.
         sys.meta_path[:] = [finder for finder in sys.meta_path if "megatron_ep_v2" not in finder.__module__]
     torch.set_num_threads(1)
-    from tests.helpers import mcore  # noqa: F401 - both ranks then have everything imported
+    from tests.helpers import megatron_layer  # noqa: F401 - both ranks then have everything imported
 
     with tempfile.TemporaryDirectory() as folder:
         fork = multiprocessing.get_context("fork")

@@ -12,14 +12,14 @@ from megatron_ep_v2.errors import EPError
 from megatron_ep_v2.kernels import topk as module
 from megatron_ep_v2.kernels.topk import top_k
 from tests.helpers.interpreter import child, needs_triton
-from tests.helpers.topk_oracle import cases, picked
+from tests.helpers.topk_kernels import cases, selected_by_sort
 
 
 def test_on_a_cpu_it_is_pytorchs() -> None:
     for name, probs, topk in cases():
         leaf = probs.clone().requires_grad_()
         values, indices = top_k(leaf, topk)
-        expected = probs.gather(1, picked(probs, topk))
+        expected = probs.gather(1, selected_by_sort(probs, topk))
         assert values.detach().sort(1).values.allclose(expected.sort(1).values, rtol=0, atol=0, equal_nan=True), name
         assert indices.dtype == torch.int64 and (indices < 0).equal(values == 0), name
         selected = indices >= 0
@@ -34,7 +34,7 @@ def test_on_a_cpu_it_is_pytorchs() -> None:
 
 
 def test_the_kernels_gradient_by_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With PyTorch in the kernels' place."""
+    """With PyTorch for the kernels."""
     kernels = SimpleNamespace(
         select=lambda probs, topk: torch.topk(probs, topk),
         spread=lambda grad, indices, experts: grad.new_zeros(len(grad), experts).scatter(1, indices, grad),
@@ -92,7 +92,7 @@ def test_without_a_new_enough_triton_it_is_said_once() -> None:
 INTERPRET = """
 import json
 from megatron_ep_v2.kernels import topk_triton
-from tests.helpers.topk_oracle import wrong
+from tests.helpers.topk_kernels import wrong
 
 print(json.dumps(wrong(topk_triton, "cpu")))
 """

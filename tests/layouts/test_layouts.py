@@ -1,4 +1,5 @@
-"""Layouts in PyTorch: places against a loop over picks, rows there and back against fp64, gradients by differences."""
+"""Layouts in PyTorch: slots against a loop over selections, rows there and back against fp64, gradients by
+differences."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from megatron_ep_v2.layouts import (
     tma_aligned,
 )
 from tests.helpers import layout_oracle as oracle
-from tests.helpers.layout_oracle import KINDS, NAN, Found, Routing, routing
+from tests.helpers.layout_oracle import KINDS, NAN, Routing, Slots, routing
 
 LAYOUTS: dict[str, tuple[Any, ...]] = {  # contiguous: rows, alignment; masked: expected_m
     "aligned": ("contiguous", 256, 16),
@@ -35,33 +36,33 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 each_layout = pytest.mark.parametrize("layout", LAYOUTS)
 
 
-def lay_out(r: Routing, layout: str) -> tuple[Places, Found]:
+def lay_out(r: Routing, layout: str) -> tuple[Places, Slots]:
     """By the code under test and by the oracle."""
     how, *sizes = LAYOUTS[layout]
     num_recv = torch.tensor(r.num_recv, dtype=torch.int32)
     ours, theirs = (place_contiguous, oracle.contiguous) if how == "contiguous" else (place_masked, oracle.masked)
-    return ours(r.picks, num_recv, r.num_experts, *sizes), theirs(r, *sizes)
+    return ours(r.topk_idx, num_recv, r.num_experts, *sizes), theirs(r, *sizes)
 
 
 def values(r: Routing, columns: int, dtype: torch.dtype = torch.float64, seed: int = 1) -> torch.Tensor:
-    """[R, columns], NaN in rows that have not come."""
-    x = torch.randn(len(r.picks), columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    """[R, columns], NaN in rows that were not received."""
+    x = torch.randn(len(r.topk_idx), columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     x[r.num_recv :] = NAN
     return x.to(dtype)
 
 
 @each_kind
 @each_layout
-def test_places(kind: str, layout: str) -> None:
+def test_slots(kind: str, layout: str) -> None:
     r = routing(kind)
     places, found = lay_out(r, layout)
     for name in ("slots", "rows", "m_indices", "counts", "ends", "overflow", "needed"):
         tensor = getattr(places, name)
         assert tensor.dtype == torch.int32 and tensor.tolist() == getattr(found, name), name
-    picks_of_rows = [divmod(s, r.picks.shape[1]) if s >= 0 else None for s in places.sources.tolist()]
-    assert [-1 if source is None else source[0] for source in picks_of_rows] == found.rows
-    for place, source in enumerate(picks_of_rows):
-        assert source is None or found.slots[source[0]][source[1]] == place
+    sources = [divmod(s, r.topk_idx.shape[1]) if s >= 0 else None for s in places.sources.tolist()]
+    assert [-1 if source is None else source[0] for source in sources] == found.rows
+    for slot, source in enumerate(sources):
+        assert source is None or found.slots[source[0]][source[1]] == slot
     starts = [0, *found.ends[:-1]]
     assert places.padded_counts.tolist() == [end - start for start, end in zip(starts, found.ends, strict=True)]
 
@@ -69,7 +70,7 @@ def test_places(kind: str, layout: str) -> None:
 def test_without_a_count_all_rows_are_real() -> None:
     r = routing("random")
     r.num_recv = 11
-    places = place_masked(r.picks[:11], None, r.num_experts, 40)
+    places = place_masked(r.topk_idx[:11], None, r.num_experts, 40)
     assert places.slots.tolist() == oracle.masked(r, 40).slots[:11]
 
 
@@ -79,13 +80,13 @@ def test_without_a_count_all_rows_are_real() -> None:
 def test_rows_there_and_back(kind: str, layout: str, dtype: torch.dtype) -> None:
     r = routing(kind)
     places, found = lay_out(r, layout)
-    x, weights = values(r, 24, dtype), values(r, r.picks.shape[1], torch.float32, seed=2)
+    x, weights = values(r, 24, dtype), values(r, r.topk_idx.shape[1], torch.float32, seed=2)
     rows = gather_rows(x, places)
     assert rows.dtype == dtype and torch.equal(rows.double(), oracle.gathered(x, found))
-    by_place = gather_weights(weights, places)
-    for place, row in enumerate(found.rows):
-        wanted = weights[row, found.slots[row].index(place)] if row >= 0 else 0.0
-        assert by_place[place] == wanted
+    by_slot = gather_weights(weights, places)
+    for slot, row in enumerate(found.rows):
+        wanted = weights[row, found.slots[row].index(slot)] if row >= 0 else 0.0
+        assert by_slot[slot] == wanted
 
     rows[places.rows < 0] = NAN  # as a GEMM leaves what it does not compute
     close = {"rtol": {torch.bfloat16: 2**-8, torch.float32: 1e-6, torch.float64: 1e-7}[dtype], "atol": 1e-6}
@@ -113,10 +114,10 @@ def test_gradients_by_differences(kind: str, layout: str) -> None:
 
 @each_layout
 def test_garbage_reaches_no_gradient(layout: str) -> None:
-    """NaN in rows that have not come, in the GEMM's padding, and in the gradients of both."""
+    """NaN in rows that were not received, in the GEMM's padding, and in the gradients of both."""
     r = routing("random")
     places, found = lay_out(r, layout)
-    x, weights = values(r, 8).requires_grad_(), values(r, r.picks.shape[1], seed=2).requires_grad_()
+    x, weights = values(r, 8).requires_grad_(), values(r, r.topk_idx.shape[1], seed=2).requires_grad_()
     rows = gather_rows(x, places)
     y = torch.where((places.rows >= 0)[:, None], rows.detach(), NAN).requires_grad_()
     out = reduce_rows(y, places, weights)
@@ -137,8 +138,8 @@ def test_payloads(layout: str, kind: str) -> None:
     r = routing(kind)
     places, found = lay_out(r, layout)
     hidden, num_scales = 256, 5
-    codes = torch.randint(256, (len(r.picks), hidden), dtype=torch.uint8).view(torch.float8_e4m3fn)
-    exponents = torch.randint(1, 255, (len(r.picks), num_scales), dtype=torch.int32)
+    codes = torch.randint(256, (len(r.topk_idx), hidden), dtype=torch.uint8).view(torch.float8_e4m3fn)
+    exponents = torch.randint(1, 255, (len(r.topk_idx), num_scales), dtype=torch.int32)
     scales = (exponents << 23).view(torch.float32)
     group = places.expected_m or places.num_rows
     shape = [r.num_experts, group] if places.expected_m else [group]
@@ -178,22 +179,22 @@ def test_overflow_is_an_error_that_names_the_size() -> None:
         roomy = place_masked if places.expected_m else place_contiguous
         sizes = (needed,) if places.expected_m else (needed, 8)
         num_recv = torch.tensor([r.num_recv], dtype=torch.int32)
-        enough = roomy(r.picks, num_recv, r.num_experts, *sizes)
+        enough = roomy(r.topk_idx, num_recv, r.num_experts, *sizes)
         check_overflow(enough)
         assert int(enough.needed) == needed
         smaller = (needed - 1,) if places.expected_m else (needed - 8, 8)
-        assert int(roomy(r.picks, num_recv, r.num_experts, *smaller).overflow) > 0
+        assert int(roomy(r.topk_idx, num_recv, r.num_experts, *smaller).overflow) > 0
 
 
 @pytest.mark.parametrize("alignment", [1, 4, 128])
 def test_rows_that_fit_are_enough_and_no_block_more(alignment: int) -> None:
     """The worst spread: as many experts as possible one row over a block."""
-    for picks in range(0, 40, 3):
-        size = rows_that_fit(picks, 6, alignment)
+    for selections in range(0, 40, 3):
+        size = rows_that_fit(selections, 6, alignment)
         assert size % alignment == 0
         worst = 0
-        for used in range(1, min(6, picks) + 1):
-            blocks = used + (picks - used) // alignment  # one row each, the rest in full blocks
+        for used in range(1, min(6, selections) + 1):
+            blocks = used + (selections - used) // alignment  # one row each, the rest in full blocks
             worst = max(worst, blocks * alignment)
         assert size == worst
 
@@ -201,30 +202,30 @@ def test_rows_that_fit_are_enough_and_no_block_more(alignment: int) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"picks": torch.zeros(3, dtype=torch.int64)}, "a layout cannot be made of these selections"),
-        ({"picks": torch.zeros(3, 2, dtype=torch.int32)}, "a layout cannot be made of these selections"),
+        ({"topk_idx": torch.zeros(3, dtype=torch.int64)}, "a layout cannot be made of these selections"),
+        ({"topk_idx": torch.zeros(3, 2, dtype=torch.int32)}, "a layout cannot be made of these selections"),
         ({"num_recv": torch.tensor(3)}, "has to be on the device"),
         ({"num_rows": 100}, "come in blocks"),
         ({"experts": 0}, "for 0 experts"),
     ],
 )
 def test_what_cannot_be_laid_out(change: dict[str, Any], message: str) -> None:
-    wanted: dict[str, Any] = {"picks": torch.zeros(3, 2, dtype=torch.int64), "num_recv": None, "experts": 2}
+    wanted: dict[str, Any] = {"topk_idx": torch.zeros(3, 2, dtype=torch.int64), "num_recv": None, "experts": 2}
     wanted |= {"num_rows": 128} | change
     with pytest.raises(InputError, match=message):
-        place_contiguous(wanted["picks"], wanted["num_recv"], wanted["experts"], wanted["num_rows"])
+        place_contiguous(wanted["topk_idx"], wanted["num_recv"], wanted["experts"], wanted["num_rows"])
 
 
-def test_what_does_not_fit_its_places() -> None:
+def test_what_does_not_fit_its_slots() -> None:
     r = routing("random")
     places, _ = lay_out(r, "masked")
     with pytest.raises(InputError, match="received rows do not fit"):
-        gather_rows(torch.zeros(len(r.picks) + 1, 4), places)
+        gather_rows(torch.zeros(len(r.topk_idx) + 1, 4), places)
     with pytest.raises(InputError, match="experts' rows do not fit"):
-        reduce_rows(torch.zeros(len(r.picks), 4), places)
+        reduce_rows(torch.zeros(len(r.topk_idx), 4), places)
     with pytest.raises(InputError, match="weights do not fit"):
-        gather_weights(torch.zeros(len(r.picks), 1), places)
-    codes, scales = torch.zeros(len(r.picks), 128, dtype=torch.uint8), torch.zeros(len(r.picks), 1)
+        gather_weights(torch.zeros(len(r.topk_idx), 1), places)
+    codes, scales = torch.zeros(len(r.topk_idx), 128, dtype=torch.uint8), torch.zeros(len(r.topk_idx), 1)
     with pytest.raises(InputError, match="rows and scales do not fit"):
         gather_payload((codes, scales[1:]), places)
     with pytest.raises(InputError, match="cannot be delivered"):
@@ -232,4 +233,4 @@ def test_what_does_not_fit_its_places() -> None:
     with pytest.raises(InputError, match="packs of UE8M0 already"):
         gather_payload((codes, scales.int()), places, "ue8m0")
     with pytest.raises(InputError, match="0 rows to an expert"):
-        place_masked(r.picks, None, r.num_experts, 0)
+        place_masked(r.topk_idx, None, r.num_experts, 0)

@@ -1,4 +1,5 @@
-"""What grouped GEMMs are told about the rows of an expanded dispatch, against the handle's own map of picks to rows."""
+"""What grouped GEMMs need to know of the rows of an expanded dispatch, against the handle's own map of selections
+to rows."""
 
 from __future__ import annotations
 
@@ -26,23 +27,23 @@ EXPERTS, TOPK, HIDDEN = 8, 3, 16
 
 
 def batch(rank: int, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x, picks, weights."""
+    """x, topk_idx, weights."""
     generator = torch.Generator().manual_seed(rank)
-    tokens = 0 if kind == "nobody sends" else 23 + rank
-    picks = torch.rand(tokens, EXPERTS, generator=generator).topk(TOPK, dim=1).indices
+    tokens = 0 if kind == "no tokens" else 23 + rank
+    topk_idx = torch.rand(tokens, EXPERTS, generator=generator).topk(TOPK, dim=1).indices
     if kind == "one expert":
-        picks[:, 1:] = -1
-        picks[:, 0] = 5
+        topk_idx[:, 1:] = -1
+        topk_idx[:, 0] = 5
     x = torch.randn(tokens, HIDDEN, generator=generator, dtype=torch.float64)
-    return x, picks, torch.rand(tokens, TOPK, generator=generator)
+    return x, topk_idx, torch.rand(tokens, TOPK, generator=generator)
 
 
-def told(group: Any, kind: str, alignment: int) -> list[str]:
+def faults(group: Any, kind: str, alignment: int) -> list[str]:
     """Names of what is wrong on a rank."""
-    x, picks, weights = batch(group.rank(), kind)
+    x, topk_idx, weights = batch(group.rank(), kind)
     spec = BufferSpec(num_max_tokens_per_rank=64, hidden=HIDDEN, num_topk=TOPK, num_experts=EXPERTS)
     buffer = ReferenceBuffer(group, spec)
-    given: dict[str, Any] = {"topk_idx": picks, "topk_weights": weights, "num_experts": EXPERTS}
+    given: dict[str, Any] = {"topk_idx": topk_idx, "topk_weights": weights, "num_experts": EXPERTS}
     rows, _, row_weights, handle, _ = buffer.dispatch(x, expert_alignment=alignment, do_expand=True, **given)
     compact, recv_idx, recv_weights, compact_handle, _ = buffer.dispatch(x, **given)
     assert isinstance(rows, torch.Tensor) and isinstance(compact, torch.Tensor)
@@ -63,7 +64,7 @@ def told(group: Any, kind: str, alignment: int) -> list[str]:
     places = place_contiguous(recv_idx, None, EXPERTS // group.size(), len(rows), alignment)
     real = places.m_indices >= 0
     if not torch.equal(places.m_indices, found[: len(rows)]) or not torch.equal(places.ends, ends):
-        wrong.append("places")
+        wrong.append("slots")
     if not torch.equal(gather_rows(compact, places)[real], rows[real]):
         wrong.append("rows")
     if not torch.equal(gather_weights(recv_weights, places)[real], row_weights[real]):
@@ -78,7 +79,7 @@ def told(group: Any, kind: str, alignment: int) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("kind", ["random", "one expert", "nobody sends"])
+@pytest.mark.parametrize("kind", ["random", "one expert", "no tokens"])
 @pytest.mark.parametrize("alignment", [1, 16])
 def test_expanded_rows(kind: str, alignment: int) -> None:
-    assert run_ranks(2, told, kind, alignment) == [[], []]
+    assert run_ranks(2, faults, kind, alignment) == [[], []]

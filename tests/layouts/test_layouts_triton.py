@@ -16,7 +16,7 @@ from megatron_ep_v2.kernels import move_triton, places_triton, swiglu_triton
 # Triton's interpreter does not round to bf16 as a GPU does.
 dtypes = (torch.float32, torch.float64), (torch.bfloat16, torch.float8_e4m3fn)
 print(json.dumps({
-    "places": differences(place_cases(places_triton, "cpu")),
+    "slots": differences(place_cases(places_triton, "cpu")),
     "moves": differences(move_cases(move_triton, "cpu", SHAPES, *dtypes)),
     "columns": differences(column_cases(move_triton, "cpu")),
     "swiglu": differences(swiglu_cases(swiglu_triton, "cpu", (torch.float32, torch.float64), (8, 33, 2000))),
@@ -30,7 +30,7 @@ print(json.dumps({
 @needs_triton
 def test_the_kernels_equal_the_references_in_tritons_interpreter() -> None:
     found = child(INTERPRET, TRITON_INTERPRET="1")
-    assert found == {"places": [], "moves": [], "columns": [], "swiglu": [], "empty": [[3, 8], [3, 8]]}
+    assert found == {"slots": [], "moves": [], "columns": [], "swiglu": [], "empty": [[3, 8], [3, 8]]}
 
 
 OLD = """

@@ -1,4 +1,4 @@
-"""What rows travel as: by name, or as the model's recipe says; told once, with the reason, never changed silently."""
+"""What rows travel as: by name, or as the model's recipe says; logged once, with the reason, never changed silently."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from megatron_ep_v2.buffers.reference import ReferenceBuffer
 from megatron_ep_v2.errors import SettingsError
 from megatron_ep_v2.settings import resolve, settle_dispatch_dtypes
 from megatron_ep_v2.wire.formats import dtype_of_recipe
+from tests.helpers.compare import relative_error
 from tests.helpers.harness import run_ranks
-from tests.helpers.mcore import DTYPES, Layer, Shape, Split, make_config, make_hidden, megatron_ranks
+from tests.helpers.megatron_layer import FlexLayer, hidden_states, installed, transformer_config
+from tests.helpers.reports import log_records
+from tests.helpers.shapes import Shape, Split
 
 EP2 = Split(1, 2)
-SHAPE = Shape("bf16", 3, hidden=256)
+SHAPE = Shape(torch.bfloat16, hidden=256)
 BOTH = ("dispatch_dtype", "grad_dispatch_dtype")
 
 
@@ -123,22 +126,16 @@ def set_recipe(monkeypatch: pytest.MonkeyPatch, recipe: str | None) -> None:
     """From now on layers are those of a model with this fp8_recipe; None = one that trains without FP8."""
 
     def config_of(*shapes: Any, **more: Any) -> Any:
-        config = make_config(*shapes, **more)
+        config = transformer_config(*shapes, **more)
         if recipe is not None:  # set afterwards: the configuration itself would ask for TransformerEngine
             config.fp8, config.fp8_recipe = "e4m3", recipe
         return config
 
-    monkeypatch.setattr("tests.helpers.mcore.make_config", config_of)
+    monkeypatch.setattr("tests.helpers.megatron_layer.transformer_config", config_of)
 
 
 def run_recipe(group: Any, recipe: str | None, chosen: dict[str, Any]) -> dict[str, Any]:
     """Two steps of a model. What was logged, what travelled, the output against the dense layer's."""
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logger = logging.getLogger("megatron_ep_v2")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
     travelled = []
     original = ReferenceBuffer.dispatch
 
@@ -147,33 +144,33 @@ def run_recipe(group: Any, recipe: str | None, chosen: dict[str, Any]) -> dict[s
         travelled.append([str(part.dtype).removeprefix("torch.") for part in parts])
         return original(self, x, **arguments)
 
-    try:
-        with pytest.MonkeyPatch.context() as monkeypatch, megatron_ranks(EP2, **chosen):
-            settled_before = settings.active().dispatch_dtype
-            monkeypatch.setattr(ReferenceBuffer, "dispatch", dispatch)
-            set_recipe(monkeypatch, recipe)
-            layer = Layer(SHAPE, EP2)
-            for _ in range(2):
-                hidden = make_hidden(SHAPE, 20).requires_grad_()
-                output = layer(hidden)
-                output.backward(make_hidden(SHAPE, 20, seed=1))
-            expected = layer.dense(hidden)
-            return {
-                "before": settled_before,
-                "log": [line for line in messages if "dispatch_dtype" in line],
-                "travelled": travelled,
-                "error": float((output - expected).norm() / expected.norm()),
-                "settings": {name: megatron_ep_v2.status()["settings"][name] for name in BOTH},
-                "buffer": {name: megatron_ep_v2.status()["buffers"][0][name] for name in BOTH},
-            }
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(logging.NOTSET)
+    with (
+        pytest.MonkeyPatch.context() as monkeypatch,
+        log_records(level=logging.INFO) as records,
+        installed(EP2, **chosen),
+    ):
+        settled_before = settings.active().dispatch_dtype
+        monkeypatch.setattr(ReferenceBuffer, "dispatch", dispatch)
+        set_recipe(monkeypatch, recipe)
+        layer = FlexLayer(SHAPE, EP2)
+        for _ in range(2):
+            hidden = hidden_states(SHAPE, 20).requires_grad_()
+            output = layer(hidden)
+            output.backward(hidden_states(SHAPE, 20, seed=1))
+        expected = layer.dense(hidden)
+        return {
+            "before": settled_before,
+            "log": [line for line in (record.getMessage() for record in records) if "dispatch_dtype" in line],
+            "travelled": travelled,
+            "error": relative_error(output, expected),
+            "settings": {name: megatron_ep_v2.status()["settings"][name] for name in BOTH},
+            "buffer": {name: megatron_ep_v2.status()["buffers"][0][name] for name in BOTH},
+        }
 
 
 PLAIN, FP8, MXFP8 = ["bfloat16"], ["float8_e4m3fn", "float32"], ["float8_e4m3fn", "int32"]
 RUNS: dict[str, tuple[str | None, dict[str, Any], str, list[str], list[str]]] = {
-    # recipe, install(), what is told, what travels forward and backward
+    # recipe, install(), what is reported, what travels forward and backward
     "bf16 model": (None, {}, "bf16 (auto: the model trains without FP8)", PLAIN, PLAIN),
     "blockwise": ("blockwise", {}, "fp8 (auto: the model's fp8_recipe is blockwise, with the same groups)", FP8, FP8),
     "mxfp8, but no such GPU": ("mxfp8", {}, "bf16 (auto: the model's fp8_recipe is mxfp8, but", PLAIN, PLAIN),
@@ -210,11 +207,11 @@ def test_a_model_of_megatron(name: str) -> None:
 
 
 def build_two_models(group: Any) -> str:
-    with pytest.MonkeyPatch.context() as monkeypatch, megatron_ranks(EP2):
-        Layer(SHAPE, EP2)(make_hidden(SHAPE, 4))
+    with pytest.MonkeyPatch.context() as monkeypatch, installed(EP2):
+        FlexLayer(SHAPE, EP2)(hidden_states(SHAPE, 4))
         set_recipe(monkeypatch, "blockwise")
         with pytest.raises(SettingsError, match="cannot follow two models") as caught:
-            Layer(SHAPE, EP2)
+            FlexLayer(SHAPE, EP2)
         assert len(pool.buffers()) == 1 and settings.active().dispatch_dtype == "bf16"
         return str(caught.value)
 
@@ -225,6 +222,6 @@ def test_a_second_model_with_another_recipe_is_refused() -> None:
 
 
 def test_the_configuration_has_the_fields_that_are_read() -> None:
-    config = make_config(SHAPE, Split(1, 1), expert_model_parallel_size=1)
-    assert config.fp8 is None and config.fp8_recipe == "delayed" and config.params_dtype == DTYPES["bf16"]
+    config = transformer_config(SHAPE, Split(1, 1), expert_model_parallel_size=1)
+    assert config.fp8 is None and config.fp8_recipe == "delayed" and config.params_dtype == torch.bfloat16
     assert dtype_of_recipe(config)[0] == "bf16"

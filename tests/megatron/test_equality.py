@@ -1,4 +1,4 @@
-"""Training through the flex dispatcher on the reference buffer, beside Megatron-Core's own alltoall dispatcher.
+"""Training through the flex dispatcher on the reference buffer, against Megatron-Core's own alltoall dispatcher.
 
 The example's model and trainer, from one seed, in fp32 with top-4: with two terms only, any order adds up to the same.
 """
@@ -19,8 +19,10 @@ from qwen3_moe.options import Options
 from megatron_ep_v2.fused_a2a import FusedDispatch
 from megatron_ep_v2.megatron.qwen3_moe.options import ModelShape, Recipe
 from megatron_ep_v2.megatron.qwen3_moe.trainer import Trainer
-from tests.helpers import mcore
+from tests.helpers.compare import relative_error
 from tests.helpers.harness import run_ranks
+from tests.helpers.megatron_layer import installed
+from tests.helpers.shapes import Split
 
 pytestmark = pytest.mark.slow
 
@@ -72,7 +74,7 @@ def train(group: Any, variant: str) -> Run:
     kind = "alltoall" if variant == "alltoall" else "flex"
     settings = {"layout": layout} if kind == "flex" else {}
     with (
-        mcore.megatron_ranks(mcore.Split(1, group.size()), **settings),
+        installed(Split(1, group.size()), **settings),
         undone(),
         pytest.MonkeyPatch.context() as patch,
     ):
@@ -103,7 +105,7 @@ whole_backward = FusedDispatch.backward
 
 
 def lose_half_of_the_gradient(ctx: Any, *gradients: Any) -> Any:
-    """What comes out of the dispatch's backward, without half of the picks' probabilities."""
+    """What comes out of the dispatch's backward, without half of the selections' probabilities."""
     grad_x, grad_indices, grad_probs, *rest = whole_backward(ctx, *gradients)
     grad_probs[:, grad_probs.shape[1] // 2 :] = 0
     return grad_x, grad_indices, grad_probs, *rest
@@ -122,7 +124,7 @@ def assert_same_losses(ours: list[Run], theirs: list[Run]) -> None:
 def assert_same_gradients(ours: list[Run], theirs: list[Run]) -> None:
     for run, expected in zip(ours, theirs, strict=True):
         assert run.gradients.keys() == expected.gradients.keys()
-        errors = {n: mcore.relative_error(g, expected.gradients[n]) for n, g in run.gradients.items()}
+        errors = {n: relative_error(g, expected.gradients[n]) for n, g in run.gradients.items()}
         wrong = {name: error for name, error in errors.items() if not error <= GRADIENT_TOLERANCE}
         assert not wrong, f"relative L2 error: {wrong}"
 

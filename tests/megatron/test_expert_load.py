@@ -1,4 +1,4 @@
-"""Expert load: against counts of the picks themselves, on the host and per layer, once for each token."""
+"""Expert load: against counts of the selections themselves, on the host and per layer, once for each token."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from megatron_ep_v2.errors import GroupMismatchError
 from megatron_ep_v2.fused_a2a import fused_dispatch
 from megatron_ep_v2.megatron import expert_load
 from tests.helpers.cases import SMALL, make_batch
-from tests.helpers.harness import run_ranks
-from tests.helpers.moe import own_package
-from tests.helpers.moe_layer import CPU, hidden_states, make_layer, megatron, step
+from tests.helpers.harness import isolated, run_ranks
+from tests.helpers.megatron_layer import hidden_states, make_layer, process_groups, step
+from tests.helpers.shapes import CPU
 
 
-def picked(group: Any, layers: list[Any], hidden: list[torch.Tensor]) -> list[list[int]]:
-    """How often the routers of all ranks pick each expert."""
+def selected(group: Any, layers: list[Any], hidden: list[torch.Tensor]) -> list[list[int]]:
+    """How often the routers of all ranks select each expert."""
     totals = []
     for layer, tokens in zip(layers, hidden, strict=True):
         counts = layer.router(tokens)[1].sum(dim=0)
@@ -32,7 +32,7 @@ def picked(group: Any, layers: list[Any], hidden: list[torch.Tensor]) -> list[li
 
 def count_layers(group: Any, layout: str, padded: bool) -> tuple[Any, ...]:
     """Two layers, the second with other tokens and two micro-batches; then nothing."""
-    with megatron(CPU):
+    with process_groups():
         layers = [make_layer(CPU, "flex", layout)]
         manager = layers[0].token_dispatcher._comm_manager
         second = type(manager)(
@@ -40,13 +40,13 @@ def count_layers(group: Any, layout: str, padded: bool) -> tuple[Any, ...]:
         )
         if padded:
             manager._expert_alignment = second._expert_alignment = lambda: 16
-        hidden = hidden_states(CPU, CPU.tokens - 3 * group.rank())
+        hidden = hidden_states(CPU, CPU.tokens - 3 * group.rank(), 1)
         step(layers[0], hidden)
         layers[0].token_dispatcher._comm_manager = second
         step(layers[0], hidden, micro_batches=2)
         gc.collect()
         counts = [counts.tolist() for counts in megatron_ep_v2.expert_load()]
-        expected = picked(group, layers * 3, [hidden, hidden, hidden * 2])
+        expected = selected(group, layers * 3, [hidden, hidden, hidden * 2])
         empty = [int(counts.sum()) for counts in megatron_ep_v2.expert_load()]
         return counts, [expected[0], [a + b for a, b in zip(*expected[1:], strict=True)]], empty
 
@@ -58,9 +58,9 @@ def test_the_counts_are_those_of_the_routers(layout: str, padded: bool) -> None:
         assert empty[-2:] == [0, 0]
 
 
-@own_package
+@isolated
 def log(group: Any) -> Any:
-    """One even layer, one where the first expert gets all, one that nobody used."""
+    """One even layer, one where the first expert gets all, one that was not used."""
     layers = [expert_load.ExpertLoad(group, 2) for _ in range(3)]
     layers[0].add(torch.tensor([3, 3]))
     layers[1].add(torch.tensor([8 * (group.rank() == 0), 0], dtype=torch.int32))
@@ -99,7 +99,7 @@ def test_local_counts_need_no_other_rank() -> None:
     assert len(expert_load.local_expert_load()) == number - 1
 
 
-@own_package
+@isolated
 def disagree(group: Any) -> str:
     layers = [expert_load.ExpertLoad(group, 2) for _ in range(1 + group.rank())]
     layers[0].add(torch.tensor([1, 2]))
@@ -114,11 +114,11 @@ def disagree(group: Any) -> str:
     return "nothing was raised"
 
 
-def test_ranks_with_other_layers_are_told() -> None:
+def test_ranks_with_other_layers_get_an_error() -> None:
     assert all("by rank: [1, 2]" in said for said in run_ranks(2, disagree, fresh=True))
 
 
-@own_package
+@isolated
 def read_on_one_rank(group: Any) -> list[list[int]]:
     """Rank 0 looks at its own counts first; and rank 1 still has a layer of a model that was given up unread."""
     layer = expert_load.ExpertLoad(group, 2)
@@ -136,7 +136,7 @@ def test_a_rank_that_has_read_its_own_counts_takes_part() -> None:
     assert run_ranks(2, read_on_one_rank, fresh=True) == [[[1, 2], [0, 0, 1, 2]], [[], [0, 0, 1, 2]]]
 
 
-@own_package
+@isolated
 def exact_counts(group: Any) -> tuple[list[int], list[int]]:
     """What the handle tells in a padded layout, and what was sent."""
     batch = make_batch(SMALL, group.rank())

@@ -12,11 +12,13 @@ from megatron.core.transformer.moe import moe_utils, token_dispatcher
 
 import megatron_ep_v2
 from megatron_ep_v2.device_checks import read_all
+from tests.helpers.compare import relative_error
 from tests.helpers.harness import run_ranks
-from tests.helpers.mcore import Layer, Shape, Split, make_hidden, megatron_ranks, relative_error
+from tests.helpers.megatron_layer import FlexLayer, hidden_states, installed
+from tests.helpers.shapes import CPU, Split
 
 ALIGNMENT = 32  # on main 256
-SHAPE, EP2 = Shape("fp32", 3, hidden=64), Split(1, 2)
+EP2 = Split(1, 2)
 
 
 def pads_before(config: Any) -> bool:
@@ -25,13 +27,13 @@ def pads_before(config: Any) -> bool:
 
 def run_layer(group: Any, mode: dict[str, Any], grouped_tensors: bool) -> dict[str, Any]:
     """A layer whose experts look at each row; alignment 0 is what Megatron says where nothing is quantised."""
-    with pytest.MonkeyPatch.context() as patch, megatron_ranks(EP2, **mode):
+    with pytest.MonkeyPatch.context() as patch, installed(EP2, **mode):
         patch.setattr(moe_utils, "skip_routed_expert_padding", pads_before, raising=False)
         align = lambda config: ALIGNMENT if pads_before(config) else 0  # noqa: E731
         patch.setattr(token_dispatcher, "get_align_size_for_quantization", align)
-        layer = Layer(SHAPE, EP2)
+        layer = FlexLayer(CPU, EP2)
         layer.config.moe_use_grouped_tensor = grouped_tensors
-        hidden, grad = make_hidden(SHAPE, 20).requires_grad_(), make_hidden(SHAPE, 20, seed=1)
+        hidden, grad = hidden_states(CPU, 20).requires_grad_(), hidden_states(CPU, 20, seed=1)
         probs, routing_map = layer.router(hidden.detach())
         probs = probs.detach().requires_grad_()
         rows, counts, row_probs = layer.dispatch(hidden, probs, routing_map)

@@ -154,9 +154,9 @@ def beside(group: Any) -> float:
     with on_cpu(), Folders() as folders, expert_parallel(2):
         job = Job(Setup(experts="grouped"))
         job.step()
-        wanted = job.save_beside_training(folders.of("beside"))
+        wanted = job.save_during_training(folders.of("during"))
         job = Job(Setup())
-        job.load(folders.of("beside"))
+        job.load(folders.of("during"))
         return max(abs(mine - other) for mine, other in zip(job.step(), wanted, strict=True))
 
 
@@ -186,7 +186,7 @@ def raw(group: Any) -> dict[str, str]:
                 found[f"{writer} to {reader}"] = str(error)
         megatron_ep_v2.uninstall()
         job = Job(replace(setup, experts="grouped"))
-        megatron_ep_v2.uninstall()  # a spec with these experts, and nobody who tells buffers apart
+        megatron_ep_v2.uninstall()  # a spec with these experts, and no wrapper that distinguishes buffers
         with pytest.raises(SettingsError, match="saved by number"):
             job.model.sharded_state_dict(metadata=job.metadata())
         job.setup = replace(job.setup, sharding="fully_reshardable")

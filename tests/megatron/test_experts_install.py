@@ -35,8 +35,8 @@ from megatron_ep_v2.experts import gemm
 from megatron_ep_v2.megatron import binding
 from megatron_ep_v2.megatron.experts import _NEEDED, EXPERTS, GroupedExperts, use_experts, with_experts
 from tests.helpers.harness import run_ranks
+from tests.helpers.megatron_layer import process_groups
 from tests.helpers.megatron_names import clean, names, rebound, set_cuda, set_deep_ep
-from tests.helpers.moe_layer import CPU, megatron
 from tests.helpers.reports import assert_report, attempt
 from tests.megatron.test_install import BOUND, BOUND_EXPANDED
 
@@ -49,7 +49,7 @@ GUARDS = {key for key in BOUND if key[0] in ("DistributedOptimizer", "dist_check
 GUARDS |= {(module, "extract_param_metadata") for module in ("planner", "utils")}
 HAS_MUON_MODULE = hasattr(muon, "_get_param_groups")  # before 0.18
 
-# Not for tests that start ranks: those processes would keep its environment for the tests behind them.
+# Not for tests that start ranks: those processes would keep its environment for the tests after them.
 in_this_process = pytest.mark.usefixtures("clean")
 
 
@@ -119,7 +119,7 @@ def hybrid() -> tuple[Any, Any]:
 
 
 def multi_token_prediction(settings: TransformerConfig) -> Any:
-    """The block of one layer behind the model's."""
+    """The block of one layer after the model's."""
     settings.mtp_num_layers = 1
     layer = get_gpt_layer_local_spec(num_experts=8, normalization="RMSNorm")
     spec = get_gpt_mtp_block_spec(settings, layer, use_transformer_engine=False)
@@ -151,7 +151,7 @@ def kinds(built: Any) -> set[str]:
 def built_with(group: Any) -> tuple[dict[str, set[str]], dict[str, set[str]], list[str]]:
     """Classes of experts by layer, after install() and after uninstall(); what of the shared spec has changed."""
     found, after, changed = {}, {}, []
-    with megatron(CPU):
+    with process_groups():
         shared = [submodules_of(spec) for spec in hybrid()]
         before = [dict(vars(submodules)) for submodules in shared]
         megatron_ep_v2.install(buffer="reference", experts="grouped")
@@ -174,7 +174,7 @@ def test_every_layer_of_megatrons_specs_is_built_with_them() -> None:
 
 def own_spec(group: Any) -> list[set[str]]:
     """Layers of a spec with experts of this package, of one that install() has seen before, and of Megatron's."""
-    with megatron(CPU):
+    with process_groups():
         megatron_ep_v2.install(buffer="reference", experts="grouped")
         spec = get_gpt_layer_local_spec(num_experts=8, normalization="RMSNorm")
         use_experts(spec, "sequential")
@@ -213,7 +213,7 @@ def test_experts_of_somebody_else_are_refused_before_anything_is_built(theirs: A
 @pytest.mark.parametrize("kind", EXPERTS)
 def test_what_a_patched_megatron_asks_for_is_the_same(kind: str, clean: pytest.MonkeyPatch) -> None:
     submodules = submodules_of(get_moe_module_spec(use_te=False, num_experts=8))
-    assert binding.moe_submodules(submodules) is submodules, "nobody asked for others"
+    assert binding.moe_submodules(submodules) is submodules, "no others were asked for"
     megatron_ep_v2.uninstall()
     clean.setenv(VARIABLE, kind)
     clean.setattr(gemm.GEMMS["deepgemm"], "require", lambda device: None, raising=False)
@@ -261,7 +261,7 @@ def test_a_field_of_other_experts_is_refused_by_name(name: str) -> None:
     value = OTHERS[name]
     changed = {name: value}
     if name == "cpu_offloading_weights":
-        assert experts(changed), "Megatron reads it beside cpu_offloading alone"
+        assert experts(changed), "Megatron reads it with cpu_offloading alone"
         changed["cpu_offloading"] = True
     report = attempt(lambda: experts(changed))
     assert_report(report, SettingsError, f"found: {name}={value}\n", f"needed: {name}=", "experts=megatron")
@@ -309,7 +309,7 @@ def for_inference(group: Any) -> list[Any]:
 
     make = getattr(moe_module_specs, "get_inference_optimized_moe_spec", None)
     plain = get_moe_module_spec(use_te=False, num_experts=8)
-    with megatron(CPU):
+    with process_groups():
         megatron_ep_v2.install(buffer="reference", experts="grouped")
         reports = []
         for spec in (plain, make() if make else plain):
@@ -522,7 +522,7 @@ def bridged(group: Any) -> tuple[list[bool], list[Any]]:
     def look() -> None:
         own.append(vars(MegatronModelBridge)["build_conversion_tasks"] is theirs)
 
-    with megatron(CPU), pytest.MonkeyPatch.context() as patch:
+    with process_groups(), pytest.MonkeyPatch.context() as patch:
         megatron_ep_v2.install(buffer="reference", experts="grouped")
         patch.setitem(sys.modules, BRIDGE, stand_in)
         look()

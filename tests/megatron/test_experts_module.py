@@ -1,4 +1,4 @@
-"""The experts inside Megatron's MoE layer, on both layouts, beside Megatron's own; and in distributed checkpoints."""
+"""The experts inside Megatron's MoE layer, on both layouts, against Megatron's own; and in distributed checkpoints."""
 
 from __future__ import annotations
 
@@ -10,21 +10,23 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing import mapping
 from megatron.core.tensor_parallel import param_is_not_tensor_parallel_duplicate
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
 import megatron_ep_v2
 from megatron_ep_v2.errors import SettingsError
 from megatron_ep_v2.megatron.experts import EXPERTS, Experts
-from tests.helpers import mcore
+from tests.helpers.compare import relative_errors
 from tests.helpers.harness import run_ranks
-from tests.helpers.moe_layer import CPU, hidden_states, make_layer, megatron, step
+from tests.helpers.megatron_layer import hidden_states, make_layer, process_groups, step
+from tests.helpers.shapes import CPU
 
 NAN = float("nan")
 
 
 def replaced(layer: Any, backend: str) -> Experts:
-    """Put experts of this kind, with the same weights, in the place of Megatron's."""
+    """Put experts of this kind, with the same weights, instead of Megatron's."""
     theirs = layer.experts.local_experts
-    ours = EXPERTS[backend](len(theirs), layer.config, pg_collection=mcore.get_default_pg_collection())
+    ours = EXPERTS[backend](len(theirs), layer.config, pg_collection=get_default_pg_collection())
     with torch.no_grad():
         for name in ("linear_fc1", "linear_fc2"):
             getattr(ours, name).weight.copy_(torch.stack([getattr(expert, name).weight for expert in theirs]))
@@ -35,9 +37,9 @@ def replaced(layer: Any, backend: str) -> Experts:
 def compare(group: Any, layouts: list[str], backends: list[str]) -> dict[str, float]:
     """Relative L2 of the output and of each gradient."""
     errors = {}
-    with megatron(CPU):
+    with process_groups():
         for layout in layouts:
-            hidden = hidden_states(CPU, CPU.tokens - 3 * group.rank())
+            hidden = hidden_states(CPU, CPU.tokens - 3 * group.rank(), 1)
             theirs = step(make_layer(CPU, "flex", layout), hidden)
             for name in ("linear_fc1", "linear_fc2"):
                 parts = [theirs.pop(key) for key in sorted(theirs) if key.endswith(f"{name}.weight")]
@@ -47,10 +49,8 @@ def compare(group: Any, layouts: list[str], backends: list[str]) -> dict[str, fl
                 experts = replaced(layer, backend)
                 assert all(p.allreduce is False for p in experts.parameters())
                 ours = step(layer, hidden)
-                assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
-                for name, wanted in theirs.items():
-                    error = (ours[name].double() - wanted.double()).norm() / wanted.double().norm()
-                    errors[f"{layout}, {backend}, {name}"] = error.item()
+                for name, error in relative_errors(ours, theirs).items():
+                    errors[f"{layout}, {backend}, {name}"] = error
                 megatron_ep_v2.destroy_buffers()
     return errors
 
@@ -63,21 +63,20 @@ def test_the_layer_agrees_with_megatrons_own_experts() -> None:
 
 
 def counts(group: Any) -> list[int]:
-    """What the experts are told, with the rows that come behind it."""
-    with megatron(CPU):
+    """The counts that the experts get, and after them how many rows."""
+    with process_groups():
         layer = make_layer(CPU, "flex", "expanded")
-        experts, told = replaced(layer, "grouped"), []
-        experts.register_forward_pre_hook(lambda _, args: told.extend([*args[1].tolist(), len(args[0])]))
-        layer(hidden_states(CPU, CPU.tokens))
-        return told
+        experts, given = replaced(layer, "grouped"), []
+        experts.register_forward_pre_hook(lambda _, args: given.extend([*args[1].tolist(), len(args[0])]))
+        layer(hidden_states(CPU, CPU.tokens, 1))
+        return given
 
 
 def test_a_dispatch_pads_as_the_setting_says() -> None:
     """So that DeepGEMM's experts take the rows as they come."""
-    for told in run_ranks(2, counts, env={"MCORE_DEEPEP_V2_EXPERT_ALIGNMENT": "128"}):
-        *sizes, rows = told
+    for *sizes, rows in run_ranks(2, counts, env={"MCORE_DEEPEP_V2_EXPERT_ALIGNMENT": "128"}):
         assert sum(sizes) == rows and all(size % 128 == 0 for size in sizes) and any(sizes)
-    assert any(size % 128 for told in run_ranks(2, counts) for size in told)
+    assert any(size % 128 for sizes in run_ranks(2, counts) for size in sizes)
 
 
 def global_tensors(experts: Any, single: bool) -> dict[str, tuple[torch.Tensor, Any]]:
@@ -94,9 +93,9 @@ def global_tensors(experts: Any, single: bool) -> dict[str, tuple[torch.Tensor, 
         tensor, replica = whole.setdefault(shard.key, new)
         assert replica == shard.replica_id and tensor.shape == shard.global_shape
         data = shard.data.view(*[1] * shard.prepend_axis_num, *shard.data.shape)
-        place = tuple(slice(at, at + size) for at, size in zip(shard.global_offset, data.shape, strict=True))
-        assert tensor[place].isnan().all(), "written twice"
-        tensor[place] = data
+        shard_of = tuple(slice(at, at + size) for at, size in zip(shard.global_offset, data.shape, strict=True))
+        assert tensor[shard_of].isnan().all(), "written twice"
+        tensor[shard_of] = data
     return whole
 
 
@@ -109,9 +108,9 @@ def nested_values(state: Any, found: list[Any]) -> None:
 
 
 def checkpoint(group: Any) -> list[str]:
-    """What a rank writes, ours beside Megatron's own; and what it makes of reading that."""
+    """Keys in which what a rank writes differs from Megatron's own, and "reading" if it does not read that."""
     wrong = []
-    with megatron(CPU):
+    with process_groups():
         for single in (False, True):
             layer = make_layer(CPU, "flex")
             theirs = layer.experts
@@ -140,9 +139,9 @@ def test_distributed_checkpoints_are_those_of_megatrons_experts() -> None:
 
 
 def initial(group: Any) -> tuple[torch.Tensor, list[str]]:
-    with megatron(CPU):
+    with process_groups():
         layer = make_layer(CPU, "flex")
-        groups = mcore.get_default_pg_collection()
+        groups = get_default_pg_collection()
         torch.manual_seed(5)
         weight = EXPERTS["grouped"](4, layer.config, pg_collection=groups).linear_fc1.weight.detach().clone()
         refused = []
@@ -169,7 +168,7 @@ def test_each_rank_starts_with_experts_of_its_own_and_other_kinds_are_refused() 
 def counted_in_the_norm(group: Any) -> bool:
     """Whether Megatron counts the experts of the tensor-parallel group's second rank, which are no copies."""
     second = SimpleNamespace(rank=lambda: 1)
-    with megatron(CPU):
+    with process_groups():
         experts = replaced(make_layer(CPU, "flex"), "grouped")
         return all(param_is_not_tensor_parallel_duplicate(weight, second) for weight in experts.parameters())
 

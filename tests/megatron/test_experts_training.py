@@ -1,4 +1,4 @@
-"""Experts chosen by a setting in Megatron's own training: its DDP, distributed optimizer and clipping, beside its
+"""Experts chosen by a setting in Megatron's own training: its DDP, distributed optimizer and clipping, against its
 SequentialMLP."""
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def train(setup: Setup) -> tuple[list[tuple[float, float]], dict[str, torch.Tens
 
 def differences(group: Any, overlap: bool) -> dict[str, tuple[float, float, float]]:
     """Setup -> largest difference of loss, of norm and of a weight to Megatron's experts, with EP 2 x expert data
-    parallel 2. "passed by": the linears are not called as modules, so that no hook of theirs runs, as where nobody
-    calls the module that owns the weights."""
+    parallel 2. "passed by": the linears are not called as modules, so that no hook of theirs runs, as in
+    code that does not call the module that owns the weights."""
     found = {}
     with on_cpu(), expert_parallel(2), pytest.MonkeyPatch.context() as patch:
         theirs, wanted, _ = train(Setup(overlap=overlap))
@@ -52,7 +52,7 @@ def differences(group: Any, overlap: bool) -> dict[str, tuple[float, float, floa
 @pytest.mark.slow
 @pytest.mark.parametrize("overlap", [False, True])
 def test_training_is_that_of_megatrons_experts(overlap: bool) -> None:
-    """2 micro-batches, clipping, AdamW; gradients reduced and parameters gathered beside compute, or not. The control:
+    """2 micro-batches, clipping, AdamW; gradients reduced and parameters gathered during compute, or not. The control:
     weights that are not gathered would be seen."""
     for by_setup in run_ranks(4, differences, overlap):
         assert len(by_setup) == (4 if overlap else 2)
@@ -93,10 +93,11 @@ def test_shared_experts_and_a_recomputed_activation() -> None:
 
 def kept(group: Any) -> dict[bool, int]:
     """Elements of the activation's shape that autograd keeps for a layer's backward, without and with recompute."""
-    from tests.helpers.moe_layer import CPU, hidden_states, make_layer, megatron
+    from tests.helpers.megatron_layer import hidden_states, make_layer, process_groups
+    from tests.helpers.shapes import CPU
 
     found = {}
-    with megatron(CPU):
+    with process_groups():
         for recompute in (False, True):
             more = (
                 {"moe_grouped_gemm": True, "recompute_granularity": "selective", "recompute_modules": ["moe_act"]}
@@ -112,7 +113,7 @@ def kept(group: Any) -> dict[bool, int]:
                 return tensor
 
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                y = layer(hidden_states(CPU, CPU.tokens))[0]
+                y = layer(hidden_states(CPU, CPU.tokens, 1))[0]
             found[recompute] = sum(saved.values())
             y.sum().backward()
     return found

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,19 +11,21 @@ import torch
 import torch.distributed as dist
 
 import megatron_ep_v2
+from tests.helpers.compare import relative_error
 from tests.helpers.harness import run_ranks
-from tests.helpers.mcore import Layer, Shape, Split, make_hidden, megatron_ranks, relative_error
+from tests.helpers.megatron_layer import CAPACITY_FACTOR, FlexLayer, hidden_states, installed
+from tests.helpers.shapes import Shape, Split
 
 SPLITS = [Split(1, 2), Split(2, 1), Split(2, 2), Split(1, 8), Split(8, 1), Split(2, 4), Split(4, 2)]
-SHAPES = [Shape("bf16", 2), Shape("fp32", 4, hidden=256)]
-TOLERANCE = {"bf16": 1e-2, "fp32": 5e-6}  # relative L2
-ROUNDING = {"bf16": 0.0, "fp32": 1e-6}  # of each element: halves add up exactly, three quarters do not
+SHAPES = [Shape(torch.bfloat16, 2, hidden=1024), Shape(torch.float32, 4, hidden=256)]
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float32: 5e-6}  # relative L2
+ROUNDING = {torch.bfloat16: 0.0, torch.float32: 1e-6}  # of each element: halves add up exactly, three quarters do not
 
 
 def restore(shape: Shape, split: Split) -> None:
     """With equal probabilities and experts that do nothing, tokens come back as they were, and so do gradients."""
-    layer = Layer(shape, split)
-    hidden = make_hidden(shape, 32, 8).requires_grad_()
+    layer = FlexLayer(shape, split)
+    hidden = hidden_states(shape, 32, 8).requires_grad_()
     _, routing_map = layer.router(hidden.detach())
     rows, counts, row_probs = layer.dispatch(hidden, routing_map / shape.topk, routing_map)
     assert row_probs.dtype == torch.float32 and row_probs.shape == (len(rows),)
@@ -39,13 +40,13 @@ def restore(shape: Shape, split: Split) -> None:
 
 def weigh(shape: Shape, split: Split) -> None:
     """With the router's probabilities and experts that differ: outputs and gradients of the dense layer."""
-    layer = Layer(shape, split)
+    layer = FlexLayer(shape, split)
     results = []
     for forward in (layer, layer.dense):
-        hidden = make_hidden(shape, 32, 8).requires_grad_()
+        hidden = hidden_states(shape, 32, 8).requires_grad_()
         layer.router.zero_grad()
         output = forward(hidden)
-        output.backward(make_hidden(shape, 32, 8, seed=1).to(output.dtype))
+        output.backward(hidden_states(shape, 32, 8, seed=1).to(output.dtype))
         results.append({"output": output, "hidden": hidden.grad, "router": layer.router.weight.grad})
     for name, expected in results[1].items():
         assert expected.norm() > 0
@@ -54,10 +55,9 @@ def weigh(shape: Shape, split: Split) -> None:
 
 
 def drop(shape: Shape, split: Split) -> None:
-    """Half of what the experts are asked for: no expert gets more, and a dropped pick adds nothing."""
-    shape = replace(shape, capacity_factor=0.5)
-    layer = Layer(shape, split)
-    hidden = make_hidden(shape, 16).requires_grad_()
+    """Half of what the experts are asked for: no expert gets more, and a dropped selection adds nothing."""
+    layer = FlexLayer(shape, split, **CAPACITY_FACTOR)
+    hidden = hidden_states(shape, 16).requires_grad_()
     probs, routing_map = layer.router(hidden.detach())
     assert torch.equal(probs != 0, routing_map)
     expected = hidden.detach() * (routing_map.sum(dim=1, keepdim=True) / shape.topk).to(hidden.dtype)
@@ -73,15 +73,15 @@ def drop(shape: Shape, split: Split) -> None:
     assert_close(hidden.grad, expected)
 
 
-def counts_of_group(layer: Layer, routing_map: torch.Tensor) -> torch.Tensor:
-    """Rows that each local expert must get: the picks of all ranks."""
+def counts_of_group(layer: FlexLayer, routing_map: torch.Tensor) -> torch.Tensor:
+    """Rows that each local expert must get: the selections of all ranks."""
     counts = routing_map.sum(dim=0)
     dist.all_reduce(counts)
     return counts[layer.local_experts]
 
 
 def run_bodies(group: Any, split: Split, *layouts: str) -> None:
-    with megatron_ranks(split):
+    with installed(split):
         for layout in layouts:
             sync_free = {"sync_free": True, "sync_free_rows_percent": 0}
             megatron_ep_v2.install(buffer="reference", **(sync_free if layout == "sync-free" else {"layout": layout}))

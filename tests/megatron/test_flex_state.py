@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
-import logging
 import sys
 import weakref
 from types import ModuleType, SimpleNamespace
@@ -18,23 +18,22 @@ import megatron_ep_v2
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.errors import ClosedError
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
+from tests.helpers import compare
 from tests.helpers.harness import run_ranks
-from tests.helpers.mcore import Layer, Shape, Split, make_hidden, megatron_ranks, relative_error
+from tests.helpers.megatron_layer import FlexLayer, hidden_states, installed
+from tests.helpers.reports import log_records
+from tests.helpers.shapes import CPU, Shape, Split
 
 EP2 = Split(1, 2)
-SMALL = Shape("fp32", 3, hidden=64)
 LAYOUTS = ["compact", "expanded"]
-TOLERANCE = 5e-6  # relative L2 in fp32
 
 pytestmark = pytest.mark.parametrize("layout", LAYOUTS)
 
 
-def assert_close(name: str, actual: torch.Tensor, expected: torch.Tensor) -> None:
-    error = relative_error(actual, expected)
-    assert error <= TOLERANCE, f"{name}: relative L2 error {error:.3g}"
+assert_close = functools.partial(compare.assert_close, tolerance=5e-6)  # in fp32
 
 
-def dense_step(layers: list[Layer], hidden: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def dense_step(layers: list[FlexLayer], hidden: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Output of the dense layers, and the gradient of what goes into the first."""
     hidden = hidden.detach().clone().requires_grad_()
     output = hidden
@@ -48,9 +47,9 @@ def dense_step(layers: list[Layer], hidden: torch.Tensor, grad: torch.Tensor) ->
 
 
 def run_two_layers(group: Any, layout: str) -> None:
-    with megatron_ranks(EP2, layout=layout):
-        layers = [Layer(SMALL, EP2, number) for number in (1, 2)]
-        hidden, grad = make_hidden(SMALL, 20).requires_grad_(), make_hidden(SMALL, 20, seed=1)
+    with installed(EP2, layout=layout):
+        layers = [FlexLayer(CPU, EP2, number) for number in (1, 2)]
+        hidden, grad = hidden_states(CPU, 20).requires_grad_(), hidden_states(CPU, 20, seed=1)
         for _ in range(2):
             hidden.grad = None
             output = layers[1](layers[0](hidden))
@@ -68,11 +67,11 @@ def test_layers_share_one_buffer(layout: str) -> None:
 
 
 def run_micro_batches(group: Any, layout: str, order: list[int]) -> None:
-    with megatron_ranks(EP2, layout=layout, num_max_tokens_per_rank=24):
-        layers = [Layer(SMALL, EP2, number) for number in (1, 2)]
+    with installed(EP2, layout=layout, num_max_tokens_per_rank=24):
+        layers = [FlexLayer(CPU, EP2, number) for number in (1, 2)]
         tokens = [(20, 7), (3, 24), (11, 11)]  # of each rank
-        inputs = [make_hidden(SMALL, t[group.rank()], seed=i).requires_grad_() for i, t in enumerate(tokens)]
-        grads = [make_hidden(SMALL, len(hidden), seed=10) for hidden in inputs]
+        inputs = [hidden_states(CPU, t[group.rank()], seed=i).requires_grad_() for i, t in enumerate(tokens)]
+        grads = [hidden_states(CPU, len(hidden), seed=10) for hidden in inputs]
         outputs = [layers[1](layers[0](hidden)) for hidden in inputs]
         for i in order:
             outputs[i].backward(grads[i])
@@ -89,11 +88,11 @@ def test_several_micro_batches_in_flight(layout: str, order: list[int]) -> None:
 
 
 def destroy_groups(group: Any, layout: str) -> None:
-    with megatron_ranks(EP2, layout=layout):
+    with installed(EP2, layout=layout):
         other = dist.new_group([0, 1])
-        Layer(SMALL, EP2)(make_hidden(SMALL, 5))
-        x, picks = make_hidden(SMALL, 5), torch.zeros(5, 1, dtype=torch.int64)
-        *_, handle = fused_dispatch(x, picks, torch.ones(5, 1), 2, other)
+        FlexLayer(CPU, EP2)(hidden_states(CPU, 5))
+        x, topk_idx = hidden_states(CPU, 5), torch.zeros(5, 1, dtype=torch.int64)
+        *_, handle = fused_dispatch(x, topk_idx, torch.ones(5, 1), 2, other)
         first, second = pool.buffers()
         dist.destroy_process_group(other)
         assert pool.buffers() == [first]
@@ -116,13 +115,13 @@ def follow_handles(group: Any, layout: str, mode: str) -> None:
     """Three steps whose outputs are kept, as a user keeps losses; nothing else is."""
     gc.disable()  # what only the garbage collector frees is not freed in time
     try:
-        with megatron_ranks(EP2, layout=layout), contextlib.ExitStack() as stack:
-            layer, kept = Layer(SMALL, EP2), []
+        with installed(EP2, layout=layout), contextlib.ExitStack() as stack:
+            layer, kept = FlexLayer(CPU, EP2), []
             if mode != "train":
                 layer.router.eval()
                 stack.enter_context(torch.no_grad() if mode == "no_grad" else torch.inference_mode())
             for step in range(3):
-                hidden = make_hidden(SMALL, 9).requires_grad_(mode == "train")
+                hidden = hidden_states(CPU, 9).requires_grad_(mode == "train")
                 rows, _, row_probs = layer.dispatch(hidden, *layer.router(hidden))
                 handle = weakref.ref(layer.manager.handle)
                 assert handle() is not None
@@ -147,10 +146,10 @@ def test_no_handle_outlives_its_step(layout: str, mode: str) -> None:
 
 def run_uneven_ranks(group: Any, layout: str, tokens: tuple[int, ...]) -> None:
     split = Split(1, len(tokens))
-    with megatron_ranks(split, layout=layout):
-        layer = Layer(SMALL, split, moe_aux_loss_coeff=0.0)  # a mean over no tokens is not a number
-        hidden = make_hidden(SMALL, tokens[group.rank()]).requires_grad_()
-        grad = make_hidden(SMALL, len(hidden), seed=1)
+    with installed(split, layout=layout):
+        layer = FlexLayer(CPU, split, moe_aux_loss_coeff=0.0)  # a mean over no tokens is not a number
+        hidden = hidden_states(CPU, tokens[group.rank()]).requires_grad_()
+        grad = hidden_states(CPU, len(hidden), seed=1)
         output = layer(hidden)
         output.backward(grad)
         expected, expected_grad = dense_step([layer], hidden, grad)
@@ -170,9 +169,9 @@ def read_capacity(group: Any, layout: str, arguments: dict[str, Any]) -> str:
     """What the buffer says of its capacity, with Megatron's parsed arguments in place."""
     module: Any = ModuleType("megatron.training.global_vars")
     module._GLOBAL_ARGS = SimpleNamespace(**arguments)
-    with pytest.MonkeyPatch.context() as monkeypatch, megatron_ranks(EP2, layout=layout):
+    with pytest.MonkeyPatch.context() as monkeypatch, installed(EP2, layout=layout):
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        Layer(SMALL, EP2)(make_hidden(SMALL, 5))
+        FlexLayer(CPU, EP2)(hidden_states(CPU, 5))
         return megatron_ep_v2.status()["buffers"][0]["num_max_tokens_per_rank"]
 
 
@@ -209,10 +208,9 @@ def test_without_megatrons_arguments_the_capacity_is_agreed(layout: str) -> None
 
 
 def use_fp64_router(group: Any, layout: str) -> None:
-    shape = Shape("fp32", 3, hidden=64, router_dtype="fp64")
-    with megatron_ranks(EP2, layout=layout):
-        layer = Layer(shape, EP2)
-        hidden, grad = make_hidden(shape, 20).requires_grad_(), make_hidden(shape, 20, seed=1)
+    with installed(EP2, layout=layout):
+        layer = FlexLayer(CPU, EP2, moe_router_dtype="fp64")
+        hidden, grad = hidden_states(CPU, 20).requires_grad_(), hidden_states(CPU, 20, seed=1)
         probs, routing_map = layer.router(hidden.detach())
         assert probs.dtype == torch.float64
         probs = probs.detach().requires_grad_()
@@ -232,23 +230,16 @@ def test_an_fp64_router(layout: str) -> None:
 
 
 def use_bf16_router(group: Any, layout: str) -> list[str]:
-    shape = Shape("bf16", 3, hidden=64, router_dtype=None)
-    messages: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: messages.append(record.getMessage())
-    logging.getLogger().addHandler(handler)
-    try:
-        with megatron_ranks(EP2, layout=layout):
-            layer = Layer(shape, EP2)
-            hidden = make_hidden(shape, 20).requires_grad_()
-            assert layer.router(hidden)[0].dtype == torch.bfloat16
-            output = layer(hidden)
-            output.backward(make_hidden(shape, 20, seed=1))
-            assert output.dtype == hidden.grad.dtype == torch.bfloat16
-            assert relative_error(output, layer.dense(hidden)) < 1e-2
-    finally:
-        logging.getLogger().removeHandler(handler)
-    return messages
+    shape = Shape(torch.bfloat16)
+    with log_records("") as records, installed(EP2, layout=layout):
+        layer = FlexLayer(shape, EP2, moe_router_dtype=None)
+        hidden = hidden_states(shape, 20).requires_grad_()
+        assert layer.router(hidden)[0].dtype == torch.bfloat16
+        output = layer(hidden)
+        output.backward(hidden_states(shape, 20, seed=1))
+        assert output.dtype == hidden.grad.dtype == torch.bfloat16
+        assert compare.relative_error(output, layer.dense(hidden)) < 1e-2
+    return [record.getMessage() for record in records]
 
 
 def test_a_bf16_router_works_and_is_advised_against(layout: str) -> None:
@@ -257,11 +248,11 @@ def test_a_bf16_router_works_and_is_advised_against(layout: str) -> None:
 
 
 def pad_for_quantisation(group: Any, layout: str) -> None:
-    with megatron_ranks(EP2, layout=layout):
-        layer = Layer(SMALL, EP2)
+    with installed(EP2, layout=layout):
+        layer = FlexLayer(CPU, EP2)
         # Set afterwards: the configuration itself would ask for TransformerEngine.
         layer.config.fp8, layer.config.moe_router_padding_for_quantization = "hybrid", True
-        hidden, grad = make_hidden(SMALL, 100).requires_grad_(), make_hidden(SMALL, 100, seed=1)
+        hidden, grad = hidden_states(CPU, 100).requires_grad_(), hidden_states(CPU, 100, seed=1)
         probs, routing_map = layer.router(hidden.detach())
         rows, counts, row_probs = layer.dispatch(hidden, probs.detach(), routing_map)
         assert (counts % 16 == 0).all() and len(rows) == len(row_probs) == counts.sum()

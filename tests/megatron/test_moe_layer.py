@@ -1,11 +1,12 @@
-"""Megatron's whole MoE layer on the reference buffer, both layouts, feature by feature beside Megatron's alltoall."""
+"""Megatron's whole MoE layer on the reference buffer, both layouts, feature by feature against Megatron's alltoall."""
 
 from __future__ import annotations
 
 import pytest
 
 from tests.helpers.harness import run_ranks
-from tests.helpers.moe_layer import CPU, FEATURES, compare_with_alltoall
+from tests.helpers.moe_features import FEATURES, compare_with_alltoall
+from tests.helpers.shapes import CPU
 
 
 @pytest.mark.parametrize("feature", FEATURES)

@@ -25,11 +25,11 @@ from megatron_ep_v2.errors import EPError, GroupMismatchError, LayoutOverflowErr
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 from megatron_ep_v2.megatron import symbols
 from megatron_ep_v2.recompute import Replayed
-from tests.helpers.harness import run_ranks
+from tests.helpers.harness import isolated, run_ranks
+from tests.helpers.megatron_layer import build_layer, hidden_states, process_groups, step
 from tests.helpers.megatron_training import Job, Setup, expert_parallel, on_cpu
-from tests.helpers.moe import own_package
-from tests.helpers.moe_layer import CPU, build_layer, hidden_states, megatron, step
-from tests.helpers.recompute_rounds import WHOLE_LAYER
+from tests.helpers.moe_features import WHOLE_LAYER
+from tests.helpers.shapes import CPU
 
 GRAPH_WRAPPER = importlib.util.find_spec(symbols.GRAPHED_STEP)
 
@@ -143,7 +143,7 @@ def replay_steps(group: Any) -> list[tuple[str, bool]]:
     """--optimizer-cuda-graph: an ordinary step, the capture, and replays, of which the second has an overflow: what
     each said, and whether it changed the weights."""
     module = importlib.import_module(symbols.GRAPHED_STEP)
-    with megatron(CPU):
+    with process_groups():
         megatron_ep_v2.install(
             buffer="reference", num_max_tokens_per_rank=CPU.tokens, sync_free=True, sync_free_rows_percent=60
         )
@@ -157,7 +157,7 @@ def replay_steps(group: Any) -> list[tuple[str, bool]]:
             found = []
             for tokens in (4, 4, 4, CPU.tokens, 4):
                 with mock.patch.object(torch.cuda, "is_available", lambda: False):
-                    step(layer, hidden_states(CPU, tokens))
+                    step(layer, hidden_states(CPU, tokens, 1))
                 before, said = layer.experts.linear_fc1.weight.detach().clone(), ""
                 try:
                     wrapper()
@@ -226,17 +226,17 @@ def test_the_gravest_error_is_everybodys() -> None:
     ]
 
 
-@own_package
+@isolated
 def keep_a_loss(group: Any, destroy: bool) -> tuple[list[bool], bool, float]:
     """Rank 0 keeps the loss of a step that is given up, and with it the step's graph; the next step has new buffers:
     what waits to be read before it, whether a buffer lives on after its backward, and the new weight."""
     settings.activate(settings.resolve(buffer="reference"))
     weight = torch.nn.Parameter(torch.ones(16))
     optimizer = torch.optim.SGD([weight], lr=1.0)
-    picks = torch.tensor([[0, 1, 3]]).expand(6, -1).contiguous()
+    topk_idx = torch.tensor([[0, 1, 3]]).expand(6, -1).contiguous()
 
     def layer(x: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
-        rows, _, _, _, handle = fused_dispatch(x, picks, probs, 4, group)
+        rows, _, _, _, handle = fused_dispatch(x, topk_idx, probs, 4, group)
         return fused_combine(rows * weight, group, handle)[0]
 
     def loss() -> torch.Tensor:

@@ -1,5 +1,5 @@
 """Megatron's 1F1B overlap of expert parallelism on the CPU: a small GPT trained by its plan, one micro-batch's forward
-beside another's backward, against the same model and micro-batches one after the other.
+next to another's backward, against the same model and micro-batches one after the other.
 
 The plan frees what it takes to be no longer needed. What our autograd functions and experts have saved must not be
 among that.
@@ -22,8 +22,10 @@ from qwen3_moe.presets import PRESETS
 from megatron_ep_v2.device_checks import read_all
 from megatron_ep_v2.megatron import binding
 from megatron_ep_v2.megatron.qwen3_moe.model import build_model, named_parameters
+from tests.helpers.compare import relative_error
 from tests.helpers.harness import run_ranks
-from tests.helpers.mcore import Split, megatron_ranks, relative_error
+from tests.helpers.megatron_layer import installed
+from tests.helpers.shapes import Split
 
 RANKS, LAYERS, MICRO_BATCHES, TOKENS, VOCABULARY = 2, 2, 3, 32, 64
 SHAPE = dataclasses.replace(
@@ -111,7 +113,7 @@ def compare(group: Any, layout: str, experts: str, keep_rows: bool) -> tuple[dic
     mode: dict[str, Any] = {"sync_free": True} if layout == "sync-free" else {"layout": layout}
     options = Options(shape=SHAPE, recipe=RECIPE, dtype="fp32", experts=experts)
     batches, grad = micro_batches(group.rank()), torch.full((1, TOKENS), 1 / (MICRO_BATCHES * TOKENS))
-    with megatron_ranks(Split(1, RANKS), num_max_tokens_per_rank=TOKENS, **mode), pytest.MonkeyPatch.context() as patch:
+    with installed(Split(1, RANKS), num_max_tokens_per_rank=TOKENS, **mode), pytest.MonkeyPatch.context() as patch:
         for module, name, theirs, _ in binding.bound():
             if name == "should_free_input" and not keep_rows:
                 patch.setattr(module, name, theirs)

@@ -21,9 +21,9 @@ from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.errors import ClosedError, SettingsError
 from megatron_ep_v2.megatron import binding
 from tests.helpers.harness import run_ranks
-from tests.helpers.mcore import Layer, Shape, Split, make_hidden
-from tests.helpers.moe_layer import CPU, build_layer, hidden_states, megatron, step, use
+from tests.helpers.megatron_layer import FlexLayer, build_layer, hidden_states, process_groups, step, use_dispatcher
 from tests.helpers.reports import Report, assert_report, attempt
+from tests.helpers.shapes import CPU, Split
 
 WIDE = replace(CPU, hidden=128)  # a group of 8-bit columns
 DECIDED = {
@@ -41,13 +41,13 @@ def described() -> dict[str, str]:
 
 def deciding_layer() -> Any:
     """A layer whose manager's configuration decides all of DECIDED; the experts' would ask for TransformerEngine."""
-    use(WIDE, "flex")
+    use_dispatcher(WIDE, "flex")
     layer = build_layer(WIDE, "flex", deterministic_mode=True, moe_deepep_num_sms=24)
     dispatcher = layer.token_dispatcher
     manager = dispatcher._comm_manager
     config = copy.copy(manager.config)
     config.fp8, config.fp8_recipe = "hybrid", "blockwise"
-    use(WIDE, "flex")
+    use_dispatcher(WIDE, "flex")
     dispatcher._comm_manager = type(manager)(
         manager.group, manager.num_local_experts, manager.router_topk, manager.num_experts, config
     )
@@ -57,8 +57,8 @@ def deciding_layer() -> Any:
 def decide(group: Any) -> dict[str, Any]:
     """What is in force after each call; the steps in between are the same."""
     found: dict[str, Any] = {}
-    with megatron(WIDE):
-        layer, hidden = deciding_layer(), hidden_states(WIDE, WIDE.tokens)
+    with process_groups():
+        layer, hidden = deciding_layer(), hidden_states(WIDE, WIDE.tokens, 1)
         found["built"], steps = described(), [step(layer, hidden)]
         megatron_ep_v2.install(buffer="reference", num_max_tokens_per_rank=64)
         found["again"] = described()
@@ -73,7 +73,7 @@ def decide(group: Any) -> dict[str, Any]:
         found["by variables"] = described()
         megatron_ep_v2.uninstall()
         found["uninstalled"] = described()
-        use(WIDE, "flex")
+        use_dispatcher(WIDE, "flex")
         steps.append(step(layer, hidden))
         found["the same again, after a step"] = described()
         del layer
@@ -110,8 +110,8 @@ INSTALLATIONS: dict[str, dict[str, Any]] = {
 def run_where_it_was_not_built(group: Any) -> dict[str, dict[str, Any]]:
     """Installation -> "uninstalled" or another installation -> what its layer raises there, and buffers made."""
     found: dict[str, dict[str, Any]] = {}
-    with megatron(CPU):
-        hidden = hidden_states(CPU, CPU.tokens)
+    with process_groups():
+        hidden = hidden_states(CPU, CPU.tokens, 1)
         for name, wanted in INSTALLATIONS.items():
             reports = found[name] = {}
             megatron_ep_v2.uninstall()
@@ -133,7 +133,7 @@ def run_where_it_was_not_built(group: Any) -> dict[str, dict[str, Any]]:
 
 def combine_after_uninstall() -> None:
     """The manager alone."""
-    layer, hidden = Layer(Shape("fp32", 3, hidden=64), Split(1, 2)), make_hidden(Shape("fp32", 3, hidden=64), 8)
+    layer, hidden = FlexLayer(CPU, Split(1, 2)), hidden_states(CPU, 8)
     rows = layer.dispatch(hidden, *layer.router(hidden))[0]
     megatron_ep_v2.uninstall()
     layer.combine(rows)
@@ -163,11 +163,11 @@ def legacy_deep_ep() -> Iterator[None]:
 
 
 def build_before(group: Any) -> Report:
-    with megatron(CPU):
+    with process_groups():
         with legacy_deep_ep():
             layer = build_layer(CPU, "flex")
         megatron_ep_v2.install(buffer="reference")
-        return attempt(lambda: layer(hidden_states(CPU, 8)))
+        return attempt(lambda: layer(hidden_states(CPU, 8, 1)))
 
 
 def test_a_layer_of_megatrons_own_manager_is_refused() -> None:
@@ -178,10 +178,10 @@ def test_a_layer_of_megatrons_own_manager_is_refused() -> None:
 
 def change_between_two(group: Any) -> dict[str, list[float]]:
     """Layers of two installations, each run with its own names bound: as the benchmarks do."""
-    with megatron(CPU):
-        hidden, layers = hidden_states(CPU, CPU.tokens), {}
+    with process_groups():
+        hidden, layers = hidden_states(CPU, CPU.tokens, 1), {}
         for layout in ("compact", "expanded"):
-            use(CPU, "flex", layout)
+            use_dispatcher(CPU, "flex", layout)
             layers[layout] = build_layer(CPU, "flex"), binding.bound()
         megatron_ep_v2.uninstall()
         outputs: dict[str, list[torch.Tensor]] = {layout: [] for layout in layers}

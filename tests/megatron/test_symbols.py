@@ -29,7 +29,7 @@ A2A, DISPATCHER = fused_a2a.__name__, token_dispatcher.__name__
 def other_parameters(self: Any, hidden: Any, plan: Any) -> None: ...
 
 
-# what has moved -> (the object that holds it, its name there, what stands in its place, None for nothing)
+# what has moved -> (the object that holds it, its name there, what replaces it, None for nothing)
 DELETED = {
     f"{DISPATCHER}._DeepepManager": (token_dispatcher, "_DeepepManager"),
     f"{DISPATCHER}.MoEFlexTokenDispatcher": (token_dispatcher, "MoEFlexTokenDispatcher"),

@@ -1,4 +1,4 @@
-"""Megatron's MoE layer in sync-free mode on the CPU, with grouped experts: beside the expanded layout, which other
+"""Megatron's MoE layer in sync-free mode on the CPU, with grouped experts: against the expanded layout, which other
 tests compare with alltoall; and what it says where it cannot run."""
 
 from __future__ import annotations
@@ -15,30 +15,23 @@ from megatron_ep_v2.device_checks import read_all
 from megatron_ep_v2.errors import SettingsError
 from megatron_ep_v2.experts.groups import Groups
 from megatron_ep_v2.megatron import expert_load
+from tests.helpers.compare import relative_errors
 from tests.helpers.harness import run_ranks
-from tests.helpers.moe_layer import CPU, FEATURES, build_layer, hidden_states, make_layer, megatron, step
+from tests.helpers.megatron_layer import build_layer, hidden_states, make_layer, process_groups, step
+from tests.helpers.moe_features import FEATURES, batch_of
 from tests.helpers.reports import Report, assert_report, attempt
-
-
-def distance(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    difference, size = float((ours.double() - theirs.double()).norm()), float(theirs.double().norm())
-    return difference / size if size else difference
+from tests.helpers.shapes import CPU
 
 
 def compare(group: Any) -> dict[str, dict[str, float]]:
     """Feature -> tensor -> relative L2 distance."""
     found = {}
-    with megatron(CPU):
+    with process_groups():
         for name, feature in FEATURES.items():
-            more = dict(feature)
-            micro_batches, tokens_of_rank_1 = more.pop("micro_batches", 1), more.pop("tokens_of_rank_1", None)
-            tokens = CPU.tokens // 8
-            if tokens_of_rank_1 is not None:
-                tokens = tokens_of_rank_1 if group.rank() == 1 else tokens - group.rank() % 3
-            hidden = hidden_states(CPU, tokens)
+            hidden, micro_batches, fields = batch_of(group, CPU, feature)
             by_layout, loads = {}, {}
             for layout in ("expanded", "sync-free"):
-                layer = make_layer(CPU, "flex", layout, "grouped", **more)
+                layer = make_layer(CPU, "flex", layout, "grouped", **fields)
                 expert_load.local_expert_load()
                 by_layout[layout] = step(layer, hidden, micro_batches)
                 loads[layout] = [counts.tolist() for counts in expert_load.local_expert_load()][-1:]
@@ -47,8 +40,8 @@ def compare(group: Any) -> dict[str, dict[str, float]]:
                 read_all()
                 megatron_ep_v2.destroy_buffers()
             theirs, ours = by_layout["expanded"], by_layout["sync-free"]
-            assert ours.keys() == theirs.keys() and loads["sync-free"] == loads["expanded"] != [[0] * 2]
-            found[name] = {key: distance(ours[key], theirs[key]) for key in theirs}
+            assert loads["sync-free"] == loads["expanded"] != [[0] * 2]
+            found[name] = relative_errors(ours, theirs)
     return found
 
 
@@ -75,10 +68,10 @@ class Marked(torch.autograd.Function):
 def outlived(group: Any) -> dict[str, bool]:
     """Layout -> whether a step's graph is still there after it."""
     found = {}
-    with megatron(CPU):
+    with process_groups():
         for layout in ("expanded", "sync-free"):
             layer, seen = make_layer(CPU, "flex", layout, "grouped"), []
-            x = hidden_states(CPU, 8).requires_grad_()
+            x = hidden_states(CPU, 8, 1).requires_grad_()
             layer(Marked.apply(x, seen))[0].sum().backward()
             gc.collect()
             found[layout] = seen[0]() is not None
@@ -99,13 +92,13 @@ class OnDevice(torch.Tensor):
 
 
 def padding_known(group: Any) -> tuple[list[int], int]:
-    """What the experts are told, and the padding that they take from it where rows are on a GPU."""
-    with megatron(CPU):
+    """The counts that the experts get, and the padding that they take from them where rows are on a GPU."""
+    with process_groups():
         layer = make_layer(CPU, "flex", "sync-free", "grouped")
-        told: list[Any] = []
-        layer.experts.register_forward_pre_hook(lambda _, args: told.extend(args[:2]))
-        layer(hidden_states(CPU, CPU.tokens))
-        rows, counts = told
+        given: list[Any] = []
+        layer.experts.register_forward_pre_hook(lambda _, args: given.extend(args[:2]))
+        layer(hidden_states(CPU, CPU.tokens, 1))
+        rows, counts = given
         return counts.long().tolist(), Groups.from_counts(counts, rows.detach().as_subclass(OnDevice)).alignment
 
 
@@ -119,8 +112,8 @@ def test_experts_know_that_their_rows_are_padded() -> None:
 
 def by_setting(group: Any) -> dict[str, bool]:
     """Whether each tensor of a step is the same with experts of the layer's spec and with those of install()."""
-    with megatron(CPU):
-        hidden = hidden_states(CPU, CPU.tokens)
+    with process_groups():
+        hidden = hidden_states(CPU, CPU.tokens, 1)
         by_spec = step(make_layer(CPU, "flex", "sync-free", "grouped"), hidden)
         read_all()
         megatron_ep_v2.install(
@@ -139,9 +132,9 @@ def test_the_setting_is_enough() -> None:
 
 
 def own_experts(group: Any) -> Report | None:
-    with megatron(CPU):
+    with process_groups():
         layer = make_layer(CPU, "flex", "sync-free")
-        return attempt(lambda: layer(hidden_states(CPU, 4)))
+        return attempt(lambda: layer(hidden_states(CPU, 4, 1)))
 
 
 def test_experts_that_would_wait_are_refused() -> None:

@@ -13,20 +13,28 @@ import torch.distributed as dist
 import megatron_ep_v2
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.device_checks import read_all
+from tests.helpers.compare import relative_errors
 from tests.helpers.harness import run_ranks
-from tests.helpers.moe_layer import CPU, build_layer, hidden_states, megatron, step, use
-from tests.helpers.recompute_rounds import WHOLE_LAYER
+from tests.helpers.megatron_layer import (
+    AUX_LOSS,
+    CAPACITY_FACTOR,
+    build_layer,
+    hidden_states,
+    process_groups,
+    step,
+    use_dispatcher,
+)
+from tests.helpers.moe_features import WHOLE_LAYER
+from tests.helpers.shapes import CPU
 
 TOKENS = 12
-AUX = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.1}
-CAPACITY = {"moe_expert_capacity_factor": 0.5, "moe_token_drop_policy": "probs"}
 # What `kept` leaves, tokens of rank 1 if they are others, fields of the configuration.
 CASES: dict[str, dict[str, Any]] = {
-    "padding, uneven ranks, auxiliary loss": {"tokens": 7, "keep": "first", **AUX},
+    "padding, uneven ranks, auxiliary loss": {"tokens": 7, "keep": "first", **AUX_LOSS},
     "a rank without an expert": {"keep": "rank 0"},
-    "nobody has an expert": {"keep": "nobody"},
+    "no rank has an expert": {"keep": "none"},
     "named twice": {"keep": "once"},
-    "padding and a capacity factor": {"keep": "first", **CAPACITY},
+    "padding and a capacity factor": {"keep": "first", **CAPACITY_FACTOR},
     "padding, recomputed": {"keep": "first", **WHOLE_LAYER},
     "padding, deterministic": {"keep": "first", "deterministic_mode": True},
 }
@@ -60,7 +68,7 @@ def run_case(dispatcher: str, case: dict[str, Any]) -> tuple[dict[str, torch.Ten
         return probs.masked_fill(~maps[-1], 0.0), maps[-1]
 
     layer.router.forward = without_some
-    found = step(layer, hidden_states(CPU, tokens_of_rank_1 if dist.get_rank() == 1 else TOKENS))
+    found = step(layer, hidden_states(CPU, tokens_of_rank_1 if dist.get_rank() == 1 else TOKENS, 1))
     wanted = maps[0].sum(dim=0)
     dist.all_reduce(wanted)
     counted = megatron_ep_v2.expert_load()[-1].tolist() if dispatcher == "flex" else wanted.tolist()
@@ -70,28 +78,27 @@ def run_case(dispatcher: str, case: dict[str, Any]) -> tuple[dict[str, torch.Ten
 def compare(group: Any) -> dict[str, Any]:
     """ "case, layout" -> relative L2 of each tensor, what was counted, and what should be."""
     answers = {}
-    with megatron(CPU):
-        use(CPU, "alltoall")
+    with process_groups():
+        use_dispatcher(CPU, "alltoall")
         theirs = {name: run_case("alltoall", case)[0] for name, case in CASES.items()}
         for layout in LAYOUTS:
             for name, case in CASES.items():
-                use(CPU, "flex", layout)
+                use_dispatcher(CPU, "flex", layout)
                 ours, counted, wanted = run_case("flex", case)
                 read_all()
-                assert len(pool.buffers()) == 1 and ours.keys() == theirs[name].keys()
-                apart = {key: (float((ours[key] - t).norm()), float(t.norm())) for key, t in theirs[name].items()}
-                answers[f"{name}, {layout}"] = apart, counted, wanted
+                assert len(pool.buffers()) == 1
+                answers[f"{name}, {layout}"] = relative_errors(ours, theirs[name]), counted, wanted
     return answers
 
 
 def test_they_do_not_travel_and_everything_else_is_as_with_alltoall() -> None:
     answers = run_ranks(2, compare)
     for rank, by_case in enumerate(answers):
-        for name, (apart, counted, wanted) in by_case.items():
+        for name, (errors, counted, wanted) in by_case.items():
             assert counted == wanted, f"rank {rank}, {name}"
-            assert "gradient of x 0" in apart and "router.weight" in apart
-            assert any(".linear_fc1" in key for key in apart)
-            for key, (difference, size) in apart.items():
-                assert difference <= 2e-6 * size, f"rank {rank}, {name}, {key}: {difference} of {size}"
-    zero = {name for name, (apart, _, wanted) in answers[0].items() if not sum(wanted)}
-    assert zero == {f"nobody has an expert, {layout}" for layout in LAYOUTS}
+            assert "gradient of x 0" in errors and "router.weight" in errors
+            assert any(".linear_fc1" in key for key in errors)
+            for key, error in errors.items():
+                assert error <= 2e-6, f"rank {rank}, {name}, {key}: relative L2 {error:.1e}"
+    zero = {name for name, (_, _, wanted) in answers[0].items() if not sum(wanted)}
+    assert zero == {f"no rank has an expert, {layout}" for layout in LAYOUTS}

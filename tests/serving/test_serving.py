@@ -12,17 +12,17 @@ from megatron_ep_v2 import destroy_buffers, settings
 from megatron_ep_v2.errors import GroupMismatchError, InputError, PeerError, TokenCapacityError
 from megatron_ep_v2.serving import Decode, DecodeGraphs, Prefill, PrepareFinalize, bucket_of, buckets_up_to
 from tests.helpers.cases import Case, make_batch, make_batches
-from tests.helpers.harness import run_ranks
-from tests.helpers.moe import assert_close, own_package
+from tests.helpers.compare import assert_close
+from tests.helpers.harness import isolated, run_ranks
 from tests.helpers.reports import Report, assert_report, attempt
 
 RANKS, HIDDEN = 4, 40  # widened to 256
-CASE = Case("decode", (3, 0, 4, 1), "drop some picks", experts=8, hidden=HIDDEN, dtype=torch.float64)
+CASE = Case("decode", (3, 0, 4, 1), "drop some selections", experts=8, hidden=HIDDEN, dtype=torch.float64)
 NEXT = Case("next", (1, 2, 0, 7), experts=8, hidden=HIDDEN, dtype=torch.float64)
 
 
 def factor(expert: torch.Tensor) -> torch.Tensor:
-    """Each expert multiplies by a number of its own, told by its global id."""
+    """Each expert multiplies by a number of its own, known by its global id."""
     return 1.0 + 0.25 * expert.double()
 
 
@@ -39,16 +39,16 @@ def run_prefill(work: Prefill, rank: int) -> torch.Tensor:
 
 
 def run_decode(work: Decode, first_id: int) -> torch.Tensor:
-    """first_id: what has to be added to the ids to make them global. Garbage in, garbage out, where nobody looks."""
-    picked = work.topk_idx >= 0
+    """first_id: what has to be added to the ids to make them global. Garbage in, garbage out, where none reads."""
+    selected = work.topk_idx >= 0
     ids = work.topk_idx.clamp(min=0) + first_id
-    return work.rows * (factor(ids) * work.topk_weights.double()).masked_fill(~picked, 0.0).sum(dim=1)[:, None]
+    return work.rows * (factor(ids) * work.topk_weights.double()).masked_fill(~selected, 0.0).sum(dim=1)[:, None]
 
 
 def dense(case: Case, rank: int) -> torch.Tensor:
     batch = make_batches(case)[rank]
-    picked = batch.topk_idx >= 0
-    factors = (factor(batch.topk_idx.clamp(min=0)) * batch.topk_weights.double()).masked_fill(~picked, 0.0)
+    selected = batch.topk_idx >= 0
+    factors = (factor(batch.topk_idx.clamp(min=0)) * batch.topk_weights.double()).masked_fill(~selected, 0.0)
     return batch.x.double() * factors.sum(dim=1)[:, None]
 
 
@@ -57,7 +57,7 @@ def given(case: Case, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return batch.x, batch.topk_idx, batch.topk_weights
 
 
-@own_package
+@isolated
 def every_way(group: Any, global_ids: bool) -> dict[str, torch.Tensor]:
     rank, offset = group.rank(), group.rank() * 2
     pair = make_pair(group, slots=2, global_ids=global_ids, expert_alignment=4)
@@ -120,7 +120,7 @@ def refusals(group: Any) -> dict[str, Any]:
     return found
 
 
-@own_package
+@isolated
 def refuse(group: Any) -> dict[str, Any]:
     found = refusals(group)
     destroy_buffers()
@@ -143,7 +143,7 @@ def test_refusals_name_the_remedy() -> None:
         assert_report(found["small"], TokenCapacityError, "9 tokens", "num_max_tokens_per_rank=4")
 
 
-@own_package
+@isolated
 def keep_a_slot_on_one_rank(group: Any) -> tuple[list[Report | None], bool]:
     """Rank 0 forgets to abandon its slot after an error: what each rank's next prepare says, prefill and decode, and
     whether the pair goes on once it did."""

@@ -20,8 +20,7 @@ from megatron_ep_v2.watchdog.call_log import DONE, ENTERED, LEFT, MARKED, NUMBER
 from megatron_ep_v2.watchdog.completion import HostClock
 from megatron_ep_v2.watchdog.report import STACK_FRAMES, choose_threads, find_late
 from tests.helpers import stalls
-from tests.helpers.harness import run_ranks
-from tests.helpers.moe import own_package
+from tests.helpers.harness import isolated, run_ranks
 from tests.helpers.stalls import CULPRIT, HEAD, RANKS, layer, rows, standard_error_in, start, until
 
 LIMIT = 4  # seconds; no call takes so long by itself
@@ -31,7 +30,7 @@ LIMIT = 4  # seconds; no call takes so long by itself
 
 
 class QueuingBuffer:
-    """Answers at once, as a GPU's buffer does, whoever is there."""
+    """Answers at once, as a GPU's buffer does, whichever ranks are there."""
 
     def __init__(self, buffer: Any):
         self.buffer, self.group = buffer, buffer.group
@@ -48,7 +47,7 @@ class QueuingBuffer:
 
 
 class SlowGpu(HostClock):
-    """In a GPU's place: it does what is queued only as far as `work` says."""
+    """Instead of a GPU's: it does what is queued only as far as `work` says."""
 
     def __init__(self, record: CallLog):
         super().__init__()
@@ -61,7 +60,7 @@ class SlowGpu(HostClock):
         self.call_log.cells[DONE] = number % NUMBERS
 
 
-@own_package
+@isolated
 def stick_on_the_gpu(group: Any, folder: str) -> str:
     """All calls have returned, but the culprit did not queue its combine, so the others' GPUs wait in theirs."""
     file = Path(folder, str(group.rank()))
@@ -72,16 +71,16 @@ def stick_on_the_gpu(group: Any, folder: str) -> str:
         watched.buffer = QueuingBuffer(watched.buffer)
         gpu = watched.watch.clock = SlowGpu(watched.watch.call_log)
         cells = gpu.call_log.cells
-        cells[ENTERED] = cells[LEFT] = NUMBERS - 2 * RING  # what the GPU writes begins anew, too
-        x, picks = rows(), torch.zeros(stalls.TOKENS, 1, dtype=torch.int64)
-        for _ in range(2 * RING):  # the record's places have come round
-            handle = watched.dispatch(x, topk_idx=picks)[3]
+        cells[ENTERED] = cells[LEFT] = NUMBERS - 2 * RING  # what the GPU writes begins again, too
+        x, topk_idx = rows(), torch.zeros(stalls.TOKENS, 1, dtype=torch.int64)
+        for _ in range(2 * RING):  # the record's ring has come round
+            handle = watched.dispatch(x, topk_idx=topk_idx)[3]
             watched.combine(x, handle)
             gpu.work(watched.watch.number)
-        handle = watched.dispatch(x, topk_idx=picks)[3]
+        handle = watched.dispatch(x, topk_idx=topk_idx)[3]
         if group.rank() != CULPRIT:
             watched.combine(x, handle)
-            watched.dispatch(x, handle=handle)  # queued behind it
+            watched.dispatch(x, handle=handle)  # queued after it
         assert cells[LEFT] > NUMBERS + RING
         waits = group.rank() != CULPRIT
         for _ in until(lambda: not waits or HEAD in file.read_text()):
@@ -111,18 +110,18 @@ def test_a_call_that_the_gpu_has_not_finished(tmp_path: Path) -> None:
             assert f"rank {CULPRIT} has not arrived" in text and f"after forward dispatch (step 1, {call}" in text
 
 
-@own_package
+@isolated
 def refuse_one(group: Any) -> list[tuple[int, int, int]]:
     """(calls, step, MoE calls in it) after each of: a step, one that a rank refuses, and one with two optimizers."""
     start(LIMIT)
     seen = []
     for number in range(3):
         x = rows()
-        picks = torch.zeros(len(x), 1, dtype=torch.int64)
+        topk_idx = torch.zeros(len(x), 1, dtype=torch.int64)
         if number == 1 and group.rank() == CULPRIT:
-            picks += stalls.EXPERTS  # there is no such expert
+            topk_idx += stalls.EXPERTS  # there is no such expert
         try:
-            recv, *_ = fused_dispatch(x, picks, torch.ones(len(x), 1), stalls.EXPERTS, group)
+            recv, *_ = fused_dispatch(x, topk_idx, torch.ones(len(x), 1), stalls.EXPERTS, group)
             recv.sum().backward()
         except EPError:
             assert number == 1
@@ -137,7 +136,7 @@ def test_calls_and_steps_are_counted_alike_on_all_ranks() -> None:
     assert run_ranks(RANKS, refuse_one) == [[(2, 1, 1), (2, 2, 0), (4, 2, 1)]] * RANKS
 
 
-@own_package
+@isolated
 def ask_without_the_word(group: Any) -> list[bytes]:
     start(LIMIT)
     heard: list[Any] = []
@@ -170,7 +169,7 @@ def test_a_watcher_answers_only_watchers() -> None:
 # ------------------------------------------------------------------------------------------------------ record, verdict
 
 
-@own_package
+@isolated
 def dispatch_sync_free(group: Any) -> tuple[int, int, int]:
     """(kind of the call, calls marked for the GPU, calls entered) after a dispatch without a host wait."""
     start(LIMIT)
@@ -178,9 +177,9 @@ def dispatch_sync_free(group: Any) -> tuple[int, int, int]:
     watched: Any = pool.find(group)
     watched.watch.clock = SlowGpu(watched.watch.call_log)
     x = rows()
-    picks = torch.zeros(len(x), stalls.TOPK, dtype=torch.int64) + torch.arange(stalls.TOPK)
-    weights = torch.ones(picks.shape)
-    arguments = {"topk_idx": picks, "topk_weights": weights, "num_experts": stalls.EXPERTS, "do_cpu_sync": False}
+    topk_idx = torch.zeros(len(x), stalls.TOPK, dtype=torch.int64) + torch.arange(stalls.TOPK)
+    weights = torch.ones(topk_idx.shape)
+    arguments = {"topk_idx": topk_idx, "topk_weights": weights, "num_experts": stalls.EXPERTS, "do_cpu_sync": False}
     watched.dispatch(x, **arguments)
     record = watched.watch.call_log
     found = (record.call(record.cells[ENTERED])[1], record.cells[MARKED], record.cells[ENTERED])
@@ -201,8 +200,8 @@ def answer(entered: int, *, kinds: str = "dcdcDCDC", end: str = "") -> dict[str,
 
 VERDICTS: dict[str, tuple[dict[int, dict[str, Any]], int, dict[int, str]]] = {
     "all are there": ({0: answer(4), 1: answer(4), 2: answer(5)}, 4, {}),
-    "one is behind": ({0: answer(4), 1: answer(4), 2: answer(3)}, 4, {2: "not arrived"}),
-    "one is behind and dead": ({0: answer(4), 1: answer(4), 2: answer(3, end="died")}, 4, {2: "not arrived"}),
+    "one is late": ({0: answer(4), 1: answer(4), 2: answer(3)}, 4, {2: "not arrived"}),
+    "one is late and dead": ({0: answer(4), 1: answer(4), 2: answer(3, end="died")}, 4, {2: "not arrived"}),
     "one has no watcher": ({0: answer(4), 1: answer(4)}, 4, {2: "does not answer"}),
     "one diverged": (
         {0: answer(4), 1: answer(4), 2: answer(4, kinds="dcDC")},

@@ -31,8 +31,7 @@ from megatron_ep_v2.watchdog import client, rendezvous
 from megatron_ep_v2.watchdog.call_log import ENTERED, LEFT, LOG_BYTES
 from megatron_ep_v2.watchdog.watcher import Task
 from tests.helpers import stalls
-from tests.helpers.harness import HANG, run_ranks
-from tests.helpers.moe import own_package
+from tests.helpers.harness import HANG, isolated, run_ranks
 from tests.helpers.stalls import HEAD, rows, standard_error_in
 
 LIMIT = 60  # seconds; no call is late here
@@ -84,15 +83,15 @@ def use_the_model(group: Any, inherited: list[Any]) -> list[str]:
 
 
 def send(group: Any, x: torch.Tensor) -> Any:
-    picks = torch.zeros(len(x), 1, dtype=torch.int64)
-    return fused_dispatch(x, picks, torch.ones(picks.shape), stalls.EXPERTS, group)[4]
+    topk_idx = torch.zeros(len(x), 1, dtype=torch.int64)
+    return fused_dispatch(x, topk_idx, torch.ones(topk_idx.shape), stalls.EXPERTS, group)[4]
 
 
 def found_something(counts: dict[int, int]) -> EPError:
     return EPError(f"counted {counts}")
 
 
-@own_package
+@isolated
 def have_a_worker(group: Any, folder: str) -> dict[str, Any]:
     """Rank 0 forks one. What it and its watcher were like afterwards."""
     file, votes = Path(folder, str(group.rank())), []

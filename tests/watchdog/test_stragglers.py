@@ -15,8 +15,7 @@ from megatron_ep_v2.buffers.reference import ReferenceBuffer
 from megatron_ep_v2.errors import UnavailableError
 from megatron_ep_v2.watchdog.completion import GpuClock, HostClock
 from megatron_ep_v2.watchdog.stragglers import Arrival, summarize
-from tests.helpers.harness import HANG, run_ranks
-from tests.helpers.moe import own_package
+from tests.helpers.harness import HANG, isolated, run_ranks
 from tests.helpers.stalls import CULPRIT, RANKS, layer, rows, start
 
 
@@ -34,7 +33,7 @@ def test_the_summary_of_arrivals() -> None:
     assert str(summary).splitlines()[2].split() == ["2", "3", "+20.00", "+20.00"]
 
 
-@own_package
+@isolated
 def straggle(group: Any) -> tuple[list[Arrival], str]:
     """Rank CULPRIT comes to each dispatch a while after all others have begun to wait in it."""
     start(10)
@@ -77,7 +76,7 @@ class ClockOfAGpu(HostClock):
     every = GpuClock.every
 
 
-@own_package
+@isolated
 def time_some(group: Any) -> list[tuple[int, int]]:
     """(step, MoE call) of the dispatches that were timed, in seven steps of fourteen layers and in a longer one."""
     start(10)

@@ -19,8 +19,7 @@ from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.reference import ReferenceBuffer
 from tests.helpers import stalls
-from tests.helpers.harness import HANG, run_ranks
-from tests.helpers.moe import own_package
+from tests.helpers.harness import HANG, isolated, run_ranks
 from tests.helpers.stalls import CULPRIT, HEAD, RANKS, STALLS, layer, rows, standard_error_in, start, until
 
 # Seconds; no call takes so long by itself. `python -m tests.helpers.stall_rounds` runs the same with the default.
@@ -43,14 +42,14 @@ def test_a_stall_is_reported_on_every_waiting_rank(name: str) -> None:
             assert (outcome.texts[rank].count(HEAD), reports) == (1 + stall.survives, 1), outcome.texts[rank]
             assert resumed == stall.survives
         elif CULPRIT not in stall.reporters:
-            assert HEAD not in outcome.texts[rank], "the late rank waits for nobody"
+            assert HEAD not in outcome.texts[rank], "the late rank waits for no other"
 
 
 def test_another_capacity_is_named_on_every_rank() -> None:
     assert not stalls.capacity_faults(run_ranks(RANKS, stalls.bring_another_capacity))
 
 
-@own_package
+@isolated
 def wait_with_the_lock(group: Any, folder: str) -> str:
     """As deep_ep's dispatch does. What had been printed when the waiting rank could run again."""
     files = [Path(folder, str(rank)) for rank in range(RANKS)]
@@ -92,7 +91,7 @@ def test_a_rank_that_waits_with_pythons_lock_still_reports(tmp_path: Path) -> No
         assert f"rank {CULPRIT} has not arrived" in texts[rank] and "in wait_with_the_lock" in texts[rank]
 
 
-@own_package
+@isolated
 def come_late(group: Any) -> str:
     said: list[str] = []
     handler = logging.Handler()
@@ -121,7 +120,7 @@ def test_a_rank_that_does_not_come_to_the_first_dispatch_is_named() -> None:
 # ------------------------------------------------------------------------------------------- what must not be reported
 
 
-@own_package
+@isolated
 def pause_everywhere(group: Any, folder: str) -> list[bool]:
     """A long pause outside of calls, on all ranks; and whether the watcher was there, and is gone after it."""
     with standard_error_in(Path(folder, str(group.rank()))):
@@ -141,7 +140,7 @@ def test_no_report_of_a_run_in_which_nobody_is_late(tmp_path: Path) -> None:
     assert [file.read_text() for file in tmp_path.iterdir()] == [""] * RANKS
 
 
-@own_package
+@isolated
 def stall_unwatched(group: Any, folder: str) -> str:
     with standard_error_in(Path(folder, str(group.rank()))):
         start(0)
@@ -186,7 +185,9 @@ def test_watchers_end_with_their_job_and_say_nothing(how: str, tmp_path: Path) -
         if how == "is interrupted":
             for process in job:
                 process.terminate()
-        errors = [process.communicate(timeout=HANG)[1].decode() for process in job]  # ends when nobody holds the pipe
+        errors = [
+            process.communicate(timeout=HANG)[1].decode() for process in job
+        ]  # ends when no process holds the pipe
     finally:
         for process in job:
             process.kill()

@@ -47,7 +47,7 @@ def test_the_record_knows_the_first_call_that_has_not_finished(record: CallLog) 
     record.cells[DONE] = 3
     assert record.pending() == 4
     record.enter(0, 1, 8, 40)
-    assert record.pending() == 4, "the GPU is behind the host"
+    assert record.pending() == 4, "the GPU is later than the host"
     record.cells[DONE] = 4
     assert record.pending() == 5
     record.retract()
@@ -70,7 +70,7 @@ def test_a_sync_free_dispatch_has_not_finished_when_it_was_left(record: CallLog)
 
 
 class Driver:
-    """In the place of CUDA, and of the one function of it that is loaded: does the copies, keeps what is queued, and
+    """Instead of CUDA, and of the one function of it that is loaded: does the copies, keeps what is queued, and
     answers with the code that it is given.
 
     Attributes:

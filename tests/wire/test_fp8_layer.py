@@ -17,25 +17,12 @@ from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.errors import GroupMismatchError, InputError
 from megatron_ep_v2.fused_a2a import fused_dispatch
-from tests.helpers.cases import Case, make_batch, make_batches
+from tests.helpers.cases import COMPACT, EXPANDED, PADDED, Case, Layout, make_batch, make_batches
+from tests.helpers.compare import relative_errors
+from tests.helpers.dense_oracle import Dense, dense_moe
 from tests.helpers.fp8_oracle import arrived
-from tests.helpers.harness import run_ranks
-from tests.helpers.moe import (
-    COMPACT,
-    EXPANDED,
-    PADDED,
-    TOLERANCE,
-    Layout,
-    Step,
-    all_experts,
-    assert_close,
-    grad_output,
-    own_experts,
-    own_package,
-    train_step,
-    weights_dtype,
-)
-from tests.helpers.oracle import Dense, dense_moe
+from tests.helpers.fused_layer import TOLERANCE, Step, all_experts, grad_output, of_rank, train_step, weights_dtype
+from tests.helpers.harness import isolated, run_ranks
 from tests.helpers.reports import Report, assert_report, attempt
 
 LAYOUTS = [COMPACT, EXPANDED, PADDED]
@@ -43,13 +30,13 @@ Wire = tuple[str, str]  # of the rows, of the gradients
 WIRES: list[Wire] = [("fp8", "bf16"), ("bf16", "fp8"), ("fp8", "fp8"), ("mxfp8", "mxfp8"), ("mxfp8", "fp8")]
 CASES = [
     Case("fp8-130", (6, 4), experts=6, hidden=130),
-    Case("fp8-dropped", (5, 0), "drop some picks", experts=8, hidden=100),
-    Case("fp8-256", (6, 4, 7, 5), "drop some picks", experts=12, hidden=256),
-    Case("fp8-bf16", (6, 0, 7, 5), "drop some picks", experts=8, hidden=384, dtype=torch.bfloat16),
+    Case("fp8-dropped", (5, 0), "drop some selections", experts=8, hidden=100),
+    Case("fp8-256", (6, 4, 7, 5), "drop some selections", experts=12, hidden=256),
+    Case("fp8-bf16", (6, 0, 7, 5), "drop some selections", experts=8, hidden=384, dtype=torch.bfloat16),
 ]
 
 
-@own_package
+@isolated
 def train_over(group: Any, case: Case, layouts: list[Layout], wires: list[Wire]) -> dict[tuple[Layout, Wire], Step]:
     """Runs in every rank."""
     steps = {}
@@ -79,46 +66,32 @@ def dense(case: Case, wire: Wire) -> Dense:
     )
 
 
-def tensors(case: Case, rank: int, step: Step | Dense) -> dict[str, torch.Tensor]:
-    """Output and gradients of one rank."""
-    if isinstance(step, Step):
-        named = {"output": step.output, "gradient of x": step.grad_x, "gradient of probs": step.grad_probs}
-        experts = step.grad_experts
-    else:
-        named = {"output": step.output[rank], "gradient of x": step.grad_x[rank]}
-        named["gradient of probs"] = step.grad_probs[rank]
-        experts = own_experts(case, rank, step.grad_experts)
-    return named | dict(zip(("gate", "up", "down"), experts.tensors(), strict=True))
-
-
 @pytest.mark.parametrize("wire", WIRES, ids="-".join)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_layer_is_the_dense_one_on_what_arrives(case: Case, layout: Layout, wire: Wire) -> None:
-    expected = dense(case, wire)
     for rank, by_run in enumerate(steps(case)):
-        actual = tensors(case, rank, by_run[layout, wire])
-        assert actual["gradient of x"].dtype == actual["output"].dtype == case.dtype
-        for name, wanted in tensors(case, rank, expected).items():
-            assert_close(name, actual[name], wanted, TOLERANCE[case.dtype])
+        step = by_run[layout, wire]
+        assert step.grad_x.dtype == step.output.dtype == case.dtype
+        expected = of_rank(dense(case, wire), case, rank)
+        for name, error in relative_errors(step.tensors(), expected.tensors()).items():
+            assert error <= TOLERANCE[case.dtype], f"{name}: relative L2 error {error:.3g}"
 
 
 @pytest.mark.parametrize("wire", WIRES, ids="-".join)
 def test_the_error_is_that_of_e4m3_and_nothing_else_changes(wire: Wire) -> None:
     """Against the layer without quantisation: rows make the forward differ, gradients the backward alone."""
     case = CASES[2]
-    for rank, by_run in enumerate(steps(case)):
+    for by_run in steps(case):
         for layout in LAYOUTS:
-            exact = tensors(case, rank, by_run[layout, ("bf16", "bf16")])
-            rough = tensors(case, rank, by_run[layout, wire])
-            error = {name: float((rough[name] - exact[name]).norm() / exact[name].norm()) for name in exact}
+            error = relative_errors(by_run[layout, wire].tensors(), by_run[layout, ("bf16", "bf16")].tensors())
             if wire[0] == "bf16":
                 assert error.pop("output") == 0.0
             # e4m3 keeps all but 2.6 % of normal numbers, in L2; what depends on several of them loses more.
             assert all(0.01 < value < 0.08 for value in error.values()), error
 
 
-@own_package
+@isolated
 def receive_padding(group: Any) -> list[int]:
     """Rows of each local expert, padding included, after asserting what the padding holds."""
     case = CASES[0]
@@ -148,7 +121,7 @@ def test_padding_arrives_as_zeros() -> None:
 # --------------------------------------------------------------------------------------------------------------- errors
 
 
-@own_package
+@isolated
 def differ(group: Any, name: str) -> Report | None:
     settings.activate(settings.resolve(**{name: "fp8" if group.rank() == 1 else "mxfp8"}))
     batch = make_batch(CASES[2], group.rank())
@@ -161,7 +134,7 @@ def test_a_rank_that_differs_is_named_on_every_rank(name: str) -> None:
         assert_report(report, GroupMismatchError, f"{name}: rank 1 has fp8; the others have mxfp8")
 
 
-@own_package
+@isolated
 def refuse(group: Any) -> Report | None:
     settings.activate(settings.resolve(dispatch_dtype="fp8"))
     batch = make_batch(replace(CASES[0], tokens=(5, 5)), group.rank())

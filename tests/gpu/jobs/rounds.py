@@ -1,4 +1,4 @@
-"""Job: rounds of create, train a step, destroy. Arguments: the number of rounds, and what goes wrong.
+"""Job: rounds of create, train a step, destroy. Arguments: the carrier, the number of rounds, and what goes wrong.
 
 never     nothing
 step      each round breaks off between dispatch and combine, on all ranks, and the next one starts
@@ -42,12 +42,12 @@ def train_step(fail: str, round_number: int) -> None:
     assert bool(torch.isfinite(x.grad).all()) and bool(torch.isfinite(probs.grad).all())
 
 
-def main(rounds: int, fail: str) -> None:
+def main(carrier: str, rounds: int, fail: str) -> None:
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if fail == "never":
-        megatron_ep_v2.install(buffer="elastic", num_max_tokens_per_rank=TOKENS)
+        megatron_ep_v2.install(buffer=carrier, num_max_tokens_per_rank=TOKENS)
     else:  # the same without importing Megatron, which takes its time
-        settings.activate(settings.resolve(buffer="elastic", num_max_tokens_per_rank=TOKENS))
+        settings.activate(settings.resolve(buffer=carrier, num_max_tokens_per_rank=TOKENS))
     dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
     for number in range(rounds):
         try:
@@ -63,4 +63,4 @@ def main(rounds: int, fail: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2])
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

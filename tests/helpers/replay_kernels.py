@@ -63,7 +63,7 @@ def wrong(kernels: Any, device: str) -> list[str]:
         grad = torch.rand(weights.shape, generator=torch.Generator().manual_seed(1))
         back = kernels.back(on[0], on[2], grad.to(device)).cpu()
         good = torch.allclose(sent.cpu(), moved, rtol=1e-6) and counts == wanted
-        # Of a selection that is dropped in both runs, nobody reads a gradient.
+        # Of a selection that is dropped in both runs, no gradient is read.
         kept = idx >= 0
         wanted_back = (depends * grad[:, :, None]).sum(1)
         found += [name] * (not (good and torch.allclose(back[kept], wanted_back[kept], rtol=1e-5)))

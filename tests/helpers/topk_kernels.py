@@ -1,4 +1,4 @@
-"""The top-k kernels beside numpy's stable sort: in Triton's interpreter on a CPU, and on a GPU."""
+"""The top-k kernels against numpy's stable sort: in Triton's interpreter on a CPU, and on a GPU."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def cases(seed: int = 0) -> Iterator[tuple[str, torch.Tensor, int]]:
     yield "capacity dropped most", torch.tensor([[0, 0.5, 0, 0], [0, 0, 0, 0], [0.1, 0, 0, 0.2]]), 3
 
 
-def picked(probs: torch.Tensor, topk: int) -> torch.Tensor:
+def selected_by_sort(probs: torch.Tensor, topk: int) -> torch.Tensor:
     """[T, K] columns of the largest entries, the largest first, of equals that of the lowest column."""
     # Infinity below NaN, which counts as the largest.
     keys = np.where(np.isnan(probs.numpy()), np.finfo(np.float64).max, np.clip(probs.double().numpy(), -1e300, 1e300))
@@ -34,11 +34,11 @@ def picked(probs: torch.Tensor, topk: int) -> torch.Tensor:
 
 
 def wrong(kernels: Any, device: str) -> list[str]:
-    """Names of cases in which `pick` or `spread` differs. Values of 0 have no column; their gradient goes nowhere."""
+    """Names of cases in which `select` or `spread` differs. Values of 0 have no column; their gradient goes nowhere."""
     found = []
     for name, probs, topk in cases():
         values, indices = kernels.select(probs.to(device), topk)
-        columns = picked(probs, topk)
+        columns = selected_by_sort(probs, topk)
         taken = np.take_along_axis(probs.numpy(), columns.numpy(), axis=1)
         expected = columns.numpy().copy()
         expected[taken == 0] = -1

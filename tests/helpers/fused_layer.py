@@ -1,4 +1,4 @@
-"""A MoE layer on `fused_dispatch` and `fused_combine`, as a rank runs it: the counterpart of `oracle.dense_moe`."""
+"""A MoE layer on `fused_dispatch` and `fused_combine`, as a rank runs it, against the oracle of `dense_moe`."""
 
 from __future__ import annotations
 
@@ -9,13 +9,11 @@ from typing import Any
 
 import torch
 
-from megatron_ep_v2 import settings
-from megatron_ep_v2.buffers.pool import destroy_buffers
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
-from tests.helpers.cases import Case, make_batch, make_batches
-from tests.helpers.oracle import Dense, Experts, dense_moe, make_experts
+from tests.helpers.cases import Case, Layout, make_batch, make_batches
+from tests.helpers.compare import relative_errors
+from tests.helpers.dense_oracle import Dense, Experts, dense_moe, make_experts
 
-FFN = 8
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # relative L2
 
 
@@ -28,37 +26,10 @@ class Step:
     grad_probs: torch.Tensor
     grad_experts: Experts
 
-
-@dataclass(frozen=True)
-class Layout:
-    """As `fused_dispatch` takes it."""
-
-    do_expand: bool
-    alignment: int = 1
-
-    def __str__(self) -> str:
-        return f"{'expanded' if self.do_expand else 'compact'}-{self.alignment}"
-
-    def arguments(self) -> dict[str, Any]:
-        return {"do_expand": self.do_expand, "expert_alignment": self.alignment}
-
-
-COMPACT, EXPANDED, PADDED = Layout(False), Layout(True), Layout(True, 16)
-
-
-def own_package(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """For functions that ranks run: no settings or buffers of an earlier run, and none for a later one."""
-
-    @functools.wraps(fn)
-    def wrapper(group: Any, *args: Any) -> Any:
-        settings.activate(None)
-        try:
-            return fn(group, *args)
-        finally:
-            destroy_buffers()
-            settings.activate(None)
-
-    return wrapper
+    def tensors(self) -> dict[str, torch.Tensor]:
+        named = {"output": self.output, "gradient of x": self.grad_x, "gradient of the probabilities": self.grad_probs}
+        names = ("gradient of gate", "gradient of up", "gradient of down")
+        return named | dict(zip(names, self.grad_experts.tensors(), strict=True))
 
 
 def weights_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -74,7 +45,7 @@ def grad_output(case: Case, rank: int) -> torch.Tensor:
 
 def all_experts(case: Case) -> Experts:
     """Of the whole group, in the case's dtype."""
-    return Experts(*(tensor.to(case.dtype) for tensor in make_experts(case.experts, case.hidden, FFN).tensors()))
+    return Experts(*(tensor.to(case.dtype) for tensor in make_experts(case.experts, case.hidden, case.ffn).tensors()))
 
 
 def own_experts(case: Case, rank: int, experts: Experts) -> Experts:
@@ -85,7 +56,7 @@ def own_experts(case: Case, rank: int, experts: Experts) -> Experts:
 
 def moe_layer(
     x: torch.Tensor,
-    picks: torch.Tensor,
+    topk_idx: torch.Tensor,
     probs: torch.Tensor,
     experts: Experts,
     num_experts: int,
@@ -95,7 +66,7 @@ def moe_layer(
 ) -> torch.Tensor:
     """Dispatch, run this rank's experts on their rows, weight, combine: [T, H] -> [T, H]."""
     recv_x, recv_idx, recv_probs, tokens_per_expert, handle = fused_dispatch(
-        x, picks, probs, num_experts, group, **layout.arguments(), **stream_arguments
+        x, topk_idx, probs, num_experts, group, **layout.arguments(), **stream_arguments
     )
     if layout.do_expand:
         # Padding rows run through the experts too, as a grouped GEMM does it.
@@ -105,28 +76,36 @@ def moe_layer(
     else:
         rows = torch.zeros_like(recv_x)
         for expert in range(len(tokens_per_expert)):
-            row, pick = (recv_idx == expert).nonzero(as_tuple=True)
-            weighted = experts.run(expert, recv_x[row]) * recv_probs[row, pick][:, None]
+            row, k = (recv_idx == expert).nonzero(as_tuple=True)
+            weighted = experts.run(expert, recv_x[row]) * recv_probs[row, k][:, None]
             rows = rows.index_add(0, row, weighted.to(x.dtype))
     return fused_combine(rows, group, handle, **stream_arguments)[0]
 
 
-def train_step(case: Case, layout: Layout, group: Any, **stream_arguments: bool) -> Step:
-    """Forward and backward of one batch."""
-    rank = group.rank()
+def step_of(
+    layer: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Experts], torch.Tensor],
+    case: Case,
+    rank: int,
+    device: str = "cpu",
+) -> Step:
+    """Forward and backward of one batch through layer(x [T, H], topk_idx [T, K], probs [T, K], the rank's experts)."""
     batch = make_batch(case, rank, weights_dtype=weights_dtype(case.dtype))
-    x, probs = batch.x.requires_grad_(), batch.topk_weights.requires_grad_()
-    experts = own_experts(case, rank, all_experts(case))
-    experts = Experts(*(tensor.clone().requires_grad_() for tensor in experts.tensors()))
-    output = moe_layer(x, batch.topk_idx, probs, experts, case.experts, group, layout, **stream_arguments)
-    output.backward(grad_output(case, rank))
-    return Step(output.detach(), x.grad, probs.grad, Experts(*(tensor.grad for tensor in experts.tensors())))
+    x, probs = (tensor.to(device).requires_grad_() for tensor in (batch.x, batch.topk_weights))
+    own = own_experts(case, rank, all_experts(case))
+    experts = Experts(*(tensor.to(device, copy=True).requires_grad_() for tensor in own.tensors()))
+    output = layer(x, batch.topk_idx.to(device), probs, experts)
+    output.backward(grad_output(case, rank).to(device))
+    grads = (torch.zeros_like(tensor) if tensor.grad is None else tensor.grad for tensor in experts.tensors())
+    return Step(output.detach(), x.grad, probs.grad, Experts(*grads))
 
 
-@own_package
-def train_steps(group: Any, case: Case, layouts: list[Layout]) -> dict[Layout, Step]:
-    """Runs in every rank."""
-    return {layout: train_step(case, layout, group) for layout in layouts}
+def train_step(case: Case, layout: Layout, group: Any, **stream_arguments: bool) -> Step:
+    """`step_of` of `moe_layer`."""
+
+    def layer(x: torch.Tensor, topk_idx: torch.Tensor, probs: torch.Tensor, experts: Experts) -> torch.Tensor:
+        return moe_layer(x, topk_idx, probs, experts, case.experts, group, layout, **stream_arguments)
+
+    return step_of(layer, case, group.rank())
 
 
 def layer_of(group: Any, case: Case, layout: Layout) -> tuple[Any, torch.Tensor, torch.Tensor]:
@@ -153,19 +132,17 @@ def dense(case: Case) -> Dense:
     )
 
 
+def of_rank(whole: Dense, case: Case, rank: int) -> Step:
+    """What a dense layer says of one rank."""
+    own = own_experts(case, rank, whole.grad_experts)
+    return Step(whole.output[rank], whole.grad_x[rank], whole.grad_probs[rank], own)
+
+
+def step_errors(case: Case, rank: int, step: Step) -> dict[str, float]:
+    """Relative L2 error of the output and of each gradient."""
+    return relative_errors(step.tensors(), of_rank(dense(case), case, rank).tensors())
+
+
 def assert_step(case: Case, rank: int, step: Step) -> None:
-    expected = dense(case)
-    close = functools.partial(assert_close, tolerance=TOLERANCE[case.dtype])
-    close("output", step.output, expected.output[rank])
-    close("gradient of x", step.grad_x, expected.grad_x[rank])
-    close("gradient of the probabilities", step.grad_probs, expected.grad_probs[rank])
-    own = own_experts(case, rank, expected.grad_experts).tensors()
-    for name, actual, wanted in zip(("gate", "up", "down"), step.grad_experts.tensors(), own, strict=True):
-        close(f"gradient of {name}", actual, wanted)
-
-
-def assert_close(name: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
-    """In relative L2. What must be zero must be exactly zero."""
-    assert actual.shape == expected.shape, name
-    error, size = (actual.double() - expected).norm(), expected.norm()
-    assert error <= tolerance * size, f"{name}: relative L2 error {error / size:.3g}"
+    for name, error in step_errors(case, rank, step).items():
+        assert error <= TOLERANCE[case.dtype], f"{name}: relative L2 error {error:.3g}"
