@@ -170,7 +170,7 @@ def measure_wire(shape: Shape, calls: dict[str, Callable[[], object]], batch: Ba
 def measure_kernels(shape: str, inputs: dict[str, torch.Tensor], run: Run) -> list[Row]:
     """Quantisation and dequantisation next to a device copy that moves as many bytes."""
     rows = []
-    for place, x in inputs.items():
+    for where, x in inputs.items():
         for dtype in ("fp8", "mxfp8"):
             payload = to_wire(x, dtype)
             moved = x.nbytes + sum(part.nbytes for part in payload)  # each read or written once
@@ -184,7 +184,7 @@ def measure_kernels(shape: str, inputs: dict[str, torch.Tensor], run: Run) -> li
             times, eager = run.time_kernels(runs)
             speed = {name: moved / times[name] / 1e3 for name in runs}  # GB/s
             for name in ("quantize", "dequantize"):
-                row = {"kind": "kernel", "shape": shape, "rows": len(x), "place": place, "dtype": dtype, "kernel": name}
+                row = {"kind": "kernel", "shape": shape, "rows": len(x), "place": where, "dtype": dtype, "kernel": name}
                 row |= {"us": round(times[name], 1), "eager_us": round(eager[name], 1)}
                 row["gb_s"] = round(speed[name])
                 rows.append(row | {"copy_gb_s": round(speed["copy"]), "ratio": round(speed[name] / speed["copy"], 3)})

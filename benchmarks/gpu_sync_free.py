@@ -55,7 +55,7 @@ def measure_layer(sizes: Sizes, run: Run) -> list[Row]:
         run.say("capturing the layer")
         graph, results = layer.capture()
         cases["sync-free, graph"] = lambda: graph.replay() or results
-    # A graph leaves its results in one place.
+    # A graph leaves its results in the same tensors.
     copies = {name: lambda case=case: {k: v.clone() for k, v in case().items()} for name, case in cases.items()}
     run.require_equal(copies, "expanded", TOLERANCE)
     read_all()  # nothing was left out

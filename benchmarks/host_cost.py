@@ -62,7 +62,7 @@ class Handle(SimpleNamespace):
 
 
 def make_stub(given: Tensors) -> type:
-    """A class in the place of deep_ep.ElasticBuffer. Its answers are new tensors each time, as the real ones are."""
+    """A class instead of deep_ep.ElasticBuffer. Its answers are new tensors each time, as the real ones are."""
     counts = [ROWS // LOCAL_EXPERTS] * LOCAL_EXPERTS
 
     class Stub:
@@ -143,7 +143,7 @@ def make_buffers(device: str, stub: type) -> dict[str, Buffer]:
         if name == "watched":
             rendezvous = Rendezvous(group, settings.active().watchdog_secs)
             rendezvous.listener = socket.create_server(("localhost", 0))  # which a group of one rank has no need of
-            rendezvous.address = (*rendezvous.listener.getsockname()[:2], "nobody asks")
+            rendezvous.address = (*rendezvous.listener.getsockname()[:2], "not asked for")
             buffer = watch(buffer, rendezvous, [rendezvous.address], ["here"])
         pool._pool[group], pool._capacity_source[group] = buffer, "host_cost.py"
         buffers[name] = buffer

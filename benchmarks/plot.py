@@ -39,7 +39,7 @@ _CHARACTERS_AN_INCH = 17  # of the caption
 
 @dataclass(frozen=True)
 class Plot:
-    """One kind of picture: which rows it shows, by which panels they are told apart, how a panel is drawn, and what
+    """One kind of picture: which rows it shows, by which panels they are distinguished, how a panel is drawn, and what
     its numbers are."""
 
     select: Callable[[list[Row]], list[Row]]
@@ -131,7 +131,7 @@ def _time_bars(axes: Axes, rows: list[Row]) -> None:
 
 
 def _sms(rows: list[Row]) -> list[Row]:
-    return _with_several([row for row in rows if "gb_per_s" in row and row["num_sms"]], "num_sms", _place)
+    return _with_several([row for row in rows if "gb_per_s" in row and row["num_sms"]], "num_sms", _panel)
 
 
 def _sms_markers(axes: Axes, rows: list[Row]) -> None:
@@ -176,7 +176,7 @@ def _step_bars(axes: Axes, rows: list[Row]) -> None:
 
 
 def _tune(rows: list[Row]) -> list[Row]:
-    return _with_several([row for row in _steps(rows) if row["num_sms"]], "num_sms", _step_place)
+    return _with_several([row for row in _steps(rows) if row["num_sms"]], "num_sms", _step_panel)
 
 
 def _tune_markers(axes: Axes, rows: list[Row]) -> None:
@@ -204,11 +204,11 @@ def _markers(axes: Axes, rows: list[Row], x: str, y: str) -> None:
     axes.legend(fontsize="x-small")
 
 
-def _with_several(rows: list[Row], name: str, place: Callable[[Row], str]) -> list[Row]:
-    """The rows of those variants that were measured at several values of `name` in one place."""
+def _with_several(rows: list[Row], name: str, panel_of: Callable[[Row], str]) -> list[Row]:
+    """The rows of those variants that were measured at several values of `name` in one environment."""
 
     def key(row: Row) -> tuple[object, ...]:
-        return row["variant"], row.get("expert_backend"), row["file"], place(row)
+        return row["variant"], row.get("expert_backend"), row["file"], panel_of(row)
 
     values: dict[tuple[object, ...], set[object]] = {}
     for row in rows:
@@ -230,22 +230,22 @@ def _shape(row: Row) -> str:
     return f"{shape}\n{row['routing']}, {row['dtype']}, {row['ranks']} ranks"
 
 
-def _place(row: Row) -> str:
+def _panel(row: Row) -> str:
     return f"{_shape(row)}, {row['tokens_per_rank']} tokens a rank"
 
 
-def _step_place(row: Row) -> str:
+def _step_panel(row: Row) -> str:
     batch = f"{row['micro_batches']} x {row['tokens_per_rank']} tokens a rank"
     return f"{row['shape']}, {row['layers']} layers, {row['ranks']} ranks\n{batch}"
 
 
 _LAYER = "dispatch and combine of one layer"
 PLOTS = {
-    "times": Plot(_times, _place, _time_bars, f"{_LAYER}: forward (dark), forward + backward (light); slowest rank"),
-    "sms": Plot(_sms, _place, _sms_markers, f"{_LAYER}, forward + backward: bandwidth out of a rank"),
+    "times": Plot(_times, _panel, _time_bars, f"{_LAYER}: forward (dark), forward + backward (light); slowest rank"),
+    "sms": Plot(_sms, _panel, _sms_markers, f"{_LAYER}, forward + backward: bandwidth out of a rank"),
     "tokens": Plot(_tokens, _shape, _token_markers, f"{_LAYER}, forward + backward; slowest rank"),
-    "step": Plot(_steps, _step_place, _step_bars, "a training step, slowest rank; its parts, mean over ranks"),
-    "tune": Plot(_tune, _step_place, _tune_markers, "a training step, slowest rank"),
+    "step": Plot(_steps, _step_panel, _step_bars, "a training step, slowest rank; its parts, mean over ranks"),
+    "tune": Plot(_tune, _step_panel, _tune_markers, "a training step, slowest rank"),
 }
 
 
