@@ -12,7 +12,9 @@ import torch
 os.environ.setdefault("MCORE_DEEPEP_V2_WATCHDOG_SECS", "0")
 # Oracles in fp64 and small hidden sizes; the tests of what the reference refuses by default turn it on.
 os.environ.setdefault("MCORE_DEEPEP_V2_REFERENCE_STRICT", "off")
-pytest.register_assert_rewrite(*(f"tests.helpers.{name}" for name in ("compare", "conformance", "moe", "reports")))
+pytest.register_assert_rewrite(
+    *(f"tests.helpers.{name}" for name in ("compare", "conformance", "expert_rows", "fused_layer", "reports"))
+)
 
 from tests.helpers.harness import close_shared_pool  # noqa: E402 - after the rewriting was asked for
 

@@ -18,8 +18,8 @@ from megatron_ep_v2 import fused_a2a as ours
 from megatron_ep_v2.buffers.carriers import CARRIERS
 from megatron_ep_v2.errors import SettingsError, UnavailableError
 from megatron_ep_v2.generations import install_command
-from megatron_ep_v2.probe import load_class
-from tests.helpers.megatron_names import MANAGER, clean, names, rebound, set_broken_deep_ep, set_cuda, set_deep_ep
+from megatron_ep_v2.probe import load_class, probe
+from tests.helpers.megatron_names import MANAGER, clean, names, rebound, set_cuda, set_deep_ep
 
 __all__ = ["clean"]  # a fixture
 
@@ -263,6 +263,14 @@ BROKEN = {
     "FileNotFoundError": "open('/nowhere/nvcc')",
     "OSError": "raise OSError('libnvshmem_host.so.3: cannot open shared object file')",
 }
+
+
+def set_broken_deep_ep(monkeypatch: pytest.MonkeyPatch, folder: Path, statement: str) -> None:
+    """A deep_ep whose import runs this statement."""
+    (folder / "deep_ep.py").write_text(statement)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "deep_ep", raising=False)
+    probe.cache_clear()
 
 
 @pytest.mark.parametrize("kind", BROKEN)

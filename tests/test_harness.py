@@ -1,4 +1,5 @@
-"""The harness itself: a test that hangs, dies or fails on one rank must say so, and leave nothing for the next run."""
+"""The harness itself: a test that hangs, dies or fails on one rank must say so, and leave nothing for the next run; and
+where the tests on GPUs look for compiled kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.helpers import harness
+from tests.helpers import harness, jit
 from tests.helpers.harness import HANG, RanksError, run_ranks
 
 
@@ -141,3 +142,30 @@ def test_environment_is_set_for_one_run() -> None:
     assert run_ranks(2, read_environment, name, env={name: "yes"}) == ["yes", "yes"]
     run_ranks(2, set_environment, name)
     assert run_ranks(2, read_environment, name) == [None, None]
+
+
+def write_source(folder: Path, function: str, capacity: int) -> None:
+    folder.mkdir(parents=True)
+    (folder / "kernel.cu").write_text(
+        "#include <deep_ep/impls/kernel.cuh>\n\nstatic void __instantiate_kernel() {\n"
+        f"    auto ptr = reinterpret_cast<void*>(&{function}<1, 0, 24, 4096, 0, {capacity}, 128, 8, 1, 100>);\n}}\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("carrier", "prefix", "folders"),
+    [("elastic", "", ["a:b"]), ("ep", "deep_ep::ep::", ["a", "b"])],
+)
+def test_compiled_kernels_are_found_in_the_cache_of_each_generation(
+    carrier: str, prefix: str, folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jit, "v2_carrier", lambda: carrier)
+    caches = [tmp_path / folder / "cache" for folder in folders]
+    write_source(caches[0] / "kernel.dispatch.01", f"{prefix}dispatch_impl", 64)
+    write_source(caches[-1] / "kernel.combine_reduce_epilogue.02", f"{prefix}combine_reduce_epilogue_impl", 512)
+    write_source(caches[0] / "kernel.barrier.03", f"{prefix}barrier_impl", 64)
+    (caches[0] / "kernel.barrier.03" / "kernel.cu").write_text("of another shape")
+    monkeypatch.setenv("EP_JIT_CACHE_DIR", ":".join(str(tmp_path / folder) for folder in folders))
+    found = {(kernel.kind, kernel.num_max_tokens_per_rank) for kernel in jit.compiled_kernels(2048, 128, 8)}
+    assert found == {("dispatch", 64), ("combine_reduce_epilogue", 512)}
+    assert not list(jit.compiled_kernels(2048, 64, 8))

@@ -1,4 +1,5 @@
-"""`do_cpu_sync=False` on the reference buffer: the rows of an ordinary dispatch, and garbage that is not read."""
+"""`do_cpu_sync=False` on the reference buffer: the rows of an ordinary dispatch, and garbage that is not read. Where
+`ElasticBuffer` needs its host wait."""
 
 from __future__ import annotations
 
@@ -9,9 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ep_v2 import settings
+from megatron_ep_v2.buffers import elastic
 from megatron_ep_v2.buffers.contract import BufferSpec
+from megatron_ep_v2.buffers.gin import MELLANOX
 from megatron_ep_v2.buffers.reference import ReferenceBuffer
-from megatron_ep_v2.errors import GroupMismatchError, InputError
+from megatron_ep_v2.errors import GroupMismatchError, InputError, SettingsError
+from tests.buffers.test_elastic import GROUP, HANDLE, SPEC, FakeBuffer
 from tests.helpers.cases import Case, edge_cases, make_batch
 from tests.helpers.compare import same_bits
 from tests.helpers.harness import run_ranks
@@ -118,3 +123,33 @@ def test_refusals_name_the_remedy() -> None:
     for expanded, mixed in run_ranks(2, refusals):
         assert_report(expanded, InputError, "expanded layout cannot be sized", "do_expand=False")
         assert_report(mixed, GroupMismatchError, "do_cpu_sync")
+
+
+@pytest.mark.parametrize(
+    ("mode", "domains", "waits"), [("on", 2, True), ("on", 1, False), ("off", 2, False)], ids=["refused", "one", "off"]
+)
+def test_a_deterministic_dispatch_between_hosts_cannot_do_without_a_host_wait(
+    mode: str, domains: int, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Domains that NVLink connects. There is no such job on one machine, so deep_ep is a stand-in, which only notes
+    whether it is called to dispatch without a wait."""
+    called = []
+    monkeypatch.setattr(FakeBuffer, "num_scaleout_ranks", domains, raising=False)
+    monkeypatch.setattr(FakeBuffer, "dispatch", lambda self, x, **arguments: called.append(arguments["do_cpu_sync"]))
+    monkeypatch.setattr(elastic, "load_class", lambda name: FakeBuffer)
+    monkeypatch.setattr(elastic.gin, "rdma_vendors", lambda: [MELLANOX])
+    monkeypatch.setattr(elastic, "check_group_open", lambda group: None)
+    monkeypatch.setattr(elastic.ElasticBuffer, "_check_rows", lambda *_: None)  # these rows are on the CPU
+    hosts = ["a", "b"] if domains > 1 else ["a", "a"]
+    chosen = settings.resolve({}, deterministic=mode == "on", gin="on")
+    buffer = elastic.ElasticBuffer(GROUP, SPEC, chosen, hosts)
+    rows, ids = torch.zeros(3, 256, dtype=torch.bfloat16), torch.zeros(3, 2, dtype=torch.int64)
+    buffer.dispatch(rows, topk_idx=ids, num_experts=4)
+    buffer.dispatch(rows[:1], handle=HANDLE, do_expand=True)
+    report = attempt(lambda: buffer.dispatch(rows, topk_idx=ids, num_experts=4, do_cpu_sync=False))
+    assert called == [True, None, *([] if waits else [False])]
+    if waits:
+        words = ("waits on the host", "allow_hybrid_mode=true", "MCORE_DEEPEP_V2_SYNC_FREE", "ALLOW_HYBRID_MODE=off")
+        assert_report(report, SettingsError, *words)
+    else:
+        assert report is None

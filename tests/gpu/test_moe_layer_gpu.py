@@ -13,17 +13,27 @@ import megatron_ep_v2
 from tests.gpu.waits import traced
 from tests.helpers.harness import run_ranks
 from tests.helpers.megatron_layer import hidden_states, make_layer, process_groups, step
-from tests.helpers.moe_features import GPU_FEATURES, compare_with_alltoall
+from tests.helpers.moe_features import FEATURES, SELECTIVE, SHARED, WHOLE_LAYER, compare_with_alltoall
 from tests.helpers.progress import say
 from tests.helpers.shapes import GPU
 
 RANKS = torch.cuda.device_count()
+FEATURES_ON_GPU: dict[str, dict[str, Any]] = {
+    **{name: feature for name, feature in FEATURES.items() if name != "uneven, one rank without a token"},
+    # Megatron 0.19.2's own router cannot reshape the logits of no token (RouterGatingLinearFunction: view(0, 1, -1)).
+    "uneven, one rank with a single token": {"tokens_of_rank_1": 1},
+    # Megatron's own code for these needs CUDA streams, generators or grouped GEMMs.
+    "shared experts, overlapped": {**SHARED, "moe_shared_expert_overlap": True},
+    "whole layer recomputed": WHOLE_LAYER,
+    "activation recomputed": {**SELECTIVE, "recompute_modules": ["moe_act"]},
+    "sequential experts": {"moe_grouped_gemm": False},
+}
 
 pytestmark = pytest.mark.usefixtures("transformer_engine")
 
 
 def test_every_feature_agrees_with_alltoall() -> None:
-    answers = run_ranks(RANKS, compare_with_alltoall, GPU, GPU_FEATURES, ("compact", "expanded"), backend="nccl")
+    answers = run_ranks(RANKS, compare_with_alltoall, GPU, FEATURES_ON_GPU, ("compact", "expanded"), backend="nccl")
     for rank, errors in enumerate(answers):
         for case, by_tensor in errors.items():
             for name, error in by_tensor.items():

@@ -19,7 +19,7 @@ from tests.helpers.harness import run_ranks
 from tests.helpers.megatron_layer import build_layer, hidden_states, make_layer, process_groups, step, use_dispatcher
 from tests.helpers.moe_features import WHOLE_LAYER
 from tests.helpers.progress import say
-from tests.helpers.recompute_rounds import alive, recorded
+from tests.helpers.recorded_dispatches import alive, recorded
 from tests.helpers.replay_kernels import wrong
 from tests.helpers.shapes import GPU
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -98,12 +97,4 @@ def set_deep_ep(
         for name in buffers:
             setattr(module, name, type(name, (), {"dispatch": dispatch if zero_padding else dispatch_of_2_0}))
     monkeypatch.setitem(sys.modules, package, module)
-    probe.cache_clear()
-
-
-def set_broken_deep_ep(monkeypatch: pytest.MonkeyPatch, folder: Path, statement: str) -> None:
-    """A deep_ep whose import runs this statement."""
-    (folder / "deep_ep.py").write_text(statement)
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.delitem(sys.modules, "deep_ep", raising=False)
     probe.cache_clear()

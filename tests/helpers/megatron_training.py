@@ -148,17 +148,6 @@ def on_cpu() -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def expert_parallel(size: int) -> Iterator[None]:
-    """Megatron's process groups; expert data parallel over the rest of the ranks."""
-    parallel_state.initialize_model_parallel(expert_model_parallel_size=size, expert_tensor_parallel_size=1)
-    try:
-        yield
-    finally:
-        megatron_ep_v2.uninstall()
-        parallel_state.destroy_model_parallel()
-
-
 @dataclass(frozen=True, kw_only=True)
 class Setup:
     """How a job is set up.
@@ -255,17 +244,6 @@ class Job:
             self.ddp.enable_forward_pre_hook()
         return one_by_one({name: p.detach() for name, p in self.model.named_parameters()})
 
-    def moments(self) -> dict[str, torch.Tensor]:
-        """Adam's of this rank's experts, one by one; of an optimizer that is not distributed."""
-        assert not self.setup.distributed
-        found = {}
-        for kind in ("exp_avg", "exp_avg_sq"):
-            states = [optimizer.optimizer.state for optimizer in _chained(self.optimizer)]
-            of = {id(p): state[p][kind] for state in states for p in state}
-            named = {name: of[id(p)] for name, p in self.model.named_parameters() if ".experts." in name}
-            found |= {f"{kind} of {name}": tensor for name, tensor in one_by_one(named).items()}
-        return found
-
     def metadata(self) -> dict[str, Any]:
         """As megatron.training's _build_sharded_state_dict_metadata makes it."""
         metadata: dict[str, Any] = {
@@ -347,18 +325,6 @@ def one_by_one(named: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         else:
             found[name] = tensor.clone()
     return found
-
-
-def shared_folder() -> Path:
-    """A new folder, the same on every rank."""
-    box = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(box)
-    assert box[0] is not None
-    return Path(box[0])
-
-
-def _chained(optimizer: Any) -> list[Any]:
-    return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 @contextlib.contextmanager

@@ -32,16 +32,6 @@ FEATURES: dict[str, dict[str, Any]] = {
     "router in fp64": {"moe_router_dtype": "fp64"},
     "shared experts": SHARED,
 }
-GPU_FEATURES: dict[str, dict[str, Any]] = {
-    **{name: feature for name, feature in FEATURES.items() if name != "uneven, one rank without a token"},
-    # Megatron 0.19.2's own router cannot reshape the logits of no token (RouterGatingLinearFunction: view(0, 1, -1)).
-    "uneven, one rank with a single token": {"tokens_of_rank_1": 1},
-    # Megatron's own code for these needs CUDA streams, generators or grouped GEMMs.
-    "shared experts, overlapped": {**SHARED, "moe_shared_expert_overlap": True},
-    "whole layer recomputed": WHOLE_LAYER,
-    "activation recomputed": {**SELECTIVE, "recompute_modules": ["moe_act"]},
-    "sequential experts": {"moe_grouped_gemm": False},
-}
 
 
 def batch_of(group: Any, shape: Shape, feature: dict[str, Any]) -> tuple[torch.Tensor, int, dict[str, Any]]:

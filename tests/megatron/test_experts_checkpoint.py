@@ -7,6 +7,7 @@ import functools
 import itertools
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,9 @@ import megatron_ep_v2
 from megatron_ep_v2.errors import SettingsError
 from megatron_ep_v2.megatron.experts import Experts
 from tests.helpers.harness import run_ranks
-from tests.helpers.megatron_training import Job, Setup, expert_parallel, on_cpu, shared_folder
+from tests.helpers.megatron_layer import process_groups
+from tests.helpers.megatron_training import Job, Setup, on_cpu
+from tests.helpers.shapes import Split
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +55,10 @@ class Folders:
     """One for each checkpoint of a test, the same on every rank; gone at its end."""
 
     def __enter__(self) -> Folders:
-        self.root = shared_folder()
+        box = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(box)
+        assert box[0] is not None
+        self.root = Path(box[0])
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -67,7 +73,7 @@ def by_size(jobs: set[Any]) -> Iterator[list[Any]]:
     """Those (format, (size, kind)) of each expert-parallel size, in Megatron's process groups for it."""
     for size in SIZES:
         if found := sorted(job for job in jobs if job[1][0] == size):
-            with expert_parallel(size):
+            with process_groups(Split(1, size)):
                 yield found
 
 
@@ -123,7 +129,7 @@ def test_training_goes_on_with_any_kind_and_size(form: str) -> None:
 def contents(group: Any) -> list[str]:
     """What differs between the keys, shapes and dtypes in checkpoints of Megatron's experts and of ours."""
     wrong = []
-    with on_cpu(), Folders() as folders, expert_parallel(2):
+    with on_cpu(), Folders() as folders, process_groups(Split(1, 2)):
         for form, (setup, _) in FORMATS.items():
             written = []
             for kind in ("megatron", "grouped"):
@@ -151,7 +157,7 @@ def test_a_checkpoint_holds_what_one_of_megatrons_experts_holds() -> None:
 def beside(group: Any) -> float:
     """Largest difference of loss and norm between the step that was taken while a checkpoint was written, and the same
     step of Megatron's experts from that checkpoint."""
-    with on_cpu(), Folders() as folders, expert_parallel(2):
+    with on_cpu(), Folders() as folders, process_groups(Split(1, 2)):
         job = Job(Setup(experts="grouped"))
         job.step()
         wanted = job.save_during_training(folders.of("during"))
@@ -168,7 +174,7 @@ def raw(group: Any) -> dict[str, str]:
     """dp_reshardable, Megatron's default, keeps the optimizer's buffers by number: the same kind goes on, another is
     refused, both ways."""
     found = {}
-    with on_cpu(), Folders() as folders, expert_parallel(2):
+    with on_cpu(), Folders() as folders, process_groups(Split(1, 2)):
         setup = Setup(sharding="dp_reshardable")
         wanted = {}
         for kind in KINDS:
@@ -209,7 +215,7 @@ def test_buffers_by_number_are_refused_between_kinds() -> None:
 def unmarked(group: Any) -> list[float]:
     """Largest difference of a weight to an uninterrupted job, two steps after a load of Megatron's buffers: into
     Megatron's experts, and into ours without the mark by which their buffers get other keys."""
-    with on_cpu(), Folders() as folders, expert_parallel(2):
+    with on_cpu(), Folders() as folders, process_groups(Split(1, 2)):
         setup = Setup(sharding="dp_reshardable")
         job = Job(setup)
         job.step()
@@ -239,7 +245,7 @@ def test_without_the_refusal_experts_would_be_mixed_up() -> None:
 def whole_buffers(group: Any) -> list[str]:
     """dp_zero_gather_scatter, buffers in one piece: an old format that Megatron still writes and reads."""
     found = []
-    with on_cpu(), expert_parallel(2):
+    with on_cpu(), process_groups(Split(1, 2)):
         setup = Setup(sharding="dp_zero_gather_scatter")
         for kind in ("megatron", "grouped"):
             job = Job(replace(setup, experts=kind))
@@ -263,7 +269,7 @@ def test_buffers_in_one_piece_are_refused() -> None:
 
 def legacy(group: Any) -> float:
     """Weights of Megatron's GroupedMLP (before 0.17), which keeps them transposed, read by ours."""
-    with on_cpu(), Folders() as folders, expert_parallel(2):
+    with on_cpu(), Folders() as folders, process_groups(Split(1, 2)):
         job = Job(Setup(experts="grouped"))
         ours = next(module for module in job.model.modules() if isinstance(module, Experts))
         groups = mock.Mock(

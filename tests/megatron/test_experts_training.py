@@ -11,7 +11,9 @@ import torch
 
 from megatron_ep_v2.megatron.experts import Experts, StackedLinear
 from tests.helpers.harness import run_ranks
-from tests.helpers.megatron_training import Job, Setup, expert_parallel, on_cpu
+from tests.helpers.megatron_layer import hidden_states, make_layer, process_groups
+from tests.helpers.megatron_training import Job, Setup, on_cpu
+from tests.helpers.shapes import CPU, Split
 
 STEPS = 5
 OURS = (Setup(experts="grouped"), Setup(experts="grouped", fusion=True), Setup(experts="sequential", fusion=True))
@@ -28,7 +30,7 @@ def differences(group: Any, overlap: bool) -> dict[str, tuple[float, float, floa
     parallel 2. "passed by": the linears are not called as modules, so that no hook of theirs runs, as in
     code that does not call the module that owns the weights."""
     found = {}
-    with on_cpu(), expert_parallel(2), pytest.MonkeyPatch.context() as patch:
+    with on_cpu(), process_groups(Split(1, 2)), pytest.MonkeyPatch.context() as patch:
         theirs, wanted, _ = train(Setup(overlap=overlap))
         assert len({round(norm, 3) for _, norm in theirs}) == STEPS and max(norm for _, norm in theirs) > 0.5, "clipped"
         jobs = {f"{ours.experts}, fusion={ours.fusion}": ours for ours in OURS[: 3 if overlap else 2]}
@@ -74,7 +76,7 @@ def layers(group: Any) -> dict[str, list[float]]:
         },
         "shared experts": {"moe_shared_expert_intermediate_size": 16},
     }
-    with on_cpu(), expert_parallel(2):
+    with on_cpu(), process_groups(Split(1, 2)):
         for name, more in cases.items():
             base = {key: value for key, value in more.items() if not key.startswith(("recompute", "moe_grouped"))}
             theirs = Job(Setup(more=tuple(base.items()))).step()
@@ -93,8 +95,6 @@ def test_shared_experts_and_a_recomputed_activation() -> None:
 
 def kept(group: Any) -> dict[bool, int]:
     """Elements of the activation's shape that autograd keeps for a layer's backward, without and with recompute."""
-    from tests.helpers.megatron_layer import hidden_states, make_layer, process_groups
-    from tests.helpers.shapes import CPU
 
     found = {}
     with process_groups():

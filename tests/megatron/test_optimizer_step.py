@@ -27,9 +27,9 @@ from megatron_ep_v2.megatron import symbols
 from megatron_ep_v2.recompute import Replayed
 from tests.helpers.harness import isolated, run_ranks
 from tests.helpers.megatron_layer import build_layer, hidden_states, process_groups, step
-from tests.helpers.megatron_training import Job, Setup, expert_parallel, on_cpu
+from tests.helpers.megatron_training import Job, Setup, on_cpu
 from tests.helpers.moe_features import WHOLE_LAYER
-from tests.helpers.shapes import CPU
+from tests.helpers.shapes import CPU, Split
 
 GRAPH_WRAPPER = importlib.util.find_spec(symbols.GRAPHED_STEP)
 
@@ -40,7 +40,7 @@ def routers(job: Job) -> list[torch.nn.Parameter]:
 
 def change_routing_in_one_group(world: Any, distributed: bool) -> dict[str, Any]:
     """Rank 3's routers change between the forward and its recompute, in the second step."""
-    with on_cpu(), expert_parallel(2):
+    with on_cpu(), process_groups(Split(1, 2)):
         job = Job(Setup(distributed=distributed, more=tuple(WHOLE_LAYER.items())))
         job.step()
         before = job.weights()
@@ -82,7 +82,7 @@ def overflow_in_one_group(world: Any, percent: int) -> tuple[list[float], int, d
     with (
         mock.patch.dict("os.environ", MCORE_DEEPEP_V2_SYNC_FREE_ROWS_PERCENT=str(percent)),
         on_cpu(),
-        expert_parallel(2),
+        process_groups(Split(1, 2)),
     ):
         job = Job(Setup(experts="grouped"))
         if world.rank() > 1:

@@ -178,3 +178,34 @@ def test_buckets_are_powers_of_two(tokens: int, bucket: int) -> None:
     assert buckets_up_to(tokens)[-1] == bucket and buckets_up_to(tokens) == sorted(
         {bucket_of(i) for i in range(tokens + 1)}
     )
+
+
+RIGHT, LARGER = "bucket=bucket_of(most tokens of any rank), which is", "make PrepareFinalize with max_decode_tokens of"
+HINTS = {  # by tokens and bucket
+    (3, 6): f"{RIGHT} at least 4 here",
+    (5, 4): f"{RIGHT} at least 8 here",
+    (0, 0): f"{RIGHT} at least 1 here",
+    (3, 16): f"{LARGER} at least 16; else {RIGHT} at least 4 here",
+    (2, 100): f"{LARGER} at least 128; else {RIGHT} at least 2 here",
+    (9, 8): f"{LARGER} at least 16, or pass so many to prepare_prefill",
+    (9, 16): f"{LARGER} at least 16, or pass so many to prepare_prefill",
+}
+
+
+@isolated
+def bring_wrong_buckets(group: Any) -> list[Report | None]:
+    settings.activate(settings.resolve(buffer="reference"))
+    sizes = {"hidden": 256, "num_experts": 4, "num_topk": 1, "max_prefill_tokens": 16, "max_decode_tokens": 8}
+    pair = PrepareFinalize(group, **sizes)
+    reports = []
+    for tokens, bucket in HINTS:
+        ids = torch.zeros(tokens, 1, dtype=torch.int64)
+        batch = torch.ones(tokens, 256, dtype=torch.bfloat16), ids, torch.ones(ids.shape)
+        reports.append(attempt(functools.partial(pair.prepare_decode, *batch, bucket=bucket)))
+    return reports
+
+
+def test_a_wrong_bucket_is_answered_with_one_that_would_do() -> None:
+    for (tokens, bucket), report in zip(HINTS, run_ranks(1, bring_wrong_buckets)[0], strict=True):
+        assert_report(report, InputError, f"{tokens} tokens cannot be decoded in a bucket of {bucket}", "up to 8 that")
+        assert report is not None and report.fix == HINTS[tokens, bucket]

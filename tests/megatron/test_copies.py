@@ -1,11 +1,9 @@
-"""What real jobs met off the common path: models built on the device "meta", copies of layers, warnings of torch, hints
-that did not help, and two modes that cannot be had together."""
+"""Layers that are built on the device "meta", copied or pickled; and a step calls nothing that torch deprecates."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import pickle
 import warnings
 from collections.abc import Iterator
@@ -16,16 +14,11 @@ import torch
 import torch.distributed as dist
 
 import megatron_ep_v2
-from megatron_ep_v2 import settings
-from megatron_ep_v2.buffers import elastic
-from megatron_ep_v2.buffers.gin import MELLANOX
 from megatron_ep_v2.device_checks import DeviceCheck, read_all
-from megatron_ep_v2.errors import EPError, InputError, SettingsError
-from megatron_ep_v2.serving import PrepareFinalize
-from tests.buffers.test_elastic import GROUP, HANDLE, SPEC, FakeBuffer
+from megatron_ep_v2.errors import EPError
 from tests.helpers.harness import isolated, run_ranks
 from tests.helpers.megatron_layer import hidden_states, installed, moe_layer_of, set_weights, transformer_config
-from tests.helpers.reports import Report, assert_report, attempt
+from tests.helpers.reports import assert_report, attempt
 from tests.helpers.shapes import Shape, Split
 
 SPLIT = Split(1, 2)
@@ -181,70 +174,3 @@ def use_torch(group: Any) -> list[int]:
 
 def test_nothing_that_torch_deprecates_is_called() -> None:
     assert run_ranks(2, use_torch) == [[SPLIT.size * TOKENS * SHAPE.topk] * len(OF_LAYOUT)] * 2
-
-
-# ----------------------------------------------------------------------------------------- hints of the serving pair
-
-LARGEST = 8
-RIGHT, LARGER = "bucket=bucket_of(most tokens of any rank), which is", "make PrepareFinalize with max_decode_tokens of"
-HINTS = {  # by tokens and bucket
-    (3, 6): f"{RIGHT} at least 4 here",
-    (5, 4): f"{RIGHT} at least 8 here",
-    (0, 0): f"{RIGHT} at least 1 here",
-    (3, 16): f"{LARGER} at least 16; else {RIGHT} at least 4 here",
-    (2, 100): f"{LARGER} at least 128; else {RIGHT} at least 2 here",
-    (9, 8): f"{LARGER} at least 16, or pass so many to prepare_prefill",
-    (9, 16): f"{LARGER} at least 16, or pass so many to prepare_prefill",
-}
-
-
-@isolated
-def bring_wrong_buckets(group: Any) -> list[Report | None]:
-    settings.activate(settings.resolve(buffer="reference"))
-    sizes = {"hidden": 256, "num_experts": 4, "num_topk": 1, "max_prefill_tokens": 16, "max_decode_tokens": LARGEST}
-    pair = PrepareFinalize(group, **sizes)
-    reports = []
-    for tokens, bucket in HINTS:
-        ids = torch.zeros(tokens, 1, dtype=torch.int64)
-        batch = torch.ones(tokens, 256, dtype=torch.bfloat16), ids, torch.ones(ids.shape)
-        reports.append(attempt(functools.partial(pair.prepare_decode, *batch, bucket=bucket)))
-    return reports
-
-
-def test_a_wrong_bucket_is_answered_with_one_that_would_do() -> None:
-    for (tokens, bucket), report in zip(HINTS, run_ranks(1, bring_wrong_buckets)[0], strict=True):
-        assert_report(report, InputError, f"{tokens} tokens cannot be decoded in a bucket of {bucket}", "up to 8 that")
-        assert report is not None and report.fix == HINTS[tokens, bucket]
-
-
-# ------------------------------------------------------------------------- deterministic and sync-free between hosts
-
-
-@pytest.mark.parametrize(
-    ("mode", "domains", "waits"), [("on", 2, True), ("on", 1, False), ("off", 2, False)], ids=["refused", "one", "off"]
-)
-def test_a_deterministic_dispatch_between_hosts_cannot_do_without_a_host_wait(
-    mode: str, domains: int, waits: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Domains that NVLink connects. There is no such job on one machine, so deep_ep is a stand-in, which only notes
-    whether it is called to dispatch without a wait."""
-    called = []
-    monkeypatch.setattr(FakeBuffer, "num_scaleout_ranks", domains, raising=False)
-    monkeypatch.setattr(FakeBuffer, "dispatch", lambda self, x, **arguments: called.append(arguments["do_cpu_sync"]))
-    monkeypatch.setattr(elastic, "load_class", lambda name: FakeBuffer)
-    monkeypatch.setattr(elastic.gin, "rdma_vendors", lambda: [MELLANOX])
-    monkeypatch.setattr(elastic, "check_group_open", lambda group: None)
-    monkeypatch.setattr(elastic.ElasticBuffer, "_check_rows", lambda *_: None)  # these rows are on the CPU
-    hosts = ["a", "b"] if domains > 1 else ["a", "a"]
-    chosen = settings.resolve({}, deterministic=mode == "on", gin="on")
-    buffer = elastic.ElasticBuffer(GROUP, SPEC, chosen, hosts)
-    rows, ids = torch.zeros(3, 256, dtype=torch.bfloat16), torch.zeros(3, 2, dtype=torch.int64)
-    buffer.dispatch(rows, topk_idx=ids, num_experts=4)
-    buffer.dispatch(rows[:1], handle=HANDLE, do_expand=True)
-    report = attempt(lambda: buffer.dispatch(rows, topk_idx=ids, num_experts=4, do_cpu_sync=False))
-    assert called == [True, None, *([] if waits else [False])]
-    if waits:
-        words = ("waits on the host", "allow_hybrid_mode=true", "MCORE_DEEPEP_V2_SYNC_FREE", "ALLOW_HYBRID_MODE=off")
-        assert_report(report, SettingsError, *words)
-    else:
-        assert report is None
