@@ -108,7 +108,7 @@ def test_a_gpu_machine_without_a_buffer_does_not_fall_back(machine: Machine, cle
 
 
 @pytest.mark.parametrize("machine", MACHINES, ids=str)
-def test_our_flags_tell_what_is_there(machine: Machine, clean: pytest.MonkeyPatch) -> None:
+def test_our_flags_say_what_is_there(machine: Machine, clean: pytest.MonkeyPatch) -> None:
     machine.set_up(clean)
     assert ours.HAVE_DEEP_EP is (LEGACY in machine.classes)
     assert ours.HAVE_DEEP_EP_V2 is bool({ELASTIC, EP} & set(machine.classes))
@@ -117,7 +117,7 @@ def test_our_flags_tell_what_is_there(machine: Machine, clean: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("machine", BOUND, ids=str)
-def test_megatrons_flag_tells_the_truth_after_install(machine: Machine, clean: pytest.MonkeyPatch) -> None:
+def test_megatrons_flag_is_true_after_install(machine: Machine, clean: pytest.MonkeyPatch) -> None:
     """Left to itself it is False with deep_ep 2, whose utils no longer have what Megatron imports."""
     machine.set_up(clean)
     clean.setattr(fused_a2a, "HAVE_DEEP_EP", not machine.have_deep_ep)
@@ -174,7 +174,7 @@ def test_what_is_not_deepep_v2_is_said_aloud(clean: pytest.MonkeyPatch, caplog: 
     assert "the reference buffer (no CUDA device here" in line
 
 
-def test_the_generation_is_told_by_the_api_and_not_by_the_version(clean: pytest.MonkeyPatch) -> None:
+def test_the_generation_is_found_by_the_api_and_not_by_the_version(clean: pytest.MonkeyPatch) -> None:
     set_cuda(clean, True)
     set_deep_ep(clean, LEGACY, version="2.9.0")
     assert megatron_ep_v2.install()["buffer"] == "megatron"

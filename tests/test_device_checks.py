@@ -62,7 +62,7 @@ def test_reset_forgets() -> None:
     device_checks.read_all()
 
 
-def test_several_checks_are_told_at_once() -> None:
+def test_several_checks_are_reported_at_once() -> None:
     first, second = make_check("first"), make_check("second")
     second.add(torch.tensor([True]))
     first.add(torch.tensor([True]))
@@ -126,7 +126,7 @@ def outlive_its_group(group: Any) -> tuple[float, str]:
     return weight.sum().item(), ""
 
 
-def test_a_check_that_outlives_its_group_waits_for_nobody() -> None:
+def test_a_check_that_outlives_its_group_waits_for_no_rank() -> None:
     """As one does whose buffer is kept by an output of the user's."""
     assert run_ranks(2, outlive_its_group) == [(0.0, "full: {0: 1}"), (3.0, "")]
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_ep_v2.errors import EPError
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
-from tests.helpers import oracle
+from tests.helpers import dispatch_oracle as oracle
 from tests.helpers.cases import COMPACT, EXPANDED, PADDED, SMALL, Case, Layout, make_batch, make_batches
 from tests.helpers.compare import assert_close
 from tests.helpers.fused_layer import Step, assert_step, dense, grad_output, layer_of, train_step, weights_dtype

@@ -88,7 +88,7 @@ def test_every_range_of_releases_that_a_text_names_is_the_tested_one(file: Path)
     assert set(re.findall(r"0\.\d+\.\d+ to 0\.\d+\.\d+", file.read_text())) <= {versions.MEGATRON_CORE}
 
 
-def test_contributors_are_told_both_stacks() -> None:
+def test_contributing_names_both_stacks() -> None:
     assert re.findall(r"Python 3\.\d+ with megatron-core (\S+\d)", text("CONTRIBUTING.md")) == [OLDEST, NEWEST]
 
 

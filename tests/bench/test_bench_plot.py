@@ -83,7 +83,7 @@ def test_the_step_is_cut_where_its_shares_are() -> None:
     assert [(patch.get_x(), patch.get_width()) for patch in axes.patches] == [(0, 8), (8, 4), (12, 28)]
 
 
-def test_steps_are_told_apart_by_their_experts() -> None:
+def test_steps_are_distinguished_by_their_experts() -> None:
     kinds = [
         step("expanded", ms) | {"file": 0, "expert_backend": kind} for kind, ms in (("megatron", 4.0), ("grouped", 2.0))
     ]

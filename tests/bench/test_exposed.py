@@ -9,7 +9,7 @@ from pathlib import Path
 from megatron_ep_v2.bench.exposed import Share, computing, share, union, write_trace
 
 
-def test_what_runs_beside_compute_is_not_exposed() -> None:
+def test_what_overlaps_with_compute_is_not_exposed() -> None:
     kernels = [
         ("void deep_ep::elastic::dispatch_impl<...>", (10.0, 30.0)),
         ("void deep_ep::elastic::combine_impl<...>", (25.0, 40.0)),  # on another stream

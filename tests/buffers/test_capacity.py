@@ -42,7 +42,19 @@ OBSERVED = "the most tokens of any rank at its first dispatch"
 
 # What Megatron-LM was started with; fields of the model's configuration; the micro-batch size given to Megatron's
 # calculator; tokens of a later batch; what the buffer says of its capacity then.
+WIDE = ARGUMENTS | {"seq_length": 100, "micro_batch_size": 3, "tensor_model_parallel_size": 8}
 SOURCES: dict[str, tuple[dict[str, Any] | None, dict[str, Any], int, int, str]] = {
+    "all": (WIDE, {}, 0, TOKENS, f"300 ({OF_ARGUMENTS})"),
+    "context parallel": (WIDE | {"context_parallel_size": 2}, {}, 0, TOKENS, f"150 ({OF_ARGUMENTS})"),
+    # Of one rank: the sequence is shared out, rounded up.
+    "sequence parallel": (
+        WIDE | {"context_parallel_size": 2, "sequence_parallel": True},
+        {},
+        0,
+        TOKENS,
+        f"{3 * 7} ({OF_ARGUMENTS})",
+    ),
+    "no length": ({"seq_length": None}, {}, 0, TOKENS, f"{TOKENS} ({OBSERVED})"),
     "evaluation": (ARGUMENTS | {"eval_micro_batch_size": 4}, {}, 0, 64, f"64 ({OF_ARGUMENTS})"),
     "training": (ARGUMENTS | {"micro_batch_size": 4, "eval_micro_batch_size": 2}, {}, 0, 64, f"64 ({OF_ARGUMENTS})"),
     "decoder": (ARGUMENTS | {"decoder_seq_length": 24}, {}, 0, 24, f"24 ({OF_ARGUMENTS})"),

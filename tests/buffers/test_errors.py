@@ -31,19 +31,19 @@ def good_arguments(group: Any) -> dict[str, Any]:
     }
 
 
-def set_pick(topk_idx: torch.Tensor, value: int) -> torch.Tensor:
+def set_selection(topk_idx: torch.Tensor, value: int) -> torch.Tensor:
     topk_idx = topk_idx.clone()
     topk_idx[2, 1] = value
     return topk_idx
 
 
-def repeat_pick(topk_idx: torch.Tensor) -> torch.Tensor:
+def repeat_selection(topk_idx: torch.Tensor) -> torch.Tensor:
     topk_idx = topk_idx.clone()
     topk_idx[3, 2] = topk_idx[3, 0]
     return topk_idx
 
 
-def many_picks(arguments: dict[str, Any]) -> dict[str, Any]:
+def more_selections(arguments: dict[str, Any]) -> dict[str, Any]:
     tokens = len(arguments["x"])
     return {
         "token_indices": torch.arange(33).repeat(tokens, 1),
@@ -56,7 +56,7 @@ def more_tokens(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: arguments[name].repeat(2, 1) for name in ("x", "token_indices", "token_probs")}
 
 
-def fewer_picks(arguments: dict[str, Any]) -> dict[str, Any]:
+def fewer_selections(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: arguments[name][:, :2] for name in ("token_indices", "token_probs")}
 
 
@@ -65,9 +65,9 @@ REFUSED: dict[str, tuple[Change, tuple[str, ...]]] = {
     "indivisible-experts": (lambda a: {"num_experts": 7}, ("num_experts=7", "2")),
     "no-experts": (lambda a: {"num_experts": 0}, ("num_experts=0",)),
     "int32-indices": (lambda a: {"token_indices": a["token_indices"].int()}, ("torch.int32", "torch.int64")),
-    "id-too-high": (lambda a: {"token_indices": set_pick(a["token_indices"], 8)}, ("token 2", "8", "0 to 7")),
-    "id-below-minus-one": (lambda a: {"token_indices": set_pick(a["token_indices"], -2)}, ("token 2", "-2")),
-    "duplicate-id": (lambda a: {"token_indices": repeat_pick(a["token_indices"])}, ("token 3", "twice")),
+    "id-too-high": (lambda a: {"token_indices": set_selection(a["token_indices"], 8)}, ("token 2", "8", "0 to 7")),
+    "id-below-minus-one": (lambda a: {"token_indices": set_selection(a["token_indices"], -2)}, ("token 2", "-2")),
+    "duplicate-id": (lambda a: {"token_indices": repeat_selection(a["token_indices"])}, ("token 3", "twice")),
     "fewer-index-rows": (lambda a: {"token_indices": a["token_indices"][1:]}, ("topk_idx",)),
     "narrow-probs": (lambda a: {"token_probs": a["token_probs"][:, 1:]}, ("topk_weights",)),
     "bf16-probs": (lambda a: {"token_probs": a["token_probs"].bfloat16()}, ("bfloat16", "float32")),
@@ -75,7 +75,7 @@ REFUSED: dict[str, tuple[Change, tuple[str, ...]]] = {
     "integer-hidden": (lambda a: {"x": a["x"].int()}, ("int32",)),
     "1-d-hidden": (lambda a: {"x": a["x"][:, 0]}, ("matrix", "[tokens, hidden]")),
     "1-d-indices": (lambda a: {"token_indices": a["token_indices"][:, 0]}, ("topk_idx",)),
-    "top-33": (many_picks, ("33", "32")),
+    "top-33": (more_selections, ("33", "32")),
 }
 
 
@@ -146,7 +146,7 @@ def test_capacity_is_the_groups_and_not_the_ranks() -> None:
 
 DIFFERENT: dict[str, tuple[Change, str]] = {
     "hidden": (lambda a: {"x": a["x"][:, :16]}, "hidden"),
-    "top-k": (fewer_picks, "top-k"),
+    "top-k": (fewer_selections, "top-k"),
     "num_experts": (lambda a: {"num_experts": 16}, "num_experts"),
     "dtype": (lambda a: {"x": a["x"].bfloat16()}, "dtype"),
     "layout": (lambda a: {"do_expand": True}, "do_expand"),

@@ -57,7 +57,7 @@ MISUSES: dict[str, tuple[Callable[..., Any], tuple[str, ...]]] = {
         lambda b, x, w, h, e: b.dispatch(torch.ones(len(h.topk_idx) + 1, 32), handle=h, do_expand=e),
         ("tokens",),
     ),
-    "cached-with-picks": (
+    "cached-with-selections": (
         lambda b, x, w, h, e: b.dispatch(
             torch.ones(len(h.topk_idx), 32), handle=h, do_expand=e, topk_idx=h.topk_idx, num_experts=8
         ),

@@ -32,7 +32,7 @@ def one_rank_asks_for_deep_ep(group: Any) -> list[tuple[str, str]]:
     return [first, dispatch(group)]
 
 
-def test_a_rank_without_a_buffer_tells_the_others() -> None:
+def test_a_rank_without_a_buffer_is_reported_on_all() -> None:
     answers = run_ranks(4, one_rank_asks_for_deep_ep)
     for rank, ((kind, text), after) in enumerate(answers):
         assert kind == ("UnavailableError" if rank == CULPRIT else "PeerError"), text

@@ -10,7 +10,7 @@ import torch
 
 from megatron_ep_v2.buffers.contract import BufferSpec
 from megatron_ep_v2.buffers.reference import ReferenceBuffer
-from tests.helpers import oracle
+from tests.helpers import dispatch_oracle as oracle
 from tests.helpers.cases import Case, Layout, edge_cases, make_batches
 from tests.helpers.compare import arrived_rows, gather, same_bits
 from tests.helpers.conformance import LAYOUTS, BufferConformance
@@ -72,6 +72,6 @@ def test_rows_are_ordered_by_expert_source_and_token() -> None:
         assert arrived_rows(trace.handle) == sorted(expected.rows)
         if layout.do_expand:
             order = expected.expanded_order()
-            real = [slot for slot, pick in enumerate(order) if pick is not None]
-            places = [pick[:2] for pick in order if pick is not None]
-            assert same_bits(trace.first.x[real], gather([batch.x for batch in batches], places))
+            real = [slot for slot, selection in enumerate(order) if selection is not None]
+            sources = [selection[:2] for selection in order if selection is not None]
+            assert same_bits(trace.first.x[real], gather([batch.x for batch in batches], sources))

@@ -178,7 +178,7 @@ def test_usage(arguments: list[str], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_megatron_beside_the_script_comes_first_and_must_fit(tmp_path: Path) -> None:
+def test_a_megatron_next_to_the_script_comes_first_and_must_fit(tmp_path: Path) -> None:
     """The script does not run on a Megatron that it would use and that cannot be bound to."""
     write(tmp_path / "job", "pretrain.py", "print('ran')")
     core = tmp_path / "job" / "megatron" / "core"

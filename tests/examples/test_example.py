@@ -124,7 +124,7 @@ def test_megatrons_own_data_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_both_dispatchers_tell_the_same_load(tmp_path: Path) -> None:
+def test_both_dispatchers_report_the_same_load(tmp_path: Path) -> None:
     """Counted by what is dispatched, and by what the router says; the first step of both is the same one."""
     balance = {}
     for dispatcher in ("flex", "alltoall"):

@@ -18,8 +18,8 @@ def test_losses_stay_together(tmp_path: Path) -> None:
     for dtype in ("bf16", "fp8"):
         folder = tmp_path / dtype
         arguments = ["--steps", str(STEPS), "--dispatch-dtype", dtype, "--grad-dispatch-dtype", dtype]
-        [told] = summary(train(folder, *arguments))["status"]["buffers"]
-        assert told["dispatch_dtype"] == told["grad_dispatch_dtype"] == f"{dtype} (install())"
+        [buffer] = summary(train(folder, *arguments))["status"]["buffers"]
+        assert buffer["dispatch_dtype"] == buffer["grad_dispatch_dtype"] == f"{dtype} (install())"
         curves[dtype] = [loss for _, loss, _ in losses(folder)]
     plain, rough = curves["bf16"], curves["fp8"]
     assert plain[0] != rough[0], "rows were rounded"

@@ -14,14 +14,25 @@ from megatron_ep_v2.buffers.carriers import CARRIERS, REFERENCE
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 from megatron_ep_v2.probe import probe
 from tests.helpers.carriers import v2_carrier
-from tests.helpers.cases import Layout
+from tests.helpers.cases import Case, Layout, make_batch
 from tests.helpers.compare import relative_errors
 from tests.helpers.fp8_oracle import arrived
+from tests.helpers.fused_layer import grad_output
 from tests.helpers.harness import run_ranks
 from tests.helpers.progress import say
 
 RANKS = torch.cuda.device_count()
-HIDDEN, TOPK, TOKENS = 512, 4, 128
+# Rank 1 has no token. Values are made on the host, the same everywhere.
+CASE = Case(
+    "uneven",
+    tuple(0 if rank == 1 else 128 - rank for rank in range(RANKS)),
+    "drop some selections",
+    hidden=512,
+    topk=4,
+    experts=4 * RANKS,
+    dtype=torch.bfloat16,
+)
+SCALE = 0.5 + torch.rand(CASE.experts, generator=torch.Generator().manual_seed(99))
 LAYOUTS = {"compact": [Layout(False)], "expanded": [Layout(True), Layout(True, 128)]}
 
 
@@ -31,36 +42,21 @@ def runs() -> dict[str, list[Layout]]:
     return {name: [each for way in CARRIERS[name].layouts for each in LAYOUTS.get(way, [])] for name in installed}
 
 
-def batch(rank: int, num_experts: int) -> dict[str, torch.Tensor]:
-    """Uneven: rank 1 has no token; some selections are dropped. Values are made on the host, the same everywhere."""
-    generator = torch.Generator().manual_seed(rank)
-    tokens = 0 if rank == 1 else TOKENS - rank
-    topk_idx = torch.rand(tokens, num_experts, generator=generator).topk(TOPK, dim=1).indices
-    return {
-        "x": torch.randn(tokens, HIDDEN, generator=generator).bfloat16(),
-        "grad": torch.randn(tokens, HIDDEN, generator=generator).bfloat16(),
-        "topk_idx": topk_idx.masked_fill(torch.rand(topk_idx.shape, generator=generator) < 0.2, -1),
-        "probs": torch.rand(tokens, TOPK, generator=generator),
-        "scale": 0.5 + torch.rand(num_experts, generator=torch.Generator().manual_seed(99)),
-    }
-
-
 def layer(group: Any, layout: Layout) -> dict[str, torch.Tensor]:
-    """Expert e multiplies by scale[e]; rows are weighted by their probabilities. Output and both gradients."""
-    num_local = 4
-    num_experts = num_local * group.size()
-    values = {name: tensor.cuda() for name, tensor in batch(group.rank(), num_experts).items()}
-    x, probs = values["x"].requires_grad_(), values["probs"].requires_grad_()
-    scale = values["scale"][group.rank() * num_local :][:num_local]
+    """Expert e multiplies by SCALE[e]; rows are weighted by their probabilities. Output and both gradients."""
+    rank, num_local = group.rank(), CASE.local_experts
+    batch = make_batch(CASE, rank)
+    x, probs = batch.x.cuda().requires_grad_(), batch.topk_weights.cuda().requires_grad_()
+    scale = SCALE.cuda()[rank * num_local :][:num_local]
     rows, idx, row_probs, counts, handle = fused_dispatch(
-        x, values["topk_idx"], probs, num_experts, group, True, True, **layout.arguments()
+        x, batch.topk_idx.cuda(), probs, CASE.experts, group, True, True, **layout.arguments()
     )
     if layout.do_expand:
         factor = scale.repeat_interleave(counts.cuda()) * row_probs
     else:
         factor = (scale[idx.clamp(min=0)] * row_probs).masked_fill(idx < 0, 0.0).sum(dim=1)
     y, _ = fused_combine((rows.float() * factor[:, None]).bfloat16(), group, handle, True, True)
-    y.backward(values["grad"])
+    y.backward(grad_output(CASE, rank).cuda())
     result = {"output": y, "grad_x": x.grad, "grad_probs": probs.grad}
     return {name: tensor.detach().cpu() for name, tensor in result.items()}
 
@@ -77,21 +73,22 @@ def all_layers(group: Any) -> dict[tuple[str, Layout], dict[str, torch.Tensor]]:
     return found
 
 
-def expected(rank: int, num_experts: int, wire: tuple[str, str] = ("bf16", "bf16")) -> dict[str, torch.Tensor]:
+def expected(rank: int, wire: tuple[str, str]) -> dict[str, torch.Tensor]:
     """In fp64, without any communication, on the rows and gradients that arrive in these formats."""
-    values = batch(rank, num_experts)
-    x, grad, topk_idx = arrived(values["x"], wire[0]), arrived(values["grad"], wire[1]), values["topk_idx"]
-    scale = values["scale"].double()[topk_idx.clamp(min=0)].masked_fill(topk_idx < 0, 0.0)
-    factor = (scale * values["probs"].double()).sum(dim=1, keepdim=True)
+    batch = make_batch(CASE, rank)
+    x, grad = arrived(batch.x, wire[0]), arrived(grad_output(CASE, rank), wire[1])
+    scale = SCALE.double()[batch.topk_idx.clamp(min=0)].masked_fill(batch.topk_idx < 0, 0.0)
+    factor = (scale * batch.topk_weights.double()).sum(dim=1, keepdim=True)
     return {"output": x * factor, "grad_x": grad * factor, "grad_probs": scale * (x * grad).sum(dim=1, keepdim=True)}
 
 
 def check_layers(by_rank: list[Any], wire: tuple[str, str] = ("bf16", "bf16")) -> None:
     for rank, by_run in enumerate(by_rank):
         assert by_run.keys() == {(kind, layout) for kind, layouts in runs().items() for layout in layouts}
+        wanted = expected(rank, wire)
         for run, result in by_run.items():
-            for name, error in relative_errors(result, expected(rank, 4 * RANKS, wire)).items():
-                # What arrives is exact in bf16. bf16 rounds rows, partial sums and sums, each by at most 2**-9
+            for name, error in relative_errors(result, wanted).items():
+                # What arrives is exact in bf16. bf16 rounds rows, partial sums and sums, each by at most 2**-9.
                 assert error < 6e-3, f"rank {rank}, {run}, {name}: relative L2 {error:.1e}"
 
 
@@ -103,13 +100,12 @@ def test_outputs_and_gradients_against_fp64() -> None:
 def handles_alive(group: Any) -> list[str]:
     """Which of three ways of using a handle leave it alive."""
     settings.activate(settings.resolve(buffer=v2_carrier()))
-    values = {name: tensor.cuda() for name, tensor in batch(0, 4 * group.size()).items()}
-    alive = []
+    batch, alive = make_batch(CASE, 0), []
 
     def run(way: str) -> weakref.ref[Any]:
-        x = values["x"].clone().requires_grad_(way == "train")
+        x = batch.x.cuda().requires_grad_(way == "train")
         rows, _, _, _, handle = fused_dispatch(
-            x, values["topk_idx"], values["probs"], 4 * group.size(), group, True, True, do_expand=True
+            x, batch.topk_idx.cuda(), batch.topk_weights.cuda(), CASE.experts, group, True, True, do_expand=True
         )
         seen = weakref.ref(handle)
         y, _ = fused_combine(rows, group, handle, True, True)

@@ -26,7 +26,7 @@ SIZES: list[tuple[str, tuple[int, ...]]] = [
 SHAPES = [(1, 3), (24, 8), (2051, 2)]
 
 
-def place_cases(kernels: Any, device: str, seed: int = 0) -> Iterator[Case]:
+def slot_cases(kernels: Any, device: str, seed: int = 0) -> Iterator[Case]:
     """Every kind of routing, one of several blocks of selections, and one for a single expert."""
     routings = [(kind, routing(kind, seed=seed)) for kind in KINDS]
     routings += [("many", routing("random", rows=400, topk=7, num_experts=33, seed=seed))]

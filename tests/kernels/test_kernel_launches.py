@@ -86,7 +86,7 @@ def test_what_decides_is_compiled_for(
     assert len(kernel.compiled) == 2
 
 
-def test_other_kernels_are_told_apart(launch: Callable[..., None]) -> None:
+def test_another_kernel_is_not_taken_for_it(launch: Callable[..., None]) -> None:
     one, other = Kernel(1), Kernel(1)
     launch(one, GRID, (torch.zeros(64),))
     launch(other, GRID, (torch.zeros(64),))

@@ -21,31 +21,27 @@ from megatron_ep_v2.layouts import (
     place_contiguous,
     reduce_rows,
 )
+from tests.helpers.cases import Case, make_batch
 from tests.helpers.harness import run_ranks
 
-EXPERTS, TOPK, HIDDEN = 8, 3, 16
+CASES = [
+    Case("random", (23, 24), hidden=16, experts=8, dtype=torch.float64),
+    Case("one expert", (23, 24), "all to one expert", hidden=16, experts=8, dtype=torch.float64),
+    Case("no tokens", (0, 0), hidden=16, experts=8, dtype=torch.float64),
+]
 
 
-def batch(rank: int, kind: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x, topk_idx, weights."""
-    generator = torch.Generator().manual_seed(rank)
-    tokens = 0 if kind == "no tokens" else 23 + rank
-    topk_idx = torch.rand(tokens, EXPERTS, generator=generator).topk(TOPK, dim=1).indices
-    if kind == "one expert":
-        topk_idx[:, 1:] = -1
-        topk_idx[:, 0] = 5
-    x = torch.randn(tokens, HIDDEN, generator=generator, dtype=torch.float64)
-    return x, topk_idx, torch.rand(tokens, TOPK, generator=generator)
-
-
-def faults(group: Any, kind: str, alignment: int) -> list[str]:
+def faults(group: Any, case: Case, alignment: int) -> list[str]:
     """Names of what is wrong on a rank."""
-    x, topk_idx, weights = batch(group.rank(), kind)
-    spec = BufferSpec(num_max_tokens_per_rank=64, hidden=HIDDEN, num_topk=TOPK, num_experts=EXPERTS)
+    batch = make_batch(case, group.rank())
+    spec = BufferSpec(
+        num_max_tokens_per_rank=case.capacity, hidden=case.hidden, num_topk=case.topk, num_experts=case.experts
+    )
     buffer = ReferenceBuffer(group, spec)
-    given: dict[str, Any] = {"topk_idx": topk_idx, "topk_weights": weights, "num_experts": EXPERTS}
-    rows, _, row_weights, handle, _ = buffer.dispatch(x, expert_alignment=alignment, do_expand=True, **given)
-    compact, recv_idx, recv_weights, compact_handle, _ = buffer.dispatch(x, **given)
+    given: dict[str, Any] = {"topk_idx": batch.topk_idx, "topk_weights": batch.topk_weights}
+    given["num_experts"] = case.experts
+    rows, _, row_weights, handle, _ = buffer.dispatch(batch.x, expert_alignment=alignment, do_expand=True, **given)
+    compact, recv_idx, recv_weights, compact_handle, _ = buffer.dispatch(batch.x, **given)
     assert isinstance(rows, torch.Tensor) and isinstance(compact, torch.Tensor)
     assert recv_idx is not None and recv_weights is not None and row_weights is not None
 
@@ -61,7 +57,7 @@ def faults(group: Any, kind: str, alignment: int) -> list[str]:
         wrong.append("splits or ends")
 
     # The compact rows, laid out by us, are the rows that the dispatch laid out.
-    places = place_contiguous(recv_idx, None, EXPERTS // group.size(), len(rows), alignment)
+    places = place_contiguous(recv_idx, None, case.local_experts, len(rows), alignment)
     real = places.m_indices >= 0
     if not torch.equal(places.m_indices, found[: len(rows)]) or not torch.equal(places.ends, ends):
         wrong.append("slots")
@@ -79,7 +75,7 @@ def faults(group: Any, kind: str, alignment: int) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("kind", ["random", "one expert", "no tokens"])
+@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("alignment", [1, 16])
-def test_expanded_rows(kind: str, alignment: int) -> None:
-    assert run_ranks(2, faults, kind, alignment) == [[], []]
+def test_expanded_rows(case: Case, alignment: int) -> None:
+    assert run_ranks(2, faults, case, alignment) == [[], []]

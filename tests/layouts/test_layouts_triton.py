@@ -10,13 +10,13 @@ from tests.helpers.interpreter import child, needs_triton
 
 INTERPRET = """
 import json, torch
-from tests.helpers.layout_kernels import SHAPES, column_cases, differences, move_cases, place_cases, swiglu_cases
+from tests.helpers.layout_kernels import SHAPES, column_cases, differences, move_cases, slot_cases, swiglu_cases
 from megatron_ep_v2.kernels import move_triton, places_triton, swiglu_triton
 
 # Triton's interpreter does not round to bf16 as a GPU does.
 dtypes = (torch.float32, torch.float64), (torch.bfloat16, torch.float8_e4m3fn)
 print(json.dumps({
-    "slots": differences(place_cases(places_triton, "cpu")),
+    "slots": differences(slot_cases(places_triton, "cpu")),
     "moves": differences(move_cases(move_triton, "cpu", SHAPES, *dtypes)),
     "columns": differences(column_cases(move_triton, "cpu")),
     "swiglu": differences(swiglu_cases(swiglu_triton, "cpu", (torch.float32, torch.float64), (8, 33, 2000))),

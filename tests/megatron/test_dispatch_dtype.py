@@ -62,9 +62,9 @@ def test_what_is_asked_for_by_name_is_not_settled(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("MCORE_DEEPEP_V2_GRAD_DISPATCH_DTYPE", "fp8")
     settings.activate(resolve(dispatch_dtype="mxfp8"))
     settle_dispatch_dtypes("bf16", "the model trains without FP8")
-    told = settings.active().describe()
-    assert told["dispatch_dtype"] == "mxfp8 (install())"
-    assert told["grad_dispatch_dtype"] == "fp8 (MCORE_DEEPEP_V2_GRAD_DISPATCH_DTYPE)"
+    described = settings.active().describe()
+    assert described["dispatch_dtype"] == "mxfp8 (install())"
+    assert described["grad_dispatch_dtype"] == "fp8 (MCORE_DEEPEP_V2_GRAD_DISPATCH_DTYPE)"
 
 
 # ---------------------------------------------------------------------------------------------------------- auto
@@ -195,11 +195,11 @@ RUNS: dict[str, tuple[str | None, dict[str, Any], str, list[str], list[str]]] = 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_model_of_megatron(name: str) -> None:
-    recipe, chosen, told, forward, backward = RUNS[name]
+    recipe, chosen, reported, forward, backward = RUNS[name]
     for found in run_ranks(2, run_recipe, recipe, chosen):
         assert found["before"] == chosen.get("dispatch_dtype", "auto")
         assert found["travelled"] == [forward, backward] * 2
-        assert found["settings"]["dispatch_dtype"].startswith(told)
+        assert found["settings"]["dispatch_dtype"].startswith(reported)
         assert found["buffer"] == found["settings"]
         [line] = found["log"]  # once, in two steps
         assert all(f"{key} {value}" in line for key, value in found["settings"].items())

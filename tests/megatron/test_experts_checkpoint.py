@@ -154,7 +154,7 @@ def test_a_checkpoint_holds_what_one_of_megatrons_experts_holds() -> None:
     assert run_ranks(4, contents) == [[]] * 4
 
 
-def beside(group: Any) -> float:
+def save_and_train(group: Any) -> float:
     """Largest difference of loss and norm between the step that was taken while a checkpoint was written, and the same
     step of Megatron's experts from that checkpoint."""
     with on_cpu(), Folders() as folders, process_groups(Split(1, 2)):
@@ -166,8 +166,8 @@ def beside(group: Any) -> float:
         return max(abs(mine - other) for mine, other in zip(job.step(), wanted, strict=True))
 
 
-def test_a_checkpoint_that_is_written_beside_training() -> None:
-    assert max(run_ranks(4, beside)) < 1e-5
+def test_a_checkpoint_that_is_written_during_training() -> None:
+    assert max(run_ranks(4, save_and_train)) < 1e-5
 
 
 def raw(group: Any) -> dict[str, str]:

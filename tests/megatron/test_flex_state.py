@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import sys
 import weakref
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -141,7 +139,7 @@ def test_no_handle_outlives_its_step(layout: str, mode: str) -> None:
     run_ranks(2, follow_handles, layout, mode)
 
 
-# -------------------------------------------------------------------------------------------------- tokens and capacity
+# -------------------------------------------------------------------------------------------------------- uneven ranks
 
 
 def run_uneven_ranks(group: Any, layout: str, tokens: tuple[int, ...]) -> None:
@@ -163,45 +161,6 @@ def run_uneven_ranks(group: Any, layout: str, tokens: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("tokens", [(13, 5), (0, 8), (8, 0), (3, 0, 17, 1)], ids=str)
 def test_ranks_with_different_numbers_of_tokens(layout: str, tokens: tuple[int, ...]) -> None:
     run_ranks(len(tokens), run_uneven_ranks, layout, tokens)
-
-
-def read_capacity(group: Any, layout: str, arguments: dict[str, Any]) -> str:
-    """What the buffer says of its capacity, with Megatron's parsed arguments in place."""
-    module: Any = ModuleType("megatron.training.global_vars")
-    module._GLOBAL_ARGS = SimpleNamespace(**arguments)
-    with pytest.MonkeyPatch.context() as monkeypatch, installed(EP2, layout=layout):
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-        FlexLayer(CPU, EP2)(hidden_states(CPU, 5))
-        return megatron_ep_v2.status()["buffers"][0]["num_max_tokens_per_rank"]
-
-
-MEGATRON_ARGUMENTS = {
-    "seq_length": 100,
-    "micro_batch_size": 3,
-    "context_parallel_size": 1,
-    "tensor_model_parallel_size": 8,
-    "sequence_parallel": False,
-}
-
-
-@pytest.mark.parametrize(
-    ("changes", "capacity"),
-    [
-        ({}, 300),
-        ({"context_parallel_size": 2}, 150),
-        ({"context_parallel_size": 2, "sequence_parallel": True}, 3 * 7),
-    ],
-    ids=["all", "context parallel", "sequence parallel"],
-)
-def test_the_capacity_is_megatrons_sequence_length(layout: str, changes: dict[str, Any], capacity: int) -> None:
-    """Of one rank: the sequence is shared out, rounded up."""
-    told = run_ranks(2, read_capacity, layout, MEGATRON_ARGUMENTS | changes)
-    assert told == [f"{capacity} (Megatron's sequence length and micro-batch size)"] * 2
-
-
-def test_without_megatrons_arguments_the_capacity_is_agreed(layout: str) -> None:
-    told = run_ranks(2, read_capacity, layout, {"seq_length": None})
-    assert told == ["5 (the most tokens of any rank at its first dispatch)"] * 2
 
 
 # ------------------------------------------------------------------------------------------------- dtypes and alignment

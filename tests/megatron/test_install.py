@@ -186,18 +186,18 @@ def test_uninstall_restores_megatrons_own_objects() -> None:
     assert not rebound(before), "a second time it does nothing"
 
 
-def test_uninstall_leaves_what_somebody_else_rebound(caplog: pytest.LogCaptureFixture) -> None:
+def test_uninstall_leaves_what_was_rebound_after_it(caplog: pytest.LogCaptureFixture) -> None:
     before = names()
     megatron_ep_v2.install()
 
-    def somebody_elses(*_: Any) -> None: ...
+    def another(*_: Any) -> None: ...
 
-    token_dispatcher.fused_combine = dist.destroy_process_group = somebody_elses
+    token_dispatcher.fused_combine = dist.destroy_process_group = another
     with caplog.at_level(logging.WARNING, "megatron_ep_v2"):
         megatron_ep_v2.uninstall()
     left = {("token_dispatcher", "fused_combine"), ("distributed", "destroy_process_group")}
     assert rebound(before) == left
-    assert token_dispatcher.fused_combine is somebody_elses and dist.destroy_process_group is somebody_elses
+    assert token_dispatcher.fused_combine is another and dist.destroy_process_group is another
     complaints = [message for message in caplog.messages if "was rebound after install()" in message]
     assert len(complaints) == 2 and "token_dispatcher.fused_combine" in " ".join(complaints)
 

@@ -173,7 +173,7 @@ def test_a_replayed_step_is_refused_before_it_changes_a_weight() -> None:
         assert found == [("", True), ("", True), ("", True), ("LayoutOverflowError", False), ("", True)]
 
 
-def test_a_captured_step_that_nobody_reads_for_is_refused() -> None:
+def test_a_captured_step_without_a_reader_is_refused() -> None:
     check = device_checks.DeviceCheck(lambda counts: EPError(f"full: {counts}"), torch.device("cpu"))
     weight = torch.nn.Parameter(torch.ones(2))
     weight.grad = torch.ones(2)
@@ -206,7 +206,7 @@ def decide(world: Any, kinds: list[int]) -> tuple[str, list[str]]:
     return "", []
 
 
-def test_the_gravest_error_is_everybodys() -> None:
+def test_every_rank_raises_the_gravest_error() -> None:
     elsewhere = "this rank must not step, because another expert-parallel group of the job has an error"
     assert run_ranks(3, decide, [-1, -1, -1]) == [("", [])] * 3
     assert run_ranks(3, decide, [1, -1, 1]) == [

@@ -83,7 +83,7 @@ def decide(group: Any) -> dict[str, Any]:
     return found
 
 
-def test_what_megatrons_configuration_decided_holds_until_somebody_gives_a_value() -> None:
+def test_what_megatrons_configuration_decided_holds_until_a_value_is_given() -> None:
     for found in run_ranks(2, decide, fresh=True):  # it asks whether any layer of the process is alive
         for call in ("built", "again", "again, after a step", "the same again, after a step"):
             assert found[call] == DECIDED, call
@@ -197,6 +197,6 @@ def change_between_two(group: Any) -> dict[str, list[float]]:
         return {layout: [float((y - expected).abs().max()) for y in found] for layout, found in outputs.items()}
 
 
-def test_who_changes_between_several_bindings_may_go_on() -> None:
+def test_code_that_changes_between_several_bindings_may_go_on() -> None:
     for found in run_ranks(2, change_between_two):
         assert len(found["compact"]) == 2 and max(*found["compact"], *found["expanded"]) < 1e-6

@@ -169,7 +169,7 @@ def test_a_megatron_whose_modules_have_moved(clean: pytest.MonkeyPatch) -> None:
         megatron_ep_v2.install()
 
 
-def test_the_seam_that_moved_back_is_accepted(clean: pytest.MonkeyPatch) -> None:
+def test_a_symbol_that_moved_back_is_accepted(clean: pytest.MonkeyPatch) -> None:
     with clean.context() as moved:
         moved.delattr(token_dispatcher, "_DeepepManager")
         with pytest.raises(SeamError):

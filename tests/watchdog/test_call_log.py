@@ -187,7 +187,7 @@ def dispatch_sync_free(group: Any) -> tuple[int, int, int]:
     return found
 
 
-def test_the_gpu_tells_when_a_sync_free_dispatch_is_done() -> None:
+def test_the_gpu_writes_when_a_sync_free_dispatch_is_done() -> None:
     for kind, marked, entered in run_ranks(2, dispatch_sync_free):
         assert kind == SYNC_FREE_DISPATCH and marked == entered
 

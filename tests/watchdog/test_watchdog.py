@@ -92,7 +92,7 @@ def test_a_rank_that_waits_with_pythons_lock_still_reports(tmp_path: Path) -> No
 
 
 @isolated
-def come_late(group: Any) -> str:
+def arrive_late(group: Any) -> str:
     said: list[str] = []
     handler = logging.Handler()
     store = group.get_group_store()
@@ -112,8 +112,8 @@ def come_late(group: Any) -> str:
 
 
 @pytest.mark.slow
-def test_a_rank_that_does_not_come_to_the_first_dispatch_is_named() -> None:
-    for rank, said in enumerate(run_ranks(RANKS, come_late)):
+def test_a_rank_that_does_not_arrive_at_the_first_dispatch_is_named() -> None:
+    for rank, said in enumerate(run_ranks(RANKS, arrive_late)):
         assert (f"waits for rank(s) [{CULPRIT}]" in said) == (rank != CULPRIT), said
 
 
@@ -135,7 +135,7 @@ def pause_everywhere(group: Any, folder: str) -> list[bool]:
 
 
 @pytest.mark.slow
-def test_no_report_of_a_run_in_which_nobody_is_late(tmp_path: Path) -> None:
+def test_no_report_of_a_run_in_which_no_rank_is_late(tmp_path: Path) -> None:
     assert run_ranks(RANKS, pause_everywhere, str(tmp_path)) == [[True, True]] * RANKS
     assert [file.read_text() for file in tmp_path.iterdir()] == [""] * RANKS
 

@@ -153,7 +153,7 @@ def test_what_the_gpu_still_has_to_write_to_stays_registered(record: CallLog, mo
     assert not driver.registered
 
 
-def test_calls_are_marked_behind_the_kernels_of_the_buffer(record: CallLog, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_are_marked_after_the_kernels_of_the_buffer(record: CallLog, monkeypatch: pytest.MonkeyPatch) -> None:
     """And not in the stream that is the current one."""
     made: list[tuple[Any, ...]] = []
     clock = SimpleNamespace(every=7, mark=lambda number: None)
@@ -168,7 +168,7 @@ def test_calls_are_marked_behind_the_kernels_of_the_buffer(record: CallLog, monk
     assert made == [(record, "deep_ep's")]
 
 
-def test_what_the_gpu_writes_begins_anew(record: CallLog) -> None:
+def test_what_the_gpu_writes_begins_again(record: CallLog) -> None:
     """It writes numbers modulo NUMBERS."""
     record.cells[ENTERED] = NUMBERS - 2
     for _ in range(4):
