@@ -1,5 +1,6 @@
-"""The check of the installed packages of DeepEP: which one is taken and why, what is wrong with it, and a fix that leads
-to a wheel of the package registry, never back to the one that is installed and refused."""
+"""The check of the installed packages of DeepEP: which one is taken and why, what is wrong with it. Its fix leads to a
+wheel of the package registry, never back to the one that is installed and refused.
+"""
 
 from __future__ import annotations
 
