@@ -15,7 +15,7 @@ from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 from megatron_ep_v2.layouts import gather_rows, gather_weights, place_contiguous, reduce_rows
 from tests.helpers.harness import isolated, run_ranks
 
-PICKS = torch.tensor([[0, 3], [2, 1], [1, 3], [3, 0], [0, 2], [2, 3]])
+TOPK_IDX = torch.tensor([[0, 3], [2, 1], [1, 3], [3, 0], [0, 2], [2, 3]])
 
 
 def second(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> str:
@@ -34,7 +34,7 @@ def exchange(group: Any, do_expand: bool) -> tuple[str, torch.Tensor]:
     """A penalty on the square of y = 2x, and the second gradient of a loss that is linear in x."""
 
     def doubled(x: torch.Tensor) -> torch.Tensor:
-        rows, idx, _, _, handle = fused_dispatch(x, PICKS, torch.ones(6, 2).double(), 4, group, do_expand=do_expand)
+        rows, idx, _, _, handle = fused_dispatch(x, TOPK_IDX, torch.ones(6, 2).double(), 4, group, do_expand=do_expand)
         if not do_expand:  # one row a rank stands for as many selections as it has
             rows = rows * (idx >= 0).sum(1, keepdim=True)
         return fused_combine(rows, group, handle)[0]
