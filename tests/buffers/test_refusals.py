@@ -1,4 +1,4 @@
-"""One rank's wrong input in any call of the reference buffer: it raises, the others too, and the group goes on."""
+"""Wrong input in any call of the reference buffer, of one rank or of all: every rank raises, and the group goes on."""
 
 from __future__ import annotations
 
@@ -41,6 +41,10 @@ class Layer:
     def combine(self, rows: torch.Tensor, weights: torch.Tensor | None = None) -> Any:
         return self.buffer.combine(rows, self.handle, weights)
 
+    def first(self, x: Any) -> Any:
+        more = {"num_experts": CASE.experts, "do_expand": self.handle.do_expand}
+        return self.buffer.dispatch(x, topk_idx=self.handle.topk_idx, topk_weights=self.probs, **more)
+
     def again(self, hidden: torch.Tensor, probs: torch.Tensor | None = None, **more: Any) -> Any:
         given = {"topk_weights": probs, "handle": self.handle, "do_expand": self.handle.do_expand}
         return self.buffer.dispatch(hidden, **{**given, **more})
@@ -51,26 +55,40 @@ Call = Callable[[Layer], Any]
 COMBINE, WITH_WEIGHTS = (lambda a: a.combine(a.rows)), (lambda a: a.combine(a.rows, a.weights))
 GRADIENT, REPLAY = (lambda a: a.again(a.hidden)), (lambda a: a.again(a.hidden, a.probs))
 WRONG: dict[str, tuple[Call, Call, tuple[str, ...]]] = {
-    "combine: a row is missing": (COMBINE, lambda a: a.combine(a.rows[1:]), ("rows to combine",)),
+    "combine: a row is missing": (COMBINE, lambda a: a.combine(a.rows[1:]), ("rows to combine", "hidden")),
     "combine: no matrix": (COMBINE, lambda a: a.combine(a.rows[:, 0]), ("rows to combine",)),
-    "combine: fp8": (COMBINE, lambda a: a.combine(a.rows.to(torch.float8_e4m3fn)), ("rows to combine", "not fp8")),
+    "combine: fp8": (
+        COMBINE,
+        lambda a: a.combine(a.rows.to(torch.float8_e4m3fn)),
+        ("rows to combine", "float8", "not fp8"),
+    ),
     "combine: integers": (COMBINE, lambda a: a.combine(a.rows.int()), ("cannot carry torch.int32",)),
     "combine: a weight is missing": (
         WITH_WEIGHTS,
         lambda a: a.combine(a.rows, a.weights[1:]),
         ("weights to combine",),
     ),
+    "combine: weights of another layout": (
+        WITH_WEIGHTS,
+        lambda a: a.combine(a.rows, a.weights.new_ones((*a.weights.shape, 1))),
+        ("weights to combine",),
+    ),
     "combine: bf16 weights": (
         WITH_WEIGHTS,
         lambda a: a.combine(a.rows, a.weights.bfloat16()),
-        ("weights to combine", "bfloat16"),
+        ("weights to combine", "bfloat16", "float32"),
+    ),
+    "dispatch: scales of other tokens": (
+        lambda a: a.first(a.hidden),
+        lambda a: a.first((torch.ones(len(a.hidden), 128).to(torch.float8_e4m3fn), torch.ones(2, 1))),
+        ("scales",),
     ),
     "gradient: another batch": (GRADIENT, lambda a: a.again(a.hidden[1:]), ("cached dispatch", "tokens")),
     "gradient: no matrix": (GRADIENT, lambda a: a.again(a.hidden[0]), ("matrix",)),
     "gradient: another layout": (
         GRADIENT,
         lambda a: a.again(a.hidden, do_expand=not a.handle.do_expand),
-        ("handle's layout",),
+        ("handle's layout", "do_expand"),
     ),
     "gradient: e5m2": (GRADIENT, lambda a: a.again(a.hidden.to(E5M2)), ("cannot carry torch.float8_e5m2",)),
     "replay: narrow weights": (REPLAY, lambda a: a.again(a.hidden, a.probs[:, 1:]), ("cached dispatch", "weights")),
@@ -107,9 +125,9 @@ def copies(rank: int, do_expand: bool) -> torch.Tensor:
 
 
 @isolated
-def refuse(group: Any, do_expand: bool) -> dict[str, tuple[Report | None, bool]]:
+def refuse(group: Any, do_expand: bool, culprits: list[int]) -> dict[str, tuple[Report | None, bool]]:
     """The error of each wrong call, and whether the same call is right when it is made as it should be."""
-    layer, mine = dispatched(group, do_expand), group.rank() == CULPRIT
+    layer, mine = dispatched(group, do_expand), group.rank() in culprits
     expected = layer.hidden * copies(group.rank(), do_expand)
     found = {}
     for name, (good, bad, _) in WRONG.items():
@@ -120,7 +138,7 @@ def refuse(group: Any, do_expand: bool) -> dict[str, tuple[Report | None, bool]]
         else:
             right = torch.equal(answer[0].nan_to_num(), layer.rows.nan_to_num())
         found[name] = report, right
-    for name, (different, _) in DIFFERENT.items():
+    for name, (different, _) in DIFFERENT.items() if culprits == [CULPRIT] else ():
         report = attempt(functools.partial(different if mine else COMBINE, layer))
         found[name] = report, torch.allclose(layer.combine(layer.rows)[0], expected, rtol=1e-14)
     found["rows are freed"] = None, refused_rows_are_freed(layer)
@@ -142,16 +160,21 @@ def refused_rows_are_freed(layer: Layer) -> bool:
         gc.enable()
 
 
+CULPRITS = pytest.mark.parametrize("culprits", [[CULPRIT], [0, 1, 2]], ids=["one rank", "every rank"])
+
+
+@CULPRITS
 @pytest.mark.parametrize("do_expand", [False, True], ids=["compact", "expanded"])
-def test_the_others_raise_too_and_the_right_call_works(do_expand: bool) -> None:
-    for rank, found in enumerate(run_ranks(RANKS, refuse, do_expand)):
+def test_every_rank_raises_and_the_right_call_works(do_expand: bool, culprits: list[int]) -> None:
+    for rank, found in enumerate(run_ranks(RANKS, refuse, do_expand, culprits)):
         for name, (_, _, words) in WRONG.items():
-            if rank == CULPRIT:
-                assert_report(found[name][0], InputError, f"rank {CULPRIT}", *words)
+            if rank in culprits:
+                assert_report(found[name][0], InputError, f"rank {rank}", *words)
             else:
-                call = "combine" if name.startswith("combine") else "cached dispatch"
+                kind = name.partition(":")[0]
+                call = kind if kind in ("combine", "dispatch") else "cached dispatch"
                 assert_report(found[name][0], PeerError, f"this {call} was given up because rank {CULPRIT} refused")
-        for name, (_, words) in DIFFERENT.items():
+        for name, (_, words) in DIFFERENT.items() if culprits == [CULPRIT] else ():
             assert_report(found[name][0], GroupMismatchError, words)
         assert all(right for _, right in found.values()), {name: right for name, (_, right) in found.items()}
 
@@ -269,7 +292,7 @@ def serve(group: Any, culprits: list[int]) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("culprits", [[CULPRIT], [0, 1, 2]], ids=["one rank", "every rank"])
+@CULPRITS
 def test_a_serving_pair_refuses_what_it_was_not_made_for(culprits: list[int]) -> None:
     for rank, found in enumerate(run_ranks(RANKS, serve, culprits)):
         expected = make_batch(SERVED, rank).x * (make_batch(SERVED, rank).topk_idx >= 0).sum(dim=1, keepdim=True)
