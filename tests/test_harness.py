@@ -163,8 +163,6 @@ def test_compiled_kernels_are_found_in_the_cache_of_each_generation(
     caches = [tmp_path / folder / "cache" for folder in folders]
     write_source(caches[0] / "kernel.dispatch.01", f"{prefix}dispatch_impl", 64)
     write_source(caches[-1] / "kernel.combine_reduce_epilogue.02", f"{prefix}combine_reduce_epilogue_impl", 512)
-    write_source(caches[0] / "kernel.barrier.03", f"{prefix}barrier_impl", 64)
-    (caches[0] / "kernel.barrier.03" / "kernel.cu").write_text("of another shape")
     monkeypatch.setenv("EP_JIT_CACHE_DIR", ":".join(str(tmp_path / folder) for folder in folders))
     found = {(kernel.kind, kernel.num_max_tokens_per_rank) for kernel in jit.compiled_kernels(2048, 128, 8)}
     assert found == {("dispatch", 64), ("combine_reduce_epilogue", 512)}

@@ -1,6 +1,6 @@
 """A buffer whose handle keeps the caller's selections, as DeepEP 2.5's does: what callers may do with their own tensor.
 
-The handle here asserts what DeepEP's asserts: nobody has written to the tensor since the dispatch.
+The handle here asserts what DeepEP's asserts: that nothing has written to the tensor since the dispatch.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ import torch
 from megatron_ep_v2.buffers.reference import ReferenceBuffer, ReferenceHandle
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 from megatron_ep_v2.serving import PrepareFinalize
-from tests.helpers.harness import run_ranks
-from tests.helpers.moe import own_package
+from tests.helpers.harness import isolated, run_ranks
 
 SELECTED = torch.tensor([[0, 3], [2, 1], [1, -1], [3, 2], [0, 2]])  # 2 and 3 are on the second rank
 NUM_EXPERTS = 4
 
 
 class KeepingHandle(ReferenceHandle):
-    """Its `topk_idx` is the tensor of the dispatch; reading it raises once somebody has written to it."""
+    """Its `topk_idx` is the tensor of the dispatch; reading it raises once it has been written to."""
 
     def __getattribute__(self, name: str) -> Any:
         if name == "topk_idx" and "kept" in vars(self):
@@ -77,7 +76,7 @@ def gradients(group: Any, overwritten: bool, **arguments: Any) -> tuple[torch.Te
     return x.grad, probs.grad
 
 
-@own_package
+@isolated
 def train(group: Any, overwritten: bool, **arguments: Any) -> Any:
     with keeping():
         return gradients(group, overwritten, **arguments)
@@ -88,7 +87,7 @@ def test_a_caller_may_overwrite_its_indices_after_the_dispatch() -> None:
         torch.testing.assert_close(overwritten, kept, rtol=0, atol=0)
 
 
-@own_package
+@isolated
 def train_without_a_copy(group: Any) -> str:
     with keeping(), pytest.raises(AssertionError, match="must not be modified") as caught:
         gradients(group, True, keep_indices=True)
@@ -99,7 +98,7 @@ def test_a_caller_that_promises_not_to_is_given_no_copy() -> None:
     assert all("topk_idx" in said for said in run_ranks(2, train_without_a_copy))
 
 
-@own_package
+@isolated
 def serve(group: Any, decode: bool) -> list[float]:
     """Each token's row is its number + 1, and comes back once for each selection, or in a decode for each rank."""
     sizes = {"hidden": 16, "num_topk": 2, "num_experts": NUM_EXPERTS, "max_prefill_tokens": 8, "max_decode_tokens": 8}

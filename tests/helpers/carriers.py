@@ -9,12 +9,11 @@ from typing import Any
 
 def v2_carrier() -> str:
     """Its name in CARRIERS. No environment has two of them: each generation of deep_ep needs an NCCL of its own."""
-    from megatron_ep_v2.buffers.carriers import CARRIERS  # not above: a job looks at a Megatron without this package
-    from megatron_ep_v2.probe import probe
+    from megatron_ep_v2.probe import probe  # not above: a job looks at a Megatron without this package
 
-    found = [name for name in probe().carriers if CARRIERS[name].is_v2]
-    assert found, probe().describe()
-    return found[0]
+    name = probe().v2_carrier
+    assert name is not None, probe().describe()
+    return name
 
 
 def buffer_class(name: str) -> Any:

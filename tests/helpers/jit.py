@@ -1,4 +1,4 @@
-"""The kernels that deep_ep has compiled, read in its cache: a row for each generation, by the carrier's name."""
+"""The kernels that the DeepEP V2 of this machine has compiled, read in its cache."""
 
 from __future__ import annotations
 
@@ -8,36 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_ep_v2.buffers.carriers import CARRIERS
+from megatron_ep_v2.generations import GENERATIONS
 from tests.helpers.carriers import v2_carrier
 
-VARIABLE = "EP_JIT_CACHE_DIR"
-
-
-@dataclass(frozen=True)
-class Cache:
-    """Where a generation of deep_ep keeps its kernels, each in a folder of its own.
-
-    Attributes:
-        home: The folder where EP_JIT_CACHE_DIR is not set.
-        sources: Pattern of their sources in it.
-        several: EP_JIT_CACHE_DIR may be several folders, separated by colons.
-    """
-
-    home: Path
-    sources: str
-    several: bool = False
-
-    def folders(self) -> list[Path]:
-        value = os.environ.get(VARIABLE)
-        if not value:
-            return [self.home]
-        return [Path(folder) for folder in (value.split(":") if self.several else [value])]
-
-
-CACHES = {
-    "elastic": Cache(Path.home() / ".deep_ep", "cache/kernel.*/kernel.cu"),
-    "ep": Cache(Path.home() / ".dj", "**/kernel.cu", several=True),
-}
+# Their sources below a cache folder, by generation. Each has a folder of its own.
+SOURCES = {"2.1": "cache/kernel.*/kernel.cu", "2.5": "**/kernel.cu"}
 
 
 @dataclass(frozen=True)
@@ -53,9 +29,9 @@ class Kernel:
 def compiled_kernels(hidden: int, num_experts: int, num_topk: int) -> Iterator[Kernel]:
     """Those of a shape in bf16. All have the row's size, as elements or bytes, and then the capacity, the experts and
     top-k among their template arguments, in this order."""
-    cache = CACHES[v2_carrier()]
+    generation = str(CARRIERS[v2_carrier()].generation)
     shape = re.compile(rf"\b(\w+)_impl<.*\b({2 * hidden}|{hidden})\b.*, (\d+), {num_experts}, {num_topk}\b")
-    for folder in cache.folders():
-        for source in folder.glob(cache.sources):
+    for folder in GENERATIONS[generation].cache_folders(os.environ, Path.home()):
+        for source in folder.glob(SOURCES[generation]):
             if found := shape.search(source.read_text()):
                 yield Kernel(source.parent, found[1], int(found[3]))
