@@ -55,39 +55,61 @@ class BufferSpec:
 
 
 class Handle(Protocol):
-    """State of a dispatch that its combine and the two backwards need (names of deep_ep 2.1.0's EPHandle).
+    """State of a dispatch that its combine and the two backwards need (names of deep_ep 2.1.0's EPHandle)."""
 
-    Attributes:
-        do_expand: True for the expanded layout.
-        num_experts: Experts in the whole group.
-        expert_alignment: Rows of each local expert are padded to a multiple of this.
-        num_max_tokens_per_rank: The capacity that the dispatch ran with.
-        num_sms: SMs of the dispatch. The combine and both backwards must use the same.
-        topk_idx: [T, K] int64, the selections; see `Buffer.keeps_topk_idx`.
-        num_recv_tokens: R; W without a host wait.
-        num_expanded_tokens: P; without a host wait its upper bound.
-        num_recv_tokens_per_expert_list: L host integers, each padded to `expert_alignment`. Empty without a host wait.
-        psum_num_recv_tokens_per_scaleup_rank: int32, running sum of rows received by source rank; the last is R.
-        psum_num_recv_tokens_per_expert: [L] int32. Compact: running sum of the padded counts. Expanded: where each
-            expert's real rows end, its first row being `align(psum[i - 1], expert_alignment)`.
-        num_unaligned_recv_tokens_per_expert: [L] int32, real rows of each local expert (expanded only).
-        recv_src_metadata: [R, 2 + K] int32; W rows without a host wait. Column 0: source rank *
-            num_max_tokens_per_rank + token. Columns 2 and on, expanded only: the row of [P, H] of selection k, or -1.
-    """
+    @property
+    def do_expand(self) -> bool:
+        """True for the expanded layout."""
 
-    do_expand: bool
-    num_experts: int
-    expert_alignment: int
-    num_max_tokens_per_rank: int
-    num_sms: int
-    topk_idx: torch.Tensor
-    num_recv_tokens: int
-    num_expanded_tokens: int
-    num_recv_tokens_per_expert_list: list[int]
-    psum_num_recv_tokens_per_scaleup_rank: torch.Tensor
-    psum_num_recv_tokens_per_expert: torch.Tensor
-    num_unaligned_recv_tokens_per_expert: torch.Tensor | None
-    recv_src_metadata: torch.Tensor
+    @property
+    def num_experts(self) -> int:
+        """Experts in the whole group."""
+
+    @property
+    def expert_alignment(self) -> int:
+        """Rows of each local expert are padded to a multiple of this."""
+
+    @property
+    def num_max_tokens_per_rank(self) -> int:
+        """The capacity that the dispatch ran with."""
+
+    @property
+    def num_sms(self) -> int:
+        """SMs of the dispatch. The combine and both backwards must use the same."""
+
+    @property
+    def topk_idx(self) -> torch.Tensor:
+        """[T, K] int64, the selections; see `Buffer.keeps_topk_idx`."""
+
+    @property
+    def num_recv_tokens(self) -> int:
+        """R; W without a host wait."""
+
+    @property
+    def num_expanded_tokens(self) -> int:
+        """P; without a host wait its upper bound."""
+
+    @property
+    def num_recv_tokens_per_expert_list(self) -> list[int]:
+        """L host integers, each padded to `expert_alignment`. Empty without a host wait."""
+
+    @property
+    def psum_num_recv_tokens_per_scaleup_rank(self) -> torch.Tensor:
+        """int32, running sum of rows received by source rank; the last is R."""
+
+    @property
+    def psum_num_recv_tokens_per_expert(self) -> torch.Tensor:
+        """[L] int32. Compact: running sum of the padded counts. Expanded: where each expert's real rows end, its first
+        row being `align(psum[i - 1], expert_alignment)`."""
+
+    @property
+    def num_unaligned_recv_tokens_per_expert(self) -> torch.Tensor | None:
+        """[L] int32, real rows of each local expert (expanded only)."""
+
+    @property
+    def recv_src_metadata(self) -> torch.Tensor:
+        """[R, 2 + K] int32; W rows without a host wait. Column 0: source rank * num_max_tokens_per_rank + token.
+        Columns 2 and on, expanded only: the row of [P, H] of selection k, or -1."""
 
 
 class Buffer(Protocol):

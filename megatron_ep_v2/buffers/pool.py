@@ -19,7 +19,7 @@ import os
 import socket
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -57,7 +57,10 @@ _reached: weakref.WeakKeyDictionary[ProcessGroup, int] = weakref.WeakKeyDictiona
 
 def find(group: ProcessGroup) -> Buffer | None:
     """The group's buffer, or None if it was not built. Called once per layer, so it is only a dictionary look-up."""
-    return _pool.get(group) or _pool.get(find_registered(group))
+    buffer = _pool.get(group)
+    if buffer is None and (own := find_registered(group)) is not None:
+        buffer = _pool.get(own)
+    return buffer
 
 
 def get(
@@ -142,7 +145,7 @@ def get(
             made: Buffer = getattr(importlib.import_module(module), name)(group, spec, settings, list(hosts))
             return made
 
-        own: Buffer = GrowingBuffer(build, spec) if may_grow else build(spec)
+        own = cast(Buffer, GrowingBuffer(build, spec)) if may_grow else build(spec)
         buffer = _pool[group] = watch(own, rendezvous, addresses, hosts)
         _capacity_source[group] = source
         if caller is not group:
@@ -234,7 +237,7 @@ def destroy_buffers(group: ProcessGroup | None = None) -> None:
         group: Process group, or one that forwards to it.
     """
     everything = group is None or group is dist.group.WORLD
-    meant = (group, find_registered(group))
+    meant = (group, group and find_registered(group))
     for member in reversed([member for member in _pool if everything or any(member is each for each in meant)]):
         _destroy(member)
 
@@ -242,8 +245,8 @@ def destroy_buffers(group: ProcessGroup | None = None) -> None:
 def _destroy(group: ProcessGroup) -> None:
     buffer, caller = _pool.pop(group), _callers.pop(group, None)
     _capacity_source.pop(group)
-    if caller is not None and caller() is not None:
-        _reached[caller()] = buffer.num_max_tokens_per_rank
+    if caller is not None and (alive := caller()) is not None:
+        _reached[alive] = buffer.num_max_tokens_per_rank
     device_checks.forget(buffer.group)
     buffer.destroy()
 

@@ -30,7 +30,7 @@ from megatron_ep_v2.buffers.checks import (
     compare_over_group,
     raise_refusals,
 )
-from megatron_ep_v2.buffers.contract import BufferSpec, Handle, Payload
+from megatron_ep_v2.buffers.contract import BufferSpec, Payload
 from megatron_ep_v2.buffers.limits import check_contiguous, check_limits, check_rows, check_selections
 from megatron_ep_v2.errors import ClosedError, EPError, InputError
 from megatron_ep_v2.settings import Settings, active
@@ -305,7 +305,7 @@ def agree_on_route(
 def agree_to_repeat(
     group: ProcessGroup,
     call: str,
-    handle: Handle,
+    handle: ReferenceHandle,
     x: Payload,
     topk_weights: torch.Tensor | None,
     refusals: list[EPError],
@@ -392,9 +392,12 @@ def _exchange(
         _, refused, *columns = zip(*by_rank, strict=True)
         call = _CALLS[facts["call"]]
         raise_refusals(group, refused, call)
-        by_name: dict[str, Sequence[object]] = dict(zip(facts, columns, strict=True))
-        by_name["call"] = [_CALLS[code] for code in by_name["call"]]
-        by_name["payload dtype"] = [str(_DTYPES[code]) for code in by_name["payload dtype"]]
+        codes = dict(zip(facts, columns, strict=True))
+        by_name: dict[str, Sequence[object]] = {
+            **codes,
+            "call": [_CALLS[code] for code in codes["call"]],
+            "payload dtype": [str(_DTYPES[code]) for code in codes["payload dtype"]],
+        }
         compare_over_group(f"a {call}", by_name)
     return [header[0] for header in by_rank]
 

@@ -60,7 +60,7 @@ def _packages() -> dict[str, str]:
 
 def _distributions() -> dict[str, str]:
     """Import name -> "distribution==version" of the packages of DeepEP; without those that no metadata names."""
-    found = {}
+    found: dict[str, str] = {}
     for each in importlib.metadata.distributions():
         declared = (each.read_text("top_level.txt") or "").split()
         tops = declared or [path.parts[0] for path in each.files or ()]

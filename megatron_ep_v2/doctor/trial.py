@@ -142,9 +142,10 @@ def _compare(rank: int, ranks: int, device: Any, dtype: Any) -> dict[str, float]
     factors = torch.linspace(0.5, 1.5, experts, device=device)
 
     x, p = hidden.clone().requires_grad_(), probs.clone().requires_grad_()
-    alone = dist.new_group([rank], use_local_synchronization=True)
+    world, alone = dist.group.WORLD, dist.new_group([rank], use_local_synchronization=True)
+    assert world is not None  # initialised above
     (dispatcher,) = make_dispatchers(
-        *("flex", "deepep", 1, dist.group.WORLD, alone), hidden=HIDDEN, experts=experts, topk=TOPK, dtype=dtype
+        *("flex", "deepep", 1, world, alone), hidden=HIDDEN, experts=experts, topk=TOPK, dtype=dtype
     )
     sent = dispatcher.token_dispatch(*dispatcher.dispatch_preprocess(x, chosen, p))
     rows, counts, row_probs = dispatcher.dispatch_postprocess(*sent)

@@ -29,7 +29,7 @@ from megatron_ep_v2.kernels.topk import top_k
 from megatron_ep_v2.megatron.copies import deepcopy_sharing_groups, refuse_to_pickle_groups, shallow_copy
 from megatron_ep_v2.megatron.expert_load import ExpertLoad
 from megatron_ep_v2.megatron.symbols import MANAGER
-from megatron_ep_v2.sync_free import SyncFreeHandle, sync_free_combine, sync_free_dispatch
+from megatron_ep_v2.sync_free import sync_free_combine, sync_free_dispatch
 from megatron_ep_v2.wire.formats import dtype_of_recipe
 
 logger = logging.getLogger(__name__)
@@ -98,6 +98,7 @@ class CompactManager(_MegatronsManager):  # type: ignore[misc]
 
     token_probs: torch.Tensor
     tokens_per_expert: torch.Tensor
+    handle: Any  # of the buffer, or of `sync_free`; None after the combine
 
     def __init__(self, *args: object, **kwargs: object):
         super().__init__(*args, **kwargs)
@@ -220,8 +221,8 @@ class ExpandedManager(CompactManager):
         )
         assert tokens_per_expert is not None  # known, because this dispatch waits
         self.tokens_per_expert = tokens_per_expert
-        padded = alignment > 1  # then the unpadded counts are on the device
-        self.expert_load.add(self.handle.num_unaligned_recv_tokens_per_expert if padded else self.tokens_per_expert)
+        unpadded = self.handle.num_unaligned_recv_tokens_per_expert  # on the device
+        self.expert_load.add(tokens_per_expert if alignment == 1 or unpadded is None else unpadded)
         return hidden_states
 
     def combine(
@@ -303,8 +304,6 @@ class SyncFreeManager(ExpandedManager):
 
     Megatron's stream arguments are ignored; `fused_a2a` explains why.
     """
-
-    handle: SyncFreeHandle | None
 
     def dispatch(
         self, hidden_states: torch.Tensor, async_finish: bool = False, allocate_on_comm_stream: bool = False
