@@ -200,7 +200,7 @@ def test_a_buffer_asked_for_by_name(machine: Machine, buffer: str, clean: pytest
     assert caught.value.found == ("no CUDA device" if here else megatron_ep_v2.status()["deep_ep"])
     assert caught.value.needed and caught.value.fix
     another = machine.cuda and {EP, ELASTIC} & set(machine.classes)
-    assert ("leave MCORE_DEEPEP_V2_BUFFER at auto" in caught.value.fix) is bool(another)
+    assert ("leave the setting buffer at auto" in caught.value.fix) is bool(another)
 
 
 def test_the_class_is_taken_from_the_package_that_has_it(clean: pytest.MonkeyPatch) -> None:
@@ -236,7 +236,7 @@ def test_the_legacy_buffer_has_the_compact_layout_only(clean: pytest.MonkeyPatch
         assert (
             caught.value.needed and "the EPBuffer or the ElasticBuffer or the reference buffer" in caught.value.needed
         )
-        assert caught.value.fix and caught.value.fix.endswith("unset MCORE_DEEPEP_V2_BUFFER"), "V2 is here"
+        assert caught.value.fix and caught.value.fix.endswith("leave the setting buffer at auto"), "V2 is here"
     set_deep_ep(clean, LEGACY)
     with pytest.raises(SettingsError) as caught:
         megatron_ep_v2.install(buffer="legacy", layout="expanded")
@@ -299,7 +299,7 @@ def test_a_broken_package_next_to_one_that_works(clean: pytest.MonkeyPatch, tmp_
     assert status["buffer"] == "ep" and "deep_ep cannot be imported: ImportError" in status["buffer_reason"]
     with pytest.raises(UnavailableError) as caught:
         megatron_ep_v2.install(buffer="elastic")
-    assert caught.value.fix and "leave MCORE_DEEPEP_V2_BUFFER at auto, which takes ep" in caught.value.fix
+    assert caught.value.fix and "leave the setting buffer at auto, which takes ep" in caught.value.fix
 
 
 def test_the_cause_shows_on_a_machine_without_gpus_too(clean: pytest.MonkeyPatch, tmp_path: Path) -> None:

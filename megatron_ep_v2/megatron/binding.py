@@ -259,7 +259,7 @@ def _carriers_with(layout: str) -> str:
 def _get_v2() -> str:
     """Fix of an error about the buffer: take what is installed of DeepEP V2, or install it."""
     if probe().v2_carrier is not None:
-        return "unset MCORE_DEEPEP_V2_BUFFER"
+        return "leave the setting buffer at auto"
     generation = str(CARRIERS[DEFAULT_V2].generation)
     return f"install DeepEP {generation}: {install_command(generation, torch.__version__)}"
 
