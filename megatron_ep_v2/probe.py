@@ -231,7 +231,7 @@ def _ways_out(found: Probe, carrier: str) -> str:
     elif found.packages:
         install = install.replace(": ", ", in an environment without another DeepEP: ", 1)
     others = [name for name in found.carriers if name != carrier and CARRIERS[name].is_v2]
-    if others and not _fault(found, others[0]):
+    if found.cuda and others and not _fault(found, others[0]):
         install = f"leave the setting buffer at auto, which takes {others[0]}; or {install}"
     return f"{install}; or, to run the slow reference on purpose, set MCORE_DEEPEP_V2_BUFFER=reference"
 
