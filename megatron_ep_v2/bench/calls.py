@@ -150,7 +150,9 @@ class FusedCalls(Layer[FusedState]):
         # Leaves of its own: gradients of several layers are not added up.
         hidden, probs = self.hidden.detach().requires_grad_(), self.probs.detach().requires_grad_()
         rows, _, row_probs, _, handle = fused_dispatch(
-            hidden, self.topk_idx, probs, self.num_experts, self.group, True, True, do_expand=self.do_expand
+            *(hidden, self.topk_idx, probs, self.num_experts, self.group, True, True),
+            do_expand=self.do_expand,
+            keep_indices=True,  # as in Megatron's layers
         )
         y, _ = fused_combine(rows, self.group, handle, True, True)
         return hidden, probs, y, row_probs
