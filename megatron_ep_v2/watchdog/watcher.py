@@ -3,7 +3,8 @@ finish, it asks the watchers of the other ranks what their ranks are doing, and 
 
 A process, because a thread of the waiting rank cannot run: deep_ep 2.1.0 holds Python's global lock while its dispatch
 waits on the host for the other ranks (2.5 releases it); and a rank that was killed, or aborted inside a collective, has
-no threads. It needs the standard library only (40 ms to start, 12 MB), sends nothing until a call is overdue, and ends with its rank.
+no threads. It needs the standard library only (40 ms to start, 12 MB), sends nothing until a call is overdue, and ends
+with its rank.
 
 Its standard input is its end of the connection from the rank: "failed WHY" asks for a report at once and gets a line as
 the answer; "bye" says that the buffer was destroyed; end of file without "bye" says that the rank's process has ended.
