@@ -14,6 +14,8 @@ _USAGE = """usage: {prog} COMMAND ...
   run SCRIPT ARGS...   run a training script with Megatron's flex dispatcher on this package
   patch apply|revert|check [PATH]
                        make the Megatron in PATH (default: the installed one) do so by itself
+  auto enable|disable|status
+                       let each Python of this environment do so by itself where MCORE_DEEPEP_V2_AUTO=1
   doctor [--json] [--ranks N]
                        report what is wrong with this environment; with --ranks, try it on N processes
   bench                time Megatron's dispatchers side by side on this machine (bench --help)"""
@@ -22,6 +24,7 @@ _USAGE = """usage: {prog} COMMAND ...
 _COMMANDS = {
     "run": "cli.run:run",
     "patch": "cli.patch:patch",
+    "auto": "cli.auto:auto",
     "doctor": "cli.doctor:doctor",
     "bench": "cli.bench:main",
 }

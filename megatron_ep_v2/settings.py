@@ -20,6 +20,7 @@ from megatron_ep_v2.wire.formats import DISPATCH_DTYPES, NOT_CARRIED
 
 PREFIX = "MCORE_DEEPEP_V2_"
 TESTS_PREFIX = PREFIX + "TEST_"  # read by this package's own tests
+AUTO = PREFIX + "AUTO"  # read when an interpreter starts, by the file that `auto enable` writes; see `automatic`
 _SHOWN = re.compile(
     rf"(EP|DJ|NCCL|NVSHMEM|{PREFIX.rstrip('_')})_.+|CUDA_(HOME|PATH|VISIBLE_DEVICES|DEVICE_MAX_CONNECTIONS)"
 )
@@ -140,6 +141,7 @@ def resolve(environ: Mapping[str, str] | None = None, **explicit: Any) -> Settin
     """
     environ = os.environ if environ is None else environ
     _refuse_unknown(environ, explicit)
+    automatic(environ)
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     for name in _DEFAULTS:
@@ -164,7 +166,7 @@ def _refuse_unknown(environ: Iterable[str], explicit: Iterable[str]) -> None:
     for name in sorted(set(explicit) - set(_DEFAULTS)):
         needed, fix = _nearest(name, list(_DEFAULTS))
         raise SettingsError(f"unknown setting {name!r}", needed=needed, fix=fix)
-    known = [each for name in _DEFAULTS for each in variables(name)]
+    known = [*(each for name in _DEFAULTS for each in variables(name)), AUTO]
     for name in sorted(environ):
         if name.startswith(PREFIX) and not name.startswith(TESTS_PREFIX) and name not in known:
             needed, fix = _nearest(name, known)
@@ -180,10 +182,30 @@ def _nearest(name: str, known: list[str]) -> tuple[str, str]:
     return "one of " + ", ".join(known), "correct the spelling, or leave it out"
 
 
+_SWITCH = {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}
+
+
+def automatic(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether AUTO is on. It is no setting: it says that `install()` is called, not how.
+
+    Raises:
+        SettingsError: Its value is neither on nor off.
+    """
+    text = (os.environ if environ is None else environ).get(AUTO, "").strip()
+    value = _SWITCH.get(text.lower()) if text else False
+    if value is None:
+        raise SettingsError(
+            f"{AUTO} (whether processes bind Megatron by themselves) cannot be {text!r}",
+            needed=f"one of {', '.join(_SWITCH)}",
+            fix=f"correct it where it was set, or unset {AUTO}",
+        )
+    return value
+
+
 def _parse(name: str, text: str) -> Any:
     default = _DEFAULTS[name]
     if isinstance(default, bool):
-        return {"1": True, "true": True, "on": True, "0": False, "false": False, "off": False}.get(text.lower(), text)
+        return _SWITCH.get(text.lower(), text)
     if isinstance(default, int):
         with contextlib.suppress(ValueError):
             return int(text)

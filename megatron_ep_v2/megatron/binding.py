@@ -11,7 +11,7 @@ import gc
 import inspect
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -53,8 +53,13 @@ logger = logging.getLogger("megatron_ep_v2")
 
 @dataclass
 class _Installation:
-    """Result of `install()`."""
+    """Result of `install()`.
 
+    Attributes:
+        by: "install()", or what has asked `megatron_ep_v2.auto` for it.
+    """
+
+    by: str
     choice: Choice
     layout: str
     layout_reason: str
@@ -65,6 +70,7 @@ class _Installation:
 
 
 _installation: _Installation | None = None
+_decided = False  # whether this process has called install() or uninstall(): from then on, auto leaves it as it is
 
 
 def install(**explicit: bool | float | str | None) -> dict[str, object]:
@@ -88,20 +94,46 @@ def install(**explicit: bool | float | str | None) -> dict[str, object]:
         UnavailableError: No buffer can be used here.
         SeamError: Megatron-Core is missing, or a name or signature is not the expected one.
     """
-    global _installation
+    global _decided
+    _decided = True
     if _installation is not None and not explicit:
         return status()
+    return _install(explicit, "install()")
+
+
+def install_automatically(by: str, executed: Collection[str] = ()) -> None:
+    """`install()` for `megatron_ep_v2.auto`, which calls this whenever modules of Megatron have been imported. Does
+    nothing once the process has called `install()` or `uninstall()`, also if that failed or is running.
+
+    Args:
+        by: What has asked for it.
+        executed: Names of the modules that were imported. Bound symbols of theirs are gone (`importlib.reload`), so
+            all are bound again.
+
+    Raises:
+        EPError: See `install`.
+    """
+    if _decided:
+        return
+    owners = [owner for owner, *_ in _installation.bound] if _installation is not None else []
+    reloaded = {owner.__name__ if isinstance(owner, ModuleType) else owner.__module__ for owner in owners}
+    if _installation is None or not reloaded.isdisjoint(executed):
+        _install({}, by)
+
+
+def _install(explicit: dict[str, bool | float | str | None], by: str) -> dict[str, object]:
+    global _installation
     settings = settings_module.resolve(None, **explicit)
     if _installation is not None and _has_layers():
         settings = settings_module.keep_offers(settings, settings_module.active())
     choice = choose(probe(), settings)
     layout, layout_reason = _choose_layout(settings, choice)
     _check_experts(settings)
-    uninstall()  # first, so that Megatron's own symbols are checked
+    _restore()  # first, so that Megatron's own symbols are checked
     version, modules = find_symbols()
 
     experts_reason = f"asked for by {settings.source('experts')}" if settings.experts != "megatron" else "default"
-    installation = _Installation(choice, layout, layout_reason, settings.experts, experts_reason, version)
+    installation = _Installation(by, choice, layout, layout_reason, settings.experts, experts_reason, version)
     bindings: list[Binding] = []
     if choice.kind != "megatron":
         bindings += _bindings(modules, layout, settings.experts)
@@ -125,6 +157,12 @@ def install(**explicit: bool | float | str | None) -> dict[str, object]:
 def uninstall() -> None:
     """Destroy the buffers and restore Megatron's symbols, except those that other code has rebound since. Existing
     layers raise a ClosedError before they dispatch, until the same layout and experts are installed again."""
+    global _decided
+    _decided = True
+    _restore()
+
+
+def _restore() -> None:
     global _installation
     pool.destroy_buffers()
     pool.set_expected_tokens(None)
@@ -173,6 +211,7 @@ def status() -> dict[str, object]:
     }
     if _installation is not None:
         report |= {
+            "installed_by": _installation.by,
             "megatron_core": _installation.megatron_version,
             "buffer": _installation.choice.kind,
             "buffer_reason": _installation.choice.reason,
@@ -185,7 +224,7 @@ def status() -> dict[str, object]:
 
 
 def _sentence(installation: _Installation) -> str:
-    experts = f"{installation.experts} experts ({installation.experts_reason})"
+    experts = f"{installation.experts} experts ({installation.experts_reason}); by {installation.by}"
     if installation.choice.kind == "megatron":
         what = "nothing" if installation.experts == "megatron" else "nothing in the dispatcher"
         return f"{what} was changed ({installation.choice.reason}); {experts}"
