@@ -34,7 +34,7 @@ LEVELS = [
     {"fused_a2a", "watchdog.stragglers", "experts", "experts.*"},
     {"sync_free", "serving", "serving.*"},
     {"megatron", "megatron.*"},
-    {"", "experts.module"},  # the package's __init__, and an old name
+    {"", "auto", "experts.module"},  # the package's __init__, and an old name
     {"bench", "bench.*", "doctor", "doctor.*"},
     {"cli", "cli.*"},
     {"__main__"},
@@ -168,10 +168,12 @@ def test_importing_the_package_does_nothing() -> None:
     assert witness(PACKAGE) == nothing
 
 
-def test_importing_the_command_line_touches_nothing() -> None:
-    """Not even torch: the doctor must speak where torch cannot be imported."""
+@pytest.mark.parametrize("module", ["__main__", "auto"])
+def test_importing_what_starts_first_touches_nothing(module: str) -> None:
+    """Not even torch: the doctor must speak where torch cannot be imported, and auto is imported by interpreters that
+    may never need it."""
     nothing = {"changed environment": [], "packages": [], "cuda": False, "group": False, "torch": False}
-    assert witness(f"{PACKAGE}.__main__") == nothing
+    assert witness(f"{PACKAGE}.{module}") == nothing
 
 
 @pytest.mark.slow

@@ -23,16 +23,18 @@ _ACTIONS = ("enable", "disable", "status")
 
 # What the line executes where the variable is not off. A value that is neither on nor off is refused by `install()`.
 # The file outlives the package: pip does not know it. An interpreter that starts must not fail, whatever is missing.
+# In a virtual environment Python may read it twice at one start.
 _START = f"""\
 try:
  from megatron_ep_v2 import auto
  auto.by = {settings.AUTO!r}
 except Exception as error:
  import sys
- print("megatron_ep_v2: {settings.AUTO} is set, but this Python cannot import megatron_ep_v2.auto",
-  file=sys.stderr)
- print(f"  found: {{type(error).__name__}}: {{error}}", file=sys.stderr)
- print(f"  fix: install megatron_ep_v2 into {{sys.prefix}}, unset the variable, or remove {NAME} there", file=sys.stderr)
+ if not hasattr(sys, "megatron_ep_v2_auto"):
+  sys.megatron_ep_v2_auto = "megatron_ep_v2: {settings.AUTO} is set, but Megatron will not be bound to this package"
+  print(sys.megatron_ep_v2_auto, file=sys.stderr)
+  print(f"  found: {{type(error).__name__}}: {{error}}", file=sys.stderr)
+  print(f"  fix: pip install it into {{sys.prefix}}, unset the variable, or remove {NAME} there", file=sys.stderr)
 """
 # Python executes the lines of such a file that begin with "import".
 LINE = (
