@@ -146,7 +146,7 @@ result.append(events)
     assert hooked(source) == [[], False, ["install"]]
 
 
-# As wrapt's: it asks all finders, and wraps the loader that it gets.
+# As wrapt's and others': it asks the finders, in one of two ways, and wraps the loader that it gets.
 ANOTHER_HOOK = """
 class Loader:
     def __init__(self, loader):
@@ -155,26 +155,30 @@ class Loader:
         return None
     def exec_module(self, module):
         self.loader.exec_module(module)
-        events.append("other")
+        if "other" not in events:
+            events.append("other")
 
 class Finder:
     busy = False
     def find_spec(self, name, path=None, target=None):
         if name != MOE + ".token_dispatcher" or self.busy:
             return None
-        self.busy = True
-        spec = importlib.util.find_spec(name)
-        self.busy = False
+        {find}
         spec.loader = Loader(spec.loader)
         return spec
 
 sys.meta_path.insert(0, Finder())
 """
+WAYS = {
+    "all of them": "self.busy = True; spec = importlib.util.find_spec(name); self.busy = False",
+    "the others": "spec = next(filter(None, (f.find_spec(name, path) for f in sys.meta_path if f is not self)))",
+}
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("first", ["ours", "theirs"])
-def test_hooks_of_others_work_too(hooked: Any, first: str) -> None:
-    hooks = ["import megatron_ep_v2.auto", ANOTHER_HOOK]
+def test_hooks_of_others_work_too(hooked: Any, first: str, way: str) -> None:
+    hooks = ["import megatron_ep_v2.auto", ANOTHER_HOOK.format(find=WAYS[way])]
     source = "\n".join(hooks if first == "ours" else reversed(hooks))
     source += "\nimport megatron.core.transformer.moe.moe_layer\nresult = events"
     assert hooked(source) == ["other", "in moe_layer", "install"]
@@ -319,7 +323,7 @@ def test_the_script_decides(name: str, tmp_path: Path) -> None:
     names = "from megatron.core.transformer.moe import token_dispatcher as dispatcher\ninstall = megatron_ep_v2.install"
     end = "print(json.dumps([*seen, state()]))"
     (tmp_path / "script.py").write_text("\n".join([STATE, names, "seen = []", body, end]))
-    done = python("script.py", cwd=tmp_path)
+    done = python("script.py", cwd=tmp_path, **{settings.AUTO: "1"})
     assert last_json((done.returncode, done.stdout, done.stderr)) == expected
 
 
