@@ -92,7 +92,8 @@ def _bind(executed: list[str]) -> None:
         EPError: From `install()`. Never an ImportError: frameworks catch those, and would go on without this package.
     """
     there = DISPATCHER in executed or _imported(DISPATCHER)
-    # install() imports modules of Megatron, too. A second thread must not wait: the first may wait for its modules.
+    # install() imports modules of Megatron, too. A second thread does not wait for the first, which may wait for its
+    # modules; so threads that import Megatron at one time may return a moment before it is bound.
     if not there or not _binding.acquire(blocking=False):
         return
     try:
