@@ -139,12 +139,12 @@ class Grouped:
         if not len(x):
             return x.new_zeros(len(groups.ends), grad.shape[1], x.shape[1])
         # The only pair of layouts that allows empty groups and groups of any size (GroupMMCommon.cuh).
-        return _grouped_mm()(grad.t(), x, offs=groups.ends)  # type: ignore[no-any-return]
+        return _grouped_mm()(grad.t(), x, offs=groups.ends)
 
     def _multiply(self, x: torch.Tensor, w: torch.Tensor, groups: Groups) -> torch.Tensor:
         if not len(x):
             return x.new_empty(0, w.shape[2])
-        return _grouped_mm()(x, w, offs=groups.ends)  # type: ignore[no-any-return]
+        return _grouped_mm()(x, w, offs=groups.ends)
 
 
 class DeepGemm(Grouped):
