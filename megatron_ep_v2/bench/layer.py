@@ -77,7 +77,7 @@ class Groups:
     """The process groups of a benchmark: each kind of buffer needs one of its own, for the pool holds one per group."""
 
     def __init__(self) -> None:
-        self.alone = dist.new_group([dist.get_rank()], use_local_synchronization=True)
+        self.alone = _new_group([dist.get_rank()])
         self.hybrid_buffers: dict[int | None, object] = {}  # HybridEP's, by SM count; Megatron holds only one at a time
         # Megatron's own dispatchers have no buffer in the pool, so they share the world with DeepEP V2's.
         world, sharing = dist.group.WORLD, ("megatron", probe().v2_carrier)
@@ -88,8 +88,15 @@ class Groups:
         """The group of a kind of buffer (its name, and its SM count if it is fixed) over all ranks; collective for a
         new kind."""
         if kind not in self._by_kind:
-            self._by_kind[kind] = dist.new_group()
+            self._by_kind[kind] = _new_group()
         return self._by_kind[kind]
+
+
+def _new_group(ranks: list[int] | None = None) -> ProcessGroup:
+    """A group of these ranks, by default of all; only they call."""
+    group = dist.new_group(ranks, use_local_synchronization=ranks is not None)
+    assert isinstance(group, ProcessGroup)  # other ranks would get a number
+    return group
 
 
 class OurBuffer:

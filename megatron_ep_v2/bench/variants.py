@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.distributed import ProcessGroup
@@ -41,7 +41,7 @@ class Variant:
     backend: str = "deepep"
     buffer: str | None = None
     layout: str | None = None
-    config: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, object] = field(default_factory=dict)
     takes_sms: bool = True
 
 
@@ -90,7 +90,7 @@ def make_dispatchers(
     experts: int,
     topk: int,
     dtype: torch.dtype,
-    **config: Any,
+    **config: object,
 ) -> tuple[list[Dispatcher], list[Bound]]:
     """Megatron's token dispatchers outside any model, and what must be bound in Megatron while they run.
 
@@ -113,7 +113,11 @@ def make_dispatchers(
         megatron_ep_v2.install(buffer=variant.buffer, layout=variant.layout)
     try:
         made = standalone.make_dispatchers(
-            *(variant.kind, variant.backend, count, group, alone),
+            variant.kind,
+            variant.backend,
+            count,
+            group,
+            alone,
             hidden=hidden,
             experts=experts,
             topk=topk,
