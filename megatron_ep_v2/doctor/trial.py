@@ -143,7 +143,7 @@ def _compare(rank: int, ranks: int, device: Any, dtype: Any) -> dict[str, float]
 
     x, p = hidden.clone().requires_grad_(), probs.clone().requires_grad_()
     world, alone = dist.group.WORLD, dist.new_group([rank], use_local_synchronization=True)
-    assert world is not None  # initialised above
+    assert world is not None and isinstance(alone, dist.ProcessGroup)  # both have this rank
     (dispatcher,) = make_dispatchers(
         *("flex", "deepep", 1, world, alone), hidden=HIDDEN, experts=experts, topk=TOPK, dtype=dtype
     )
