@@ -69,7 +69,7 @@ MEGATRON = {
         "witness.seen('in moe_layer')\nif witness.broken: raise ImportError(witness.broken)\nMoELayer = 'whole'"
     ),
 }
-# In the place of megatron_ep_v2.megatron.binding, which imports torch.
+# Instead of megatron_ep_v2.megatron.binding, which imports torch.
 WITNESS = """
 import sys, types
 import megatron_ep_v2.megatron
@@ -451,7 +451,8 @@ import json, os, sys
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from tests.helpers.moe_layer import CPU, build_layer, hidden_states
+from tests.helpers.megatron_layer import build_layer, hidden_states
+from tests.helpers.shapes import CPU
 import megatron_ep_v2
 
 store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
@@ -461,7 +462,7 @@ parallel_state.initialize_model_parallel(expert_model_parallel_size=ranks, exper
 with torch.compiler.set_stance("force_eager"):  # Megatron compiles small functions
     layer = build_layer(CPU, "flex")
     optimizer = torch.optim.Adam(layer.experts.parameters(), lr=0.01)
-    tokens, losses = hidden_states(CPU, CPU.tokens), []
+    tokens, losses = hidden_states(CPU, CPU.tokens, 1), []
     for _ in range(5):
         loss = (layer(tokens)[0] - tokens).square().mean()
         optimizer.zero_grad()
