@@ -76,7 +76,7 @@ WRONG: dict[str, tuple[Call, Call, tuple[str, ...]]] = {
     "combine: bf16 weights": (
         WITH_WEIGHTS,
         lambda a: a.combine(a.rows, a.weights.bfloat16()),
-        ("weights to combine", "bfloat16", "float32"),
+        ("weights to combine", "bfloat16", "needed: torch.float"),
     ),
     "dispatch: scales of other tokens": (
         lambda a: a.first(a.hidden),
