@@ -124,7 +124,6 @@ class Buffer(Protocol):
         num_sms: SMs that a call uses by default; 0 on a CPU.
         num_qps: RDMA queue pairs allocated; 0 if the buffer does not choose them.
         comm_stream: The CUDA stream that the communication's kernels run on; None = the current one.
-        supports_expand: Whether `do_expand=True` works.
         supports_cached_weights: Whether a dispatch with a `handle` carries `topk_weights`.
         keeps_topk_idx: Whether the handle keeps the caller's `topk_idx` and not a copy. It must then not change as long
             as the handle is used: DeepEP 2.5 asserts that.
@@ -136,7 +135,6 @@ class Buffer(Protocol):
     num_sms: int
     num_qps: int
     comm_stream: torch.cuda.Stream | None
-    supports_expand: bool
     supports_cached_weights: bool
     keeps_topk_idx: bool
 

@@ -42,7 +42,7 @@ class ElasticBuffer:
     """
 
     carrier = CARRIERS["elastic"]
-    supports_expand = supports_cached_weights = True
+    supports_cached_weights = True
     keeps_topk_idx = False
 
     def __init__(self, group: ProcessGroup, spec: BufferSpec, settings: Settings, hosts: list[str]):

@@ -54,7 +54,7 @@ class ReferenceBuffer:
         InputError: Strict, and ElasticBuffer is not built for this shape.
     """
 
-    supports_expand = supports_cached_weights = tells_refusals = True
+    supports_cached_weights = tells_refusals = True
     keeps_topk_idx = False
     num_bytes = num_sms = num_qps = 0  # holds no memory between calls
     comm_stream: torch.cuda.Stream | None = None
