@@ -134,6 +134,7 @@ def load_class(carrier: str) -> Any:
             f"the {carrier} buffer needs a class of DeepEP that is not here",
             found=probe().describe(),
             needed=CARRIERS[carrier].requirement,
+            fix=_ways_out(probe(), carrier),
         )
     return getattr(importlib.import_module(package.name), wanted)
 
