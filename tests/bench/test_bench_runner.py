@@ -15,6 +15,7 @@ from megatron_ep_v2.bench.rows import timed
 from tests.bench.test_bench import ROOT
 from tests.helpers.commands import python
 from tests.helpers.harness import run_ranks
+from tests.helpers.stacks import on_one_stack
 
 CPU = torch.device("cpu")
 
@@ -85,6 +86,7 @@ NAMED_BY = ("kind", "what", "step", "variant", "layout")
 
 
 @pytest.mark.slow
+@on_one_stack
 @pytest.mark.parametrize("script", REHEARSALS)
 def test_a_rehearsal_on_the_cpu(script: str, tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"

@@ -22,6 +22,7 @@ from megatron_ep_v2.megatron.symbols import TOKEN_DISPATCHER
 from tests.helpers.commands import python
 from tests.helpers.harness import HANG
 from tests.helpers.paths import ROOT
+from tests.helpers.stacks import on_one_stack
 
 RANKS = 2
 LAYER = "megatron.core.transformer.moe.moe_layer"
@@ -504,6 +505,7 @@ def check_training(seen: list[dict[str, Any]], by: str) -> None:
 
 
 @pytest.mark.slow
+@on_one_stack
 def test_plain_processes_train_with_an_import() -> None:
     check_training(train(AUTO, sys.executable), AUTO)
 

@@ -16,6 +16,7 @@ import pytest
 from tests.examples.test_example import SCRIPT, SMALL, losses, summary, train
 from tests.helpers.harness import HANG
 from tests.helpers.paths import JOBS, ROOT
+from tests.helpers.stacks import on_one_stack
 
 STEPS, INTERVAL = 10, 4
 DIES_IN = 7  # between two checkpoints
@@ -94,6 +95,7 @@ def torchrun(host: Host, first: Host, folder: Path) -> list[str]:
     return [*launcher, str(SCRIPT), *SMALL, "--steps", str(STEPS), "--out", str(folder / "out"), *save]
 
 
+@on_one_stack
 def test_a_host_that_dies_and_comes_back(hosts: tuple[Host, Host], tmp_path: Path) -> None:
     """The job restarts from its last checkpoint and ends with the losses of an undisturbed run."""
     first, second = hosts
