@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from tests.helpers import harness, jit
 from tests.helpers.harness import HANG, RanksError, run_ranks
+from tests.helpers.stacks import on_one_stack
 
 
 def summed_rank(group: dist.ProcessGroup, offset: int) -> tuple[int, int, float]:
@@ -106,6 +107,7 @@ def test_a_rank_that_dies_is_named_and_frees_the_others(short_grace: None) -> No
 
 
 @pytest.mark.slow
+@on_one_stack
 def test_a_rank_that_hangs_shows_its_stack() -> None:
     with pytest.raises(RanksError) as caught:
         run_ranks(2, sleep_for_ever, timeout=5.0)

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 
 from tests.helpers.doctor_machine import DEEP_EP, FUSED_A2A, H200, HYBRID_EP, V1, V2_0, V2_1, Machine, Report
+from tests.helpers.stacks import on_one_stack
+
+pytestmark = on_one_stack  # the machine is made up, its packages too
 
 Change = Callable[[Machine], object]
 

@@ -11,6 +11,9 @@ import pytest
 from megatron_ep_v2.errors import SeamError
 from megatron_ep_v2.megatron import symbols
 from tests.helpers.doctor_machine import FUSED_A2A, HYBRID_EP, V1, V2_1, Machine
+from tests.helpers.stacks import on_one_stack
+
+pytestmark = on_one_stack  # the machine is made up, its packages too
 
 DEEP_EP = "deep_ep/__init__.py"
 REFERENCE = {"MCORE_DEEPEP_V2_BUFFER": "reference"}

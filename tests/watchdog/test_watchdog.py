@@ -20,6 +20,7 @@ from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.reference import ReferenceBuffer
 from tests.helpers import stalls
 from tests.helpers.harness import HANG, isolated, run_ranks
+from tests.helpers.stacks import on_one_stack
 from tests.helpers.stalls import CULPRIT, HEAD, RANKS, STALLS, layer, rows, standard_error_in, start, until
 
 # Seconds; no call takes so long by itself. `python -m tests.helpers.stall_rounds` runs the same with the default.
@@ -30,6 +31,7 @@ LIMIT = 4
 
 
 @pytest.mark.slow
+@on_one_stack
 @pytest.mark.parametrize("name", STALLS)
 def test_a_stall_is_reported_on_every_waiting_rank(name: str) -> None:
     stall = STALLS[name]
