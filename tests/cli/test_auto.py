@@ -22,9 +22,7 @@ from megatron_ep_v2.megatron.symbols import TOKEN_DISPATCHER
 from tests.helpers.commands import python
 from tests.helpers.harness import HANG
 from tests.helpers.paths import ROOT
-from tests.helpers.stacks import on_one_stack
 
-RANKS = 2
 LAYER = "megatron.core.transformer.moe.moe_layer"
 
 
@@ -487,33 +485,19 @@ print(json.dumps([sorted(owners), [name for name in sys.modules if name.startswi
 """
 
 
-def train(first: str, interpreter: Path | str, **variables: str) -> list[dict[str, Any]]:
-    """Two plain processes, which know of each other what Ray's workers know."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    head = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(RANKS)}
-    head |= {"PYTHONPATH": str(ROOT), **variables}
-    source = TRAIN.format(first=first)
-    ranks = [start("-c", source, interpreter=interpreter, RANK=str(rank), **head) for rank in range(RANKS)]
-    return [last_json(finish(process)) for process in ranks]
-
-
-def check_training(seen: list[dict[str, Any]], by: str) -> None:
-    for of_rank in seen:
-        losses = of_rank.pop("losses")
-        assert losses == sorted(losses, reverse=True) and losses[-1] < 0.99 * losses[0], losses
-        assert of_rank == {"manager": "megatron_ep_v2.megatron.managers", "by": by, "buffers": ["ReferenceBuffer"]}
-
-
 @pytest.mark.slow
-@on_one_stack
-def test_plain_processes_train_with_an_import() -> None:
-    check_training(train(AUTO, sys.executable), AUTO)
-
-
-@pytest.mark.slow
-def test_plain_processes_train_with_the_file_and_the_variable(environment: tuple[Path, Path]) -> None:
-    """Without the variable, Megatron in that environment is its own."""
+def test_plain_processes_train_each_bound_in_its_own_way(environment: tuple[Path, Path]) -> None:
+    """Two processes, which know of each other what Ray's workers know. One has the file and the variable, the other an
+    import; without either, Megatron in that environment is its own."""
     interpreter, _ = environment
     assert ep(interpreter, "auto", "enable")[0] == 0
-    check_training(train("", interpreter, **{settings.AUTO: "1"}), settings.AUTO)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    head = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2", "PYTHONPATH": str(ROOT)}
+    by_file = start("-c", TRAIN.format(first=""), interpreter=interpreter, RANK="0", **head, **{settings.AUTO: "1"})
+    by_import = start("-c", TRAIN.format(first=AUTO), interpreter=interpreter, RANK="1", **head)
+    for process, by in ((by_file, settings.AUTO), (by_import, AUTO)):
+        seen = last_json(finish(process))
+        losses = seen.pop("losses")
+        assert losses == sorted(losses, reverse=True) and losses[-1] < 0.99 * losses[0], losses
+        assert seen == {"manager": "megatron_ep_v2.megatron.managers", "by": by, "buffers": ["ReferenceBuffer"]}
     assert last_json(run("-c", UNTOUCHED, interpreter=interpreter)) == [["megatron"], []]
