@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -112,9 +113,11 @@ def test_a_host_that_dies_and_comes_back(hosts: tuple[Host, Host], tmp_path: Pat
     job[1].wait(HANG)
     assert len(losses(broken)) < DIES_IN
 
-    job[1] = second.start(torchrun(second, first, broken), log)
-    for process in job:
-        assert process.wait(HANG) == 0, log.read_text()[-4000:]
+    with ThreadPoolExecutor(1) as pool:  # the first host waits for the second one meanwhile
+        undisturbed = pool.submit(train, whole, "--steps", str(STEPS))
+        job[1] = second.start(torchrun(second, first, broken), log)
+        for process in job:
+            assert process.wait(HANG) == 0, log.read_text()[-4000:]
+        summary(undisturbed.result())
     assert f"resumed from {broken / 'save'}/step_{DIES_IN // INTERVAL * INTERVAL:08d}" in log.read_text()
-    summary(train(whole, "--steps", str(STEPS)))
     assert losses(broken) == losses(whole) and len(losses(whole)) == STEPS
