@@ -13,7 +13,7 @@ import pytest
 from tests.helpers.doctor_machine import DEEP_EP, FUSED_A2A, H200, HYBRID_EP, V1, V2_0, V2_1, Machine, Report
 from tests.helpers.stacks import on_one_stack
 
-pytestmark = on_one_stack  # the machine is made up, its packages too
+pytestmark = [pytest.mark.slow, on_one_stack]  # a grid of processes; the machine is made up, its packages too
 
 Change = Callable[[Machine], object]
 

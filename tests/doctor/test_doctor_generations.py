@@ -26,7 +26,7 @@ from tests.helpers.doctor_machine import (
 )
 from tests.helpers.stacks import on_one_stack
 
-pytestmark = on_one_stack  # the machine is made up, its packages too
+pytestmark = [pytest.mark.slow, on_one_stack]  # a grid of processes; the machine is made up, its packages too
 
 NCCL_OF_2_1, NCCL_OF_2_5 = (2, 30, 7), (2, 32, 3)
 NO_NCCL_FOR_2_5 = "raise ImportError('DeepEP 2.5 needs NCCL 2.32.3 or newer, but /nccl has 2.30.7')"
