@@ -37,7 +37,8 @@ def choose(
         generation: Of the buffer.
 
     Raises:
-        UnavailableError: The group spans hosts, and this one has no device that can carry the tokens.
+        UnavailableError: The group spans hosts, and this one has no device that can carry the tokens. With gin=on only
+            if it has others: a container may hide them all.
     """
     num_hosts = len(set(hosts))
     if settings.gin == "off":
@@ -45,7 +46,7 @@ def choose(
     if settings.gin == "auto" and gin_disabled_by_user():
         return True, "EP_DISABLE_GIN was set when the job started"
     usable = [vendor for vendor in vendors if vendor == MELLANOX or not generation.gin_needs_gdaki]
-    if num_hosts > 1 and not usable:
+    if num_hosts > 1 and not usable and (vendors or settings.gin == "auto"):
         raise _unreachable(vendors, hosts, generation)
     if settings.gin == "on":
         return False, f"gin=on by {settings.source('gin')}"

@@ -235,6 +235,16 @@ def test_gin_by_setting_and_by_variable(monkeypatch: pytest.MonkeyPatch) -> None
         assert make(kind, gin="on")._buffer.options["EP_DISABLE_GIN"] == "0"
 
 
+def test_gin_on_by_name_is_obeyed_between_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container may hide the host's devices. Only devices that the generation cannot use are a reason to refuse."""
+    for kind in KINDS:
+        assert make(kind, hosts=("a", "b"), gin="on")._buffer.options["EP_DISABLE_GIN"] == "0"
+    monkeypatch.setattr(gin, "rdma_vendors", lambda: [gin.AMAZON])
+    assert make(elastic.ElasticBuffer, hosts=("a", "b"), gin="on")._buffer.options["EP_DISABLE_GIN"] == "0"
+    with pytest.raises(UnavailableError, match="cannot use the RDMA devices"):
+        make(ep.EPBuffer, hosts=("a", "b"), gin="on")
+
+
 def test_the_vendors_of_a_hosts_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()  # the fake one
     for name, vendor in (("mlx5_0", "0x15b3\n"), ("rdmap0", "0x1d0f\n"), ("unreadable", None)):

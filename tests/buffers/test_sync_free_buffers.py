@@ -13,7 +13,6 @@ import torch
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import elastic
 from megatron_ep_v2.buffers.contract import BufferSpec
-from megatron_ep_v2.buffers.gin import MELLANOX
 from megatron_ep_v2.buffers.reference import ReferenceBuffer
 from megatron_ep_v2.errors import GroupMismatchError, InputError, SettingsError
 from tests.buffers.test_elastic import GROUP, HANDLE, SPEC, FakeBuffer
@@ -137,7 +136,6 @@ def test_a_deterministic_dispatch_between_hosts_cannot_do_without_a_host_wait(
     monkeypatch.setattr(FakeBuffer, "num_scaleout_ranks", domains, raising=False)
     monkeypatch.setattr(FakeBuffer, "dispatch", lambda self, x, **arguments: called.append(arguments["do_cpu_sync"]))
     monkeypatch.setattr(elastic, "load_class", lambda name: FakeBuffer)
-    monkeypatch.setattr(elastic.gin, "rdma_vendors", lambda: [MELLANOX])
     monkeypatch.setattr(elastic, "check_group_open", lambda group: None)
     monkeypatch.setattr(elastic.ElasticBuffer, "_check_rows", lambda *_: None)  # these rows are on the CPU
     hosts = ["a", "b"] if domains > 1 else ["a", "a"]
