@@ -97,7 +97,7 @@ class FusedDispatch(torch.autograd.Function):
         payload = to_wire(x, active.dispatch_dtype)
         zero = do_expand and expert_alignment > 1
         if first is None:
-            if buffer.keeps_topk_idx and not keep_indices:
+            if not keep_indices and buffer.keeps_topk_idx:
                 token_indices = token_indices.clone()
             received, recv_idx, recv_probs, handle, _ = buffer.dispatch(
                 payload,

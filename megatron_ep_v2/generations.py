@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
@@ -73,6 +73,19 @@ class Generation:
         return [Path(name) for name in names if name] or [home / self.cache]
 
 
+_2_1 = Generation(
+    name="2.1",
+    api="ElasticBuffer, whose dispatch takes do_zero_padding",
+    nccl=versions.NCCL,
+    nccl_as_built=True,
+    nvcc=versions.NVCC,
+    nvcc_blackwell=versions.NVCC_BLACKWELL,
+    needs_cuobjdump=True,
+    cache=".deep_ep",
+    nic_variable="EP_NIC_NAME",
+    max_local_experts=256,  # deep_ep 2.1.0, csrc and layout.cuh
+)
+
 GENERATIONS: dict[str, Generation] = {
     row.name: row
     for row in (
@@ -88,28 +101,11 @@ GENERATIONS: dict[str, Generation] = {
             max_local_experts=512,  # layout/ep/workspace.cuh
             gin_needs_gdaki=True,
         ),
-        Generation(
-            name="2.1",
-            api="ElasticBuffer, whose dispatch takes do_zero_padding",
-            nccl=versions.NCCL,
-            nccl_as_built=True,
-            nvcc=versions.NVCC,
-            nvcc_blackwell=versions.NVCC_BLACKWELL,
-            needs_cuobjdump=True,
-            cache=".deep_ep",
-            nic_variable="EP_NIC_NAME",
-            max_local_experts=256,  # deep_ep 2.1.0, csrc and layout.cuh
-        ),
-        Generation(
+        _2_1,
+        replace(
+            _2_1,
             name="2.0",
             api="ElasticBuffer, whose dispatch takes no do_zero_padding",
-            nccl=versions.NCCL,
-            nccl_as_built=True,
-            nvcc=versions.NVCC,
-            nvcc_blackwell=versions.NVCC_BLACKWELL,
-            needs_cuobjdump=True,
-            cache=".deep_ep",
-            nic_variable="EP_NIC_NAME",
             fault="older than 2.1: its padding rows are not zero, and its combine between hosts is faulty",
         ),
         Generation(

@@ -64,9 +64,8 @@ class Replayed:
 
     def __init__(self, function: Callable[..., object]):
         self.function = function
-        self._handles: list[
-            Callable[[], Handle | None]
-        ] = []  # of the first run, in order; each returns None once it is freed
+        # Of the first run, in order; each returns None once it is freed.
+        self._handles: list[Callable[[], Handle | None]] = []
         self._taken = 0  # by the current run
         self._has_run = False
 

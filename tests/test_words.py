@@ -40,8 +40,6 @@ ALLOWED = {
     *(("benchmarks/gpu_fp8.py", "place"), ("benchmarks/gpu_sync_free.py", "places")),
     *(("benchmarks/gpu_layouts.py", "places"), ("benchmarks/gpu_layouts.py", "picks")),
     ("tests/bench/test_bench_runner.py", "places"),
-    # Of people, and not of ranks or values.
-    *(("tests/doctor/test_doctor.py", "told"), ("tests/doctor/test_doctor.py", "somebody")),
 }
 
 CODE = re.compile(r"```.*?```|`[^`\n]*`", re.DOTALL)

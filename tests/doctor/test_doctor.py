@@ -118,7 +118,7 @@ STRANGER = FUSED_A2A + "FusedDispatch.__module__ = 'others.patch'"
 OWN_V2 = FUSED_A2A + "def deepepv2_dispatch(): ..."
 KILLED = "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)"
 
-# What a check needs that can no longer be told.
+# What a check needs that can no longer be found.
 NO_TORCH = dict.fromkeys(
     ["NCCL", "one NCCL", "one CUDA runtime", "deep_ep", "megatron-core", "experts", "CUDA"], "skip"
 )
@@ -296,7 +296,7 @@ FAULTS: dict[str, tuple[Change, dict[str, str], str]] = {
         {"megatron-core": "fail"},
         "killed the process (SIGSEGV)",
     ),
-    "a Megatron that somebody else patched": (
+    "a Megatron that another package patched": (
         put(modules={f"{MOE}/fused_a2a.py": STRANGER}),
         {"megatron-core": "warn"},
         "already patched by others.patch",
