@@ -85,6 +85,21 @@ def follow_deterministic_mode(config: TransformerConfig, group: ProcessGroup) ->
     settings.offer("deterministic", True, "Megatron's --deterministic-mode")
 
 
+def num_sms_of(config: TransformerConfig) -> int | None:
+    """The SM count that Megatron's configuration has for the backend deepep; None = it has none.
+
+    Up to 0.18 each backend has a field of its own. From 0.19 on `moe_flex_dispatcher_num_sms` is for all of them, and
+    Megatron copies the old fields into it, `moe_hybridep_num_sms`, too, which Megatron-Bridge's recipes set for every
+    backend. A count that is there by that copy alone is HybridEP's.
+    """
+    own: int | None = getattr(config, "moe_deepep_num_sms", None)
+    of_all: int | None = getattr(config, "moe_flex_dispatcher_num_sms", None)
+    if of_all is None:
+        return own
+    copied = own is None and of_all == getattr(config, "moe_hybridep_num_sms", None)
+    return None if copied else of_all
+
+
 _MegatronsManager: Any = getattr(token_dispatcher, MANAGER)
 
 
@@ -101,7 +116,9 @@ class CompactManager(_MegatronsManager):  # type: ignore[misc]
     handle: Any  # of the buffer, or of `sync_free`; None after the combine
 
     def __init__(self, *args: object, **kwargs: object):
+        before = settings.active()
         super().__init__(*args, **kwargs)
+        settings.activate(before)  # it has offered the configuration's SM count, which may be another backend's
         self._follow_config()
         self._built_for = installed
         self.expert_load = ExpertLoad(self.group, self.num_local_experts)
@@ -166,10 +183,8 @@ class CompactManager(_MegatronsManager):  # type: ignore[misc]
     def _follow_config(self) -> None:
         """Pass the values of Megatron's configuration to the settings in force: when the layer is built, and when it
         continues after another `install()`."""
-        for name in ("moe_flex_dispatcher_num_sms", "moe_deepep_num_sms"):  # from 0.19 on, and before
-            if num_sms := getattr(self.config, name, None):
-                set_deepep_num_sms(num_sms)  # as Megatron's own constructor does
-                break
+        if num_sms := num_sms_of(self.config):
+            set_deepep_num_sms(num_sms)
         follow_deterministic_mode(self.config, self.group)
 
     def _continue_on(self, now: Installed | None) -> None:
