@@ -22,7 +22,7 @@ PREFIX = "MCORE_DEEPEP_V2_"
 TESTS_PREFIX = PREFIX + "TEST_"  # read by this package's own tests
 AUTO = PREFIX + "AUTO"  # read when an interpreter starts, by the file that `auto enable` writes; see `automatic`
 _SHOWN = re.compile(
-    rf"(EP|DJ|NCCL|NVSHMEM|{PREFIX.rstrip('_')})_.+|CUDA_(HOME|PATH|VISIBLE_DEVICES|DEVICE_MAX_CONNECTIONS)"
+    rf"(EP|DJ|NCCL|OFI_NCCL|FI|NVSHMEM|{PREFIX.rstrip('_')})_.+|CUDA_(HOME|PATH|VISIBLE_DEVICES|DEVICE_MAX_CONNECTIONS)"
 )
 
 

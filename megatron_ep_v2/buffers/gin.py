@@ -25,6 +25,20 @@ def rdma_vendors(folder: Path | None = None) -> list[str]:
     return [file.read_text().strip() if file.is_file() else "" for file in files]
 
 
+def off_by_user(settings: Settings) -> str | None:
+    """Why the user wants a buffer without GIN: the setting, or DeepEP's own variable; None = the user does not."""
+    if settings.gin == "off":
+        return f"gin=off by {settings.source('gin')}"
+    if settings.gin == "auto" and gin_disabled_by_user():
+        return "EP_DISABLE_GIN was set when the job started"
+    return None
+
+
+def usable(vendors: Sequence[str], generation: Generation) -> list[str]:
+    """Those of these vendors whose devices a generation can send through."""
+    return [vendor for vendor in vendors if vendor == MELLANOX or not generation.gin_needs_gdaki]
+
+
 def choose(
     settings: Settings, vendors: Sequence[str], hosts: Sequence[str], generation: Generation
 ) -> tuple[bool, str]:
@@ -40,17 +54,14 @@ def choose(
         UnavailableError: The group spans hosts, and this one has no device that can carry the tokens. With gin=on only
             if it has others: a container may hide them all.
     """
-    num_hosts = len(set(hosts))
-    if settings.gin == "off":
-        return True, f"gin=off by {settings.source('gin')}"
-    if settings.gin == "auto" and gin_disabled_by_user():
-        return True, "EP_DISABLE_GIN was set when the job started"
-    usable = [vendor for vendor in vendors if vendor == MELLANOX or not generation.gin_needs_gdaki]
-    if num_hosts > 1 and not usable and (vendors or settings.gin == "auto"):
+    if reason := off_by_user(settings):
+        return True, reason
+    can_send = usable(vendors, generation)
+    if len(set(hosts)) > 1 and not can_send and (vendors or settings.gin == "auto"):
         raise _unreachable(vendors, hosts, generation)
     if settings.gin == "on":
         return False, f"gin=on by {settings.source('gin')}"
-    if usable:
+    if can_send:
         return False, "RDMA devices are present"
     lacking = f"no RDMA device that DeepEP {generation.name} can use" if vendors else "no RDMA device"
     return True, f"all ranks are on one host, and it has {lacking}: NVLink alone carries the tokens"

@@ -76,9 +76,9 @@ def is_blackwell(facts: Facts) -> bool:
 def wants_v2(facts: Facts) -> bool:
     """Whether DeepEP V2 is wanted: there are GPUs, and the settings ask for V2, or for auto without only V1
     installed."""
-    asked = facts["settings"]["buffer"]
-    v2 = asked in CARRIERS and CARRIERS[asked].is_v2
-    return bool(gpus(facts)) and (v2 or (asked == "auto" and not has_only_v1(facts)))
+    buffer = facts["settings"]["buffer"]
+    v2 = buffer in CARRIERS and CARRIERS[buffer].is_v2
+    return bool(gpus(facts)) and (v2 or (buffer == "auto" and not has_only_v1(facts)))
 
 
 def has_only_v1(facts: Facts) -> bool:
@@ -89,10 +89,18 @@ def has_only_v1(facts: Facts) -> bool:
 
 def gin_off(facts: Facts) -> str | None:
     """Reason why a buffer for the ranks of this host would be built without NCCL GIN; None = with it."""
-    asked = Settings(**{name: facts["settings"][name] for name in NAMES}, sources=facts["settings"]["sources"])
-    vendors = [device["vendor"] for device in facts["rdma"]["devices"]]
-    off, reason = gin.choose(asked, vendors, ["this host"], generation(facts))
+    off, reason = gin.choose(asked(facts), vendors(facts), ["this host"], generation(facts))
     return reason if off else None
+
+
+def asked(facts: Facts) -> Settings:
+    """The settings of the environment."""
+    return Settings(**{name: facts["settings"][name] for name in NAMES}, sources=facts["settings"]["sources"])
+
+
+def vendors(facts: Facts) -> list[str]:
+    """PCI vendor of each RDMA device, as `gin.rdma_vendors` has them."""
+    return [device["vendor"] for device in facts["rdma"]["devices"]]
 
 
 def version(text: str | None) -> tuple[int, ...]:

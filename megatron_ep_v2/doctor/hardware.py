@@ -4,16 +4,39 @@ from __future__ import annotations
 
 import re
 
+from megatron_ep_v2.buffers import gin
 from megatron_ep_v2.buffers.carriers import CARRIERS
 from megatron_ep_v2.buffers.gin import AMAZON, MELLANOX
-from megatron_ep_v2.doctor.check import Check, Checks, gin_off, gpus, is_blackwell, version, wants_v2
-from megatron_ep_v2.doctor.packages import Facts, generation, generation_to_install, replace_command
-from megatron_ep_v2.generations import GENERATIONS, WITH_WHEELS
+from megatron_ep_v2.doctor.check import (
+    Check,
+    Checks,
+    asked,
+    gin_off,
+    gpus,
+    is_blackwell,
+    vendors,
+    version,
+    wants_v2,
+)
+from megatron_ep_v2.doctor.packages import (
+    Facts,
+    distribution,
+    generation,
+    generation_to_install,
+    package_in_use,
+    replace_command,
+)
+from megatron_ep_v2.generations import GENERATIONS, WITH_WHEELS, of_distribution
 
 # On these, a rank whose rename comes second may not see the first one's kernel (DeepEP's issue 683).
 _NETWORK = re.compile(r"nfs.*|lustre|gpfs|beegfs.*|cifs|smb3?|fuse\..+|9p|ceph|afs|wekafs|panfs")
 _ZERO_PADDING_NVCC = "13.1"  # older ones do not compile 2.1's zero padding for SM 10.0
 _ROOM_GIB = 1.0  # a kernel takes well under 1 MiB, a training run some tens of them
+
+# Types of GIN on EFA, and what they need: doc/gin-getting-started.md of aws-ofi-nccl, and its issue 1369.
+_PROXY, _EFA_GDA = "2", "5"
+_GDA_NCCL, _GDA_DRIVER, _GDRCOPY = "2.31.2", "3.3.0", "2.5"
+_TAKE_THE_PROXY = f"NCCL_GIN_TYPE={_PROXY}, or unset it (docs/efa.md)"
 
 checks = Checks()
 
@@ -23,10 +46,10 @@ def check_cuda(facts: Facts) -> Check:
     driver, torch = facts["driver"], facts["torch"]
     if not gpus(facts):
         found = f"{len(driver['gpus'])} GPUs, hidden by CUDA_VISIBLE_DEVICES" if driver["gpus"] else "no GPU"
-        asked = CARRIERS.get(facts["settings"]["buffer"])
-        if asked and asked.needs_cuda:
+        carrier = CARRIERS.get(facts["settings"]["buffer"])
+        if carrier and carrier.needs_cuda:
             fix = "run on a machine with GPUs, or unset MCORE_DEEPEP_V2_BUFFER"
-            return Check("fail", found, f"a GPU for the {asked.label}", fix)
+            return Check("fail", found, f"a GPU for the {carrier.label}", fix)
         return Check("skip", found)
     found = f"driver {driver['version']} (CUDA {driver['cuda']}), torch for CUDA {torch.get('cuda')}"
     if "failure" in torch:
@@ -131,22 +154,57 @@ def check_gin(facts: Facts) -> Check:
 
 @checks.add("EFA", for_v2=True)
 def check_efa(facts: Facts) -> Check:
-    vendors = [device["vendor"] for device in facts["rdma"]["devices"]]
-    if AMAZON not in vendors:
-        return Check("skip", "no device")
-    found, row, off = f"{vendors.count(AMAZON)} devices", generation(facts), gin_off(facts)
-    if row.gin_needs_gdaki and MELLANOX not in vendors:
-        if facts["settings"]["gin"] == "off" or facts["environment"].get("EP_DISABLE_GIN", "0") not in ("", "0"):
-            return Check("ok", f"{found}, not used")
-        found += f", which DeepEP {row.name} cannot use" + (": one host only, on NVLink" if off else "")
+    """What public reports found to be needed (docs/efa.md); none of it was run by this project."""
+    count, row, environment = vendors(facts).count(AMAZON), generation(facts), facts["environment"]
+    found, off, can_send = f"{count} devices", gin.off_by_user(asked(facts)), gin.usable(vendors(facts), row)
+    if not count:
+        if off or environment.get("FI_PROVIDER") != "efa":
+            return Check("skip", "no device")
+        fix = "give the container its EFA devices; or, on one host, MCORE_DEEPEP_V2_GIN=off"
+        return Check("warn", "no device, but FI_PROVIDER=efa", "the devices through which tokens leave the host", fix)
+    if off:
+        return Check("ok", f"{found}, not used: {off}")
+    if AMAZON not in can_send:
+        alone = gin_off(facts)
+        found += f", which DeepEP {row.name} cannot use"
+        found += ": one host only, on NVLink" if alone else f": it has {len(can_send)} of NVIDIA" if can_send else ""
         needed = "NVIDIA (Mellanox) devices between hosts: this generation uses NCCL's GDAKI"
         other = next(name for name in WITH_WHEELS if not GENERATIONS[name].gin_needs_gdaki)
         fix = f"between hosts stay on DeepEP {other}: {replace_command(facts, other)}; else MCORE_DEEPEP_V2_GIN=off"
-        return Check("warn" if off else "fail", found, needed, fix)
-    plugin, queues = facts["fabric"].get("net_plugin"), facts["settings"]["num_qps"] or "chosen by deep_ep"
-    found += f", aws-ofi-nccl {'found' if plugin else 'not found'}, num_qps {queues}"
-    fix = "install aws-ofi-nccl, name it in NCCL_NET_PLUGIN; where queues run out, set MCORE_DEEPEP_V2_NUM_QPS"
-    return Check("ok" if plugin else "warn", found, "the plugin through which NCCL finds EFA", fix)
+        return Check("warn" if alone or can_send else "fail", found, needed, fix)
+    plugin, kind = facts["fabric"].get("net_plugin"), environment.get("NCCL_GIN_TYPE", _PROXY)
+    found += f", aws-ofi-nccl {'found' if plugin else 'not found'}, num_qps "
+    found += str(facts["settings"]["num_qps"] or "chosen by deep_ep")
+    if kind == _EFA_GDA and (lacking := _lacks_for_gda(facts)):
+        needed = f"for that NCCL {_GDA_NCCL}, EFA's driver {_GDA_DRIVER}, NCCL_SYM_GIN_KERNELS_ENABLE=0, and Amazon's "
+        needed += "fork of DeepEP"
+        return Check("fail", f"{found}, NCCL_GIN_TYPE={kind} with {', '.join(lacking)}", needed, _TAKE_THE_PROXY)
+    if kind not in (_PROXY, _EFA_GDA):
+        needed = f"{_PROXY} (by a host thread) or {_EFA_GDA} (by the GPU): other types of GIN are for other devices"
+        return Check("warn", f"{found}, NCCL_GIN_TYPE={kind}", needed, _TAKE_THE_PROXY)
+    if (protocol := environment.get("OFI_NCCL_PROTOCOL", "RDMA")).upper() != "RDMA":
+        needed = "RDMA: the only protocol with which the plugin offers GIN"
+        return Check("fail", f"{found}, OFI_NCCL_PROTOCOL={protocol}", needed, "OFI_NCCL_PROTOCOL=RDMA, or unset it")
+    if not plugin:
+        fix = "install aws-ofi-nccl, name it in NCCL_NET_PLUGIN; where queues run out, set MCORE_DEEPEP_V2_NUM_QPS"
+        return Check("warn", found, "the plugin through which NCCL finds EFA", fix)
+    if version(gdrcopy := facts["rdma"]["modules"]["gdrdrv"]) < version(_GDRCOPY):
+        found += f", gdrdrv {gdrcopy or 'not loaded'}"
+        needed = f"GDRCopy {_GDRCOPY}, without which the plugin offers no GIN"
+        return Check("warn", found, needed, "install it, and load its module gdrdrv")
+    return Check("ok", found + (", NCCL_GIN_TYPE=5" if kind == _EFA_GDA else ""))
+
+
+def _lacks_for_gda(facts: Facts) -> list[str]:
+    """What is there instead of what EFA-GDA needs."""
+    nccl, driver = facts["probe"].get("nccl", {}).get("loaded"), facts["rdma"]["modules"]["efa"]
+    used, kernels = package_in_use(facts), facts["environment"].get("NCCL_SYM_GIN_KERNELS_ENABLE", "1")
+    lacking = [f"NCCL {nccl}"] if nccl and version(nccl) < version(_GDA_NCCL) else []
+    lacking += [f"EFA's driver {driver}"] if driver and version(driver) < version(_GDA_DRIVER) else []
+    lacking += [f"NCCL_SYM_GIN_KERNELS_ENABLE={kernels}"] if kernels != "0" else []
+    if used and used["wheel"] and of_distribution(distribution(used)):
+        lacking.append(f"DeepEP's own kernels, in {used['wheel']}")
+    return lacking
 
 
 @checks.add("hybrid combine", for_v2=True)

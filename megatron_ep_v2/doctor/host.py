@@ -24,6 +24,7 @@ from megatron_ep_v2.errors import SettingsError
 from megatron_ep_v2.generations import PACKAGES, Generation, normalised
 
 INFINIBAND = RDMA_DEVICES
+MODULES = Path("/sys/module")
 MOUNTS = Path("/proc/mounts")
 CUDA = Path("/usr/local/cuda")
 # Packages whose version may explain a failure, by the names of their wheels.
@@ -46,7 +47,11 @@ def read_host() -> dict[str, Any]:
         "settings": _settings(),
         "driver": _driver(),
         "links": _links(_output("nvidia-smi", "topo", "-m")),
-        "rdma": {"devices": _rdma_devices(), "ibstat": shutil.which("ibstat") is not None},
+        "rdma": {
+            "devices": _rdma_devices(),
+            "ibstat": shutil.which("ibstat") is not None,
+            "modules": {name: _text(MODULES / name / "version") for name in ("efa", "gdrdrv")},
+        },
     }
 
 

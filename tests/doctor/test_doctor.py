@@ -273,6 +273,16 @@ FAULTS: dict[str, tuple[Change, dict[str, str], str]] = {
         {"EFA": "ok", "RDMA": "ok"},
         "1 devices, aws-ofi-nccl found, num_qps 2",
     ),
+    "EFA without GDRCopy": (
+        rdma(
+            "rdmap0",
+            put(environment={"EP_NIC_NAME": "rdmap0"}),
+            put(files={"lib/libnccl-net-ofi.so": "0", "modules/gdrdrv/version": "2.4\n"}),
+            vendor="0x1d0f",
+        ),
+        {"EFA": "warn", "RDMA": "ok"},
+        "1 devices, aws-ofi-nccl found, num_qps chosen by deep_ep, gdrdrv 2.4",
+    ),
     # -------------------------------------------------------------------------------------------------- known to be bad
     "the hybrid combine of 2.0": (
         rdma("mlx5_0", deep_ep(V2_0)),

@@ -64,6 +64,7 @@ ctypes.CDLL = CDLL
 
 import megatron_ep_v2.doctor.host as host
 host.INFINIBAND, host.CUDA, host.MOUNTS = machine / "infiniband", machine / "no-cuda", machine / "mounts"
+host.MODULES = machine / "modules"
 """
 
 TORCH = """
@@ -249,10 +250,11 @@ class Machine:
         return self
 
     def add_rdma(self, name: str = "mlx5_0", vendor: str = "0x15b3", state: str = "4: ACTIVE") -> None:
-        """An RDMA device with one port; with it libmlx5 and ibstat."""
+        """An RDMA device with one port; with it libmlx5, ibstat and GDRCopy's module."""
         self.files[f"infiniband/{name}/device/vendor"] = f"{vendor}\n"
         for file, text in (("state", state), ("link_layer", "InfiniBand"), ("rate", "400 Gb/sec (4X NDR)")):
             self.files[f"infiniband/{name}/ports/1/{file}"] = f"{text}\n"
+        self.files.setdefault("modules/gdrdrv/version", "2.5.1\n")
         self.files.setdefault("lib/libmlx5.so.1", "0 MLX5_1.9\0MLX5_1.25\0")
         self.programs.setdefault("bin/ibstat", "")
 
