@@ -99,20 +99,24 @@ def test_the_model_has_the_size_of_its_name(config: str, parsed: dict[str, dict[
 # ------------------------------------------------------------------------------------------------- Megatron-Bridge
 
 
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
 def test_the_recipe_of_megatron_bridge(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bound first; then the recipe of that name, on the flex dispatcher with fp32 probabilities."""
+    """Bound first; then the recipe of that name, on the flex dispatcher with fp32 probabilities, and without the SM
+    count that the recipe has for HybridEP."""
     spec = importlib.util.spec_from_file_location("recipe", CONFIGS / "megatron_bridge_qwen3.py")
     assert spec is not None and spec.loader is not None
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
 
     model = transformer_config(CPU, Split(1, 2), moe_token_dispatcher_type="alltoall", moe_router_dtype=None)
+    model.moe_hybridep_num_sms = 16  # a provider checks its fields, and copies this one, when it is finalized
     config = SimpleNamespace(model=model)
     order: list[Any] = []
     modules = {
         "megatron.bridge": {"__path__": []},
         "megatron.bridge.recipes": {"__path__": []},
-        "megatron.bridge.recipes.qwen": {"qwen3_30b_a3b_pretrain_config": lambda: config},
+        "megatron.bridge.recipes.qwen": {"__path__": []},
+        "megatron.bridge.recipes.qwen.h100": {"qwen3_30b_a3b_pretrain_8gpu_h100_bf16_config": lambda: config},
         "megatron.bridge.training": {"__path__": []},
         "megatron.bridge.training.gpt_step": {"forward_step": "forward step"},
         "megatron.bridge.training.pretrain": {"pretrain": lambda *given: order.append(given)},
@@ -127,6 +131,8 @@ def test_the_recipe_of_megatron_bridge(monkeypatch: pytest.MonkeyPatch) -> None:
     checked = dataclasses.replace(config.model)  # its own checks run again
     assert (checked.moe_token_dispatcher_type, checked.moe_flex_dispatcher_backend) == ("flex", "deepep")
     assert checked.moe_router_dtype == "fp32"
+    counts = {name: value for name, value in vars(checked).items() if re.fullmatch("moe_.*(?<!hybridep)_num_sms", name)}
+    assert counts and set(counts.values()) <= {None, 20}
 
 
 # --------------------------------------------------------------------------------------------------- the launchers
