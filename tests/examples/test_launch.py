@@ -17,11 +17,13 @@ from typing import Any
 
 import pytest
 
+from megatron_ep_v2 import settings
 from tests.helpers.harness import HANG
 from tests.helpers.megatron_layer import transformer_config
 from tests.helpers.paths import JOBS, ROOT
 from tests.helpers.shapes import CPU, Split
 
+EFA_PAGE, EFA_SCRIPT = ROOT / "docs" / "efa.md", ROOT / "examples" / "launch" / "efa.sh"
 CONFIGS, LAUNCH, DOCKER = ROOT / "examples" / "configs", ROOT / "examples" / "launch", ROOT / "docker"
 
 
@@ -220,11 +222,27 @@ def test_a_launcher_says_what_it_needs(arguments: tuple[str, ...], variables: di
     assert "usage: MEGATRON_LM=" in done.stderr and "qwen3_235b_a22b qwen3_30b_a3b" in done.stderr
 
 
-def test_settings_for_efa(calls: Calls) -> None:
-    assert calls.run("torchrun_nodes.sh", "qwen3_235b_a22b", FABRIC="efa", NCCL_NET_PLUGIN="/opt/x.so").returncode == 0
-    environment = Path(f"{calls.log}.env").read_text().splitlines()
-    wanted = {"FI_PROVIDER=efa", "NCCL_NET_PLUGIN=/opt/x.so", "NCCL_GIN_TYPE=2", "MCORE_DEEPEP_V2_NUM_QPS=2"}
-    assert wanted <= set(environment)
+EFA = {
+    **{"FI_PROVIDER": "efa", "NCCL_NET_PLUGIN": "/opt/x.so", "OFI_NCCL_PROTOCOL": "RDMA"},
+    **{"NCCL_GIN_TYPE": "2", "NCCL_SYM_GIN_KERNELS_ENABLE": "0"},
+    **{"MCORE_DEEPEP_V2_NUM_QPS": "12", "MCORE_DEEPEP_V2_NUM_SMS": "24"},
+}
+
+
+@pytest.mark.parametrize("given", [{}, {"NCCL_GIN_TYPE": "5", "FI_PROVIDER": "tcp"}], ids=str)
+def test_settings_for_efa(given: dict[str, str], calls: Calls) -> None:
+    """What is set already is kept; the names of this package's variables are right."""
+    given = {"FABRIC": "efa", "NCCL_NET_PLUGIN": "/opt/x.so", **given}
+    assert calls.run("torchrun_nodes.sh", "qwen3_235b_a22b", **given).returncode == 0
+    environment = dict(line.split("=", 1) for line in Path(f"{calls.log}.env").read_text().splitlines())
+    assert {name: environment.get(name) for name in EFA} == EFA | {name: given[name] for name in given.keys() & EFA}
+    settings.resolve({name: value for name, value in environment.items() if name.startswith(settings.PREFIX)})
+
+
+def test_the_page_about_efa_has_every_variable_with_its_value_and_a_source() -> None:
+    rows = re.findall(r"^\| `(\w+)=([^`]+)` \| .* \| .*\(https://\S+\).* \|$", EFA_PAGE.read_text(), re.MULTILINE)
+    lines = "\n".join(line for line in EFA_SCRIPT.read_text().splitlines() if line.startswith("export "))
+    assert dict(rows) == dict(re.findall(r'(\w+)=(?:"\$\{\w+:-)?([^\s"}]+)', lines))
 
 
 # ------------------------------------------------------------------------------------------ what the linters say
