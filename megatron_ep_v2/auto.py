@@ -119,6 +119,19 @@ def _imported(name: str) -> bool:
     return module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False)
 
 
+def init(args: object = None) -> None:
+    """For frameworks that call a function by its name at start-up, as slime does with `--custom-megatron-init-path
+    megatron_ep_v2.auto.init`. The import of this module has bound Megatron by then, and nothing more is done.
+
+    Args:
+        args: The framework's arguments. They decide nothing: settings come from the environment, as without a call.
+
+    Raises:
+        EPError: See `_start`.
+    """
+    _start()
+
+
 def _start() -> None:
     """Wait for Megatron's dispatcher, or bind at once if it is there. A second call changes nothing.
 
