@@ -27,7 +27,7 @@ from megatron_ep_v2.buffers.carriers import CARRIERS, DEFAULT_V2, MEGATRONS_OWN,
 from megatron_ep_v2.errors import SeamError, SettingsError
 from megatron_ep_v2.experts.gemm import gemm
 from megatron_ep_v2.generations import install_command
-from megatron_ep_v2.megatron import optimizer_step
+from megatron_ep_v2.megatron import dispatchers, optimizer_step
 from megatron_ep_v2.megatron.symbols import (
     DIST_CHECKPOINTING,
     FUSED_A2A,
@@ -144,6 +144,7 @@ def _install(explicit: dict[str, bool | float | str | None], by: str) -> dict[st
         _bind(installation, owner, name, ours)
     if choice.kind != "megatron":
         pool.set_expected_tokens(capacity.expected)
+        dispatchers.expect_step()
     _installation = installation
     found = probe()
     logger.info("HAVE_DEEP_EP=%s HAVE_DEEP_EP_V2=%s; %s", found.have_deep_ep, found.have_deep_ep_v2, found.describe())
@@ -160,6 +161,7 @@ def uninstall() -> None:
     global _decided
     _decided = True
     _restore()
+    dispatchers.forget()
 
 
 def _restore() -> None:
@@ -220,6 +222,8 @@ def status() -> dict[str, object]:
             "experts": _installation.experts,
             "experts_reason": _installation.experts_reason,
         }
+        if _installation.choice.kind != "megatron":
+            report["moe_layers"] = dispatchers.describe()
     return report
 
 
@@ -329,6 +333,8 @@ def _bindings(modules: dict[str, ModuleType], layout: str, experts: str) -> list
     ours.append((managers, "installed", managers.Installed(layout, experts)))
     flex = modules[TOKEN_DISPATCHER].MoEFlexTokenDispatcher
     ours.append((flex, "dispatch_preprocess", managers.preprocess(flex.dispatch_preprocess)))
+    any_dispatcher = modules[TOKEN_DISPATCHER].MoETokenDispatcher
+    ours.append((any_dispatcher, "__init__", dispatchers.noting(any_dispatcher.__init__)))
     if layout != "compact":
         ours.append((modules[SCHEDULE], "should_free_input", managers.keep_rows(modules[SCHEDULE].should_free_input)))
     for function in checkpoints(modules):

@@ -1,4 +1,5 @@
-"""Megatron's optimizer steps: before each, all ranks of the model read their device checks and decide together.
+"""Megatron's optimizer steps: before each, all ranks of the model read their device checks and decide together; before
+the first, each looks whether its MoE layers dispatch through this package at all (`dispatchers`).
 
 Megatron steps once per iteration on all ranks, through a ChainedOptimizer or a single optimizer, and with
 `--optimizer-cuda-graph` (0.19) through a wrapper that replays the step. `install()` binds all of them.
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from megatron_ep_v2 import device_checks, settings
+from megatron_ep_v2.megatron import dispatchers
 from megatron_ep_v2.megatron.symbols import GRAPHED_STEP, OPTIMIZERS, Binding
 
 P = ParamSpec("P")
@@ -46,6 +48,7 @@ def deciding_first(step: Callable[P, R]) -> Callable[P, R]:
         global _stepping
         if _stepping or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             return step(*args, **kwargs)
+        dispatchers.check_first_step()
         device_checks.read_all(*_groups())
         _stepping = True
         try:

@@ -33,7 +33,8 @@ MODULES += (optimizer, muon, planner, resharding)
 MANAGER = getattr(token_dispatcher, MANAGER_NAME)  # Megatron's own, taken before any test runs
 FLEX = token_dispatcher.MoEFlexTokenDispatcher
 STEPS = tuple((owner, name) for owner, name, _ in optimizer_step.bindings(FOUND))  # imports what has them
-CLASSES = (MANAGER, FLEX, CheckpointFunction, DistributedOptimizer, MoELayer, *(owner for owner, _ in STEPS))
+CLASSES = (MANAGER, FLEX, token_dispatcher.MoETokenDispatcher, CheckpointFunction, DistributedOptimizer, MoELayer)
+CLASSES += tuple(owner for owner, _ in STEPS)
 CALLS = ("fused_dispatch", "fused_combine", "set_deepep_num_sms")  # that both modules hold
 
 

@@ -33,6 +33,7 @@ def other_parameters(self: Any, hidden: Any, plan: Any) -> None: ...
 DELETED = {
     f"{DISPATCHER}._DeepepManager": (token_dispatcher, "_DeepepManager"),
     f"{DISPATCHER}.MoEFlexTokenDispatcher": (token_dispatcher, "MoEFlexTokenDispatcher"),
+    f"{DISPATCHER}.MoETokenDispatcher": (token_dispatcher, "MoETokenDispatcher"),
     **{f"{DISPATCHER}.{name}": (token_dispatcher, name) for name in CALLS},
     **{f"{A2A}.{name}": (fused_a2a, name) for name in (*CALLS, "HAVE_DEEP_EP", "FusedDispatch", "FusedCombine")},
     f"{DISPATCHER}._DeepepManager.combine": (MANAGER, "combine"),
