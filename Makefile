@@ -4,12 +4,15 @@
 #   make test                        python3 of this machine
 #   make test PYTHON=python3.12      the other stack (pyenv's interpreters are found too)
 #   make train INSTALL=no            PYTHON as it is, nothing installed: a container or cluster that has its own torch and deep_ep
+#   make train DEEPEP=2.5            on a host with GPUs: DeepEP 2.5 instead of 2.1, in .venv/<version>-deepep-2.5
 
 PYTHON  ?= python3
 INSTALL ?= yes
+# The DeepEP to install: 2.1, 2.5 or no. By default none of it is downloaded where there is no GPU.
+DEEPEP  ?= $(if $(wildcard /dev/nvidia0),2.1,no)
 # Extra arguments for the command behind a target: make train ARGS="--steps 50"
 ARGS    ?=
-# Training processes; by default one per GPU, or two where there are fewer than two GPUs.
+# Training processes; by default one for each GPU, or two on the CPU where there are fewer than two GPUs.
 NPROC   ?=
 # nproc takes OMP_NUM_THREADS for the number of cores where it is set.
 CPUS    := $(shell env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
@@ -22,6 +25,13 @@ PYTHON_EXE := $(shell $(PYTHON) -c 'import sys; print(sys.executable)' 2>/dev/nu
 PYTHON_VERSION := $(if $(PYTHON_EXE),$(shell "$(PYTHON_EXE)" -c 'import sys; print("%d.%d" % sys.version_info[:2])'))
 
 VENV  := .venv/$(or $(PYTHON_VERSION),unknown)
+EXTRAS := dev
+CONSTRAINTS := constraints.txt
+ifneq ($(DEEPEP),no)
+VENV := $(VENV)-deepep-$(DEEPEP)
+EXTRAS := dev,deepep$(if $(filter 2.5,$(DEEPEP)),25)
+CONSTRAINTS := $(VENV)/constraints.txt
+endif
 STAMP := $(VENV)/.installed
 
 ifeq ($(INSTALL),no)
@@ -40,12 +50,13 @@ PYTEST = export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1; exec "$(PY)" -m pytest 
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help install train test test-fast wheel-check lint format bench hooks clean distclean check-python
+.PHONY: help install train test test-fast wheel-check resolve lint format bench hooks clean distclean check-python
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 	@echo
 	@echo '  PYTHON=python3.12     another interpreter, in its own environment (tested: 3.11 and 3.12)'
+	@echo '  DEEPEP=2.5            install DeepEP 2.5; on hosts with GPUs the default is 2.1, on others no'
 	@echo '  INSTALL=no            use PYTHON as it is and install nothing'
 	@echo '  ARGS="--steps 50"     passed on to train, test, test-fast and bench'
 	@echo '  NPROC=4  WORKERS=1    processes of train; workers of test'
@@ -54,11 +65,7 @@ install: $(READY)  ## create the environment and install everything, versions fr
 	@echo "ready: $(PY)"
 
 train: $(READY)  ## train a small Qwen3-MoE: on all GPUs, or on the CPU with two processes
-	@np=$(or $(NPROC),$$("$(PY)" -c 'import torch; n = torch.cuda.device_count(); print(n if n > 1 else 2)')) || exit 1; \
-	threads=$$(($(CPUS) / np)); \
-	export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$((threads > 0 ? threads : 1))}; \
-	exec "$(PY)" -m torch.distributed.run --standalone --local-addr 127.0.0.1 --nproc-per-node "$$np" \
-	  examples/pretrain_qwen3_moe.py $(ARGS)
+	@exec "$(PY)" -m megatron_ep_v2 train $(if $(NPROC),--nproc $(NPROC)) $(ARGS)
 
 test: $(READY)  ## run the tests on the CPU
 	@$(PYTEST) $(ARGS)
@@ -68,6 +75,9 @@ test-fast: $(READY)  ## run those that take no long
 
 wheel-check: $(READY)  ## build the wheel and run each command from it, without the source tree
 	@.ci/wheel-check "$(PY)"
+
+resolve: $(READY)  ## whether the extras for GPUs resolve for every Python and machine
+	@.ci/resolve-extras "$(PY)"
 
 lint: $(READY)  ## ruff (rules and format) and mypy
 	"$(PY)" -m ruff check .
@@ -92,6 +102,9 @@ distclean: clean  ## clean, and remove the environments in .venv
 	rm -rf .venv
 
 check-python:
+	@case "$(DEEPEP)" in no|2.1|2.5) ;; *) \
+	  echo 'error: DEEPEP=$(DEEPEP) is unknown.' >&2; \
+	  echo '  fix: DEEPEP=2.1 or DEEPEP=2.5 on a host with GPUs; DEEPEP=no installs none' >&2; exit 1 ;; esac
 	@if [ -z "$(PYTHON_EXE)" ]; then \
 	  echo 'error: no interpreter "$(PYTHON)" here.' >&2; \
 	  echo '  fix: name one that exists, e.g. make train PYTHON=python3.11 (tested: 3.11 and 3.12)' >&2; exit 1; fi
@@ -103,11 +116,18 @@ check-python:
 	  echo '  fix: install it (Debian, Ubuntu: apt install python$(PYTHON_VERSION)-venv)' >&2; exit 1; }
 
 # .incomplete stays behind when an installation breaks off; the next call then starts from an empty environment.
-# Without it an existing environment is only updated, so what was built into it by hand (deep_ep) survives.
+# Without it an existing environment is only updated, so what was built into it by hand (TransformerEngine) survives.
+# DeepEP's wheel says which torch. Its version 2.5 needs newer wheels than torch pins: docs/compatibility.md.
 $(STAMP): setup.py pyproject.toml constraints.txt | check-python
 	@echo "Installing into $(VENV): a few minutes the first time, depending on the network"
 	@if [ -e $(VENV)/.incomplete ] || [ ! -x $(PY) ]; then "$(PYTHON_EXE)" -m venv --clear $(VENV); fi
 	@touch $(VENV)/.incomplete
-	$(PY) -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+ifneq ($(DEEPEP),no)
+	@grep -vE '^(torch|triton)=' constraints.txt >$(CONSTRAINTS)
+endif
+	$(PY) -m pip install --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
+ifeq ($(DEEPEP),2.5)
+	$(PY) -m pip install --disable-pip-version-check --no-deps 'nvidia-nccl-cu13>=2.32.3' 'nvidia-cuda-runtime==13.1.*'
+endif
 	@rm $(VENV)/.incomplete
 	@touch $@

@@ -18,6 +18,7 @@ _USAGE = """usage: {prog} COMMAND ...
                        let each Python of this environment do so by itself where MCORE_DEEPEP_V2_AUTO=1
   doctor [--json] [--ranks N]
                        report what is wrong with this environment; with --ranks, try it on N processes
+  train [ARGS...]      train a small Qwen3-MoE here: on all GPUs, or on the CPU with two processes (train --help)
   bench                time Megatron's dispatchers side by side on this machine (bench --help)"""
 
 # Each takes its arguments and returns the exit status, None for 0. Imported lazily: some work without torch.
@@ -26,6 +27,7 @@ _COMMANDS = {
     "patch": "cli.patch:patch",
     "auto": "cli.auto:auto",
     "doctor": "cli.doctor:doctor",
+    "train": "cli.train:train",
     "bench": "cli.bench:main",
 }
 

@@ -160,6 +160,15 @@ def nccl_command(generation: str) -> str:
     return f"pip install --no-deps 'nvidia-nccl-cu13{needed}'"
 
 
+def nvcc_command(generation: str) -> str:
+    """The command that installs the compiler which a generation needs, as wheels; `cuda_toolkit` finds it there."""
+    wheels = next((row[1:] for row in versions.NVCC_WHEELS if row[0] == generation), versions.NVCC_WHEELS[0][1:])
+    command = f"pip install {' '.join(map(repr, wheels))}"
+    if GENERATIONS[generation].nvcc == versions.NVCC_25:
+        command += f" && pip install --no-deps {versions.CUDA_RUNTIME_25!r}"
+    return command
+
+
 def of_distribution(distribution: str) -> str | None:
     """The generation that wheels of this name hold; None if they are none of `versions.WHEELS`."""
     return next((row[0] for row in versions.WHEELS if row[1] == normalised(distribution)), None)

@@ -6,6 +6,8 @@ import ctypes
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -13,6 +15,7 @@ from typing import Any
 
 import torch
 
+from megatron_ep_v2 import cuda_toolkit
 from megatron_ep_v2.buffers.carriers import CARRIERS, DEFAULT_V2, MEGATRONS_OWN, REFERENCE
 from megatron_ep_v2.errors import UnavailableError
 from megatron_ep_v2.generations import BUFFER_CLASSES, GENERATIONS, PACKAGES, WITH_WHEELS, detect, install_command
@@ -105,6 +108,10 @@ def probe() -> Probe:
 
 def look_at(name: str) -> Package | None:
     """Import one of `generations.PACKAGES`; None if it is not installed."""
+    if name not in sys.modules:
+        if importlib.util.find_spec(name) is None:
+            return None
+        cuda_toolkit.provide(name)
     try:
         module = importlib.import_module(name)
     except _IMPORT_FAILURES as error:

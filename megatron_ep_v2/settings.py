@@ -287,6 +287,12 @@ def environment(**values: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
+def export(name: str, value: str, *, keep: bool = False) -> None:
+    """Set an environment variable of this process and of those that it starts; with `keep`, unless it has a value."""
+    if not (keep and os.environ.get(name)):
+        os.environ[name] = value
+
+
 def gin_disabled_by_user() -> bool:
     """Whether DeepEP's own EP_DISABLE_GIN was set when the job started."""
     return os.environ.get("EP_DISABLE_GIN", "0") not in ("", "0")

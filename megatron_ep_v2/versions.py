@@ -19,6 +19,17 @@ NVCC = "12.3"  # deep_ep 2.1.0's README
 NVCC_BLACKWELL = "12.8"
 NVCC_25 = "13.1"  # says the check of DeepEP 2.5's wheel at import
 
+_NVCC = ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-cccl")
+# Generation, and its compiler as wheels of one CUDA version, which lie in one folder. NCCL's headers ask for CCCL's,
+# which refuse a compiler of another version than the runtime's headers, and torch brings the latter, those of 13.0.
+# Of cuobjdump there is no wheel of 13.0.
+NVCC_WHEELS = (
+    ("2.1", *(f"nvidia-{part}==13.0.*" for part in _NVCC), "nvidia-cuda-cuobjdump<14"),
+    ("2.5", *(f"nvidia-{part}==13.1.*" for part in _NVCC)),
+)
+# What has to replace wheels that torch pins: installed after torch, without their dependencies.
+CUDA_RUNTIME_25 = "nvidia-cuda-runtime==13.1.*"
+
 # Wheels of DeepEP on the package registry: generation, distribution, its version, the torch to install with it, the
 # NCCL to install over torch's (None = torch's own fits). docs/compatibility.md says which of them ran where.
 # The first of a generation is the one to install where torch can be chosen.

@@ -24,6 +24,7 @@ ROOT = Path(megatron_ep_v2.__file__).parent
 LEVELS = [
     {"errors", "versions", "buffers.carriers", "wire.formats"},  # no torch
     {"settings", "generations", "buffers.groups"},
+    {"cuda_toolkit"},
     {"probe", "device_checks", "buffers.contract", "buffers.gin", "megatron.symbols"},
     {"gradients"},
     {"kernels", "kernels.*"},

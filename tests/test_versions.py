@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ep_v2 import versions
+from megatron_ep_v2.generations import nccl_command
 
 ROOT = Path(__file__).parents[1]
 OLDEST, NEWEST = versions.MEGATRON_CORE.split(" to ")
@@ -44,21 +45,34 @@ def test_the_metadata_asks_for_them() -> None:
     assert project["optional-dependencies"]["megatron"] == [f"megatron-core>={OLDEST},<{major}.{minor + 1}"]
 
 
+def test_the_extras_for_gpus_are_the_first_wheels_of_each_generation() -> None:
+    import tomllib
+
+    extras = tomllib.loads(text("pyproject.toml"))["project"]["optional-dependencies"]
+    for extra, (generation, *compiler) in zip(("deepep", "deepep25"), versions.NVCC_WHEELS, strict=True):
+        distribution, version, torch = next(row[1:4] for row in versions.WHEELS if row[0] == generation)
+        wanted = [f"{distribution}=={version}", f"torch=={torch}", *compiler]
+        assert extras[extra] == wanted
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/compatibility.md", "Makefile", "docker/Dockerfile"])
+def test_what_replaces_torchs_wheels_is_the_same_everywhere(file: str) -> None:
+    override = f"--no-deps {nccl_command('2.5').rpartition(' ')[2]} '{versions.CUDA_RUNTIME_25}'"
+    assert override in text(file)
+
+
 def test_the_makefile_asks_for_the_same_python() -> None:
     assert f"sys.version_info < ({versions.PYTHON.replace('.', ', ')})" in text("Makefile")
     assert f"needs {versions.PYTHON} or newer" in text("Makefile")
 
 
-def test_the_image_has_them() -> None:
-    """For each generation a wheel, with the torch and the NCCL that it needs."""
-    for file, generation in (("versions.env", "2.1"), ("versions-2.5.env", "2.5")):
-        image = dict(re.findall(r"^(\w+)=(.+)$", text(f"docker/{file}"), re.MULTILINE))
-        wanted = (generation, image["DEEP_EP"], image["DEEP_EP_VERSION"], image["TORCH"])
-        nccl = [row[4] for row in versions.WHEELS if row[:4] == wanted]
-        assert [spec.lstrip("=>") for spec in nccl if spec] == [image["NCCL"]]
-        assert image["MEGATRON_CORE"] == NEWEST
-    assert f"deep_ep {versions.DEEP_EP_V2}" in text("docker/versions.env")
-    assert "--build-arg VERSIONS=versions-2.5.env" in text("docker/Dockerfile")
+def test_the_image_takes_the_extras() -> None:
+    file = text("docker/Dockerfile")
+    assert "ARG EXTRA=deepep\n" in file and '".[megatron,$EXTRA]"' in file and "--build-arg EXTRA=deepep25" in file
+    assert (
+        "grep -vE '^(torch|triton)=' constraints.txt" in file
+        and "grep -vE '^(torch|triton)=' constraints.txt" in text("Makefile")
+    )
 
 
 def test_the_table_of_what_was_tested_has_them() -> None:

@@ -24,11 +24,13 @@ from megatron_ep_v2.generations import (
     built_for,
     install_command,
     nccl_command,
+    nvcc_command,
     same_series,
 )
 
 # Known errors of an import of DeepEP: a part of the text, the cause, the fix. In a fix {nccl} is the command that
-# installs the NCCL of its generation, {wheel} the one that installs the wheel for this torch instead of it.
+# installs the NCCL of its generation, {nvcc} its compiler, {wheel} the one that installs the wheel for this torch instead
+# of it.
 _GET_NCCL = "{nccl}; take others off LD_LIBRARY_PATH"
 _CAUSES = (
     ("ncclGetLsaDevicePointer", "the NCCL in the process is older than the one that it was built with", _GET_NCCL),
@@ -42,7 +44,8 @@ _CAUSES = (
     (
         "needs nvcc",
         "it compiles its kernels at run time",
-        f"install CUDA {versions.NVCC_25} or newer and set CUDA_HOME to it, or take the other generation: {{other}}",
+        f"{{nvcc}}, where CUDA_HOME is not set; or set it to CUDA {versions.NVCC_25} or newer, or take the other "
+        "generation: {other}",
     ),
     ("This wheel requires CUDA", "it was built for another CUDA than torch", "{wheel}"),
     ("does not provide CUDA", "torch is its build for CPUs", "install torch's CUDA build"),
@@ -175,7 +178,10 @@ def _repair(facts: Facts, package: Facts) -> str:
     own = package["generation"] if package["generation"] in WITH_WHEELS else generation_to_install(facts)
     other = next(name for name in WITH_WHEELS if name != own)
     return fix.format(
-        nccl=nccl_command(own), wheel=_wheel(facts, package, own, other), other=replace_command(facts, other)
+        nccl=nccl_command(own),
+        nvcc=nvcc_command(own),
+        wheel=_wheel(facts, package, own, other),
+        other=replace_command(facts, other),
     )
 
 

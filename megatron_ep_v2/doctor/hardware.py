@@ -26,7 +26,7 @@ from megatron_ep_v2.doctor.packages import (
     package_in_use,
     replace_command,
 )
-from megatron_ep_v2.generations import GENERATIONS, WITH_WHEELS, of_distribution
+from megatron_ep_v2.generations import GENERATIONS, WITH_WHEELS, nvcc_command, of_distribution
 
 # On these, a rank whose rename comes second may not see the first one's kernel (DeepEP's issue 683).
 _NETWORK = re.compile(r"nfs.*|lustre|gpfs|beegfs.*|cifs|smb3?|fuse\..+|9p|ceph|afs|wekafs|panfs")
@@ -98,7 +98,9 @@ def check_nvcc(facts: Facts) -> Check:
     needed = f"CUDA {least} or newer{', with cuobjdump' if row.needs_cuobjdump else ''}: DeepEP {row.name} compiles at "
     needed += "run time" + (f"; at most CUDA {most} for this driver" if driver else "")
     good = not lacks_cuobjdump and version(least) <= version(toolkit["version"]) < (most + 1,)
-    return Check("ok" if good else "fail", found, needed, "install a CUDA toolkit, and set CUDA_HOME to it")
+    named = [name for name in ("CUDA_HOME", "CUDA_PATH") if name in facts["environment"]]
+    wheels = "".join(f"unset {name}, and " for name in named[:1]) + nvcc_command(row.name)
+    return Check("ok" if good else "fail", found, needed, f"{wheels}; or set CUDA_HOME to a toolkit that has it")
 
 
 @checks.add("JIT cache", for_v2=True)

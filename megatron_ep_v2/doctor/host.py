@@ -20,13 +20,13 @@ from typing import Any
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers.gin import RDMA_DEVICES
+from megatron_ep_v2.cuda_toolkit import found_by_deep_ep
 from megatron_ep_v2.errors import SettingsError
 from megatron_ep_v2.generations import PACKAGES, Generation, normalised
 
 INFINIBAND = RDMA_DEVICES
 MODULES = Path("/sys/module")
 MOUNTS = Path("/proc/mounts")
-CUDA = Path("/usr/local/cuda")
 # Packages whose version may explain a failure, by the names of their wheels.
 _PACKAGES = re.compile(
     r"megatron[-_](core|ep[-_]v2)|.*deep[-_]?ep.*|deepinfer.*|transformer[-_]engine.*|torch|triton"
@@ -123,16 +123,12 @@ def read_toolkit(environment: Mapping[str, str], generation: Generation) -> dict
         environment: Variables after the import of DeepEP, which adds those that it was built with.
         generation: Of the package in use.
     """
-    on_path = shutil.which("nvcc")
-    named = environment.get("CUDA_HOME") or environment.get("CUDA_PATH")
-    home = Path(named) if named else Path(on_path).parent.parent if on_path else CUDA
-    nvcc = generation.variable("JIT_NVCC_COMPILER", environment) or str(home / "bin" / "nvcc")
-    release = re.search(r"release (\d+\.\d+)", _output(nvcc, "--version"))
+    toolkit = found_by_deep_ep(environment, generation)
     folders = generation.cache_folders(environment, Path.home())
     return {
-        "nvcc": nvcc,
-        "version": release[1] if release else None,
-        "cuobjdump": (home / "bin" / "cuobjdump").exists(),
+        "nvcc": toolkit.nvcc,
+        "version": toolkit.version,
+        "cuobjdump": toolkit.cuobjdump,
         "cache": _folder(folders[0] if folders else Path.home()),
     }
 

@@ -65,12 +65,13 @@ def metadata(wheel: zipfile.ZipFile) -> email.message.Message:
     return email.parser.BytesParser().parsebytes(wheel.read(f"{NAME}.dist-info/METADATA"))
 
 
-def test_the_wheel_has_the_package_and_the_patches_and_nothing_else(wheel: zipfile.ZipFile) -> None:
+def test_the_wheel_has_the_package_the_patches_and_the_example_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     files = {name for name in wheel.namelist() if not name.startswith(f"{NAME}.dist-info/")}
-    patches = files_in("patches")
-    assert patches and "megatron_ep_v2/py.typed" in files
-    assert files == files_in("megatron_ep_v2") | {f"megatron_ep_v2/{name}" for name in patches}
-    for name in patches:
+    patches, example = files_in("patches"), {name for name in files_in("examples") if name.endswith(".py")}
+    example -= files_in("examples/configs")
+    assert patches and "examples/pretrain_qwen3_moe.py" in example and "megatron_ep_v2/py.typed" in files
+    assert files == files_in("megatron_ep_v2") | {f"megatron_ep_v2/{name}" for name in patches | example}
+    for name in patches | example:
         assert wheel.read(f"megatron_ep_v2/{name}") == (ROOT / name).read_bytes()
 
 
@@ -79,7 +80,8 @@ def test_the_sdist_has_what_a_wheel_is_built_from(built: Path) -> None:
         names = {member.name.removeprefix(f"{NAME}/") for member in archive if member.isfile()}
     names = {name for name in names if ".egg-info/" not in name}
     head = {"LICENSE", "MANIFEST.in", "PKG-INFO", "README.md", "pyproject.toml", "setup.cfg", "setup.py"}
-    assert names == head | files_in("megatron_ep_v2") | files_in("patches")
+    example = {name for name in files_in("examples") if name.endswith(".py")} - files_in("examples/configs")
+    assert names == head | files_in("megatron_ep_v2") | files_in("patches") | example
 
 
 def test_the_metadata(metadata: email.message.Message) -> None:
@@ -87,7 +89,7 @@ def test_the_metadata(metadata: email.message.Message) -> None:
     wanted |= {"Requires-Python": ">=3.10", "License-File": "LICENSE", "Description-Content-Type": "text/markdown"}
     assert {name: metadata[name] for name in wanted} == wanted
     assert metadata.get_payload().strip() == (ROOT / "README.md").read_text().strip()
-    assert metadata.get_all("Provides-Extra") == ["megatron", "example", "test", "lint", "dev"]
+    assert metadata.get_all("Provides-Extra") == ["megatron", "deepep", "deepep25", "example", "test", "lint", "dev"]
     needed = metadata.get_all("Requires-Dist")
     assert [line for line in needed if "extra ==" not in line] == ["torch>=2.4"]
     everything = [Requirement(line).extras for line in needed if 'extra == "dev"' in line]

@@ -178,8 +178,8 @@ STATES: dict[str, State] = {
         None,
         "fail",
         "deep_ep_v25 (sgl-deep-ep-v25==0.1.0rc0): import: ImportError: DeepEP 2.5 needs nvcc",
-        "install CUDA 13.1 or newer and set CUDA_HOME to it, or take the other generation: "
-        f"{WITHOUT_2_5}{PUT_2_1} && {NCCL_2_1}",
+        f"{generations.nvcc_command('2.5')}, where CUDA_HOME is not set; or set it to CUDA 13.1 or newer, or take the "
+        f"other generation: {WITHOUT_2_5}{PUT_2_1} && {NCCL_2_1}",
     ),
     "2.1 of another torch": State(
         ((DEEP_EP, OTHER_TORCH, "tokenspeed-deepep==2.1.0.post20260801"),),

@@ -62,9 +62,10 @@ def CDLL(name, *arguments, **options):
 
 ctypes.CDLL = CDLL
 
+import megatron_ep_v2.cuda_toolkit as cuda_toolkit
 import megatron_ep_v2.doctor.host as host
-host.INFINIBAND, host.CUDA, host.MOUNTS = machine / "infiniband", machine / "no-cuda", machine / "mounts"
-host.MODULES = machine / "modules"
+host.INFINIBAND, host.MOUNTS, host.MODULES = machine / "infiniband", machine / "mounts", machine / "modules"
+cuda_toolkit.SYSTEM = machine / "no-cuda"
 """
 
 TORCH = """

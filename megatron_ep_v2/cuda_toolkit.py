@@ -1,0 +1,96 @@
+"""The CUDA toolkit with which DeepEP compiles its kernels at run time: the one that DeepEP finds by itself, or the one
+that pip put into this environment, which DeepEP does not look for.
+
+Imports neither torch nor deep_ep.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_ep_v2 import settings
+from megatron_ep_v2.generations import ALWAYS, GENERATIONS, Generation
+
+logger = logging.getLogger(__name__)
+
+SYSTEM = Path("/usr/local/cuda")
+
+
+@dataclass(frozen=True)
+class Toolkit:
+    """A toolkit as DeepEP uses it.
+
+    Attributes:
+        home: Its folder, for CUDA_HOME.
+        nvcc: Path of its compiler.
+        version: The compiler's, e.g. "13.0"; None if it does not run.
+        cuobjdump: Whether bin/ has it.
+    """
+
+    home: Path
+    nvcc: str
+    version: str | None
+    cuobjdump: bool
+
+    def serves(self, generation: Generation) -> bool:
+        """Whether a generation can compile with it, for every GPU."""
+        least = generation.nvcc_blackwell or "0"
+        recent = self.version is not None and _numbers(self.version) >= _numbers(least)
+        return recent and (self.cuobjdump or not generation.needs_cuobjdump)
+
+
+def found_by_deep_ep(environ: Mapping[str, str], generation: Generation) -> Toolkit:
+    """The toolkit that DeepEP takes: what its variable for the compiler names, or CUDA_HOME, CUDA_PATH, the nvcc on
+    PATH, or /usr/local/cuda."""
+    on_path = shutil.which("nvcc")
+    named = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
+    home = Path(named) if named else Path(on_path).parent.parent if on_path else SYSTEM
+    return _at(home, generation.variable("JIT_NVCC_COMPILER", environ))
+
+
+def installed_by_pip() -> Toolkit | None:
+    """The toolkit in this environment's site-packages, of NVIDIA's wheels for CUDA 13; None if there is no nvcc."""
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations or () if spec else ():
+        if (Path(folder) / "cu13" / "bin" / "nvcc").exists():
+            return _at(Path(folder) / "cu13")
+    return None
+
+
+def provide(package: str) -> None:
+    """Before the import of a package of DeepEP: set CUDA_HOME to pip's toolkit if the package can compile with that one
+    and not with what it would find. A CUDA_HOME, CUDA_PATH or compiler that the user named stays.
+
+    Args:
+        package: One of `generations.PACKAGES`.
+    """
+    environ = settings.shown_environment()
+    # The main branch's 2.5 is deep_ep, too: who built that has the toolkit for it.
+    generation = GENERATIONS[ALWAYS.get(package, "2.1")]
+    named = environ.get("CUDA_HOME") or environ.get("CUDA_PATH") or generation.variable("JIT_NVCC_COMPILER", environ)
+    ours = None if named else installed_by_pip()
+    if ours is None or not ours.serves(generation) or found_by_deep_ep(environ, generation).serves(generation):
+        return
+    logger.info("CUDA_HOME=%s: the toolkit of this environment, CUDA %s, for DeepEP's kernels", ours.home, ours.version)
+    settings.export("CUDA_HOME", str(ours.home))
+
+
+def _at(home: Path, nvcc: str | None = None) -> Toolkit:
+    nvcc = nvcc or str(home / "bin" / "nvcc")
+    try:
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        said = ""
+    release = re.search(r"release (\d+\.\d+)", said)
+    return Toolkit(home, nvcc, release[1] if release else None, (home / "bin" / "cuobjdump").exists())
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, version.split(".")))
