@@ -315,9 +315,8 @@ def test_the_image_ends_with_the_doctor() -> None:
 
 def test_the_image_finds_what_it_copies() -> None:
     """The context leaves everything out that is not named."""
-    let_in = [
-        line[1:].rstrip("/") for line in (DOCKER / "Dockerfile.dockerignore").read_text().split() if line[0] == "!"
-    ]
+    lines = (DOCKER / "Dockerfile.dockerignore").read_text().split()
+    let_in = [line[1:].rstrip("/") for line in lines if line.startswith("!")]
     text = (DOCKER / "Dockerfile").read_text()
     copied = [name for line in re.findall(r"^COPY (.+) \S+$", text, flags=re.MULTILINE) for name in line.split()]
     assert copied[-1] == "."
