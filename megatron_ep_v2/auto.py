@@ -72,6 +72,10 @@ class _Loader:
         for owner, name in ((module, "__loader__"), (module.__spec__, "loader")):
             if getattr(owner, name, None) is self:
                 setattr(owner, name, self._loader)
+        if _thread.depth == 0:
+            from megatron_ep_v2 import cuda_toolkit
+
+            cuda_toolkit.provide()  # Megatron imports deep_ep, which looks for a compiler at once
         _thread.depth += 1
         try:
             self._loader.exec_module(module)

@@ -11,16 +11,18 @@ import logging
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_ep_v2 import settings
-from megatron_ep_v2.generations import ALWAYS, GENERATIONS, Generation
+from megatron_ep_v2.generations import ALWAYS, GENERATIONS, PACKAGES, Generation
 
 logger = logging.getLogger(__name__)
 
 SYSTEM = Path("/usr/local/cuda")
+provided: Toolkit | None = None  # what `provide` has named in CUDA_HOME
 
 
 @dataclass(frozen=True)
@@ -31,19 +33,24 @@ class Toolkit:
         home: Its folder, for CUDA_HOME.
         nvcc: Path of its compiler.
         version: The compiler's, e.g. "13.0"; None if it does not run.
-        cuobjdump: Whether bin/ has it.
+        cuobjdump: Version of the one next to it, likewise.
     """
 
     home: Path
     nvcc: str
     version: str | None
-    cuobjdump: bool
+    cuobjdump: str | None
 
     def serves(self, generation: Generation) -> bool:
         """Whether a generation can compile with it, for every GPU."""
         least = generation.nvcc_blackwell or "0"
         recent = self.version is not None and _numbers(self.version) >= _numbers(least)
-        return recent and (self.cuobjdump or not generation.needs_cuobjdump)
+        return recent and self.can_be_read_by(generation)
+
+    def can_be_read_by(self, generation: Generation) -> bool:
+        """Whether a generation understands what this cuobjdump prints, if it needs one."""
+        below = generation.cuobjdump_below
+        return below is None or (self.cuobjdump is not None and _numbers(self.cuobjdump) < _numbers(below))
 
 
 def found_by_deep_ep(environ: Mapping[str, str], generation: Generation) -> Toolkit:
@@ -64,32 +71,40 @@ def installed_by_pip() -> Toolkit | None:
     return None
 
 
-def provide(package: str) -> None:
-    """Before the import of a package of DeepEP: set CUDA_HOME to pip's toolkit if the package can compile with that one
-    and not with what it would find. A CUDA_HOME, CUDA_PATH or compiler that the user named stays.
-
-    Args:
-        package: One of `generations.PACKAGES`.
-    """
+def provide() -> None:
+    """Before an import of DeepEP, which Megatron imports, too: set CUDA_HOME to pip's toolkit if an installed package
+    of DeepEP can compile with that one and not with what it would find. A CUDA_HOME, CUDA_PATH or compiler that the
+    user named stays."""
+    global provided
     environ = settings.shown_environment()
-    # The main branch's 2.5 is deep_ep, too: who built that has the toolkit for it.
-    generation = GENERATIONS[ALWAYS.get(package, "2.1")]
-    named = environ.get("CUDA_HOME") or environ.get("CUDA_PATH") or generation.variable("JIT_NVCC_COMPILER", environ)
-    ours = None if named else installed_by_pip()
-    if ours is None or not ours.serves(generation) or found_by_deep_ep(environ, generation).serves(generation):
-        return
-    logger.info("CUDA_HOME=%s: the toolkit of this environment, CUDA %s, for DeepEP's kernels", ours.home, ours.version)
-    settings.export("CUDA_HOME", str(ours.home))
+    for package in PACKAGES:
+        if package in sys.modules or importlib.util.find_spec(package) is None:
+            continue
+        # The main branch's 2.5 is deep_ep, too: who built that has the toolkit for it.
+        generation = GENERATIONS[ALWAYS.get(package, "2.1")]
+        named = environ.get("CUDA_HOME") or environ.get("CUDA_PATH")
+        if named or generation.variable("JIT_NVCC_COMPILER", environ):
+            continue
+        ours = installed_by_pip()
+        if ours and ours.serves(generation) and not found_by_deep_ep(environ, generation).serves(generation):
+            logger.info("CUDA_HOME=%s: CUDA %s of this environment, for DeepEP's kernels", ours.home, ours.version)
+            settings.export("CUDA_HOME", str(ours.home))
+            provided = ours
+            return
 
 
 def _at(home: Path, nvcc: str | None = None) -> Toolkit:
     nvcc = nvcc or str(home / "bin" / "nvcc")
+    return Toolkit(home, nvcc, _version(nvcc), _version(str(home / "bin" / "cuobjdump")))
+
+
+def _version(program: str) -> str | None:
     try:
-        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, timeout=30).stdout
+        said = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=30).stdout
     except (OSError, subprocess.SubprocessError):
-        said = ""
+        return None
     release = re.search(r"release (\d+\.\d+)", said)
-    return Toolkit(home, nvcc, release[1] if release else None, (home / "bin" / "cuobjdump").exists())
+    return release[1] if release else None
 
 
 def _numbers(version: str) -> tuple[int, ...]:

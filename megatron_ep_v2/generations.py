@@ -33,7 +33,8 @@ class Generation:
         nccl_as_built: Below NCCL 2.31 it needs the very NCCL that it was built with.
         nvcc: Oldest CUDA compiler for its kernels, which it compiles at run time; None = it compiles none.
         nvcc_blackwell: The same for GPUs of SM 10.0.
-        needs_cuobjdump: It reads its kernels with cuobjdump.
+        cuobjdump_below: It finds its kernels in the text that cuobjdump prints, which this version prints another way;
+            None = it needs no cuobjdump.
         cache: Folder of compiled kernels, below the home folder; EP_JIT_CACHE_DIR names another.
         cache_may_be_shared: The cache is safe on a network file system.
         on_deep_jit: It compiles with DeepJIT, which also reads variables with DJ_ for EP_, and takes a list of folders
@@ -50,7 +51,7 @@ class Generation:
     nccl_as_built: bool = False
     nvcc: str | None = None
     nvcc_blackwell: str | None = None
-    needs_cuobjdump: bool = False
+    cuobjdump_below: str | None = None
     cache: str | None = None
     cache_may_be_shared: bool = False
     on_deep_jit: bool = False
@@ -80,7 +81,7 @@ _2_1 = Generation(
     nccl_as_built=True,
     nvcc=versions.NVCC,
     nvcc_blackwell=versions.NVCC_BLACKWELL,
-    needs_cuobjdump=True,
+    cuobjdump_below=versions.CUOBJDUMP_BELOW,
     cache=".deep_ep",
     nic_variable="EP_NIC_NAME",
     max_local_experts=256,  # deep_ep 2.1.0, csrc and layout.cuh

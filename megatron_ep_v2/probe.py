@@ -6,8 +6,6 @@ import ctypes
 import functools
 import importlib
 import importlib.metadata
-import importlib.util
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -108,10 +106,7 @@ def probe() -> Probe:
 
 def look_at(name: str) -> Package | None:
     """Import one of `generations.PACKAGES`; None if it is not installed."""
-    if name not in sys.modules:
-        if importlib.util.find_spec(name) is None:
-            return None
-        cuda_toolkit.provide(name)
+    cuda_toolkit.provide()
     try:
         module = importlib.import_module(name)
     except _IMPORT_FAILURES as error:

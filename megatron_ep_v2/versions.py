@@ -22,9 +22,10 @@ NVCC_25 = "13.1"  # says the check of DeepEP 2.5's wheel at import
 _NVCC = ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-cccl")
 # Generation, and its compiler as wheels of one CUDA version, which lie in one folder. NCCL's headers ask for CCCL's,
 # which refuse a compiler of another version than the runtime's headers, and torch brings the latter, those of 13.0.
-# Of cuobjdump there is no wheel of 13.0.
+# There is no wheel of cuobjdump 13.0; from 13.5 on its -symbols prints FUNC for STT_FUNC, which DeepEP 2.1 looks for.
+CUOBJDUMP_BELOW = "13.5"
 NVCC_WHEELS = (
-    ("2.1", *(f"nvidia-{part}==13.0.*" for part in _NVCC), "nvidia-cuda-cuobjdump<14"),
+    ("2.1", *(f"nvidia-{part}==13.0.*" for part in _NVCC), f"nvidia-cuda-cuobjdump<{CUOBJDUMP_BELOW}"),
     ("2.5", *(f"nvidia-{part}==13.1.*" for part in _NVCC)),
 )
 # What has to replace wheels that torch pins: installed after torch, without their dependencies.

@@ -29,8 +29,8 @@ from megatron_ep_v2.generations import (
 )
 
 # Known errors of an import of DeepEP: a part of the text, the cause, the fix. In a fix {nccl} is the command that
-# installs the NCCL of its generation, {nvcc} its compiler, {wheel} the one that installs the wheel for this torch instead
-# of it.
+# installs the NCCL of its generation, {nvcc} its compiler, {wheel} the one that installs the wheel for this torch
+# instead of it.
 _GET_NCCL = "{nccl}; take others off LD_LIBRARY_PATH"
 _CAUSES = (
     ("ncclGetLsaDevicePointer", "the NCCL in the process is older than the one that it was built with", _GET_NCCL),

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from megatron_ep_v2 import __version__
+from megatron_ep_v2 import __version__, cuda_toolkit
 from megatron_ep_v2.doctor.host import read_host, read_toolkit
 from megatron_ep_v2.doctor.imports import STEPS
 from megatron_ep_v2.doctor.packages import Facts, generation
@@ -25,6 +25,7 @@ def gather() -> Facts:
         The host's facts (`host.read_host`), "toolkit" (`host.read_toolkit`), and the result of each step of imports.py
         ({} = not installed), or {"failure": {"how": in one line, "stderr": its end}} if the step ended its process.
     """
+    cuda_toolkit.provide()
     facts = {"megatron_ep_v2": __version__, **read_host(), **_look_at_imports()}
     environment = {**facts["environment"], **facts["probe"].get("environment", {})}
     return {**facts, "toolkit": read_toolkit(environment, generation(facts))}

@@ -26,7 +26,7 @@ from megatron_ep_v2.doctor.packages import (
     package_in_use,
     replace_command,
 )
-from megatron_ep_v2.generations import GENERATIONS, WITH_WHEELS, nvcc_command, of_distribution
+from megatron_ep_v2.generations import GENERATIONS, PACKAGES, WITH_WHEELS, nvcc_command, of_distribution
 
 # On these, a rank whose rename comes second may not see the first one's kernel (DeepEP's issue 683).
 _NETWORK = re.compile(r"nfs.*|lustre|gpfs|beegfs.*|cifs|smb3?|fuse\..+|9p|ceph|afs|wekafs|panfs")
@@ -92,12 +92,20 @@ def check_nvlink(facts: Facts) -> Check:
 @checks.add("nvcc", for_v2=True)
 def check_nvcc(facts: Facts) -> Check:
     toolkit, driver, row = facts["toolkit"], version(facts["driver"]["cuda"]), generation(facts)
-    lacks_cuobjdump = row.needs_cuobjdump and not toolkit["cuobjdump"]
-    found = f"{toolkit['version']} at {toolkit['nvcc']}" + (", no cuobjdump next to it" if lacks_cuobjdump else "")
+    readable = toolkit["readable"]
+    found = f"{toolkit['version']} at {toolkit['nvcc']}"
+    if row.cuobjdump_below and not readable:
+        found += f", cuobjdump {toolkit['cuobjdump']}" if toolkit["cuobjdump"] else ", no cuobjdump next to it"
+    elif toolkit["by_us"]:
+        found += ", which this package names in CUDA_HOME"
+        used = package_in_use(facts)
+        if used is not None and used["name"] == PACKAGES[0]:  # which Megatron imports
+            found += ": import it, or megatron_ep_v2.auto, before Megatron"
     least, most = row.nvcc_blackwell if is_blackwell(facts) else row.nvcc, driver[0] if driver else 99
-    needed = f"CUDA {least} or newer{', with cuobjdump' if row.needs_cuobjdump else ''}: DeepEP {row.name} compiles at "
+    cuobjdump = f", with a cuobjdump below {row.cuobjdump_below}" if row.cuobjdump_below else ""
+    needed = f"CUDA {least} or newer{cuobjdump}: DeepEP {row.name} compiles at "
     needed += "run time" + (f"; at most CUDA {most} for this driver" if driver else "")
-    good = not lacks_cuobjdump and version(least) <= version(toolkit["version"]) < (most + 1,)
+    good = readable and version(least) <= version(toolkit["version"]) < (most + 1,)
     named = [name for name in ("CUDA_HOME", "CUDA_PATH") if name in facts["environment"]]
     wheels = "".join(f"unset {name}, and " for name in named[:1]) + nvcc_command(row.name)
     return Check("ok" if good else "fail", found, needed, f"{wheels}; or set CUDA_HOME to a toolkit that has it")

@@ -18,9 +18,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_ep_v2 import settings
+from megatron_ep_v2 import cuda_toolkit, settings
 from megatron_ep_v2.buffers.gin import RDMA_DEVICES
-from megatron_ep_v2.cuda_toolkit import found_by_deep_ep
 from megatron_ep_v2.errors import SettingsError
 from megatron_ep_v2.generations import PACKAGES, Generation, normalised
 
@@ -123,12 +122,14 @@ def read_toolkit(environment: Mapping[str, str], generation: Generation) -> dict
         environment: Variables after the import of DeepEP, which adds those that it was built with.
         generation: Of the package in use.
     """
-    toolkit = found_by_deep_ep(environment, generation)
+    toolkit = cuda_toolkit.found_by_deep_ep(environment, generation)
     folders = generation.cache_folders(environment, Path.home())
     return {
         "nvcc": toolkit.nvcc,
         "version": toolkit.version,
         "cuobjdump": toolkit.cuobjdump,
+        "readable": toolkit.can_be_read_by(generation),
+        "by_us": cuda_toolkit.provided is not None,
         "cache": _folder(folders[0] if folders else Path.home()),
     }
 

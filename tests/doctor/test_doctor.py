@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.doctor_machine import DEEP_EP, FUSED_A2A, H200, HYBRID_EP, V1, V2_0, V2_1, Machine, Report
+from tests.helpers.doctor_machine import DEEP_EP, FUSED_A2A, H200, HYBRID_EP, V1, V2_0, V2_1, Machine, Report, says
 from tests.helpers.stacks import on_one_stack
 
 pytestmark = [pytest.mark.slow, on_one_stack]  # a grid of processes; the machine is made up, its packages too
@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.slow, on_one_stack]  # a grid of processes; the machin
 Change = Callable[[Machine], object]
 
 MOE = "megatron/core/transformer/moe"
+PIPS = ("site/nvidia/cu13/bin/nvcc", "site/nvidia/cu13/bin/cuobjdump")
 NCCL, HEADER, CUDART = "nccl/lib/libnccl.so.2", "nccl/include/nccl.h", "cudart/libcudart.so.13"
 
 
@@ -104,10 +105,6 @@ def no_deep_ep(machine: Machine) -> None:
 
 def no_ibstat(machine: Machine) -> None:
     del machine.programs["bin/ibstat"]
-
-
-def no_cuobjdump(machine: Machine) -> None:
-    del machine.files["cuda/bin/cuobjdump"]
 
 
 OLD_PYTHON = "import platform\nplatform.python_version = lambda: '3.9.18'"
@@ -228,7 +225,8 @@ FAULTS: dict[str, tuple[Change, dict[str, str], str]] = {
     "no nvcc": (put(nvcc=None), {"nvcc": "fail"}, "None at "),
     "an old nvcc": (put(nvcc="12.2"), {"nvcc": "fail"}, "12.2 at "),
     "nvcc newer than the driver": (put(nvcc="14.0"), {"nvcc": "fail"}, "14.0 at "),
-    "no cuobjdump": (no_cuobjdump, {"nvcc": "fail"}, "no cuobjdump next to it"),
+    "no cuobjdump": (put(cuobjdump=None), {"nvcc": "fail"}, "no cuobjdump next to it"),
+    "a cuobjdump that prints another text": (put(cuobjdump="13.5"), {"nvcc": "fail"}, "/bin/nvcc, cuobjdump 13.5"),
     "a JIT folder that cannot be written": (
         put(environment={"EP_JIT_CACHE_DIR": "/proc/self/deep_ep"}),
         {"JIT cache": "fail"},
@@ -343,6 +341,11 @@ HARMLESS: dict[str, tuple[Change, str, str]] = {
     "a Megatron patched by us": (put(modules={f"{MOE}/fused_a2a.py": PATCHED}), "megatron-core", "by megatron_ep_v2"),
     "a Megatron with deepepv2": (put(modules={f"{MOE}/fused_a2a.py": OWN_V2}), "megatron-core", "backend deepepv2"),
     "a JIT folder on a local disk": (mounted("xfs"), "JIT cache", "~/.deep_ep: "),
+    "the toolkit of pip alone": (
+        put(environment={"CUDA_HOME": ""}, programs=dict.fromkeys(PIPS, says("13.0")), nvcc=None),
+        "nvcc",
+        "cu13/bin/nvcc, which this package names in CUDA_HOME: import it, or megatron_ep_v2.auto, before Megatron",
+    ),
     "CUDA 13.1 on SM100": (both(gpu("NVIDIA B200", "10.0"), put(nvcc="13.1")), "zero padding", "compiles"),
 }
 

@@ -280,7 +280,7 @@ def machine_with_2_5(folder: Path) -> Machine:
 
 
 def without_cuobjdump(machine: Machine) -> None:
-    del machine.files["cuda/bin/cuobjdump"]
+    machine.cuobjdump = None
 
 
 def old_nvcc(machine: Machine) -> None:

@@ -170,6 +170,11 @@ NCCL_HEADER = "#define NCCL_MAJOR {}\n#define NCCL_MINOR {}\n#define NCCL_PATCH 
 H200 = {"name": "NVIDIA H200", "sm": "9.0"}
 
 
+def says(version: str) -> str:
+    """A program of a CUDA toolkit, as a script that says its version."""
+    return f"echo 'Cuda compilation tools, release {version}, V{version}.88'"
+
+
 @dataclass
 class Machine:
     """Eight H200 with NVLink, no RDMA, and deep_ep 2.1.0: everything in order. A test changes one thing.
@@ -180,7 +185,7 @@ class Machine:
         torch: What the stand-in for torch says; None = not installed.
         modules: Source by path below the folder of packages.
         wheels: "distribution==version" by import name, of packages that are there.
-        nvcc: The compiler's version; None = there is none.
+        nvcc, cuobjdump: Their versions; None = there is none.
         files: Content by path; below nccl, cudart and lib shared libraries, which a stand-in maps into memory.
         programs: Shell script by path.
         environment: Variables.
@@ -217,12 +222,12 @@ class Machine:
     )
     wheels: dict[str, str] = field(default_factory=lambda: {"deep_ep": "tokenspeed-deepep==2.1.0.post20260801"})
     nvcc: str | None = "13.0"
+    cuobjdump: str | None = "13.0"
     files: dict[str, str] = field(
         default_factory=lambda: {
             "nccl/lib/libnccl.so.2": "23004",
             "nccl/include/nccl.h": NCCL_HEADER.format(2, 30, 4),
             "cudart/libcudart.so.13": "13000",
-            "cuda/bin/cuobjdump": "",
         }
     )
     programs: dict[str, str] = field(default_factory=dict)
@@ -232,7 +237,7 @@ class Machine:
     def without_gpus(self) -> Machine:
         """A laptop: no GPU, torch's CPU build, no deep_ep."""
         assert self.torch
-        self.gpus, self.nvcc = [], None
+        self.gpus, self.nvcc, self.cuobjdump = [], None, None
         self.torch |= {"version": "2.11.0+cpu", "cuda": None, "devices": [], "libraries": []}
         del self.modules[DEEP_EP]
         return self
@@ -304,7 +309,9 @@ class Machine:
         if self.gpus:
             programs.setdefault("bin/nvidia-smi", self._nvidia_smi())
         if self.nvcc:
-            programs.setdefault("cuda/bin/nvcc", f"echo 'Cuda compilation tools, release {self.nvcc}, V{self.nvcc}.88'")
+            programs.setdefault("cuda/bin/nvcc", says(self.nvcc))
+        if self.cuobjdump:
+            programs.setdefault("cuda/bin/cuobjdump", says(self.cuobjdump))
         files |= {name: f"#!/bin/sh\n{script}\n" for name, script in programs.items()}
         for name, text in files.items():
             path = self.folder / name
