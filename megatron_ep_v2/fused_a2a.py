@@ -14,8 +14,7 @@ before and dequantised after the dispatch, and the gradient treats both as the i
 
 Megatron passes `async_finish` and `allocate_on_comm_stream`, and waits for the event immediately. Calls in stream order
 give the same order with less work: the communication stream waits for the current one, which then waits for it, while
-    the
-host waits for neither. Memory of inputs and outputs belongs to the current stream, so it cannot be reused before the
+the host waits for neither. Memory of inputs and outputs belongs to the current stream, so it cannot be reused before the
 communication has finished. Events and `record_stream` would cost time in every layer (benchmarks/gpu_layer_cost.py
 measures it) and delay the reuse of freed memory.
 """
@@ -47,8 +46,7 @@ from megatron_ep_v2.wire.quantize import from_wire, to_wire
 HAVE_DEEP_EP: bool  # deep_ep imports here and has the legacy `Buffer`
 HAVE_DEEP_EP_V2: bool  # deep_ep imports here and has `ElasticBuffer`
 
-# Megatron-Core passes 20 if the user has not set it (moe_deepep_num_sms' default in 0.16-0.18, a fallback from 0.19
-# on).
+# Megatron-Core passes 20 if the user has not set it: moe_deepep_num_sms' default up to 0.18, a fallback since.
 MEGATRON_DEFAULT_NUM_SMS = 20
 
 
