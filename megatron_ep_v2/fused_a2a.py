@@ -12,11 +12,11 @@ in forward, and kept on the context.
 Both dispatches may carry 8 bits per element (settings `dispatch_dtype` and `grad_dispatch_dtype`): rows are quantised
 before and dequantised after the dispatch, and the gradient treats both as the identity. Combines carry rows unchanged.
 
-Megatron passes `async_finish` and `allocate_on_comm_stream`, and waits for the event immediately. Calls in stream order
-give the same order with less work: the communication stream waits for the current one, which then waits for it, while
-the host waits for neither. Memory of inputs and outputs belongs to the current stream, so it cannot be reused before the
-communication has finished. Events and `record_stream` would cost time in every layer (benchmarks/gpu_layer_cost.py
-measures it) and delay the reuse of freed memory.
+Megatron passes `async_finish` and `allocate_on_comm_stream`, and waits for the event immediately. Calls in stream
+order give the same order with less work: the communication stream waits for the current one, which then waits for it,
+while the host waits for neither. Memory of inputs and outputs belongs to the current stream, so it cannot be reused
+before the communication has finished. Events and `record_stream` would cost time in every layer
+(benchmarks/gpu_layer_cost.py measures it) and delay the reuse of freed memory.
 """
 
 from __future__ import annotations

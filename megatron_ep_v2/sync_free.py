@@ -5,10 +5,9 @@
     gather_rows, gather_weights  [M, H] and [M] for the experts, with their counts on the device
     reduce_rows, combine         back to [T, H]
 
-M is fixed beforehand: `sync_free_rows_percent` of an even share, which is the selections of one full rank. In a step
-    with
-less even routing, some selections find no slot. They are left out, counted on the device, and reported before the
-optimizer's step, on every rank of the group:
+M is fixed beforehand: `sync_free_rows_percent` of an even share, which is the selections of one full rank, or what
+`fit()` has made of it from the rows that arrived. In a step with less even routing, some selections find no slot. They
+are left out, counted on the device, and reported before the optimizer's step, on every rank of the group:
 
     try:
         optimizer.step()
@@ -135,6 +134,41 @@ def grow() -> list[int]:
     return grown
 
 
+def fit(margin_percent: int = 25) -> list[int]:
+    """Make room for the most rows that a rank received in a training step since the last call, and a margin; no more.
+    Call it between two steps, on all ranks: after some steps, and before a CUDA graph is captured, which keeps its
+    room. It costs nothing, because the counts were read, and agreed by the group, before each optimizer's step.
+
+    Args:
+        margin_percent: For the less even routing of later steps. Too little costs a LayoutOverflowError and `grow()`.
+
+    Returns:
+        The room of each buffer that has had a training step since, in percent of an even share; it may be larger than
+        before. Equal on every rank of the buffer's group.
+
+    Raises:
+        InputError: A negative margin.
+    """
+    if margin_percent < 0:
+        raise InputError(
+            "fit() would leave less room than steps have needed",
+            found=f"margin_percent={margin_percent}",
+            needed="0 or more",
+            fix="call sync_free.fit() for 25, or with a margin of your own",
+        )
+    fitted = []
+    for room in list(_rooms.values()):
+        if room.seen:
+            seen, room.seen, room.needed = room.seen, 0, 0
+            room.num_selections = min(room.most, -(-seen * (100 + margin_percent) // 100))
+            fitted.append(room.percent(room.num_selections))
+            logger.info(
+                "sync-free: room for %d expert rows now, %d %% of an even share: at most %d have arrived on a rank",
+                *(room.num_selections, fitted[-1], seen),
+            )
+    return fitted
+
+
 class _Room:
     """Number of selections for which a rank has slots, with its overflow checks. One per buffer, equal on every rank.
 
@@ -144,6 +178,7 @@ class _Room:
         even_share: Selections of one full rank, which is what each rank receives if routing is even.
         most: Upper bound of selections that can arrive.
         needed: Slots that the steps before the last LayoutOverflowError needed; 0 = no overflow so far.
+        seen: The most slots that a rank has needed in a training step since the last `fit()`; 0 = none was read.
     """
 
     def __init__(self, buffer: Buffer, num_topk: int, num_experts: int, device: torch.device):
@@ -152,20 +187,27 @@ class _Room:
         self.most = ranks * self.capacity * min(num_topk, num_experts // ranks)
         percent = settings.active().sync_free_rows_percent
         self.num_selections = min(self.most, -(-self.even_share * percent // 100)) if percent else self.most
-        self.needed = 0
+        self.needed = self.seen = 0
         own = weakref.ref(self)  # a strong reference would keep the checks alive longer than the buffer
         self.checks = [
             DeviceCheck(functools.partial(_to_error, own, training), device, buffer.group) for training in (False, True)
         ]
+        self.most_needed = DeviceCheck(functools.partial(_note, own), device, buffer.group)  # never an error
 
     def percent(self, num_selections: int) -> int:
         return -(-100 * num_selections // self.even_share)
 
     def watch(self, places: Places, training: bool) -> None:
-        """Record on the device by how many rows a dispatch exceeded its room; keeps the largest excess of the step."""
+        """Record on the device by how many rows a dispatch exceeded its room, and how many it needed; keeps the largest
+        numbers of the step."""
         check = self.checks[training]
         torch.maximum(check.count, places.needed - places.num_rows, out=check.count)
         check.touch()
+        if training:
+            padding = places.num_rows - self.num_selections
+            needed = places.needed - padding if padding else places.needed
+            torch.maximum(self.most_needed.count, needed, out=self.most_needed.count)
+            self.most_needed.touch()
 
 
 _rooms: weakref.WeakKeyDictionary[Buffer, _Room] = weakref.WeakKeyDictionary()
@@ -176,6 +218,13 @@ def _room(buffer: Buffer, num_topk: int, num_experts: int, device: torch.device)
     if room is None or room.capacity != buffer.num_max_tokens_per_rank:  # which some buffers can raise
         room = _rooms[buffer] = _Room(buffer, num_topk, num_experts, device)
     return room
+
+
+def _note(own: weakref.ref[_Room], needed: dict[int, int]) -> None:
+    """needed: rank -> slots; equal on every rank of the group."""
+    room = own()
+    assert room is not None  # it owns the check
+    room.seen = max(room.seen, *needed.values())
 
 
 def _to_error(own: weakref.ref[_Room], training: bool, excess: dict[int, int]) -> LayoutOverflowError:

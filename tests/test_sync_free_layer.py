@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megatron_ep_v2 import recompute, settings, sync_free
 from megatron_ep_v2.device_checks import read_all
-from megatron_ep_v2.errors import LayoutOverflowError
+from megatron_ep_v2.errors import InputError, LayoutOverflowError
 from megatron_ep_v2.recompute import Replayed
 from megatron_ep_v2.sync_free import sync_free_combine, sync_free_dispatch
 from tests.helpers import fused_layer
@@ -110,6 +110,66 @@ def test_too_little_room_is_noticed_on_every_rank_and_the_step_replayed() -> Non
         assert untouched, "the optimizer stepped although selections were left out"
         assert grown == answers[0][1] and grown[0] > 50
         assert_step(SKEWED, rank, replayed)
+
+
+FEW, MORE = SKEWED, Case("more rows than before", (8, 8, 8, 8), experts=16, topk=3)
+
+
+@isolated
+def fitted(group: Any) -> tuple[list[list[int]], list[int], list[int], list[Step], str]:
+    """(what each `fit` returned, slots of each step, rows that this rank received in it, the results of each step, the
+    error of the one that found too few slots)."""
+    settings.activate(settings.resolve(sync_free_rows_percent=0, num_max_tokens_per_rank=8))
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    slots: list[int] = []
+    received: list[int] = []
+    results: list[Step] = []
+
+    def step(case: Case) -> None:
+        batch = make_batch(case, group.rank())
+        rows, _, counts, _ = sync_free_dispatch(batch.x, batch.topk_idx, batch.topk_weights, case.experts, group)
+        slots.append(len(rows))
+        received.append(int(counts.sum()))
+        results.append(train_step(case, group, 1))
+
+    rooms = [sync_free.fit()]  # nothing has arrived
+    step(FEW)
+    rooms.append(sync_free.fit())  # nor been read
+    optimizer.step()
+    rooms.append(sync_free.fit(margin_percent=0))
+    step(FEW)
+    optimizer.step()
+    assert sync_free.grow() == []
+    rooms.append(sync_free.fit())
+    step(MORE)
+    with pytest.raises(LayoutOverflowError) as caught:
+        optimizer.step()
+    sync_free.grow()
+    step(MORE)
+    optimizer.step()
+    rooms.append(sync_free.fit(0))
+    step(FEW)
+    optimizer.step()
+    rooms.append(sync_free.fit(0))
+    assert sync_free.grow() == []  # what an earlier step needed is over
+    with pytest.raises(InputError, match="margin_percent=-1"):
+        sync_free.fit(-1)
+    return rooms, slots, received, results, str(caught.value)
+
+
+def test_room_that_fits_what_has_arrived() -> None:
+    answers = run_ranks(4, fitted)
+    received = [max(rows) for rows in zip(*(received for _, _, received, _, _ in answers), strict=True)]
+    few, more = received[0], received[3]
+    assert few * 5 // 4 < more, "the test needs a step that overflows"
+    quarter_more = -(-few * 5 // 4)
+    percents = [-(-100 * slots // (8 * 3)) for slots in (few, quarter_more, more)]  # an even share: 8 tokens x top-3
+    for rank, (rooms, slots, _, results, error) in enumerate(answers):
+        assert rooms == [[], [], percents[:1], percents[1:2], percents[2:], percents[:1]]
+        assert slots[:3] == [4 * 8 * 3, few, quarter_more] and slots[3] >= more
+        assert "was sent more rows in this step" in error
+        assert torch.equal(results[0].output, results[1].output) and torch.equal(results[0].grad_x, results[1].grad_x)
+        assert_step(MORE, rank, results[3])
 
 
 @isolated

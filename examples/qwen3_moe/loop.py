@@ -22,6 +22,8 @@ from .runtime import Runtime
 
 T = TypeVar("T")
 
+_STEPS_BEFORE_FIT = 5  # of sync-free mode's room for rows
+
 
 class StopRequest:
     """While active, Ctrl-C and SIGTERM are remembered and do nothing else."""
@@ -53,6 +55,7 @@ def train_until_done(
     recipe = options.recipe
     with StopRequest() as request:
         stopped, saved = False, None
+        fits_at = trainer.step_number + _STEPS_BEFORE_FIT
         while trainer.step_number < recipe.steps and not stopped:
             started = time.perf_counter()
             batches = train_batches(samples, options, trainer.step_number, runtime.rank, runtime.world)
@@ -61,6 +64,10 @@ def train_until_done(
             seconds = time.perf_counter() - started
             step, stopped = trainer.step_number, stats.stop
             step_tokens = recipe.global_batch_size * options.shape.seq_length
+            if step == fits_at and (percents := sync_free.fit()):  # none but in sync-free mode
+                runtime.say(
+                    f"after step {step}: room for {percents[0]} % of an even share, by the rows that have arrived"
+                )
             row: dict[str, Any] = {
                 "step": step,
                 "tokens": step * step_tokens,

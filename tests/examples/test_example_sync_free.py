@@ -22,6 +22,7 @@ def test_steps_without_room_are_repeated_and_losses_stay_the_same(tmp_path: Path
     assert result["status"]["layout"] == "sync-free"
     assert "the reference buffer is not strict in this run: DeepEP would refuse rows in fp32" in done.stderr
     assert "after step 0: " in done.stderr and "again with room for" in done.stderr, done.stderr[-2000:]
+    assert "after step 5: room for" in done.stderr  # and step 6 runs in it
     ours, theirs = losses(sync_free), losses(expanded)
     assert [step for step, _, _ in ours] == [step for step, _, _ in theirs] == [1, 2, 3, 4, 5, 6]
     for (step, loss, norm), (_, loss_too, norm_too) in zip(ours, theirs, strict=True):
