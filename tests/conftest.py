@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 # A buffer's watcher takes some 40 ms of CPU time on each rank; the tests that are about it turn it on.
 os.environ.setdefault("MCORE_DEEPEP_V2_WATCHDOG_SECS", "0")
@@ -16,12 +15,15 @@ pytest.register_assert_rewrite(
     *(f"tests.helpers.{name}" for name in ("compare", "conformance", "expert_rows", "fused_layer", "reports"))
 )
 
-from tests.helpers.harness import close_shared_pool  # noqa: E402 - after the rewriting was asked for
-
 
 @pytest.fixture(scope="session", autouse=True)
 def _warm_ranks() -> Iterator[None]:
     """The rank processes live as long as the test session."""
+    # Not above: the process that hands out the tests, which the workers wait for, needs no torch.
+    import torch
+
+    from tests.helpers.harness import close_shared_pool
+
     torch.set_num_threads(1)
     yield
     close_shared_pool()
