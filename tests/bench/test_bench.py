@@ -25,6 +25,7 @@ from megatron_ep_v2.fused_a2a import get_buffer
 from tests.helpers.commands import python
 from tests.helpers.harness import HANG, run_ranks
 from tests.helpers.paths import ROOT
+from tests.helpers.stacks import on_one_stack
 
 SMALL = ["--shapes", "custom", "--hidden", "64", "--experts", "8", "--topk", "3", "--tokens", "64", "--repeats", "4"]
 ON_CPU = {"alltoall", "allgather", "reference-compact", "reference-expanded", "raw-reference-compact"}
@@ -41,18 +42,13 @@ def document(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_the_table_on_two_ranks_that_it_starts(tmp_path: Path) -> None:
-    """In interpreters of its own."""
+def test_the_table_under_torchrun(tmp_path: Path) -> None:
     out = tmp_path / "rows.jsonl"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MCORE_DEEPEP_V2_")}
-    environment |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "megatron_ep_v2", "bench", *SMALL, "--ranks", "2", "--out", str(out)]
-    command += ["--routing", "balanced", "one-hot-expert"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG, check=False)
+    done = bench(*SMALL, "--routing", "balanced", "one-hot-expert", "--out", str(out), ranks=2)
     assert done.returncode == 0, done.stderr
     answer = document(done)
     assert answer["environment"]["megatron_core"] and answer["environment"]["commit"]
-    assert answer["environment"]["command"].startswith("python -m megatron_ep_v2 bench --shapes custom")
+    assert answer["environment"]["command"].startswith("torchrun --nproc-per-node 2 -m megatron_ep_v2 bench")
     rows = answer["rows"]
     assert [json.loads(line) for line in out.read_text().splitlines()] == [answer["environment"], *rows]
 
@@ -75,13 +71,19 @@ def test_the_table_on_two_ranks_that_it_starts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_table_under_torchrun() -> None:
-    done = bench(*SMALL, "--variants", "alltoall", "reference-expanded", "--dtype", "bf16", ranks=2)
+@on_one_stack
+def test_ranks_that_it_starts() -> None:
+    """In interpreters of its own."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MCORE_DEEPEP_V2_")}
+    environment |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "megatron_ep_v2", "bench", *SMALL, "--ranks", "2"]
+    command += ["--variants", "alltoall", "reference-expanded", "--dtype", "bf16"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG, check=False)
     assert done.returncode == 0, done.stderr
     answer = document(done)
     assert [row["variant"] for row in answer["rows"]] == ["alltoall", "reference-expanded"]
-    assert all(row["status"] == "ok" and row["dtype"] == "bf16" for row in answer["rows"])
-    assert answer["environment"]["command"].startswith("torchrun --nproc-per-node 2 -m megatron_ep_v2 bench")
+    assert all(row["status"] == "ok" and row["ranks"] == 2 and row["dtype"] == "bf16" for row in answer["rows"])
+    assert answer["environment"]["command"].startswith("python -m megatron_ep_v2 bench --shapes custom")
 
 
 def lose_a_gradient() -> None:
