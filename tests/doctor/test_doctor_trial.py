@@ -17,6 +17,7 @@ import megatron_ep_v2
 from megatron_ep_v2.doctor import trial
 from tests.helpers.harness import HANG, run_ranks
 from tests.helpers.paths import ROOT
+from tests.helpers.stacks import on_one_stack
 
 
 @pytest.mark.slow
@@ -76,6 +77,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.slow
+@on_one_stack
 def test_a_rank_that_raises(run: Any) -> None:
     check, found = run("os.environ['MCORE_DEEPEP_V2_LAYOUT'] = 'sorted'")
     assert (check.name, check.status) == ("trial", "fail")
@@ -85,6 +87,7 @@ def test_a_rank_that_raises(run: Any) -> None:
 
 
 @pytest.mark.slow
+@on_one_stack
 def test_a_rank_that_dies_and_one_that_waits_for_it(run: Any) -> None:
     check, found = run("os.kill(os.getpid(), signal.SIGSEGV)", GRACE_SECONDS=2)
     assert check.status == "fail"
@@ -93,6 +96,7 @@ def test_a_rank_that_dies_and_one_that_waits_for_it(run: Any) -> None:
 
 
 @pytest.mark.slow
+@on_one_stack
 def test_a_rank_that_never_comes(run: Any) -> None:
     check, found = run("time.sleep(3600)", SECONDS=2)
     assert check.status == "fail"

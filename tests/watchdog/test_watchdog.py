@@ -174,6 +174,7 @@ time.sleep(3600)
 
 
 @pytest.mark.slow
+@on_one_stack
 @pytest.mark.parametrize("how", ["forgets to destroy", "is interrupted"])
 def test_watchers_end_with_their_job_and_say_nothing(how: str, tmp_path: Path) -> None:
     script = SCRIPT.format(store=str(tmp_path / "store"))
