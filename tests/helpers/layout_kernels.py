@@ -26,10 +26,10 @@ SIZES: list[tuple[str, tuple[int, ...]]] = [
 SHAPES = [(1, 3), (24, 8), (2051, 2)]
 
 
-def slot_cases(kernels: Any, device: str, seed: int = 0) -> Iterator[Case]:
-    """Every kind of routing, one of several blocks of selections, and one for a single expert."""
+def slot_cases(kernels: Any, device: str, seed: int = 0, many: int = 400) -> Iterator[Case]:
+    """Every kind of routing, one of several blocks of selections (of `many` rows), and one for a single expert."""
     routings = [(kind, routing(kind, seed=seed)) for kind in KINDS]
-    routings += [("many", routing("random", rows=400, topk=7, num_experts=33, seed=seed))]
+    routings += [("many", routing("random", rows=many, topk=7, num_experts=33, seed=seed))]
     routings += [("single", routing("random", topk=1, num_experts=1, seed=seed))]
     for kind, r in routings:
         topk_idx = r.topk_idx.to(device)

@@ -16,7 +16,7 @@ from megatron_ep_v2.kernels import move_triton, places_triton, swiglu_triton
 # Triton's interpreter does not round to bf16 as a GPU does.
 dtypes = (torch.float32, torch.float64), (torch.bfloat16, torch.float8_e4m3fn)
 print(json.dumps({
-    "slots": differences(slot_cases(places_triton, "cpu")),
+    "slots": differences(slot_cases(places_triton, "cpu", many=100)),  # 6 blocks: it takes 10 ms a block
     "moves": differences(move_cases(move_triton, "cpu", SHAPES, *dtypes)),
     "columns": differences(column_cases(move_triton, "cpu")),
     "swiglu": differences(swiglu_cases(swiglu_triton, "cpu", (torch.float32, torch.float64), (8, 33, 2000))),
