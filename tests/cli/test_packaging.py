@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import email.message
 import email.parser
+import re
 import shutil
 import subprocess
 import sys
@@ -82,6 +83,20 @@ def test_the_sdist_has_what_a_wheel_is_built_from(built: Path) -> None:
     head = {"LICENSE", "MANIFEST.in", "PKG-INFO", "README.md", "pyproject.toml", "setup.cfg", "setup.py"}
     example = {name for name in files_in("examples") if name.endswith(".py")} - files_in("examples/configs")
     assert names == head | files_in("megatron_ep_v2") | files_in("patches") | example
+
+
+def test_the_image_has_the_files_that_its_dependencies_are_read_from(tmp_path: Path) -> None:
+    """Its first installation sees only what was copied before it, and setuptools wants the folder of each package."""
+    pytest.importorskip("setuptools", minversion="77")
+    before, _, _ = (ROOT / "docker" / "Dockerfile").read_text().partition("RUN grep")
+    for names, target in re.findall(r"^COPY (.+) (\S+)$", before, re.MULTILINE):
+        for name in names.split():
+            copy = tmp_path / target / (name if target == "./" else "")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, copy)
+    command = [sys.executable, "-c", "from setuptools import build_meta\nbuild_meta.build_wheel('.')"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def test_the_metadata(metadata: email.message.Message) -> None:
