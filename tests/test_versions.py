@@ -75,6 +75,13 @@ def test_the_image_takes_the_extras() -> None:
     )
 
 
+def test_the_image_replaces_torchs_wheels_last() -> None:
+    """pip takes back a replaced wheel when it next installs something that needs torch."""
+    steps = [line for line in text("docker/Dockerfile").splitlines() if "pip install" in line]
+    replaces = next(number for number, step in enumerate(steps) if versions.CUDA_RUNTIME_25 in step)
+    assert all("--no-deps" in step for step in steps[replaces:]) and "transformer_engine" in "".join(steps[:replaces])
+
+
 def test_the_table_of_what_was_tested_has_them() -> None:
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text("docs/compatibility.md").splitlines()]
     first = {row[0]: row[1] for row in reversed(rows) if len(row) == 4}
