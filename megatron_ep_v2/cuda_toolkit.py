@@ -6,6 +6,7 @@ Imports neither torch nor deep_ep.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import re
@@ -14,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from megatron_ep_v2 import settings
@@ -64,7 +66,7 @@ def found_by_deep_ep(environ: Mapping[str, str], generation: Generation) -> Tool
 
 def installed_by_pip() -> Toolkit | None:
     """The toolkit in this environment's site-packages, of NVIDIA's wheels for CUDA 13; None if there is no nvcc."""
-    spec = importlib.util.find_spec("nvidia")
+    spec = PathFinder.find_spec("nvidia")  # also where a stand-in is in sys.modules
     for folder in spec.submodule_search_locations or () if spec else ():
         if (Path(folder) / "cu13" / "bin" / "nvcc").exists():
             return _at(Path(folder) / "cu13")
@@ -98,9 +100,10 @@ def _at(home: Path, nvcc: str | None = None) -> Toolkit:
     return Toolkit(home, nvcc, _version(nvcc), _version(str(home / "bin" / "cuobjdump")))
 
 
+@functools.cache  # `provide` runs before many imports
 def _version(program: str) -> str | None:
     try:
-        said = subprocess.run([program, "--version"], capture_output=True, text=True, timeout=30).stdout
+        said = subprocess.run([program, "--version"], capture_output=True, errors="replace", timeout=30).stdout
     except (OSError, subprocess.SubprocessError):
         return None
     release = re.search(r"release (\d+\.\d+)", said)

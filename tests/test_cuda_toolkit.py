@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -132,6 +133,37 @@ def test_it_is_set_before_megatron_imports_deep_ep(host: Path, first: str) -> No
     command = [sys.executable, "-c", MEGATRON.format(first=first)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=HANG, check=False)
     assert done.stdout.strip() == ours, done.stderr[-2000:]
+
+
+def test_a_stand_in_for_nvidias_packages_hides_nothing(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests and documentation builds put modules without a spec into sys.modules."""
+    ours = pips(host, "13.1")
+    install(host, "deep_ep_v25")
+    monkeypatch.setitem(sys.modules, "nvidia", types.ModuleType("nvidia"))
+    cuda_toolkit.provide()
+    assert os.environ.get("CUDA_HOME") == ours
+
+
+@pytest.mark.parametrize("script", ["exit 0", "exit 1", r"printf '\377release 13.1, V'", "kill $$"])
+def test_a_compiler_that_says_nothing_of_use(host: Path, script: str) -> None:
+    nvcc = Path(pips(host, "13.1")) / "bin" / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\n{script}\n")
+    install(host, "deep_ep_v25")
+    cuda_toolkit.provide()
+    assert os.environ.get("CUDA_HOME") in (None, str(nvcc.parent.parent))
+
+
+def test_each_compiler_is_asked_once(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` asks before each import of a module of Megatron; a compiler on a slow disk would be started for each."""
+    toolkit(host / "system", "13.1")
+    pips(host, "13.1")
+    install(host, "deep_ep_v25")
+    asked: list[str] = []
+    run = subprocess.run
+    monkeypatch.setattr(subprocess, "run", lambda command, **more: asked.append(command[0]) or run(command, **more))
+    for _ in range(3):
+        cuda_toolkit.provide()
+    assert "CUDA_HOME" not in os.environ and sorted(asked) == sorted(set(asked))
 
 
 def test_without_deep_ep_no_compiler_is_asked(host: Path, monkeypatch: pytest.MonkeyPatch) -> None:
