@@ -22,9 +22,9 @@ from megatron_ep_v2.megatron.symbols import TOKEN_DISPATCHER
 
 logger = logging.getLogger("megatron_ep_v2")
 
-_NONE = "none with anything to dispatch was built so far"  # of more than one rank
+_NONE = "none with anything to dispatch was built since it was installed"  # of more than one rank
 _built: weakref.WeakSet[Any] = weakref.WeakSet()  # dispatchers whose constructor ran while it was bound
-_stepped = True  # whether the first training step after install() has been
+_stepped = True  # whether the first training step with MoE layers after install() has been
 
 
 def noting(init: Callable[..., None]) -> Callable[..., None]:
@@ -64,10 +64,10 @@ def check_first_step() -> None:
     global _stepped
     if _stepped:
         return
-    _stepped = True
-    others = _others()
+    ours, others = _ours(), _others()
+    _stepped = bool(ours or others)  # else a dense model's, and one with MoE layers may follow
     unintended = [dispatcher for dispatcher in others if not _other_backend(dispatcher.config)]
-    if unintended and not _ours() and _is_first_of_stage(unintended[0]):
+    if unintended and not ours and _is_first_of_stage(unintended[0]):
         logger.warning(
             "megatron_ep_v2 is installed, but no MoE layer dispatches through it: %s; needed before the model is "
             "built: moe_token_dispatcher_type=flex and moe_flex_dispatcher_backend=deepep",

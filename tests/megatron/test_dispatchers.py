@@ -25,7 +25,7 @@ from tests.helpers.shapes import CPU, Split
 
 SAYS = "megatron_ep_v2 is installed, but no MoE layer dispatches through it: "
 NEEDED = "moe_token_dispatcher_type=flex and moe_flex_dispatcher_backend=deepep"
-NONE = "none with anything to dispatch was built so far"
+NONE = "none with anything to dispatch was built since it was installed"
 BUILT = "moe_token_dispatcher_type={}"
 
 
@@ -118,6 +118,9 @@ def step_with_each(group: Any) -> dict[str, Any]:
         megatron_ep_v2.install(buffer="reference")
         optimizer_step.deciding_first(step)()
         found["uninstalled"] = (take(seen), megatron_ep_v2.status()["moe_layers"], len(kept))
+        kept = [dispatcher("alltoall")]
+        optimizer_step.deciding_first(step)()
+        found["after a dense model's steps"] = take(seen)
     return found
 
 
@@ -126,6 +129,8 @@ def test_the_first_step_warns_where_none_dispatches_and_one_was_meant_to() -> No
     for ranks in (first_rank, second_rank):
         assert ranks.pop("of another replica") == []
         assert ranks.pop("uninstalled") == ([], NONE, 1), "what was built before is not asked about"
+    assert len(first_rank.pop("after a dense model's steps")) == 1, "as of a critic that trains before its actor"
+    assert second_rank.pop("after a dense model's steps") == []
     for name, (layers, warns, status) in JOBS.items():
         said = [f"{SAYS}{status.partition(': ')[2]}; needed before the model is built: {NEEDED}"] if warns else []
         assert first_rank[name] == (said, said, [], status, len(layers)), name
