@@ -9,7 +9,7 @@
 PYTHON  ?= python3
 INSTALL ?= yes
 # The DeepEP to install: 2.1, 2.5 or no. By default none of it is downloaded where there is no GPU.
-DEEPEP  ?= $(if $(wildcard /dev/nvidia0),2.1,no)
+DEEPEP  ?= $(if $(wildcard /dev/nvidia[0-9]*),2.1,no)
 # Extra arguments for the command behind a target: make train ARGS="--steps 50"
 ARGS    ?=
 # Training processes; by default one for each GPU, or two on the CPU where there are fewer than two GPUs.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import email.message
 import email.parser
+import fnmatch
 import re
 import shutil
 import subprocess
@@ -83,6 +84,15 @@ def test_the_sdist_has_what_a_wheel_is_built_from(built: Path) -> None:
     head = {"LICENSE", "MANIFEST.in", "PKG-INFO", "README.md", "pyproject.toml", "setup.cfg", "setup.py"}
     example = {name for name in files_in("examples") if name.endswith(".py")} - files_in("examples/configs")
     assert names == head | files_in("megatron_ep_v2") | files_in("patches") | example
+
+
+@pytest.mark.parametrize(
+    ("device", "is_one"), [("nvidia0", True), ("nvidia7", True), ("nvidiactl", False), ("nvidia-uvm", False)]
+)
+def test_make_sees_any_gpu(device: str, is_one: bool) -> None:
+    """A container may have been given the last one of its host alone."""
+    (pattern,) = re.findall(r"^DEEPEP .*wildcard /dev/([^)]+)\)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert fnmatch.fnmatchcase(device, pattern) is is_one
 
 
 def test_the_image_has_the_files_that_its_dependencies_are_read_from(tmp_path: Path) -> None:
