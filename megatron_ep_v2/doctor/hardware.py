@@ -100,7 +100,7 @@ def check_nvcc(facts: Facts) -> Check:
         found += ", which this package names in CUDA_HOME"
         used = package_in_use(facts)
         if used is not None and used["name"] == PACKAGES[0]:  # which Megatron imports
-            found += ": import it, or megatron_ep_v2.auto, before Megatron"
+            found += ": call install(), or import megatron_ep_v2.auto, before Megatron is imported"
     least, most = row.nvcc_blackwell if is_blackwell(facts) else row.nvcc, driver[0] if driver else 99
     cuobjdump = f", with a cuobjdump below {row.cuobjdump_below}" if row.cuobjdump_below else ""
     needed = f"CUDA {least} or newer{cuobjdump}: DeepEP {row.name} compiles at "

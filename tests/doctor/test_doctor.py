@@ -344,7 +344,7 @@ HARMLESS: dict[str, tuple[Change, str, str]] = {
     "the toolkit of pip alone": (
         put(environment={"CUDA_HOME": ""}, programs=dict.fromkeys(PIPS, says("13.0")), nvcc=None),
         "nvcc",
-        "cu13/bin/nvcc, which this package names in CUDA_HOME: import it, or megatron_ep_v2.auto, before Megatron",
+        "cu13/bin/nvcc, which this package names in CUDA_HOME: call install(), or import megatron_ep_v2.auto, before",
     ),
     "CUDA 13.1 on SM100": (both(gpu("NVIDIA B200", "10.0"), put(nvcc="13.1")), "zero padding", "compiles"),
 }
