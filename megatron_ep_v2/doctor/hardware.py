@@ -106,7 +106,7 @@ def check_nvcc(facts: Facts) -> Check:
     needed = f"CUDA {least} or newer{cuobjdump}: DeepEP {row.name} compiles at "
     needed += "run time" + (f"; at most CUDA {most} for this driver" if driver else "")
     good = readable and version(least) <= version(toolkit["version"]) < (most + 1,)
-    named = [name for name in ("CUDA_HOME", "CUDA_PATH") if name in facts["environment"]]
+    named = [name for name in ("CUDA_HOME", "CUDA_PATH") if facts["environment"].get(name) and not toolkit["by_us"]]
     wheels = "".join(f"unset {name}, and " for name in named[:1]) + nvcc_command(row.name)
     return Check("ok" if good else "fail", found, needed, f"{wheels}; or set CUDA_HOME to a toolkit that has it")
 
