@@ -16,11 +16,9 @@ ARGS    ?=
 NPROC   ?=
 # nproc takes OMP_NUM_THREADS for the number of cores where it is set.
 CPUS    := $(shell env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-# Test workers; by default one per core, and one more for test, whose slow tests wait for limits to pass. A test starts up
-# to 8 processes of its own, so more than 8 workers only fight for memory.
-WORKERS ?=
-CORES := $(shell n=$(CPUS); echo $$((n < 8 ? n : 8)))
-ONE_MORE := $(shell n=$(CPUS); echo $$((n < 8 ? n + 1 : 8)))
+# Test workers: one more than cores, because a test that waits for its processes leaves a core idle. A test starts up to 8
+# processes of its own, so more than 8 workers only fight for memory.
+WORKERS ?= $(shell n=$(CPUS); echo $$((n < 8 ? n + 1 : 8)))
 
 # The interpreter by name, or pyenv's newest of that name where its shim does not answer.
 PYTHON_EXE := $(shell $(PYTHON) -c 'import sys; print(sys.executable)' 2>/dev/null || \
@@ -49,7 +47,7 @@ endif
 # Without this, a megatron-core that is installed below a git checkout takes our commit for its own: 0.19.2+<our commit>.
 export NO_VCS_VERSION := 1
 
-PYTEST = export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1; exec "$(PY)" -m pytest --dist worksteal
+PYTEST = export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1; exec "$(PY)" -m pytest -n $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -71,10 +69,10 @@ train: $(READY)  ## train a small Qwen3-MoE: on all GPUs, or on the CPU with two
 	@exec "$(PY)" -m megatron_ep_v2 train $(if $(NPROC),--nproc $(NPROC)) $(ARGS)
 
 test: $(READY)  ## run the tests on the CPU
-	@$(PYTEST) -n $(or $(WORKERS),$(ONE_MORE)) $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-fast: $(READY)  ## run those that take no long
-	@$(PYTEST) -n $(or $(WORKERS),$(CORES)) -m 'not slow and not gpu and not multinode' $(ARGS)
+	@$(PYTEST) -m 'not slow and not gpu and not multinode' $(ARGS)
 
 wheel-check: $(READY)  ## build the wheel and run each command from it, without the source tree
 	@.ci/wheel-check "$(PY)"

@@ -35,6 +35,7 @@ def test_outputs_and_gradients_in_fp64(case: Case, layout: Layout) -> None:
         assert_step(case, rank, by_layout[layout])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["random-large", "dropped-selections"])

@@ -110,6 +110,7 @@ def compare(group: Any, layout: str) -> dict[str, float]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["compact", "expanded", "sync-free"])
 def test_gradients_are_those_of_a_plain_step(layout: str) -> None:
     for found in run_ranks(2, compare, layout):

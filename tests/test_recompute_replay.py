@@ -94,6 +94,7 @@ def abandon_a_step(group: Any) -> dict[str, Any]:
         return {"kept": kept, "left": left, "calls": calls, "difference": difference}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["compact", "expanded"])
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_megatrons_layer_dispatches_once_and_trains_the_same(layout: str, micro_batches: int) -> None:
@@ -200,6 +201,7 @@ def two_backwards(group: Any, layout: Layout) -> tuple[list[torch.Tensor], list[
         return [x.grad - wanted[0], probs.grad - wanted[1]], said, left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [COMPACT, EXPANDED, PADDED], ids=str)
 @pytest.mark.parametrize("wrap", [name for name in WRAPS if name != "plain"])
 def test_handles_find_their_layer_and_micro_batch(wrap: str, layout: Layout) -> None:

@@ -58,6 +58,7 @@ def steps(case: Case) -> list[dict[int, Step]]:
     return run_ranks(case.size, train_steps, case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("align", [1, 16])
 @pytest.mark.parametrize("case", [*edge_cases(2), *edge_cases(4)], ids=str)
 def test_outputs_and_gradients_in_fp64(case: Case, align: int) -> None:

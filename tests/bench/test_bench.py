@@ -102,6 +102,7 @@ def lose_a_gradient() -> None:
     fused_a2a.FusedDispatch.backward = staticmethod(broken)
 
 
+@pytest.mark.slow
 def test_a_wrong_result_gets_no_time() -> None:
     done = bench(*SMALL, "--variants", "alltoall", "reference-expanded", ranks=2, first=lose_a_gradient)
     assert done.returncode == 1, done.stderr

@@ -123,6 +123,7 @@ def offload(group: Any) -> list[tuple[str, dict[str, Any]]]:
         megatron_ep_v2.uninstall()
 
 
+@pytest.mark.slow
 def test_a_group_that_forwards_is_offloaded_and_reloaded() -> None:
     for outcomes in run_ranks(2, offload, env=WATCHED):
         for way, found in outcomes:

@@ -78,6 +78,7 @@ def answers(case: Case) -> list[dict[str, dict[str, Any]]]:
 BY_ROW = ("x", "scales", "ids", "weights", "cached", "cached weights", "metadata")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_real_rows_are_those_of_an_ordinary_dispatch(case: Case) -> None:
     for found in answers(case):

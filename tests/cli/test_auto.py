@@ -314,6 +314,7 @@ DECISIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", DECISIONS)
 def test_the_script_decides(name: str, tmp_path: Path) -> None:
     body, expected = DECISIONS[name]

@@ -88,6 +88,7 @@ def test_a_resumed_run_continues_exactly(tmp_path: Path) -> None:
     assert (whole / "out" / "loss.png").stat().st_size > 0 and (whole / "out" / "loss.svg").stat().st_size > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["missing", "binary", "unreadable", "too little"])
 def test_data_that_cannot_be_used(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
@@ -108,6 +109,7 @@ def test_data_that_cannot_be_used(kind: str, tmp_path: Path) -> None:
     assert done.stderr.count("\n  fix: ") == 1, "said once, not by every rank"
 
 
+@pytest.mark.slow
 def test_megatrons_own_data_files(tmp_path: Path) -> None:
     import numpy
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder

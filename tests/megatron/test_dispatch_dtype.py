@@ -193,6 +193,7 @@ RUNS: dict[str, tuple[str | None, dict[str, Any], str, list[str], list[str]]] = 
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_a_model_of_megatron(name: str) -> None:
     recipe, chosen, reported, forward, backward = RUNS[name]

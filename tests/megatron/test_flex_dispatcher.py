@@ -94,8 +94,7 @@ def run_bodies(group: Any, split: Split, *layouts: str) -> None:
                         raise AssertionError(f"{layout}, {body.__name__}, {shape}: {error}") from error
 
 
-@pytest.mark.parametrize(
-    "split", [pytest.param(split, marks=pytest.mark.slow) if split.size == 8 else split for split in SPLITS], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("split", SPLITS, ids=str)
 def test_forward_and_backward(split: Split) -> None:
     run_ranks(split.size, run_bodies, split, "compact", "expanded")

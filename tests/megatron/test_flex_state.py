@@ -79,6 +79,7 @@ def run_micro_batches(group: Any, layout: str, order: list[int]) -> None:
             assert_close("gradient", hidden.grad, expected_grad)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [[0, 1, 2], [2, 1, 0], [1, 2, 0]], ids=str)
 def test_several_micro_batches_in_flight(layout: str, order: list[int]) -> None:
     """All forwards first: the manager's attributes are those of the last one when the first backward runs."""
@@ -134,6 +135,7 @@ def follow_handles(group: Any, layout: str, mode: str) -> None:
         gc.enable()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["train", "no_grad", "inference_mode"])
 def test_no_handle_outlives_its_step(layout: str, mode: str) -> None:
     run_ranks(2, follow_handles, layout, mode)

@@ -9,6 +9,7 @@ from tests.helpers.moe_features import FEATURES, compare_with_alltoall
 from tests.helpers.shapes import CPU
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("feature", FEATURES)
 def test_the_layer_agrees_with_alltoall(feature: str) -> None:
     answers = run_ranks(2, compare_with_alltoall, CPU, {feature: FEATURES[feature]}, ("compact", "expanded"))

@@ -45,6 +45,7 @@ def compare(group: Any) -> dict[str, dict[str, float]]:
     return found
 
 
+@pytest.mark.slow
 def test_outputs_gradients_and_loads_are_those_of_the_expanded_layout() -> None:
     for rank, by_feature in enumerate(run_ranks(4, compare)):
         for name, errors in by_feature.items():

@@ -66,6 +66,7 @@ def dense(case: Case, wire: Wire) -> Dense:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wire", WIRES, ids="-".join)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
