@@ -169,6 +169,12 @@ def fit(margin_percent: int = 25) -> list[int]:
     return fitted
 
 
+def rooms() -> tuple[int, ...]:
+    """The rows for which each buffer has room now, oldest buffer first; empty before the first dispatch. A CUDA graph
+    that was captured with other numbers keeps those: capture it again."""
+    return tuple(room.num_selections for room in list(_rooms.values()))
+
+
 class _Room:
     """Number of selections for which a rank has slots, with its overflow checks. One per buffer, equal on every rank.
 

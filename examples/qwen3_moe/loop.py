@@ -54,7 +54,7 @@ def train_until_done(
     """
     recipe = options.recipe
     with StopRequest() as request:
-        stopped, saved = False, None
+        stopped, saved, captures = False, None, 0
         fits_at = trainer.step_number + _STEPS_BEFORE_FIT
         while trainer.step_number < recipe.steps and not stopped:
             started = time.perf_counter()
@@ -62,6 +62,13 @@ def train_until_done(
             step_once = functools.partial(trainer.step, batches, stop=request.received is not None)
             stats = _with_room(step_once, runtime, trainer)
             seconds = time.perf_counter() - started
+            if trainer.graph and len(trainer.graph.captures) > captures:
+                captures = len(trainer.graph.captures)
+                taken = trainer.graph.captures[-1]
+                runtime.say(
+                    f"step {trainer.step_number}: captured in a CUDA graph, in {taken.seconds:.1f} s; it keeps "
+                    f"{taken.pool_bytes / 2**20:.0f} MiB"
+                )
             step, stopped = trainer.step_number, stats.stop
             step_tokens = recipe.global_batch_size * options.shape.seq_length
             if step == fits_at and (percents := sync_free.fit()):  # none but in sync-free mode

@@ -98,6 +98,14 @@ class Options(TrainerOptions):
                 needed="--experts grouped, or deepgemm on GPUs",
                 fix="add --experts grouped",
             )
+        if self.cuda_graph and (device.type == "cpu" or not self.sync_free or self.recompute):
+            raise SettingsError(
+                "--cuda-graph replays steps on GPUs that nothing on the host depends on",
+                found=f"{device.type}, {'--sync-free' if self.sync_free else 'without --sync-free'}"
+                + (", --recompute" if self.recompute else ""),
+                needed="GPUs, --sync-free, and no --recompute, which sets random states on the host",
+                fix="--cuda-graph --sync-free --experts grouped --no-recompute, on GPUs",
+            )
         if self.resume and not self.save:
             raise SettingsError("--resume needs to know where", fix="add --save DIR, the folder of the checkpoints")
 
@@ -167,6 +175,11 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         default=None,
         help="no wait on the host in a MoE layer; needs --experts grouped or deepgemm",
+    )
+    moe.add_argument(
+        "--cuda-graph",
+        action="store_true",
+        help="replay forward and backward of all micro-batches as one CUDA graph (GPUs); needs --sync-free",
     )
     moe.add_argument("--permute-fusion", action="store_true", help="moe_permute_fusion (GPUs, TransformerEngine)")
     moe.add_argument(

@@ -47,7 +47,7 @@ class DispatcherSet:
         self.backend = variant.backend if variant.kind == "flex" else ""
         fixed_sms = variant.buffer is not None and CARRIERS[variant.buffer].fixed_sms
         group = groups.get((variant.buffer or "megatron", sms if fixed_sms else None))
-        self.ours = OurBuffer(variant.buffer, variant.layout, sms, group, tokens) if variant.buffer else None
+        self.ours = OurBuffer(variant, sms, group, tokens) if variant.buffer else None
         config: dict[str, object] = {}
         if self.ours is None and sms is not None:
             config[standalone.sms_field(variant.backend)] = sms

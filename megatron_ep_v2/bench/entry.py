@@ -10,7 +10,7 @@ from typing import Generic, Protocol, TypeVar
 import torch.distributed as dist
 
 from megatron_ep_v2.bench.rows import Row
-from megatron_ep_v2.bench.variants import Variant
+from megatron_ep_v2.bench.variants import SYNC_FREE_EXPERTS, Variant
 
 # What a library that is missing, too old or misused here was seen to raise.
 _FAILURES = (ImportError, RuntimeError, ValueError, AssertionError, TypeError, AttributeError, OSError)
@@ -72,12 +72,13 @@ class Entry(Generic[B]):
 def entries_of(
     variants: Sequence[Variant], sms: Sequence[int | None], experts: Sequence[str | None] = (None,)
 ) -> list[Entry[B]]:
-    """One for each variant and kind of experts, and for each SM count where the variant takes one."""
+    """One for each variant and kind of experts that it can run with, and each SM count where the variant takes one."""
     return [
         Entry(variant, count, kind)
         for variant in variants
         for count in (sms if variant.takes_sms else (None,))
         for kind in experts
+        if not variant.sync_free or kind in SYNC_FREE_EXPERTS
     ]
 
 

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 Interval = tuple[float, float]
 NAME_CHARACTERS = 100  # of a kernel in a trace
+_LONGEST = 8  # kernels that `Activity` names
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,54 @@ def profiled(run: Callable[[], object], trace: Path | None = None) -> Share:
     return share((event.name, _times(event)) for event in kernels)
 
 
-def busy(run: Callable[[], object]) -> float:
-    """`computing` of one run under the profiler."""
-    return computing((event.name, _times(event)) for event in _device_events(run))
+@dataclass(frozen=True)
+class Activity:
+    """Of one run on one GPU, in microseconds.
+
+    Attributes:
+        span: From the start of the first kernel or copy to the end of the last one.
+        idle: Of the span, while nothing runs. Where the host launches each kernel, the profiler makes it longer.
+        computing: See `computing`.
+        launches: Kernels and copies.
+        longest: Name -> time of all its launches together, of the kernels that take most.
+    """
+
+    span: float
+    idle: float
+    computing: float
+    launches: int
+    longest: dict[str, float]
+
+
+def activity(run: Callable[[], object], trace: Path | None = None) -> Activity:
+    """Run once under the profiler.
+
+    Args:
+        run: Whatever it queues is waited for.
+        trace: As for `profiled`.
+    """
+    events = _device_events(run)
+    if trace:
+        write_trace(trace, [(event.name, event.device_resource_id, *_times(event)) for event in events])
+    return activity_of((event.name, _times(event)) for event in events)
+
+
+def activity_of(events: Iterable[tuple[str, Interval]]) -> Activity:
+    """From the names and times of kernels and copies."""
+    events = list(events)
+    by_name: dict[str, float] = {}
+    for name, (start, end) in events:
+        name = name[:NAME_CHARACTERS]
+        by_name[name] = by_name.get(name, 0.0) + end - start
+    span = max(end for _, (_, end) in events) - min(start for _, (start, _) in events) if events else 0.0
+    longest = sorted(by_name, key=lambda name: by_name[name], reverse=True)[:_LONGEST]
+    return Activity(
+        span=span,
+        idle=span - length(union(times for _, times in events)),
+        computing=computing(events),
+        launches=len(events),
+        longest={name: by_name[name] for name in longest},
+    )
 
 
 def computing(events: Iterable[tuple[str, Interval]]) -> float:

@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from megatron_ep_v2 import settings as settings_module
 from megatron_ep_v2.bench.calls import unwrapped
 from megatron_ep_v2.bench.shapes import Batch
+from megatron_ep_v2.bench.variants import Variant
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.carriers import CARRIERS
 from megatron_ep_v2.buffers.contract import Buffer, BufferSpec
@@ -110,11 +111,12 @@ class OurBuffer:
             of the variant that ran last.
     """
 
-    def __init__(self, kind: str, layout: str | None, sms: int | None, group: ProcessGroup, tokens: int):
-        self.group, self.kind, self.num_sms = group, kind, sms
+    def __init__(self, variant: Variant, sms: int | None, group: ProcessGroup, tokens: int):
+        assert variant.buffer is not None
+        self.group, self.kind, self.num_sms = group, variant.buffer, sms
         self.settings: Settings = settings_module.resolve(
-            buffer=kind,
-            layout=layout,
+            None,
+            **variant.installed_with,
             num_sms=sms,
             num_max_tokens_per_rank=tokens,
             reference_strict=False,  # fp32, in which a wrong result shows best, and any hidden size

@@ -21,7 +21,7 @@ class RawLayer:
         self.batch, self.num_experts = batch, shape.experts
         self.do_expand = variant.layout == "expanded"
         group = groups.get((variant.buffer, None))
-        self.ours = OurBuffer(variant.buffer, variant.layout, sms, group, len(batch.hidden))
+        self.ours = OurBuffer(variant, sms, group, len(batch.hidden))
         choose(probe(), self.ours.settings, managed=True)  # raises where this buffer is not here
         self.outputs: tuple[torch.Tensor | None, ...] = ()
 

@@ -20,6 +20,7 @@ _FUSED = {"moe_permute_fusion": True}
 
 # Whose experts run in a whole training step: Megatron's own, the same on TransformerEngine's op fuser, this package's.
 EXPERT_BACKENDS = ("megatron", "megatron-opfuser", "grouped", "deepgemm", "sequential")
+SYNC_FREE_EXPERTS = ("grouped", "deepgemm")  # that take their counts on the device and do not wait for them
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Variant:
         layout: With `buffer`.
         config: More fields of TransformerConfig.
         takes_sms: `--sms` makes one row for each SM count.
+        graph: Forward and backward of a whole training step are replayed from one CUDA graph.
     """
 
     name: str
@@ -43,6 +45,18 @@ class Variant:
     layout: str | None = None
     config: Mapping[str, object] = field(default_factory=dict)
     takes_sms: bool = True
+    graph: bool = False
+
+    @property
+    def sync_free(self) -> bool:
+        """Whether it needs `SYNC_FREE_EXPERTS`, and so runs in whole training steps alone."""
+        return self.layout == "sync-free"
+
+    @property
+    def installed_with(self) -> dict[str, str | bool]:
+        """The settings of `install()` for it."""
+        assert self.buffer and self.layout
+        return {"buffer": self.buffer, **({"sync_free": True} if self.sync_free else {"layout": self.layout})}
 
 
 def _ours(kind: str = "flex") -> Iterator[Variant]:
@@ -58,6 +72,11 @@ def _ours(kind: str = "flex") -> Iterator[Variant]:
                     yield replace(row, name=f"{name}+fused-permute", config=_FUSED)
             elif len(layouts) > 1:  # the contract's own calls need no adapter
                 yield replace(row, name=f"raw-{name}")
+        if kind == "flex" and "sync-free" in carrier.layouts:
+            row = replace(row, name=f"{carrier.row_prefix}sync-free", layout="sync-free")
+            yield row
+            if carrier.needs_cuda:
+                yield replace(row, name=f"{row.name}+graph", graph=True)
 
 
 VARIANTS = {
@@ -110,7 +129,7 @@ def make_dispatchers(
     from megatron_ep_v2.megatron import binding, standalone
 
     if variant.buffer:
-        megatron_ep_v2.install(buffer=variant.buffer, layout=variant.layout)
+        megatron_ep_v2.install(**variant.installed_with)
     try:
         made = standalone.make_dispatchers(
             variant.kind,

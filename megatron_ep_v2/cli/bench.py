@@ -20,7 +20,7 @@ from megatron_ep_v2.bench.rows import Row
 from megatron_ep_v2.bench.session import session
 from megatron_ep_v2.bench.shapes import PRESETS, Shape
 from megatron_ep_v2.bench.table import Point, measure_table
-from megatron_ep_v2.bench.variants import VARIANTS, Variant
+from megatron_ep_v2.bench.variants import SYNC_FREE_EXPERTS, VARIANTS, Variant
 from megatron_ep_v2.buffers.carriers import CARRIERS, REFERENCE
 from megatron_ep_v2.cli.bench_options import parse
 from megatron_ep_v2.errors import EPError, SettingsError
@@ -129,6 +129,8 @@ def _variants(options: argparse.Namespace) -> list[Variant]:
     def fits(variant: Variant) -> bool:
         if variant.kind == "raw" and (whole_step or (on_gpu and variant.buffer == REFERENCE)):
             return False
+        if variant.sync_free:
+            return options.step and not options.tune and not set(SYNC_FREE_EXPERTS).isdisjoint(options.expert_backends)
         if whole_step and on_gpu and variant.buffer == REFERENCE:
             return False
         return (
@@ -144,6 +146,12 @@ def _variants(options: argparse.Namespace) -> list[Variant]:
                 raise SettingsError(
                     f"{variant.name} is no dispatcher: a training step cannot run on it",
                     fix="leave it out, or measure it without --step and --tune",
+                )
+            if variant.sync_free and not (options.step and not options.tune):
+                raise SettingsError(
+                    f"{variant.name} needs the experts of a whole training step",
+                    found="--tune" if options.tune else "layers whose experts pass rows through",
+                    fix="measure it with --step, without --tune",
                 )
     else:
         chosen = [variant for variant in VARIANTS.values() if fits(variant)]

@@ -17,6 +17,7 @@ Time Megatron's MoE dispatchers side by side: dispatch, experts that pass rows t
 Every variant's output and gradients are compared with the closed form before it is timed. Under torchrun it takes the
 ranks that it finds; else it starts its own. With --step, whole training steps; with --tune, the SM count and layout
 with the best step."""
+_LAYOUTS = ["compact", "expanded", "sync-free"]
 _SMS_TO_TUNE = (None, 8, 16, 24, 32, 48, 64)
 
 
@@ -82,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "--variants", nargs="+", choices=list(VARIANTS), metavar="NAME", help="default all that this environment offers"
     )
     how.add_argument(
-        "--layout", nargs="+", choices=["compact", "expanded"], default=["compact", "expanded"], help="of our variants"
+        "--layout", nargs="+", choices=_LAYOUTS, default=_LAYOUTS, metavar="NAME", help=f"of our variants: {_LAYOUTS}"
     )
     how.add_argument("--sms", type=_sm_counts, metavar="A,B,C", help="SM counts, a row each; 0 = the library's choice")
     how.add_argument("--ranks", type=_positive, metavar="N", help="to start; default one per GPU, or 2 on the CPU")
@@ -115,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     step.add_argument("--layers", type=_positive, metavar="N", help="default the preset's, or as many as fit")
     step.add_argument("--micro-batches", type=_positive, default=1, metavar="N", help="of --tokens each; default 1")
     step.add_argument("--vocab-size", type=_positive, default=256, metavar="N", help="default 256")
+    step.add_argument("--traces", type=Path, metavar="FOLDER", help="write a trace of one step of each row (GPUs)")
     step.add_argument("--recompute", action="store_true", help="full activation recomputation (GPUs)")
     return parser
 

@@ -82,6 +82,7 @@ def _measure(
             options.repeats,
             groups,
             progress,
+            options.traces / shape.name if options.traces and main else None,
         )
         gc.collect()  # hooks of the model hold it in a circle, and the next one needs its memory
         rows += measured

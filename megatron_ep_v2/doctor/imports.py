@@ -105,11 +105,14 @@ def look_at_fabric() -> dict[str, Any]:
 
 
 def look_at_transformer_engine() -> dict[str, Any]:
-    """TransformerEngine's version; None if it is not installed (it is optional)."""
+    """TransformerEngine's version, None if it is not installed (it is optional), and the cuDNN libraries then in use:
+    torch's and its own."""
+    from megatron_ep_v2.probe import loaded_libraries
+
     if importlib.util.find_spec("transformer_engine") is None:
         return {"version": None}
     module = importlib.import_module("transformer_engine")
-    return {"version": str(getattr(module, "__version__", "unknown"))}
+    return {"version": str(getattr(module, "__version__", "unknown")), "cudnn": loaded_libraries("libcudnn.so")}
 
 
 def look_at_megatron() -> dict[str, Any]:

@@ -121,7 +121,20 @@ def check_transformer_engine(facts: Facts) -> Check:
     if failure := found.get("failure"):
         fix = "install it again for this torch and CUDA, or uninstall it"
         return Check("fail", f"import: {failure['how']}", "one that imports, or none", fix)
-    return Check("ok", found["version"]) if found["version"] else Check("skip", "not installed (optional)")
+    if not found["version"]:
+        return Check("skip", "not installed (optional)")
+    libraries = found["cudnn"]
+    if len(libraries) < 2:
+        return Check("ok", found["version"])
+    # It looks in CUDNN_HOME and on the system before it takes torch's wheel (its common/__init__.py).
+    wheel = next((Path(library).parents[1] for library in libraries if "site-packages" in library), None)
+    return Check(
+        "warn",
+        f"{found['version']}; two cuDNN: " + ", ".join("/".join(Path(library).parts[-3:]) for library in libraries),
+        "torch's cuDNN alone: with another next to it, the fused attention fails, and one that takes several times as "
+        "long runs without a message",
+        f"export CUDNN_HOME={wheel}" if wheel else "export CUDNN_HOME=the folder of torch's cuDNN, above its lib",
+    )
 
 
 @checks.add("megatron-core", imports=True)

@@ -82,17 +82,33 @@ class ExpertLoad:
         """[local experts] int64 on the host. Waits for the device where counts are there."""
         return self._host.clone() if self._device is None else self._host + self._device.cpu()
 
-    def take(self) -> torch.Tensor:
-        """Return `counts()` and reset them. The layer still counts as used: `expert_load()` is collective."""
-        counts = self.counts()
+    def take(self, device: torch.device | None = None) -> torch.Tensor:
+        """Return the counts and reset them. The layer still counts as used: `expert_load()` is collective.
+
+        Args:
+            device: Where to return them. None = the host, as `counts()`. Counts that are on this device are not waited
+                for, and can be taken in a CUDA graph if there are none on the host.
+        """
+        if device is None:
+            counts = self.counts()
+        elif self._device is None:
+            counts = self._host.to(device, copy=True)
+        else:
+            counts = self._device.clone()
+            if self._host.any():
+                counts += self._host.to(device)
+        self.clear()
+        return counts
+
+    def clear(self) -> None:
+        """Set the counts to 0, without a wait. The layer still counts as used."""
         self._host.zero_()
         if self._device is not None:
             self._device.zero_()
-        return counts
 
     def reset(self) -> None:
         """After `expert_load()`, on all ranks of the group."""
-        self.take()
+        self.clear()
         self._dispatched = False
 
 

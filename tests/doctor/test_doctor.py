@@ -319,6 +319,19 @@ FAULTS: dict[str, tuple[Change, dict[str, str], str]] = {
         {"TransformerEngine": "ok"},
         "2.20.2",
     ),
+    "a TransformerEngine with a cuDNN of the system": (
+        put(
+            modules={
+                "transformer_engine/__init__.py": "import sitecustomize\n"
+                "for name in ('site-packages/nvidia/cudnn/lib/libcudnn.so.9', 'usr/lib/libcudnn.so.9.14.0'):\n"
+                "    sitecustomize.map_file(sitecustomize.machine / name)\n"
+                "__version__ = '2.20.2'"
+            },
+            files={"site-packages/nvidia/cudnn/lib/libcudnn.so.9": "9", "usr/lib/libcudnn.so.9.14.0": "9"},
+        ),
+        {"TransformerEngine": "warn"},
+        "2.20.2; two cuDNN: cudnn/lib/libcudnn.so.9, usr/lib/libcudnn.so.9.14.0",
+    ),
 }
 
 

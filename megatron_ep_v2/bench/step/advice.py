@@ -33,9 +33,10 @@ def step_table(rows: Sequence[Row]) -> str:
         "/alltoall": lambda row: or_dash(row["ratio_to_alltoall"], ".3f"),
         "tokens/s": lambda row: f"{row['tokens_per_second']:.0f}",
         "TFLOP/s a rank": lambda row: f"{row['tflops_per_rank']:.4g}",
-        "dispatch %": lambda row: f"{row['dispatch_percent']:.1f}",
-        "combine %": lambda row: f"{row['combine_percent']:.1f}",
+        "dispatch %": lambda row: or_dash(row["dispatch_percent"], ".1f"),
+        "combine %": lambda row: or_dash(row["combine_percent"], ".1f"),
         "GPU busy %": lambda row: or_dash(row["gpu_busy_percent"], ".0f"),
+        "idle %": lambda row: or_dash(row["gpu_idle_percent"], ".0f"),
         "peak MiB": lambda row: or_dash(row["peak_memory_mib"], ".0f"),
         "": lambda row: "noisy" if row["noise"] else "",
     }

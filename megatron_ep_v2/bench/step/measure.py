@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
+from megatron_ep_v2 import sync_free
 from megatron_ep_v2.bench import timing
 from megatron_ep_v2.bench.dispatchers import DispatcherSet
 from megatron_ep_v2.bench.entry import Entry, noted, without_repetitions
-from megatron_ep_v2.bench.exposed import busy
+from megatron_ep_v2.bench.exposed import Activity, activity
 from megatron_ep_v2.bench.layer import Groups, within
 from megatron_ep_v2.bench.progress import Progress
 from megatron_ep_v2.bench.rows import Row
@@ -22,6 +24,7 @@ from megatron_ep_v2.bench.step.model import FORMULA, step_flops
 from megatron_ep_v2.bench.step.sections import Stopwatch, Watched
 from megatron_ep_v2.megatron.qwen3_moe.expert_kinds import ExpertSet
 from megatron_ep_v2.megatron.qwen3_moe.options import TrainerOptions
+from megatron_ep_v2.megatron.qwen3_moe.step_graph import StepGraph
 from megatron_ep_v2.megatron.qwen3_moe.trainer import StepStats, Trainer
 
 T = TypeVar("T")
@@ -30,15 +33,43 @@ T = TypeVar("T")
 TOLERANCE = {"bf16": {"loss": 2e-3, "gradient norm": 5e-2}, "fp32": {"loss": 1e-5, "gradient norm": 1e-4}}
 _LOAD = 4.0  # room for the busiest rank in buffers of a fixed size, as a multiple of the mean
 _WATCHED_STEPS = 3
+_STEPS_TO_CAPTURE = 3  # that a StepGraph takes at most until it replays: its own first, one with new room, the capture
+
+
+@dataclass(frozen=True)
+class Times:
+    """Of one entry.
+
+    Attributes:
+        step: Microseconds for each repeat, of the slowest rank.
+        peak_memory: Bytes, largest over ranks: what a step needs beyond the model; of a graph, what it keeps. NaN where
+            it cannot be read.
+        dispatch, combine: Percent of the step, mean over ranks; NaN in a graph.
+        capture: Seconds on the host; NaN without a graph.
+        activity: Of this rank's GPU in one step; None on a CPU.
+    """
+
+    step: list[float]
+    peak_memory: float
+    dispatch: float
+    combine: float
+    capture: float
+    activity: Activity | None
 
 
 class Stepper:
     """A variant's dispatchers and a kind of experts in the model's MoE layers, and the step that is taken with them."""
 
     def __init__(
-        self, dispatchers: DispatcherSet, experts: ExpertSet, trainer: Trainer, batches: Sequence[torch.Tensor]
+        self,
+        dispatchers: DispatcherSet,
+        experts: ExpertSet,
+        trainer: Trainer,
+        batches: Sequence[torch.Tensor],
+        graph: bool = False,
     ):
         self.dispatchers, self.experts, self.trainer, self.batches = dispatchers, experts, trainer, batches
+        self.graph = StepGraph(trainer.accumulate, trainer.device) if graph else None
 
     @property
     def num_sms(self) -> int | None:
@@ -51,15 +82,22 @@ class Stepper:
     def enter(self, watch: Stopwatch | None = None) -> None:
         self.dispatchers.enter()
         self.experts.enter()
+        self.trainer.graph = self.graph
         for layer, dispatcher in zip(self.trainer.moe_layers, self.dispatchers.dispatchers, strict=True):
             layer.token_dispatcher = Watched(dispatcher, watch) if watch else dispatcher
 
     def leave(self) -> None:
+        self.trainer.graph = None
         self.experts.leave()
         self.dispatchers.leave()
 
     def step(self) -> StepStats:
         return self.trainer.step(self.batches)
+
+    def settled_step(self) -> StepStats:
+        """A step like those that follow: where there is a graph, one that is replayed."""
+        steps = _STEPS_TO_CAPTURE if self.graph else 1
+        return [self.step() for _ in range(steps)][-1]
 
 
 def measure_steps(
@@ -69,11 +107,13 @@ def measure_steps(
     repeats: int,
     groups: Groups,
     progress: Progress,
+    traces: Path | None = None,
 ) -> list[Row]:
     """The same on every rank; collective.
 
     Args:
         trainer: Fresh; with the experts of `owner`.
+        traces: Folder for rank 0's trace of a step of each row.
     """
     ranks, options, device = dist.get_world_size(), trainer.options, trainer.device
     batches = _tokens(options, ranks)
@@ -83,7 +123,7 @@ def measure_steps(
         if entry.layer is not None:
             progress.say(f"{entry.label}: first step (a new shape is compiled kernel by kernel, up to a minute)")
             with noted(entry):
-                taken[entry.label] = within(entry.layer, Stepper.step)
+                taken[entry.label] = within(entry.layer, Stepper.settled_step)
     stepped = [entry for entry in entries if entry.layer]
     stock = (entry for entry in stepped if entry.variant.name == "alltoall" and entry.experts == "megatron")
     base = next(stock, stepped[0] if stepped else None)
@@ -93,7 +133,8 @@ def measure_steps(
         _judge(entry, taken[entry.label], first, TOLERANCE[options.dtype])
 
     good = [entry for entry in entries if entry.status == "ok"]
-    times = _take_times(good, repeats, device, progress)
+    sync_free.fit()  # of the variants without a host wait; the routing stays the same
+    times = _take_times(good, repeats, device, progress, traces)
     tokens = options.shape.seq_length * len(batches)
     flops = step_flops(options.shape, tokens)
     rows = []
@@ -140,7 +181,7 @@ def _build(
                 layers=len(owners),
             )
             for entry in alike:
-                entry.layer = Stepper(dispatchers, experts[entry.experts], trainer, batches)
+                entry.layer = Stepper(dispatchers, experts[entry.experts], trainer, batches, alike[0].variant.graph)
 
 
 def _judge(entry: Entry[Stepper], stats: StepStats, first: StepStats, tolerance: dict[str, float]) -> None:
@@ -154,11 +195,8 @@ def _judge(entry: Entry[Stepper], stats: StepStats, first: StepStats, tolerance:
 
 
 def _take_times(
-    entries: list[Entry[Stepper]], repeats: int, device: torch.device, progress: Progress
-) -> dict[int, dict[str, list[float]]]:
-    """By id of the entry: "step" in microseconds for each repeat, slowest rank; "peak_memory" in bytes, largest over
-    ranks; "dispatch" and "combine", their share of the step in percent, mean over ranks; "busy", microseconds in which
-    the GPU has something to do, most over ranks, NaN on a CPU."""
+    entries: list[Entry[Stepper]], repeats: int, device: torch.device, progress: Progress, traces: Path | None
+) -> dict[int, Times]:
     steppers = {id(entry): entry.layer for entry in entries if entry.layer}
 
     def each(action: Callable[[Stepper], T]) -> dict[int, T]:
@@ -168,10 +206,14 @@ def _take_times(
         return {"step": timing.measure(stepper.step, device)[0]}
 
     def take_memory(stepper: Stepper) -> float:
+        if stepper.graph is not None:
+            return stepper.graph.captures[-1].pool_bytes
         peak = timing.peak_memory(stepper.step, device)
         return math.nan if peak is None else peak
 
     def take_shares(stepper: Stepper) -> list[float]:
+        if stepper.graph is not None:
+            return [math.nan, math.nan]  # a graph keeps no stamps
         watch = Stopwatch(device)
         stepper.leave()
         stepper.enter(watch)
@@ -183,32 +225,48 @@ def _take_times(
         return (shares / dist.get_world_size()).tolist()
 
     progress.say("warm-up")
-    each(Stepper.step)
+    each(Stepper.settled_step)
     times = timing.alternate(
         steppers, lambda key: within(steppers[key], take), repeats, device, after_round=progress.round
     )
     peaks, shares = each(take_memory), each(take_shares)
-    spans = each(lambda stepper: busy(stepper.step) if device.type == "cuda" else math.nan)
-    for key, by_kind in times.items():
-        by_kind["peak_memory"] = timing.slowest_rank([peaks[key]], device)
-        by_kind["busy"] = timing.slowest_rank([spans[key]], device)
-        by_kind["dispatch"], by_kind["combine"] = ([share] for share in shares[key])
-    return times
+    activities: dict[int, Activity] = {}
+    if device.type == "cuda":
+        for entry in entries:
+            if entry.layer:
+                file = traces / f"{entry.label.replace(', ', '_').replace(' ', '_')}.json.gz" if traces else None
+                activities[id(entry)] = within(entry.layer, lambda stepper: activity(stepper.step, file))  # noqa: B023
+    return {
+        key: Times(
+            step=by_kind["step"],
+            peak_memory=timing.slowest_rank([peaks[key]], device)[0],
+            dispatch=shares[key][0],
+            combine=shares[key][1],
+            capture=next((s.graph.captures[-1].seconds for s in (steppers[key],) if s.graph), math.nan),
+            activity=activities.get(key),
+        )
+        for key, by_kind in times.items()
+    }
 
 
-def _measured(times: dict[str, list[float]], tokens: int, flops_per_rank: int) -> Row:
-    step = timing.summarise(times["step"])
-    peak, busy_us = times["peak_memory"][0], times["busy"][0]
+def _measured(times: Times, tokens: int, flops_per_rank: int) -> Row:
+    step = timing.summarise(times.step)
+    peak, found = times.peak_memory, times.activity
     return {
         "step_ms": round(step.median / 1e3, 3),
         "step_p20_ms": round(step.p20 / 1e3, 3),
         "step_p80_ms": round(step.p80 / 1e3, 3),
         "tokens_per_second": round(tokens / step.median * 1e6, 1),
         "tflops_per_rank": float(f"{flops_per_rank / step.median / 1e6:.4g}"),
-        "dispatch_percent": round(statistics.mean(times["dispatch"]), 1),
-        "combine_percent": round(statistics.mean(times["combine"]), 1),
-        "gpu_busy_ms": None if math.isnan(busy_us) else round(busy_us / 1e3, 3),
-        "gpu_busy_percent": None if math.isnan(busy_us) else round(100 * busy_us / step.median, 1),
+        "dispatch_percent": None if math.isnan(times.dispatch) else round(times.dispatch, 1),
+        "combine_percent": None if math.isnan(times.combine) else round(times.combine, 1),
+        "gpu_busy_ms": found and round(found.computing / 1e3, 3),
+        "gpu_busy_percent": found and round(100 * found.computing / step.median, 1),
+        "traced_step_ms": found and round(found.span / 1e3, 3),
+        "gpu_idle_percent": found and round(100 * found.idle / found.span, 1),
+        "launches": found and found.launches,
+        "longest_kernels_ms": found and {name: round(time / 1e3, 3) for name, time in found.longest.items()},
+        "capture_ms": None if math.isnan(times.capture) else round(times.capture * 1e3, 1),
         "peak_memory_mib": None if math.isnan(peak) else round(peak / 2**20, 1),
         "noise": step.noise,
     }

@@ -79,6 +79,7 @@ def transformer_config(options: TrainerOptions, device: torch.device, world: int
         use_cpu_initialization=not on_gpu,
         perform_initialization=False,  # `initialise` does it
         bias_activation_fusion=on_gpu,
+        apply_rope_fusion=on_gpu and have_transformer_engine(),  # as Megatron's arguments have it
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,  # but see `with_fused_gradients`
         **(recompute if options.recompute and on_gpu else {}),

@@ -90,10 +90,6 @@ class Gradients:
         """Add up the dense gradients of all ranks."""
         dist.all_reduce(self.dense.buffer)
 
-    def scale(self, factor: float) -> None:
-        self.dense.buffer.mul_(factor)
-        self.experts.buffer.mul_(factor)
-
 
 class Optimizer:
     """Owns the fp32 masters of one rank's parameters."""
@@ -116,8 +112,12 @@ class Optimizer:
     @torch.no_grad()
     def step(self, lr: float, grad_norm: float) -> None:
         """Clip by the global norm, update the masters, round them to the parameters."""
+        # AdamW's fused kernel divides by it, and writes the gradients back so: no pass over them of its own.
+        self.adamw.grad_scale = None  # type: ignore[attr-defined]
         if self.grad_clip and grad_norm > self.grad_clip:
-            self.gradients.scale(self.grad_clip / grad_norm)
+            device = self.gradients.dense.buffer.device
+            too_large = grad_norm / self.grad_clip
+            self.adamw.grad_scale = torch.full((), too_large, device=device)  # type: ignore[attr-defined]
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()

@@ -85,6 +85,7 @@ class TrainerOptions:
         seed: Of the weights.
         permute_fusion: Megatron's `moe_permute_fusion` (CUDA only).
         experts: "megatron", or a key of `megatron_ep_v2.megatron.experts.EXPERTS`.
+        cuda_graph: Forward, backward and reduction of a step in one CUDA graph (CUDA and sync-free mode only).
     """
 
     shape: ModelShape
@@ -95,6 +96,7 @@ class TrainerOptions:
     seed: int = 1234
     permute_fusion: bool = False
     experts: str = "megatron"
+    cuda_graph: bool = False
 
     def micro_batch_size(self, world: int) -> int:
         """Sequences of one forward pass on one of `world` ranks."""

@@ -18,6 +18,7 @@ from megatron_ep_v2.megatron.expert_load import ExpertLoad
 from megatron_ep_v2.megatron.qwen3_moe.model import build_model, named_parameters
 from megatron_ep_v2.megatron.qwen3_moe.optimizer import Gradients, Optimizer, OptimizerState, learning_rate
 from megatron_ep_v2.megatron.qwen3_moe.options import TrainerOptions
+from megatron_ep_v2.megatron.qwen3_moe.step_graph import StepGraph
 
 
 class DivergedError(EPError):
@@ -62,6 +63,9 @@ class Trainer:
 
     Args:
         with_optimizer: Without, no masters and moments take memory, and a step changes no parameter.
+
+    Attributes:
+        graph: What replays forward, backward and their reduction in one CUDA graph; None = they run eagerly.
     """
 
     def __init__(self, options: TrainerOptions, device: torch.device, with_optimizer: bool = True):
@@ -75,6 +79,8 @@ class Trainer:
         self.step_number = 0
         load_shape = (options.shape.num_layers, options.shape.num_experts)
         self.expert_load = torch.zeros(load_shape, dtype=torch.float64, device=device)
+        self._stop = torch.zeros((), dtype=torch.float64, device=device)
+        self.graph = StepGraph(self.accumulate, device) if options.cuda_graph else None
         self.moe_layers = [module for module in self.model.modules() if isinstance(module, MoELayer)]
         for number, layer in enumerate(self.moe_layers):
             layer.router.register_forward_hook(self._load_counter(number))
@@ -95,13 +101,32 @@ class Trainer:
 
     def backward(self, micro_batches: Sequence[torch.Tensor], stop: bool = False) -> StepStats:
         """Leave the gradient of the global batch's mean loss in `named_gradients()`, without an update."""
+        for tokens in micro_batches:
+            check_token_ids(tokens, self.options.shape.vocab_size)
         self.model.train()
-        self.gradients.zero()
-        self.expert_load.zero_()
-        self._counted_by_dispatch()  # what an evaluation has left
+        self._stop.fill_(stop)
         # Megatron's router adds the gradient of each micro-batch's load-balancing loss by itself, at this scale.
         aux_scale = 1.0 / (self.world * len(micro_batches))
         MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(aux_scale, device=self.device))
+        if self.graph is not None:
+            return self._to_stats(self.graph.run(micro_batches))
+        return self._to_stats(self.accumulate([tokens.to(self.device, non_blocking=True) for tokens in micro_batches]))
+
+    def accumulate(self, micro_batches: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Zero the gradients, run all micro-batches forward and backward, and add up over the ranks. The host waits for
+        nothing that a layer does not wait for: in sync-free mode a CUDA graph can capture it.
+
+        Args:
+            micro_batches: As for `step`, but on the device.
+
+        Returns:
+            fp64, over all ranks: loss, gradient norm, ranks that were asked to stop, and the expert load, flat.
+        """
+        self.gradients.zero()
+        self.expert_load.zero_()
+        loads = self._loads()
+        for load in loads.values():
+            load.clear()  # of what an evaluation has left
         num_tokens = self.world * len(micro_batches) * micro_batches[0][:, 1:].numel()
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
         for tokens in micro_batches:
@@ -109,7 +134,14 @@ class Trainer:
             micro_loss.backward()
             loss += micro_loss.detach()
         self.gradients.reduce()
-        return self._reduce_stats(loss, stop)
+        mine = slice(self.rank * self._local_experts, (self.rank + 1) * self._local_experts)
+        for number, load in loads.items():
+            self.expert_load[number, mine] = load.take(self.device).to(self.expert_load)
+        head = torch.stack((loss, self.gradients.experts.square_sum(), self._stop))
+        sums = torch.cat((head, self.expert_load.flatten()))
+        dist.all_reduce(sums)  # everything that the ranks have to add up, in one collective
+        sums[1] = (self.gradients.dense.square_sum() + sums[1]).sqrt()
+        return sums
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
@@ -121,7 +153,8 @@ class Trainer:
         self.model.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.device)
         for tokens, weight in micro_batches:
-            losses = self._token_losses(tokens).double().mean(dim=1)
+            check_token_ids(tokens, self.options.shape.vocab_size)
+            losses = self._token_losses(tokens.to(self.device, non_blocking=True)).double().mean(dim=1)
             sums += torch.stack((losses @ weight.to(losses), weight.sum().to(losses)))
         dist.all_reduce(sums)
         read_all()  # no optimizer steps here, which would do it
@@ -147,40 +180,31 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
 
     def _token_losses(self, tokens: torch.Tensor) -> torch.Tensor:
-        """[B, S + 1] token ids -> [B, S] cross-entropy of each next token."""
-        check_token_ids(tokens, self.options.shape.vocab_size)
-        tokens = tokens.to(self.device, non_blocking=True)
+        """[B, S + 1] token ids on the device -> [B, S] cross-entropy of each next token."""
         inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         positions = torch.arange(inputs.shape[1], device=self.device).expand_as(inputs)
         return self.model(inputs, positions, attention_mask=None, labels=labels)
 
-    def _reduce_stats(self, loss: torch.Tensor, stop: bool) -> StepStats:
-        """Everything that the ranks have to add up, in one collective."""
-        mine = slice(self.rank * self._local_experts, (self.rank + 1) * self._local_experts)
-        for number, counts in self._counted_by_dispatch().items():
-            self.expert_load[number, mine] = counts.to(self.expert_load)
-        head = torch.stack((loss, self.gradients.experts.square_sum(), loss.new_tensor(float(stop))))
-        sums = torch.cat((head, self.expert_load.flatten()))
-        dist.all_reduce(sums)
-        grad_norm = (self.gradients.dense.square_sum() + sums[1]).sqrt()
-        loss_value, norm_value, stops = torch.stack((sums[0], grad_norm, sums[2])).tolist()
-        if not math.isfinite(norm_value):
+    def _to_stats(self, sums: torch.Tensor) -> StepStats:
+        """From what `accumulate` has returned. Waits for the device."""
+        sums = sums.cpu()
+        loss, norm, stops = sums[:3].tolist()
+        if not math.isfinite(norm):
             raise DivergedError(
                 f"training diverged at step {self.step_number + 1}",
-                found=f"loss {loss_value}, gradient norm {norm_value}",
+                found=f"loss {loss}, gradient norm {norm}",
                 fix="a smaller --lr or a longer --warmup-steps",
             )
-        load = sums[3:].view_as(self.expert_load).long().cpu()
-        return StepStats(loss_value, norm_value, load, stops > 0)
+        return StepStats(loss, norm, sums[3:].view_as(self.expert_load).long(), stops > 0)
 
     def _load_of(self, number: int) -> ExpertLoad | None:
         """What counts the tokens of this rank's experts in a layer, where this package's dispatcher does."""
         return getattr(getattr(self.moe_layers[number].token_dispatcher, "_comm_manager", None), "expert_load", None)
 
-    def _counted_by_dispatch(self) -> dict[int, torch.Tensor]:
-        """Layer -> [local experts] int64 since the last call."""
+    def _loads(self) -> dict[int, ExpertLoad]:
+        """By layer, where this package's dispatcher counts."""
         loads = {number: self._load_of(number) for number in range(len(self.moe_layers))}
-        return {number: load.take() for number, load in loads.items() if load is not None}
+        return {number: load for number, load in loads.items() if load is not None}
 
     def _load_counter(self, number: int) -> Callable[..., None]:
         """For Megatron's own dispatchers: counts what the router says."""

@@ -1,0 +1,85 @@
+"""When a step is captured and replayed, with a stand-in for CUDA's graphs: a replay runs the function again on the
+inputs of the capture. tests/gpu/test_step_graph.py has the real ones."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from megatron_ep_v2 import sync_free
+from megatron_ep_v2.megatron.qwen3_moe.step_graph import StepGraph
+
+
+class Recorder:
+    """A function of micro-batches, and how it was called.
+
+    Attributes:
+        calls: "eager", "capture" or "replay", in order.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.capturing = False
+        self.captured: Callable[[], torch.Tensor] | None = None
+
+    def __call__(self, micro_batches: Any) -> torch.Tensor:
+        self.calls.append("capture" if self.capturing else "eager")
+        if not self.capturing:
+            return sum(tokens.sum() for tokens in micro_batches)
+        result = torch.zeros((), dtype=torch.int64)
+        self.captured = lambda: result.copy_(sum(tokens.sum() for tokens in micro_batches))
+        return result
+
+    def replay(self) -> None:
+        self.calls.append("replay")
+        assert self.captured is not None
+        self.captured()
+
+    @contextlib.contextmanager
+    def capture(self, *_: Any, **__: Any) -> Iterator[None]:
+        self.capturing = True
+        yield
+        self.capturing = False
+
+
+@pytest.fixture
+def steps() -> Iterator[tuple[Recorder, StepGraph, list[tuple[int, ...]]]]:
+    function, rooms = Recorder(), [(100,)]
+    graph = mock.Mock(replay=function.replay)
+    names = {"CUDAGraph": lambda: graph, "graph": function.capture, "synchronize": lambda: None}
+    names |= {"empty_cache": lambda: None, "memory_reserved": iter(range(0, 1000, 7)).__next__}
+    with mock.patch.multiple(torch.cuda, **names), mock.patch.object(sync_free, "rooms", lambda: rooms[0]):
+        yield function, StepGraph(function, torch.device("cpu")), rooms
+
+
+def batch(*sizes: int, value: int = 1) -> list[torch.Tensor]:
+    return [torch.full((1, size), value) for size in sizes]
+
+
+def test_the_first_step_is_eager_and_later_ones_are_replayed(steps: Any) -> None:
+    function, graph, _ = steps
+    assert [int(graph.run(batch(4, 4, value=value))) for value in (1, 2, 3)] == [8, 16, 24]
+    assert function.calls == ["eager", "capture", "replay", "replay"]
+    assert [taken.pool_bytes for taken in graph.captures] == [7]
+
+
+@pytest.mark.parametrize("other", [batch(4), batch(4, 5), batch(4, 4, 4), [t.int() for t in batch(4, 4)]])
+def test_other_micro_batches_are_captured_again(steps: Any, other: list[torch.Tensor]) -> None:
+    function, graph, _ = steps
+    for micro_batches in (batch(4, 4), batch(4, 4), other, other, batch(4, 4)):
+        assert int(graph.run(micro_batches)) == sum(tokens.numel() for tokens in micro_batches)
+    assert function.calls == ["eager", "capture", "replay", "eager", "capture", "replay", "eager"]
+    assert len(graph.captures) == 2
+
+
+def test_other_room_for_rows_is_captured_again(steps: Any) -> None:
+    function, graph, rooms = steps
+    for room in ((100,), (100,), (150,), (150,), (150,), (150, 80)):
+        rooms[0] = room
+        graph.run(batch(4))
+    assert function.calls == ["eager", "capture", "replay", "eager", "capture", "replay", "replay", "eager"]
