@@ -82,3 +82,24 @@ def test_the_norm_by_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     for piece in (optimizer._PIECE, 7):
         monkeypatch.setattr(optimizer, "_PIECE", piece)
         assert gradients.square_sum().item() == pytest.approx(sum(i * i for i in range(100)), rel=1e-14)
+
+
+def test_clipping_in_the_update_is_clipping_before_it() -> None:
+    """Against torch's own clipping and AdamW, in fp64."""
+    gradients_of_steps = torch.randn(3, 40, generator=torch.Generator().manual_seed(1)) * torch.tensor(
+        [[3.0], [0.1], [2.0]]
+    )
+    weight = torch.nn.Parameter(torch.linspace(-1, 1, 40).view(8, 5))
+    wanted = torch.nn.Parameter(weight.detach().double())
+    theirs = torch.optim.AdamW([wanted], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    gradients = optimizer.Gradients({"weight": weight}, torch.device("cpu"))
+    recipe = dataclasses.replace(RECIPE, grad_clip=1.5)
+    ours = optimizer.Optimizer({"weight": weight}, gradients, recipe)
+    for gradient in gradients_of_steps:
+        gradients.dense.buffer.copy_(gradient)
+        ours.step(1e-2, gradient.norm().item())
+        wanted.grad = gradient.double().view_as(wanted)
+        torch.nn.utils.clip_grad_norm_([wanted], 1.5)
+        theirs.step()
+        torch.testing.assert_close(gradients.by_name["weight"].double(), wanted.grad, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(weight.detach().double(), wanted.detach(), rtol=1e-6, atol=1e-6)
