@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ep_v2.bench.step.advice import advice, what_experts_give
+from megatron_ep_v2.bench.step.advice import advice, what_bounds, what_experts_give
 from megatron_ep_v2.bench.step.model import layers_that_fit, step_flops
 from megatron_ep_v2.bench.step.sections import Stopwatch, Watched
 from megatron_ep_v2.cli.bench_options import parse
@@ -190,3 +190,15 @@ def test_shares_are_of_dispatch_and_combine_forward_and_backward(monkeypatch: py
     spent = watch.milliseconds()
     assert spent == {"dispatch": pytest.approx(2 * 3 * 20), "combine": pytest.approx(2 * 3 * 40)}
     assert torch.equal(x.grad, torch.full((3,), 2.0))
+
+
+def test_what_bounds_the_shortest_step() -> None:
+    kernels = {"void deep_ep::elastic::dispatch_impl<true, 4>(int)": 2.04, "_add": 1.96}
+    traced = {"gpu_busy_percent": 93.2, "gpu_idle_percent": 1.4, "launches": 870, "longest_kernels_ms": kernels}
+    rows = [row("expanded", 0, 60.0) | traced, row("sync-free+graph", 0, 40.0) | traced | {"expert_backend": "grouped"}]
+    assert what_bounds([*rows, {"variant": "compact", "status": "unavailable"}]) == [
+        "sync-free+graph, grouped experts: the GPU computes for 93 % of the step; in a traced one it has 870 launches "
+        "and is idle for 1 %",
+        "  longest: 2.0 ms dispatch_impl, 2.0 ms _add",
+    ]
+    assert what_bounds([row("expanded", 0, 60.0) | {"longest_kernels_ms": None}]) == []

@@ -6,7 +6,7 @@ import gzip
 import json
 from pathlib import Path
 
-from megatron_ep_v2.bench.exposed import Share, computing, share, union, write_trace
+from megatron_ep_v2.bench.exposed import Activity, Share, activity_of, computing, share, union, write_trace
 
 
 def test_what_overlaps_with_compute_is_not_exposed() -> None:
@@ -32,6 +32,14 @@ def test_a_kernel_that_waits_for_another_rank_computes_nothing() -> None:
         ("silu", (85.0, 90.0)),
     ]
     assert computing(kernels) == 35.0
+
+
+def test_a_gpu_is_idle_between_its_launches() -> None:
+    launches = [("gemm", (10.0, 30.0)), ("silu", (20.0, 40.0)), ("nccl", (45.0, 60.0)), ("gemm", (70.0, 75.0))]
+    assert activity_of(launches) == Activity(
+        span=65.0, idle=15.0, computing=35.0, launches=4, longest={"gemm": 25.0, "silu": 20.0, "nccl": 15.0}
+    )
+    assert activity_of([]) == Activity(span=0.0, idle=0.0, computing=0.0, launches=0, longest={})
 
 
 def test_intervals_that_touch_are_one() -> None:

@@ -41,7 +41,27 @@ def step_table(rows: Sequence[Row]) -> str:
         "": lambda row: "noisy" if row["noise"] else "",
     }
     text += aligned(columns, [row for row in rows if "step_ms" in row])
-    return "\n".join(text + problems(_without_time(rows)) + what_experts_give(rows))
+    return "\n".join(text + problems(_without_time(rows)) + what_experts_give(rows) + what_bounds(rows))
+
+
+def what_bounds(rows: Sequence[Row]) -> list[str]:
+    """What the GPU does in the shortest step, and the kernels that take most of it; nothing on a CPU."""
+    traced = [row for row in rows if row.get("longest_kernels_ms")]
+    if not traced:
+        return []
+    best = min(traced, key=lambda row: row["step_ms"])
+    longest = ", ".join(f"{time:.1f} ms {_short(name)}" for name, time in best["longest_kernels_ms"].items())
+    return [
+        f"{_with_experts(best)}: the GPU computes for {best['gpu_busy_percent']:.0f} % of the step; in a traced one it "
+        f"has {best['launches']} launches and is idle for {best['gpu_idle_percent']:.0f} %",
+        f"  longest: {longest}",
+    ]
+
+
+def _short(kernel: str) -> str:
+    """A kernel's name without its return type, namespaces and template arguments."""
+    name = kernel.split("<")[0].split("(")[0].split()[-1] if kernel.strip() else kernel
+    return name.split("::")[-1]
 
 
 def what_experts_give(rows: Sequence[Row]) -> list[str]:
