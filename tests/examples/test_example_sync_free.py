@@ -32,3 +32,9 @@ def test_steps_without_room_are_repeated_and_losses_stay_the_same(tmp_path: Path
 def test_it_says_which_experts_it_needs(tmp_path: Path) -> None:
     done = train(tmp_path, "--steps", "1", "--sync-free")
     assert done.returncode != 0 and "--experts grouped" in done.stderr
+
+
+def test_it_says_what_a_graph_needs(tmp_path: Path) -> None:
+    done = train(tmp_path, "--steps", "1", "--sync-free", "--experts", "grouped", "--cuda-graph")
+    assert done.returncode != 0
+    assert "found: cpu, --sync-free" in done.stderr and "fix: --cuda-graph --sync-free --experts grouped" in done.stderr
