@@ -32,13 +32,24 @@ from torch.distributed import ProcessGroup
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from megatron_ep_v2.buffers.groups import registered
-from megatron_ep_v2.errors import EPError, LayoutOverflowError, PeerError, RoutingChangedError
+from megatron_ep_v2.errors import (
+    EPError,
+    EvaluationOverflowError,
+    LayoutOverflowError,
+    PeerError,
+    RoutingChangedError,
+)
 
 logger = logging.getLogger("megatron_ep_v2")
 
 _numbers = itertools.count()
 # Errors that a rank raises because of another rank's check. The most severe is last: that step must not be repeated.
-_ELSEWHERE: tuple[type[EPError], ...] = (PeerError, LayoutOverflowError, RoutingChangedError)
+_ELSEWHERE: tuple[type[EPError], ...] = (
+    PeerError,
+    LayoutOverflowError,
+    EvaluationOverflowError,  # which a repeated training step would not repair
+    RoutingChangedError,
+)
 _live: weakref.WeakValueDictionary[int, DeviceCheck] = weakref.WeakValueDictionary()  # by age, as on the other ranks
 os.register_at_fork(after_in_child=_live.clear)  # a forked child that steps an optimizer must not read for its parent
 
@@ -114,7 +125,19 @@ def read_all(*groups: ProcessGroup) -> None:
         EPError: Of the oldest check that counted something; errors of other checks are in its notes. If only another
             rank of `groups` has an error: one of the same class, or PeerError.
     """
-    error = _read([check for _, check in sorted(_live.items())])
+    raise_together(_read([check for _, check in sorted(_live.items())]), *groups)
+
+
+def raise_together(error: EPError | None, *groups: ProcessGroup) -> None:
+    """Raise on every rank of the groups if one of them has an error. Collective, as `read_all`.
+
+    Args:
+        error: This rank's own; None = it has none.
+        *groups: See `read_all`. Without one, this rank decides alone.
+
+    Raises:
+        EPError: See `read_all`.
+    """
     if groups:
         error = _decide_together(error, tuple(map(registered, groups)))
     if error is not None:

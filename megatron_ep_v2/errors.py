@@ -51,6 +51,11 @@ class LayoutOverflowError(InputError):
     """More selections arrived for this rank's experts than a layout of fixed size has slots."""
 
 
+class EvaluationOverflowError(LayoutOverflowError):
+    """The same in an evaluation that was replayed from a CUDA graph: its result is wrong, and training is not
+    affected."""
+
+
 class PeerError(EPError):
     """Another rank of the group refused its input to this call. Raised so that this rank does not wait for it."""
 

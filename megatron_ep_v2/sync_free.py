@@ -39,7 +39,7 @@ from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.checks import pass_on
 from megatron_ep_v2.buffers.contract import Buffer, Handle
 from megatron_ep_v2.device_checks import DeviceCheck
-from megatron_ep_v2.errors import InputError, LayoutOverflowError
+from megatron_ep_v2.errors import EvaluationOverflowError, InputError, LayoutOverflowError
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 from megatron_ep_v2.layouts import Places, gather_rows, gather_weights, place_contiguous, reduce_rows, rows_that_fit
 
@@ -253,7 +253,7 @@ def _to_error(own: weakref.ref[_Room], training: bool, excess: dict[int, int]) -
             **facts,
             fix=f"call megatron_ep_v2.sync_free.grow(), zero the gradients and run the step again, {setting}",
         )
-    return LayoutOverflowError(
+    return EvaluationOverflowError(
         f"rank {worst} was sent more rows in a captured evaluation than its experts have room for; its result is wrong",
         **facts,
         fix=f"call megatron_ep_v2.sync_free.grow(), capture and evaluate again, {setting}; training is not affected",
