@@ -100,6 +100,19 @@ def num_sms_of(config: TransformerConfig) -> int | None:
     return None if copied else of_all
 
 
+def _refuse_capture() -> None:
+    """Raise before a dispatch that waits on the host, in which CUDA would say only that the capture is invalid."""
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise SettingsError(
+            "this MoE layer waits on the host for the number of its rows, which a CUDA graph cannot capture",
+            found=f"a capture; {installed}",
+            needed="sync_free, in which no shape depends on what has arrived; or a graph without the MoE layer",
+            fix="set MCORE_DEEPEP_V2_SYNC_FREE=1 and MCORE_DEEPEP_V2_EXPERTS=grouped before the model is built, or "
+            "leave the dispatch out of Megatron's graphs: --cuda-graph-impl transformer_engine for attn, moe_router "
+            "and moe_preprocess",
+        )
+
+
 _MegatronsManager: Any = getattr(token_dispatcher, MANAGER)
 
 
@@ -158,10 +171,12 @@ class CompactManager(_MegatronsManager):  # type: ignore[misc]
 
         Raises:
             ClosedError: After `uninstall()`.
-            SettingsError: Another layout, or other experts, are installed now than when this layer was built.
+            SettingsError: Another layout, or other experts, are installed now than when this layer was built; or a
+                CUDA graph captures this layer.
             EPError: See `fused_dispatch`.
         """
         self._check_installed()
+        _refuse_capture()
         rows: torch.Tensor = super().dispatch(hidden_states, async_finish, allocate_on_comm_stream)
         self.expert_load.add(self.tokens_per_expert)
         return rows
@@ -221,6 +236,7 @@ class ExpandedManager(CompactManager):
             EPError: See `CompactManager.dispatch`.
         """
         self._check_installed()
+        _refuse_capture()
         self.token_probs, alignment = self._probs_in_fp32(), self._expert_alignment()
         hidden_states, _, self.dispatched_probs, tokens_per_expert, self.handle = fused_dispatch(
             hidden_states,
