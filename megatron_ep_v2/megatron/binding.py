@@ -30,6 +30,8 @@ from megatron_ep_v2.generations import install_command
 from megatron_ep_v2.megatron import dispatchers, optimizer_step
 from megatron_ep_v2.megatron.symbols import (
     DIST_CHECKPOINTING,
+    FORWARD_BACKWARD,
+    FULL_GRAPH,
     FUSED_A2A,
     MANAGER,
     MOE_LAYER,
@@ -41,6 +43,7 @@ from megatron_ep_v2.megatron.symbols import (
     Owner,
     checkpoints,
     find_expert_symbols,
+    find_repeat_symbols,
     find_symbols,
 )
 from megatron_ep_v2.probe import Choice, choose, probe
@@ -137,6 +140,8 @@ def _install(explicit: dict[str, bool | float | str | None], by: str) -> dict[st
     bindings: list[Binding] = []
     if choice.kind != "megatron":
         bindings += _bindings(modules, layout, settings.experts)
+    if choice.kind != "megatron" and layout == "sync-free":
+        bindings += _bindings_of_repeats(version)
     if choice.kind != "megatron" or settings.experts != "megatron":
         bindings += _bindings_of_experts(version, settings.experts)
     settings_module.activate(settings)
@@ -370,6 +375,15 @@ def _bindings_of_experts(version: str, experts: str) -> list[Binding]:
         layer = modules[MOE_LAYER].MoELayer
         ours.append((layer, "__init__", experts_module.built_with(layer.__init__, _experts_now)))
     return ours
+
+
+def _bindings_of_repeats(version: str) -> list[Binding]:
+    """Bindings that repeat a step with more room, where Megatron's own loop would end."""
+    modules = find_repeat_symbols(version)
+    # Imported here because they import Megatron, whose symbols have been checked now.
+    from megatron_ep_v2.megatron import forward_backward, full_cuda_graph
+
+    return [*forward_backward.bindings(modules[FORWARD_BACKWARD]), *full_cuda_graph.bindings(modules[FULL_GRAPH])]
 
 
 def _experts_now() -> str:

@@ -112,6 +112,16 @@ class ExpertLoad:
         self._dispatched = False
 
 
+def counters() -> dict[str, torch.Tensor]:
+    """The counters of this process as they are kept, for code that sets them back."""
+    kept: dict[str, torch.Tensor] = {}
+    for number, layer in sorted(_layers.items()):
+        kept[f"{number} on the host"] = layer._host
+        if layer._device is not None:
+            kept[f"{number} on the device"] = layer._device
+    return kept
+
+
 def local_expert_load() -> list[torch.Tensor]:
     """Read the tokens of this rank's experts since the last reading, per MoE layer: [local experts] int64. Resets the
     counts. Not collective.

@@ -49,7 +49,7 @@ def deciding_first(step: Callable[P, R]) -> Callable[P, R]:
         if _stepping or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             return step(*args, **kwargs)
         dispatchers.check_first_step()
-        device_checks.read_all(*_groups())
+        read_together()
         _stepping = True
         try:
             with device_checks.read_by_caller():
@@ -58,6 +58,15 @@ def deciding_first(step: Callable[P, R]) -> Callable[P, R]:
             _stepping = False
 
     return decide_and_step
+
+
+def read_together() -> None:
+    """Read the device checks with all ranks of the model. Every rank calls it.
+
+    Raises:
+        EPError: See `device_checks.read_all`; on every rank if one has an error.
+    """
+    device_checks.read_all(*_groups())
 
 
 def _groups() -> tuple[ProcessGroup, ...]:

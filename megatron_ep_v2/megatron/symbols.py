@@ -9,6 +9,7 @@ import importlib.metadata
 import importlib.util
 import inspect
 import sys
+from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -34,6 +35,8 @@ TE_CHECKPOINT = "transformer_engine.pytorch.distributed"
 SCHEDULE = "megatron.core ... schedule"  # key of the module of SCHEDULES that decides what 1F1B frees
 SCHEDULES = ("megatron.core.models.common.utils", "megatron.core.models.gpt.fine_grained_callables")  # 0.19; older
 GRAPHED_STEP = "megatron.core.optimizer.optimizer_cuda_graph"  # from 0.19 on
+FORWARD_BACKWARD = "megatron.core.pipeline_parallel.schedules"
+FULL_GRAPH = "megatron.core.full_cuda_graph"
 MANAGER = "_DeepepManager"  # in TOKEN_DISPATCHER: the communication manager of backend "deepep"
 _CALL = ("hidden_states", "async_finish", "allocate_on_comm_stream")
 
@@ -80,6 +83,24 @@ _EXPERT_SYMBOLS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     DIST_CHECKPOINTING: {"load": ("sharded_state_dict", "checkpoint_dir")},
 }
+# Required symbols for repeating a step in sync-free mode; further parameters may follow. `get_forward_backward_func`
+# looks the schedules up in their module when it is called.
+_RUN = ("forward_step_func", "data_iterator", "model", "num_microbatches")
+_REPEAT_SYMBOLS: dict[str, dict[str, tuple[str, ...] | None]] = {
+    FORWARD_BACKWARD: {
+        "forward_backward_no_pipelining": _RUN,
+        "forward_backward_pipelining_with_interleaving": _RUN,
+        "forward_backward_pipelining_without_interleaving": _RUN,
+    },
+    FULL_GRAPH: {
+        "FullCudaGraphWrapper.__call__": None,  # which takes keywords only
+        "FullCudaGraphWrapper.curr_iter": ("stage",),
+        "FullCudaGraphWrapper.curr_iteration": None,
+        "FullCudaGraphWrapper.cuda_graph": None,
+        "FullCudaGraphWrapper.result": None,
+        "StaticBufferLoader.static_buffers": None,
+    },
+}
 
 
 def find_symbols() -> tuple[str, dict[str, ModuleType]]:
@@ -116,8 +137,22 @@ def find_expert_symbols(version: str) -> dict[str, ModuleType]:
     Raises:
         SeamError: See `find_symbols`.
     """
+    return _find(_EXPERT_SYMBOLS, version)
+
+
+def find_repeat_symbols(version: str) -> dict[str, ModuleType]:
+    """Find the modules whose symbols are bound for repeating a step in sync-free mode.
+
+    Raises:
+        SeamError: See `find_symbols`.
+    """
+    return _find(_REPEAT_SYMBOLS, version)
+
+
+def _find(required: Mapping[str, Mapping[str, tuple[str, ...] | None]], version: str) -> dict[str, ModuleType]:
+    """The modules of required symbols, by name. Further parameters may follow."""
     modules = {}
-    for name, symbols in _EXPERT_SYMBOLS.items():
+    for name, symbols in required.items():
         modules[name] = _import(name)
         for dotted, parameters in symbols.items():
             _check_symbol(modules[name], dotted, parameters, version, more=True)

@@ -25,6 +25,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from qwen3_moe.options import Options, parse_options
 from torch.overrides import TorchFunctionMode
 
@@ -237,6 +238,43 @@ class Job:
         self.steps += 1
         dist.all_reduce(loss)
         return loss.item() / dist.get_world_size(), float(norm)
+
+    def scheduled_step(
+        self, data_iterator: Any, num_microbatches: int, forward_backward: Any = None, forward_step: Any = None
+    ) -> tuple[list[float], float]:
+        """As megatron.training's train_step does it: this rank's losses, and the gradient norm.
+
+        Args:
+            data_iterator: Of dicts with "tokens", [2, 13] int64.
+            num_microbatches: Of the step.
+            forward_backward: Megatron's wrapper around its schedule; None = the schedule.
+            forward_step: See `forward_step`.
+        """
+        config = self.model.config
+        config.finalize_model_grads_func, config.no_sync_func = finalize_model_grads, self.ddp.no_sync
+        self.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        losses = (forward_backward or get_forward_backward_func())(
+            forward_step_func=forward_step or self.forward_step,
+            data_iterator=data_iterator,
+            model=[self.ddp],
+            num_microbatches=num_microbatches,
+            seq_length=12,
+            micro_batch_size=2,
+            forward_only=False,
+        )
+        good, norm, _ = self.optimizer.step()
+        assert good
+        self.steps += 1
+        return [float(loss["loss"]) for loss in losses], float(norm)
+
+    @staticmethod
+    def forward_step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, Any]:
+        """Of Megatron's schedules."""
+        tokens = next(data_iterator)["tokens"]
+        positions = torch.arange(12).expand(len(tokens), 12)
+        losses = model(tokens[:, :-1], positions, attention_mask=None, labels=tokens[:, 1:].contiguous())
+        return losses, lambda losses: (losses.mean(), {"loss": losses.detach().mean()})
 
     def weights(self) -> dict[str, torch.Tensor]:
         """All parameters of this rank, gathered over its replicas; experts by their global number, one by one."""
