@@ -88,6 +88,13 @@ def logged() -> dict[str, torch.Tensor]:
     return found
 
 
+def forget_logged() -> None:
+    """As in a new process."""
+    for module, name in step_state._LOGS[:2]:
+        tracker = getattr(sys.modules.get(module), name, None)
+        getattr(tracker, "_metrics", tracker or {}).clear()
+
+
 def repeats(records: list[logging.LogRecord]) -> list[str]:
     """The warnings that a step is repeated."""
     lines = [record.getMessage() for record in records if record.levelno == logging.WARNING]
@@ -102,8 +109,7 @@ def train(world: Any, percent: int, micro_batches: int, fields: dict[str, Any]) 
         job = Job(Setup(experts="grouped", **fields))
         batches, skewed, losses, norms = Batches(), Skewed(job, world), [], []
         expert_load.local_expert_load()
-        for value in logged().values():  # as Megatron's loop does when it has logged them
-            value.zero_()
+        forget_logged()
         for n in range(3):
             skewed.on = n != 1
             loss, norm = job.scheduled_step(iter_of(batches), micro_batches)

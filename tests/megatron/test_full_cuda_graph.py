@@ -119,35 +119,41 @@ def replay(world: Any, graphed: bool) -> dict[str, Any]:
         process_groups(Split(1, 2)),
     ):
         training = Training(world, graphed)
-        losses, happened = [], []
+        losses, happened, rooms = [], [], []
         for skewed in STEPS:
             losses.append(training.step(skewed=skewed))
+            rooms.append(next(iter(sync_free._rooms.values())).num_selections)
             happened.append(" ".join(events))
             events.clear()
         buffers = dict(training.job.model.named_buffers())
         result = {"losses": losses, "weights": training.job.weights(), "buffers": buffers}
-        return {"result": result, "happened": happened}
+        return {"result": result, "happened": happened, "rooms": rooms}
 
 
 @pytest.mark.slow
 def test_an_overflow_in_a_replay_runs_again_eagerly() -> None:
     wanted = run_ranks(4, replay, False, env=SYNC_FREE)
     assert all(found["happened"] == ["eager"] * 8 for found in wanted)
-    for found, eager in zip(run_ranks(4, replay, True, env=SYNC_FREE), wanted, strict=True):
+    for rank, (found, eager) in enumerate(zip(run_ranks(4, replay, True, env=SYNC_FREE), wanted, strict=True)):
         assert found["happened"] == [
             *["eager", "eager", "capture replay", "replay"],
             *["replay eager", "eager", "capture replay", "replay"],  # which now has room for the skewed step
         ]
+        rooms = found["rooms"]
+        if rank < 2:
+            assert set(rooms) == set(eager["rooms"]), "all that could arrive has room, and keeps it"
+        else:
+            assert rooms[2] == rooms[3] < rooms[1] < rooms[4], "the capture has what the steps before it needed"
         assert_equal(found["result"], eager["result"])
 
 
 def change_sizes(world: Any) -> tuple[list[str], list[list[float]], Report | None, bool, list[float]]:
-    """What happens with three micro-batches instead of two, losses; what a smaller micro-batch on rank 3 says, whether
+    """What happens with one, two and then three micro-batches, losses; what a smaller micro-batch on rank 3 says, whether
     it changed a weight, and the losses of the step after it."""
     with on_cpu(), fake_cuda() as events, process_groups(Split(1, 2)):
         training = Training(world, True)
         happened, losses = [], []
-        for micro_batches in (2, 2, 2, 3, 3, 3, 3):
+        for micro_batches in (1, 2, 2, 2, 3, 3, 3, 3):
             losses.append(training.step(micro_batches))
             happened.append(" ".join(events))
             events.clear()
@@ -160,8 +166,9 @@ def change_sizes(world: Any) -> tuple[list[str], list[list[float]], Report | Non
 @pytest.mark.slow
 def test_other_sizes_are_captured_again_or_refused_on_every_rank() -> None:
     for rank, (happened, losses, said, untouched, after) in enumerate(run_ranks(4, change_sizes, env=SYNC_FREE)):
-        assert happened == [*["eager", "eager", "capture replay"], *["eager", "eager", "capture replay", "replay"]]
-        assert [len(of_step) for of_step in losses] == [2, 2, 2, 3, 3, 3, 3]
+        again = ["eager", "eager", "capture replay"]
+        assert happened == ["eager", *again, *again, "replay"]
+        assert [len(of_step) for of_step in losses] == [1, 2, 2, 2, 3, 3, 3, 3]
         assert untouched and len(after) == 3
         if rank < 2:
             assert said is not None and said.kind == "PeerError"
