@@ -6,6 +6,7 @@ in one copy, and raises the error of the check that counted something.
 
 They are read:
 
+- In sync-free mode by Megatron's schedules (`megatron.forward_backward`), which repeat a step that has overflowed.
 - Under `install()` by Megatron's optimizers (`megatron.optimizer_step`), before they read a gradient, also if the step
   is replayed from a CUDA graph. All ranks of the model decide together: if one group's check counted something, every
   rank raises, and no rank changes a weight.

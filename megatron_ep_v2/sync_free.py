@@ -14,8 +14,9 @@ are left out, counted on the device, and reported before the optimizer's step, o
     except LayoutOverflowError:
         sync_free.grow()  # then zero the gradients, run the same batch again, and capture graphs again
 
-If a model has several such groups, all of them repeat the step: Megatron's optimizers raise on every rank, other loops
-call `device_checks.read_all(group of all ranks)`. docs/sync_free.md has the loop.
+Megatron's schedules repeat the step themselves (`megatron.forward_backward`). If a model has several such groups, all
+of them repeat it: Megatron's optimizers raise on every rank, other loops call `device_checks.read_all(group of all
+ranks)`. docs/sync_free.md has the loop.
 
 An evaluation (a forward without gradients) has no optimizer's step to stop. So it waits on the host, as other layouts
 do, and makes room for all rows that arrived. If a CUDA graph captures it, it cannot wait: then a separate check counts

@@ -138,7 +138,7 @@ class _Shapes:
 
 
 def _shapes(value: Any) -> Any:
-    """The shapes of all tensors, with their places in dicts and lists."""
+    """The shapes of all tensors, in the same dicts and lists."""
     if isinstance(value, torch.Tensor):
         return list(value.shape)
     if isinstance(value, dict):

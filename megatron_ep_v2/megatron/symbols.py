@@ -93,8 +93,7 @@ _REPEAT_SYMBOLS: dict[str, dict[str, tuple[str, ...] | None]] = {
         "forward_backward_pipelining_without_interleaving": _RUN,
     },
     FULL_GRAPH: {
-        "FullCudaGraphWrapper.__call__": None,  # which takes keywords only
-        "FullCudaGraphWrapper.curr_iter": ("stage",),
+        "FullCudaGraphWrapper.curr_iter": ("stage",),  # and its __call__, which every class seems to have
         "FullCudaGraphWrapper.curr_iteration": None,
         "FullCudaGraphWrapper.cuda_graph": None,
         "FullCudaGraphWrapper.result": None,

@@ -268,9 +268,14 @@ def evaluate(world: Any) -> tuple[list[int], int, str, int]:
         batches, skewed = Batches(), Skewed(job, world)
         skewed.on = True
         source = iter_of(batches)
+
+        def forward_step(data_iterator: Any, model: Any) -> Any:
+            assert data_iterator is source
+            return job.forward_step(data_iterator, model)
+
         with torch.no_grad():
             get_forward_backward_func()(
-                forward_step_func=job.forward_step,
+                forward_step_func=forward_step,
                 data_iterator=source,
                 model=[job.ddp],
                 num_microbatches=2,

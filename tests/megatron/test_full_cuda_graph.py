@@ -148,8 +148,8 @@ def test_an_overflow_in_a_replay_runs_again_eagerly() -> None:
 
 
 def change_sizes(world: Any) -> tuple[list[str], list[list[float]], Report | None, bool, list[float]]:
-    """What happens with one, two and then three micro-batches, losses; what a smaller micro-batch on rank 3 says, whether
-    it changed a weight, and the losses of the step after it."""
+    """What happens with one, two and then three micro-batches, losses; what a smaller micro-batch on rank 3 says,
+    whether it changed a weight, and the losses of the step after it."""
     with on_cpu(), fake_cuda() as events, process_groups(Split(1, 2)):
         training = Training(world, True)
         happened, losses = [], []

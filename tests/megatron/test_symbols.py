@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 from megatron.core import __version__ as megatron_version
+from megatron.core import full_cuda_graph
+from megatron.core.pipeline_parallel import schedules
 from megatron.core.tensor_parallel.random import CheckpointFunction
 from megatron.core.transformer.moe import fused_a2a, moe_utils, token_dispatcher
 
@@ -69,6 +71,28 @@ def assert_refused(symbol: str) -> SeamError:
     assert megatron_ep_v2.status()["installed"] is False
     assert settings.active().num_sms == 0
     return caught.value
+
+
+REPEATS = [(schedules, name) for name in vars(schedules) if name.startswith("forward_backward_")]
+REPEATS += [(full_cuda_graph.FullCudaGraphWrapper, "curr_iter"), (full_cuda_graph.StaticBufferLoader, "static_buffers")]
+
+
+@pytest.mark.parametrize(("owner", "name"), REPEATS)
+def test_what_repeats_a_step_is_needed_and_bound_in_sync_free_mode_alone(
+    owner: Any, name: str, clean: pytest.MonkeyPatch
+) -> None:
+    theirs, before = getattr(owner, name), names()
+    with clean.context() as missing:
+        missing.delattr(owner, name)
+        with pytest.raises(SeamError, match=name):
+            megatron_ep_v2.install(buffer="reference", sync_free=True)
+        assert not rebound(before), "half-applied"
+        megatron_ep_v2.install(buffer="reference")
+    assert getattr(owner, name) is theirs
+    megatron_ep_v2.install(buffer="reference", sync_free=True)
+    assert (getattr(owner, name) is not theirs) == (owner is schedules)
+    megatron_ep_v2.uninstall()
+    assert getattr(owner, name) is theirs
 
 
 def checkpoint_of_te(ctx: Any, run_function: Any, distribute_saved_activations: bool, *args: Any) -> Any:
