@@ -57,7 +57,7 @@ def repeating(theirs: Callable[..., Any]) -> Callable[..., Any]:
     def forward_backward(self: FullCudaGraphWrapper, *args: Any, **call: Any) -> Any:
         if args or not parallel_state.model_parallel_is_initialized():
             return theirs(self, *args, **call)
-        stage = "validation" if call["forward_only"] else "training"
+        stage = "validation" if call.get("forward_only") else "training"
         sizes = tuple(call.get(name) for name in _SIZES)
         if _sizes.setdefault(stage, sizes) != sizes:
             _start_again(stage, sizes)
