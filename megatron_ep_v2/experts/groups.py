@@ -47,7 +47,7 @@ class Groups:
         Raises:
             InputError: The counts do not fit the rows, if that is known without a wait.
         """
-        if tokens_per_expert.device == rows.device and rows.is_cuda:
+        if tokens_per_expert.device == rows.device and not rows.is_cpu:
             ends = tokens_per_expert.cumsum(0).to(torch.int32)
             alignment = getattr(tokens_per_expert, "alignment", 1)
             return cls(ends=ends, sizes=None, alignment=alignment, used=ends[-1], num_rows=len(rows))
@@ -61,7 +61,7 @@ class Groups:
                 fix="keep a static number of rows with counts on the device",
             )
         ends = tokens_per_expert.cumsum(0).to(torch.int32)
-        if rows.is_cuda:
+        if not rows.is_cpu:
             ends = ends.to(rows.device, non_blocking=True)  # the driver stages it: no wait, and the source may be freed
         alignment = 1
         while alignment < 128 and all(size % (2 * alignment) == 0 for size in sizes):

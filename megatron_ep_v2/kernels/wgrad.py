@@ -37,7 +37,7 @@ def add_(out: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, ends: torch.Ten
             needed=f"({len(ends)}, {grad.shape[1]}, {x.shape[1]}), contiguous",
             fix="turn gradient_accumulation_fusion off (--no-gradient-accumulation-fusion)",
         )
-    if out.is_cuda and grad.dtype != torch.float64:
+    if not out.is_cpu and grad.dtype != torch.float64:
         kernels_for(out, sys.modules[__name__], "experts").add_(out, grad, x, ends)
         return
     kind, start = accumulator(grad), 0

@@ -64,7 +64,7 @@ class ExpertLoad:
         if runs_again() or torch._C._current_graph_task_id() != -1:  # in a backward: some other checkpoint recomputes
             return
         self._dispatched = True
-        if not counts.is_cuda:
+        if counts.is_cpu:
             self._host += counts
             return
         if self._device is None:

@@ -158,7 +158,7 @@ def test_padding_is_not_counted() -> None:
 class OnDevice(torch.Tensor):
     """Counts that say they are on a GPU."""
 
-    is_cuda = True
+    is_cpu = False
 
 
 def test_counts_begun_in_inference_mode_go_on_in_training() -> None:

@@ -89,7 +89,7 @@ def test_no_graph_outlives_its_step() -> None:
 class OnDevice(torch.Tensor):
     """Rows that say they are on a GPU."""
 
-    is_cuda = True
+    is_cpu = False
 
 
 def padding_known(group: Any) -> tuple[list[int], int]:
