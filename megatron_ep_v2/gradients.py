@@ -129,7 +129,7 @@ def take_handle(ctx: HandleContext) -> Kept:
 
 def _save_mark(ctx: HandleContext, handle: Handle, routings: Routings | None) -> None:
     number = next(_numbers)
-    mark = torch.tensor(number, device="cpu")
+    mark = torch.scalar_tensor(number, dtype=torch.int64, device="cpu")
     memory = mark.untyped_storage()  # shared by detached copies, which a checkpoint may save
     ctx.kept = handle, routings
     _marked[number] = weakref.ref(memory, lambda _: _marked.pop(number, None)), ctx.kept

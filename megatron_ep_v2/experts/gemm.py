@@ -103,10 +103,10 @@ class Grouped:
         """
         _grouped_mm()
         # On other GPUs it is a loop that waits for the sizes (pytorch, aten/src/ATen/native/cuda/GroupedBlas.cpp).
-        if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10):
+        if device.type == "cuda" and _capability(device)[0] not in (9, 10):
             raise UnavailableError(
                 "torch has no grouped GEMM for this GPU",
-                found=f"compute capability {torch.cuda.get_device_capability(device)}",
+                found=f"compute capability {_capability(device)}",
                 needed="9 or 10, as H100, H200, B200 have",
                 fix="choose the sequential experts",
             )
@@ -136,13 +136,13 @@ class Grouped:
         return self._multiply(grad, w, groups)
 
     def wgrad(self, grad: torch.Tensor, x: torch.Tensor, groups: Groups) -> torch.Tensor:
-        if not len(x):
-            return x.new_zeros(len(groups.ends), grad.shape[1], x.shape[1])
+        if not x.shape[0]:
+            return x.new_zeros(groups.ends.shape[0], grad.shape[1], x.shape[1])
         # The only pair of layouts that allows empty groups and groups of any size (GroupMMCommon.cuh).
         return _grouped_mm()(grad.t(), x, offs=groups.ends)
 
     def _multiply(self, x: torch.Tensor, w: torch.Tensor, groups: Groups) -> torch.Tensor:
-        if not len(x):
+        if not x.shape[0]:
             return x.new_empty(0, w.shape[2])
         return _grouped_mm()(x, w, offs=groups.ends)
 
@@ -185,12 +185,12 @@ class DeepGemm(Grouped):
             )
 
     def forward(self, x: torch.Tensor, w: torch.Tensor, groups: Groups) -> torch.Tensor:
-        out = x.new_empty(len(x), w.shape[1])
+        out = x.new_empty(x.shape[0], w.shape[1])
         deep_gemm().m_grouped_bf16_gemm_nt_contiguous(x, w, out, groups.m_indices)
         return out
 
     def dgrad(self, grad: torch.Tensor, w: torch.Tensor, groups: Groups) -> torch.Tensor:
-        out = grad.new_empty(len(grad), w.shape[2])
+        out = grad.new_empty(grad.shape[0], w.shape[2])
         deep_gemm().m_grouped_bf16_gemm_nn_contiguous(grad, w, out, groups.m_indices)
         return out
 
@@ -207,6 +207,11 @@ def gemm(backend: str) -> Gemm:
             fix="pass one of these names; sequential runs anywhere",
         )
     return GEMMS[backend]
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 @functools.cache

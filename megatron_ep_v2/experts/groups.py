@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
+from array import array
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
 from megatron_ep_v2.errors import InputError
-from megatron_ep_v2.layouts.places import Places
+from megatron_ep_v2.layouts.places import CONTIGUOUS_ALIGNMENT, Places
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,33 +44,34 @@ class Groups:
 
         Args:
             tokens_per_expert: [L] integers. On the CPU with rows on a GPU, their sum must be P; else P at most. On the
-                device, an attribute `alignment` says that each is a multiple of it.
+                device, an attribute `alignment` says that each is a multiple of it, and `ends`, [L] int32, has their
+                running sum.
             rows: [P, H].
 
         Raises:
             InputError: The counts do not fit the rows, if that is known without a wait.
         """
+        num_rows = rows.shape[0]
         if tokens_per_expert.device == rows.device and not rows.is_cpu:
-            ends = tokens_per_expert.cumsum(0).to(torch.int32)
-            alignment = getattr(tokens_per_expert, "alignment", 1)
-            return cls(ends=ends, sizes=None, alignment=alignment, used=ends[-1], num_rows=len(rows))
+            alignment, ends = getattr(tokens_per_expert, "alignment", 1), getattr(tokens_per_expert, "ends", None)
+            if ends is None:
+                ends = tokens_per_expert.cumsum(0).to(torch.int32)
+            return cls(ends=ends, sizes=None, alignment=alignment, used=ends[-1], num_rows=num_rows)
         sizes = tuple(tokens_per_expert.long().tolist())  # .long() gives plain tensors: CountsOnDevice.tolist() raises
         used = sum(sizes)
-        if used > len(rows) or (used < len(rows) and rows.is_cuda):
+        if used > num_rows or (used < num_rows and rows.is_cuda):
             raise InputError(
                 "the experts' rows are not as many as their counts say",
-                found=f"{len(rows)} rows, tokens_per_expert adds up to {used}",
+                found=f"{num_rows} rows, tokens_per_expert adds up to {used}",
                 needed="one row for each",
                 fix="keep a static number of rows with counts on the device",
             )
-        ends = tokens_per_expert.cumsum(0).to(torch.int32)
+        ends = torch.frombuffer(array("i", accumulate(sizes)), dtype=torch.int32)
         if not rows.is_cpu:
             ends = ends.to(rows.device, non_blocking=True)  # the driver stages it: no wait, and the source may be freed
-        alignment = 1
-        while alignment < 128 and all(size % (2 * alignment) == 0 for size in sizes):
-            alignment *= 2
-        tail = ends[-1] if used < len(rows) else None
-        return cls(ends=ends, sizes=sizes, alignment=alignment, used=tail, num_rows=len(rows))
+        tail = ends[-1] if used < num_rows else None
+        alignment = math.gcd(CONTIGUOUS_ALIGNMENT, *sizes)  # as far as a backend may ask for
+        return cls(ends=ends, sizes=sizes, alignment=alignment, used=tail, num_rows=num_rows)
 
     def of_run(self, ends: torch.Tensor) -> Groups:
         """These groups with the `ends` saved with the rows of a backward. Under a checkpoint without reentry they come

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_ep_v2.kernels.launch import launch
+from megatron_ep_v2.kernels.launch import ceil_div, launch, next_power_of_2
 
 ELEMENTS = 2048  # pairs per program: 16 per thread of four warps
 
@@ -43,9 +43,9 @@ def _launch(
     kernel: triton.JITFunction, tensors: tuple[torch.Tensor, ...], shape: torch.Size, more: tuple[float, ...]
 ) -> None:
     tokens, topk = shape
-    width = triton.next_power_of_2(topk)
+    width = next_power_of_2(topk)
     rows = max(1, ELEMENTS // (width * width))
-    launch(kernel, (triton.cdiv(tokens, rows), 1, 1), tensors, (tokens,), (topk, width, rows, *more))
+    launch(kernel, (ceil_div(tokens, rows), 1, 1), tensors, (tokens,), (topk, width, rows, *more))
 
 
 @triton.jit

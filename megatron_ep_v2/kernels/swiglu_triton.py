@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_ep_v2.kernels.launch import launch
+from megatron_ep_v2.kernels.launch import ceil_div, launch
 from megatron_ep_v2.kernels.move_triton import accumulator_kind, tile
 
 TAIL_ROWS = 8  # rows per program of `zero_tail_`
@@ -14,7 +14,7 @@ TAIL_ROWS = 8  # rows per program of `zero_tail_`
 
 def forward(h: torch.Tensor, probs: torch.Tensor, used: torch.Tensor | None) -> torch.Tensor:
     """See `swiglu.forward`."""
-    rows, columns = len(h), h.shape[1] // 2
+    rows, columns = h.shape[0], h.shape[1] // 2
     out = torch.empty(rows, columns, dtype=h.dtype, device=h.device)
     if out.numel():
         block, warps = tile(columns, h.element_size())
@@ -49,10 +49,10 @@ def backward(
 def zero_tail_(rows: torch.Tensor, used: torch.Tensor | None) -> torch.Tensor:
     """See `swiglu.zero_tail_`; rows [P, H]. Programs whose rows are in use end at once."""
     if used is not None and rows.numel():
-        columns = rows.shape[1]
+        number, columns = rows.shape
         block, warps = tile(columns, rows.element_size())
-        grid = (triton.cdiv(len(rows), TAIL_ROWS), 1, 1)
-        launch(_zero_tail, grid, (rows, used), (len(rows),), (columns, TAIL_ROWS, block), num_warps=warps)
+        grid = (ceil_div(number, TAIL_ROWS), 1, 1)
+        launch(_zero_tail, grid, (rows, used), (number,), (columns, TAIL_ROWS, block), num_warps=warps)
     return rows
 
 

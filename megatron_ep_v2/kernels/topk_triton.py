@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_ep_v2.kernels.launch import launch
+from megatron_ep_v2.kernels.launch import ceil_div, launch, next_power_of_2
 
 ELEMENTS = 2048  # per program: 16 per thread of four warps
 
@@ -49,9 +49,9 @@ def _launch(
     kernel: triton.JITFunction, tensors: tuple[torch.Tensor, ...], tokens: int, experts: int, topk: int
 ) -> None:
     """Launch with ELEMENTS elements per program, at least one row."""
-    width = triton.next_power_of_2(experts)
+    width = next_power_of_2(experts)
     rows = max(1, ELEMENTS // width)
-    launch(kernel, (triton.cdiv(tokens, rows), 1, 1), tensors, (tokens,), (experts, width, topk, rows))
+    launch(kernel, (ceil_div(tokens, rows), 1, 1), tensors, (tokens,), (experts, width, topk, rows))
 
 
 @triton.jit(do_not_specialize=["tokens"])

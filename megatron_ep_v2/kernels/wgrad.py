@@ -30,7 +30,7 @@ def add_(out: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, ends: torch.Ten
         InputError: `out` is not one contiguous [L, N, K].
         UnavailableError: CUDA tensors, and no Triton.
     """
-    if out.shape != (len(ends), grad.shape[1], x.shape[1]) or not out.is_contiguous():
+    if out.shape != (ends.shape[0], grad.shape[1], x.shape[1]) or not out.is_contiguous():
         raise InputError(
             "weight gradients do not fit the buffer that they are added to",
             found=f"main_grad {tuple(out.shape)} with strides {out.stride()}",

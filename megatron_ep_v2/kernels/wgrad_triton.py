@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_ep_v2.kernels.launch import launch
+from megatron_ep_v2.kernels.launch import ceil_div, launch
 
 # Tile of the weight, rows per step, warps, stages: the fastest on an H200 of those that `benchmarks/gpu_wgrad.py
 # --tiles` tries. Two such programs share a multiprocessor: one reads and writes its tile while the other multiplies.
@@ -20,7 +20,7 @@ def add_(out: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, ends: torch.Ten
         return
     narrow = grad.element_size() <= 2  # fp32 tiles take twice the shared memory
     tile_n, tile_k, rows, stages = (TILE_N, TILE_K, ROWS, STAGES) if narrow else (64, 64, 32, 2)
-    grid = (triton.cdiv(columns_n, tile_n) * triton.cdiv(columns_k, tile_k), experts, 1)
+    grid = (ceil_div(columns_n, tile_n) * ceil_div(columns_k, tile_k), experts, 1)
     launch(
         _add,
         grid,

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_ep_v2.kernels.launch import launch
+from megatron_ep_v2.kernels.launch import ceil_div, launch
 from megatron_ep_v2.wire.formats import WireFormat
 from megatron_ep_v2.wire.quantize import MIN_EXPONENT, NAN_EXPONENT, PACK, ROUND_UP
 
@@ -22,10 +22,10 @@ _ROUND_UP = tl.constexpr(ROUND_UP)
 def quantize(x: torch.Tensor, kind: WireFormat) -> tuple[torch.Tensor, torch.Tensor]:
     """See `quantize.quantize`."""
     rows, hidden = x.shape
-    packs = triton.cdiv(hidden, PACK)
+    packs = ceil_div(hidden, PACK)
     values = torch.empty_like(x, dtype=torch.uint8)
     scales = torch.empty(rows, packs, dtype=torch.int32, device=x.device)
-    grid = (triton.cdiv(rows * packs, BLOCK), 1, 1)
+    grid = (ceil_div(rows * packs, BLOCK), 1, 1)
     launch(_quantize, grid, (x, values, scales), (rows * packs,), (packs, hidden, kind.columns, BLOCK))
     return values.view(torch.float8_e4m3fn), scales.view(getattr(torch, kind.scale_dtype))
 
@@ -33,10 +33,10 @@ def quantize(x: torch.Tensor, kind: WireFormat) -> tuple[torch.Tensor, torch.Ten
 def dequantize(values: torch.Tensor, scales: torch.Tensor, kind: WireFormat, dtype: torch.dtype) -> torch.Tensor:
     """See `quantize.dequantize`."""
     rows, hidden = values.shape
-    packs = triton.cdiv(hidden, PACK)
+    packs = ceil_div(hidden, PACK)
     out = torch.empty_like(values, dtype=dtype)
     bits, words = values.view(torch.uint8), scales.view(torch.int32)
-    grid = (triton.cdiv(rows * packs, BLOCK), 1, 1)
+    grid = (ceil_div(rows * packs, BLOCK), 1, 1)
     launch(_dequantize, grid, (bits, words, out), (rows * packs,), (packs, hidden, kind.columns, BLOCK))
     return out
 
