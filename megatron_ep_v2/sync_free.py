@@ -2,7 +2,7 @@
 
     compact dispatch, W rows     the most that could arrive; ids from R on are ignored (R stays on the device)
     place_contiguous             a slot among M rows, sorted by local expert, for each received selection
-    gather_rows, gather_weights  [M, H] and [M] for the experts, with their counts on the device
+    gather_with_weights          [M, H] and [M] for the experts, with their counts on the device
     reduce_rows, combine         back to [T, H]
 
 M is fixed beforehand: `sync_free_rows_percent` of an even share, which is the selections of one full rank, or what
@@ -30,6 +30,7 @@ from __future__ import annotations
 import functools
 import logging
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +43,7 @@ from megatron_ep_v2.buffers.contract import Buffer, Handle
 from megatron_ep_v2.device_checks import DeviceCheck
 from megatron_ep_v2.errors import EvaluationOverflowError, InputError, LayoutOverflowError
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
-from megatron_ep_v2.layouts import Places, gather_rows, gather_weights, place_contiguous, reduce_rows, rows_that_fit
+from megatron_ep_v2.layouts import Places, gather_with_weights, place_contiguous, reduce_rows, rows_that_fit, tally
 
 logger = logging.getLogger("megatron_ep_v2")
 
@@ -64,8 +65,13 @@ def sync_free_dispatch(
     *,
     expert_alignment: int = 1,
     keep_indices: bool = False,
+    load_on: Callable[[torch.device], torch.Tensor | None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, SyncFreeHandle]:
     """Send tokens to the ranks of their experts. Arguments as for `fused_dispatch`.
+
+    Args:
+        load_on: Called once the dispatch was accepted; returns the [L] int64 on this device to which each expert's rows
+            are added, without padding, or None.
 
     Returns:
         `(rows, row_probs, tokens_per_expert, handle)`: [M, H] sorted by local expert; [M] fp32; both zero on padding;
@@ -86,12 +92,16 @@ def sync_free_dispatch(
     num_recv = handle.psum_num_recv_tokens_per_scaleup_rank[-1:]
     num_rows = rows_that_fit(room.num_selections, num_local, expert_alignment)
     places = place_contiguous(recv_idx, num_recv, num_local, num_rows, expert_alignment)
+    load = load_on(x.device) if load_on else None
     training = torch.is_grad_enabled() or recompute.runs_first()
     if training or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
-        room.watch(places, training)
-    elif (needed := int(places.needed)) > num_rows:
-        places = place_contiguous(recv_idx, num_recv, num_local, needed, expert_alignment)
-    rows, row_probs = gather_rows(recv_x, places), gather_weights(recv_probs, places)
+        room.watch(places, training, load)
+    else:
+        if (needed := int(places.needed)) > num_rows:
+            places = place_contiguous(recv_idx, num_recv, num_local, needed, expert_alignment)
+        if load is not None:
+            load += places.counts
+    rows, row_probs = gather_with_weights(recv_x, recv_probs, places)
     counts = places.counts if expert_alignment == 1 else places.padded_counts
     return rows, row_probs, counts, SyncFreeHandle(handle, places)
 
@@ -204,16 +214,14 @@ class _Room:
     def percent(self, num_selections: int) -> int:
         return -(-100 * num_selections // self.even_share)
 
-    def watch(self, places: Places, training: bool) -> None:
+    def watch(self, places: Places, training: bool, load: torch.Tensor | None) -> None:
         """Record on the device by how many rows a dispatch exceeded its room, and how many it needed; keeps the largest
-        numbers of the step."""
+        numbers of the step. Adds the experts' rows to `load`."""
         check = self.checks[training]
-        torch.maximum(check.count, places.needed - places.num_rows, out=check.count)
+        most = self.most_needed.count if training else None
+        tally(places, places.num_rows - self.num_selections, check.count, most, load)
         check.touch()
         if training:
-            padding = places.num_rows - self.num_selections
-            needed = places.needed - padding if padding else places.needed
-            torch.maximum(self.most_needed.count, needed, out=self.most_needed.count)
             self.most_needed.touch()
 
 

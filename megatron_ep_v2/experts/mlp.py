@@ -23,7 +23,7 @@ from megatron_ep_v2.gradients import Context, InputGrads, first_order
 from megatron_ep_v2.kernels import swiglu, wgrad
 from megatron_ep_v2.kernels.select import kernels_for
 from megatron_ep_v2.layouts.places import place_contiguous, rows_that_fit
-from megatron_ep_v2.layouts.rows import gather_rows, gather_weights, reduce_rows
+from megatron_ep_v2.layouts.rows import gather_with_weights, reduce_rows
 
 
 class Linear(Protocol):
@@ -101,12 +101,13 @@ def run_experts(
         recompute_activation: Compute the activation again in backward instead of saving its P * F elements.
     """
     w1, w2 = fc1.weight, fc2.weight
-    fits = x.dim() == 2 and probs.shape == x.shape[:1] and len(w1) == len(w2) == len(groups.ends)
-    if not fits or w1.shape[1:] != (2 * w2.shape[2], x.shape[1]) or w2.shape[1] != x.shape[1]:
+    of_rows, of_w2, experts = x.shape, w2.shape, groups.ends.shape[0]
+    fits = len(of_rows) == 2 and probs.shape == of_rows[:1] and of_w2 == (experts, of_rows[1], of_w2[2])
+    if not fits or w1.shape != (experts, 2 * of_w2[2], of_rows[1]):
         raise InputError(
             "these are not the rows and weights of SwiGLU experts",
-            found=f"rows {tuple(x.shape)}, probs {tuple(probs.shape)}, weights {tuple(w1.shape)} and "
-            f"{tuple(w2.shape)}, {len(groups.ends)} groups",
+            found=f"rows {tuple(of_rows)}, probs {tuple(probs.shape)}, weights {tuple(w1.shape)} and "
+            f"{tuple(of_w2)}, {experts} groups",
             needed="[P, H], [P], [L, 2 * F, H], [L, H, F], L",
             fix="pass the rows and probabilities of one dispatch, its groups, and this rank's own experts",
         )
@@ -138,7 +139,7 @@ def _padded(
     else:
         num_rows = sum(-(-size // alignment) * alignment for size in groups.sizes)
     places = place_contiguous(expert, None, len(groups.ends), num_rows, alignment)
-    rows, row_probs = gather_rows(x, places), gather_weights(probs[:, None], places)
+    rows, row_probs = gather_with_weights(x, probs[:, None], places)
     y = run_experts(rows, row_probs, fc1, fc2, Groups.from_places(places), backend, recompute_activation)
     return reduce_rows(y, places)
 

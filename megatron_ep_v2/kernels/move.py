@@ -37,6 +37,39 @@ def take(values: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return torch.where(index >= 0, flat[index.clamp(min=0).long()], 0)
 
 
+def gather_with_weights(
+    x: torch.Tensor, weights: torch.Tensor, rows: torch.Tensor, sources: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`gather(x, rows)`, and `take(weights, sources)`.
+
+    Args:
+        x: [R, H].
+        weights: [R, K].
+        rows: [M] int32.
+        sources: [M] int32, row * K + k; -1 where the row is.
+
+    Returns:
+        [M, H] and [M].
+    """
+    return gather(x, rows), take(weights, sources)
+
+
+def reduce_with_weights(
+    y: torch.Tensor, row_weights: torch.Tensor, slots: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of `gather_with_weights`: `reduce(y, slots, None)`, and `take(row_weights, slots)`.
+
+    Args:
+        y: [M, H].
+        row_weights: [M].
+        slots: [R, K] int32.
+
+    Returns:
+        [R, H] and [R, K].
+    """
+    return reduce(y, slots, None), take(row_weights, slots)
+
+
 def reduce(y: torch.Tensor, slots: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     """Sum over k, in order, of weights[r, k] * y[slots[r, k]], where slots is not -1; in at least fp32.
 

@@ -49,6 +49,32 @@ def place_masked(
     return _finish(selections, flat, valid, rank, totals, starts, counts, ends, totals.amax(), num_rows)
 
 
+def tally(
+    counts: torch.Tensor,
+    needed: torch.Tensor,
+    num_rows: int,
+    num_padding: int,
+    excess: torch.Tensor,
+    most: torch.Tensor | None,
+    load: torch.Tensor | None,
+) -> None:
+    """Add up the numbers of one layout, in place.
+
+    Args:
+        counts, needed: As `place` returned them.
+        num_rows: M.
+        num_padding: Rows of M that are reserved for padding between experts.
+        excess: [1] int32: the largest `needed - num_rows`.
+        most: [1] int32: the largest `needed - num_padding`; or None.
+        load: [L] int64, to which the counts are added; or None.
+    """
+    torch.maximum(excess, needed - num_rows, out=excess)
+    if most is not None:
+        torch.maximum(most, needed - num_padding, out=most)
+    if load is not None:
+        load += counts
+
+
 def _flat_selections(
     selections: torch.Tensor, num_recv: torch.Tensor | None, num_local_experts: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 Three kernels, with grids that depend on shapes only: count the selections of each block of 128 by expert; sum over the
 blocks; lay out the experts, mark the padding and assign the slots. No atomics, so rows are in the order of the
-selections.
+selections. A fourth adds up what a dispatch leaves on the device.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_ep_v2.kernels.launch import launch
+from megatron_ep_v2.kernels.launch import ceil_div, launch, next_power_of_2
 
 BLOCK = 128  # selections per program of the first and the last kernel, and slots per program of the last
 CHUNK = 256  # blocks that the second kernel sums at a time
@@ -43,32 +43,58 @@ def _place(
 ) -> Found:
     """Launch the three kernels. step: The alignment; with `masked`, the number of rows per expert."""
     num_selections, topk = selections.numel(), selections.shape[1]
-    blocks = max(1, triton.cdiv(num_selections, BLOCK))
+    blocks = max(1, ceil_div(num_selections, BLOCK))
     # Per expert: its selections in each block, later those in all earlier blocks; at the end of the row their total.
     before = torch.empty(num_local_experts, blocks + 1, dtype=torch.int32, device=selections.device)
-    counts, ends, overflow, needed = _aligned(4, num_local_experts, selections.device)
-    rows, sources, m_indices = _aligned(3, num_rows, selections.device)
+    # The counts are kept for longer than the rows.
+    counts, ends, overflow, needed = _aligned((num_local_experts, num_local_experts, 4, 4), selections.device)
+    rows, sources, m_indices = _aligned((num_rows,) * 3, selections.device)
     slots = torch.empty_like(selections, dtype=torch.int32)
     has_num_recv = num_recv is not None
     received = selections if num_recv is None else num_recv  # a valid pointer that is not read
-    width = max(16, triton.next_power_of_2(num_local_experts))
+    width = max(16, next_power_of_2(num_local_experts))
 
-    sizes = (num_selections, topk, num_local_experts, blocks)
-    launch(_count, (blocks, 1, 1), (selections, received, before), sizes, (has_num_recv, width, BLOCK))
+    numbers = (num_selections, topk, num_local_experts, blocks)
+    launch(_count, (blocks, 1, 1), (selections, received, before), numbers, (has_num_recv, width, BLOCK))
     launch(_add_up, (num_local_experts, 1, 1), (before,), (blocks,), (CHUNK,))
     launch(
         _lay_out,
-        (max(blocks, triton.cdiv(num_rows, BLOCK)), 1, 1),
+        (max(blocks, ceil_div(num_rows, BLOCK)), 1, 1),
         (selections, received, before, slots, rows, sources, m_indices, counts, ends, overflow, needed),
-        (*sizes, num_rows, step),
+        (*numbers, num_rows, step),
         (has_num_recv, masked, width, BLOCK),
     )
     return slots, rows, sources, m_indices, counts, ends, overflow[0], needed[0]
 
 
-def _aligned(number: int, size: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+def tally(
+    counts: torch.Tensor,
+    needed: torch.Tensor,
+    num_rows: int,
+    num_padding: int,
+    excess: torch.Tensor,
+    most: torch.Tensor | None,
+    load: torch.Tensor | None,
+) -> None:
+    """See `places.tally`."""
+    num_experts = counts.shape[0]
+    launch(
+        _tally,
+        (1, 1, 1),
+        (counts, needed, excess, excess if most is None else most, excess if load is None else load),
+        (num_experts, num_rows, num_padding),
+        (most is not None, load is not None, max(16, next_power_of_2(num_experts))),
+        num_warps=1,
+    )
+
+
+def _aligned(sizes: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, ...]:
     """int32 vectors in one allocation, each 16-byte aligned: Triton compiles again for another alignment."""
-    return torch.empty(number, -(-size // 4) * 4, dtype=torch.int32, device=device)[:, :size].unbind()
+    whole = [ceil_div(size, 4) * 4 for size in sizes]
+    vectors = torch.empty(sum(whole), dtype=torch.int32, device=device).split_with_sizes(whole)
+    return tuple(
+        vector if width == size else vector[:size] for vector, width, size in zip(vectors, whole, sizes, strict=True)
+    )
 
 
 @triton.jit
@@ -186,3 +212,27 @@ def _lay_out(  # type: ignore[no-untyped-def]
         tl.store(slots + index, tl.where(placed, slot, -1), mask=index < num_selections)
         tl.store(rows + slot, index // topk, mask=placed)
         tl.store(sources + slot, index, mask=placed)
+
+
+@triton.jit(do_not_specialize=["experts", "num_rows", "num_padding"])
+def _tally(  # type: ignore[no-untyped-def]
+    counts,
+    needed,
+    excess,
+    most,
+    load,
+    experts,
+    num_rows,
+    num_padding,
+    HAS_MOST: tl.constexpr,
+    HAS_LOAD: tl.constexpr,
+    EXPERTS: tl.constexpr,
+):
+    wanted = tl.load(needed)
+    tl.store(excess, tl.maximum(tl.load(excess), wanted - num_rows))
+    if HAS_MOST:
+        tl.store(most, tl.maximum(tl.load(most), wanted - num_padding))
+    if HAS_LOAD:
+        lane = tl.arange(0, EXPERTS)
+        here = lane < experts
+        tl.store(load + lane, tl.load(load + lane, mask=here) + tl.load(counts + lane, mask=here), mask=here)

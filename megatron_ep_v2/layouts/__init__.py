@@ -16,8 +16,9 @@ from megatron_ep_v2.layouts.places import (
     place_contiguous,
     place_masked,
     rows_that_fit,
+    tally,
 )
-from megatron_ep_v2.layouts.rows import gather_rows, gather_weights, reduce_rows
+from megatron_ep_v2.layouts.rows import gather_rows, gather_weights, gather_with_weights, reduce_rows
 
 __all__ = [
     "CONTIGUOUS_ALIGNMENT",
@@ -28,10 +29,12 @@ __all__ = [
     "gather_payload",
     "gather_rows",
     "gather_weights",
+    "gather_with_weights",
     "m_splits",
     "place_contiguous",
     "place_masked",
     "reduce_rows",
     "rows_that_fit",
+    "tally",
     "tma_aligned",
 ]

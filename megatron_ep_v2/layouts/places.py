@@ -51,7 +51,7 @@ class Places:
     @property
     def num_rows(self) -> int:
         """M."""
-        return len(self.rows)
+        return self.rows.shape[0]
 
     @property
     def padded_counts(self) -> torch.Tensor:
@@ -130,6 +130,25 @@ def rows_that_fit(num_picks: int, num_local_experts: int, alignment: int = CONTI
     """
     padding = min(num_local_experts, num_picks) * (alignment - 1)
     return (num_picks + padding) // alignment * alignment
+
+
+def tally(
+    places: Places,
+    num_padding: int,
+    excess: torch.Tensor,
+    most: torch.Tensor | None = None,
+    load: torch.Tensor | None = None,
+) -> None:
+    """Add up on the device what contiguous layouts leave there: one small kernel for all of it.
+
+    Args:
+        num_padding: Rows that are reserved for padding between experts.
+        excess: [1] int32: the most rows that a layout lacked. Negative numbers do not count if it starts with 0.
+        most: [1] int32: the most rows that a layout needed, without `num_padding`.
+        load: [L] int64, to which `places.counts` are added.
+    """
+    finder = kernels_for(places.needed, definition, "layouts")
+    finder.tally(places.counts, places.needed, places.num_rows, num_padding, excess, most, load)
 
 
 def check_overflow(places: Places) -> None:

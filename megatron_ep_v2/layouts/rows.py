@@ -26,7 +26,7 @@ def gather_rows(x: torch.Tensor, places: Places) -> torch.Tensor:
         [M, H], zero on padding. The gradient of x is the sum over a row's slots, in the order of k, in fp32; zero for
         rows without a slot.
     """
-    _check_rows("received rows", x, len(places.slots))
+    _check_rows("received rows", x, places.slots.shape[0])
     return _Gather.apply(x, places)
 
 
@@ -41,6 +41,13 @@ def gather_weights(weights: torch.Tensor, places: Places) -> torch.Tensor:
     """
     _check_weights(weights, places)
     return _Take.apply(weights, places)
+
+
+def gather_with_weights(x: torch.Tensor, weights: torch.Tensor, places: Places) -> tuple[torch.Tensor, torch.Tensor]:
+    """`gather_rows(x, places)` and `gather_weights(weights, places)` in one kernel, forward and backward."""
+    _check_rows("received rows", x, places.slots.shape[0])
+    _check_weights(weights, places)
+    return _GatherWithWeights.apply(x, weights, places)
 
 
 def reduce_rows(y: torch.Tensor, places: Places, weights: torch.Tensor | None = None) -> torch.Tensor:
@@ -94,6 +101,24 @@ class _Take(torch.autograd.Function):
         )
 
 
+class _GatherWithWeights(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Context, x: torch.Tensor, weights: torch.Tensor, places: Places
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(places.slots)
+        return _mover(x).gather_with_weights(x.contiguous(), weights.contiguous(), places.rows, places.sources)
+
+    @staticmethod
+    @first_order(linear=True)
+    def backward(ctx: Context, grad: torch.Tensor, grad_weights: torch.Tensor) -> InputGrads:
+        (slots,) = ctx.saved_tensors
+        return (
+            *_mover(grad).reduce_with_weights(grad.contiguous(), grad_weights.contiguous(), slots),  # x, weights
+            None,  # places
+        )
+
+
 class _Reduce(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Context, y: torch.Tensor, places: Places) -> torch.Tensor:
@@ -130,7 +155,7 @@ class _WeightedReduce(torch.autograd.Function):
 
 
 def _check_rows(name: str, rows: torch.Tensor, number: int) -> None:
-    if rows.dim() != 2 or len(rows) != number:
+    if rows.dim() != 2 or rows.shape[0] != number:
         raise InputError(
             f"the {name} do not fit their slots",
             found=str(tuple(rows.shape)),

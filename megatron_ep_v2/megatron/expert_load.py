@@ -61,18 +61,24 @@ class ExpertLoad:
         Args:
             counts: [local experts], whole numbers, without padding.
         """
+        load = self.load_on(counts.device)
+        if load is not None:
+            load += counts
+
+    def load_on(self, device: torch.device) -> torch.Tensor | None:
+        """For one dispatch: the [local experts] int64 to which its counts on this device are to be added; None if a
+        checkpoint recomputes. As `add` otherwise."""
         if runs_again() or torch._C._current_graph_task_id() != -1:  # in a backward: some other checkpoint recomputes
-            return
+            return None
         self._dispatched = True
-        if counts.is_cpu:
-            self._host += counts
-            return
+        if device.type == "cpu":
+            return self._host
         if self._device is None:
             with torch.inference_mode(False):  # else an inference tensor, which training cannot write to
-                self._device = torch.zeros(len(self._host), dtype=torch.int64, device=counts.device)
+                self._device = torch.zeros(self.num_local_experts, dtype=torch.int64, device=device)
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             self._captured = True  # may be replayed at any time
-        self._device += counts
+        return self._device
 
     @property
     def used(self) -> bool:

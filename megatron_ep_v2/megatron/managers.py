@@ -307,16 +307,18 @@ class CountsOnDevice(torch.Tensor):
 
     Attributes:
         alignment: Each count is a multiple of it, which tells experts that the rows are padded.
+        ends: [L] int32, their running sum.
     """
 
     alignment: int
+    ends: torch.Tensor
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __deepcopy__(self, memo: dict[int, object]) -> CountsOnDevice:
         """Copy for a copy of the layer; torch's own deepcopy needs operations that return the subclass."""
         copied = self.clone().as_subclass(CountsOnDevice)
-        copied.alignment = self.alignment
+        copied.alignment, copied.ends = self.alignment, self.ends.clone()
         return copied
 
     def tolist(self) -> NoReturn:
@@ -356,11 +358,11 @@ class SyncFreeManager(ExpandedManager):
             self.group,
             expert_alignment=self._expert_alignment(),
             keep_indices=True,
+            load_on=self.expert_load.load_on,
         )
-        on_device = counts.as_subclass(CountsOnDevice)
-        on_device.alignment = self.handle.places.alignment
+        on_device, places = counts.as_subclass(CountsOnDevice), self.handle.places
+        on_device.alignment, on_device.ends = places.alignment, places.ends
         self.tokens_per_expert = on_device
-        self.expert_load.add(self.handle.places.counts)
         return hidden_states
 
     def combine(

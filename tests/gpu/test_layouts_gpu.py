@@ -30,7 +30,7 @@ from tests.helpers.expert_rows import NAN, check, expected, expert_rows, run, wi
 from tests.helpers.experts_layer import WAYS, errors, train_each_way
 from tests.helpers.fused_layer import Step
 from tests.helpers.harness import isolated, run_ranks
-from tests.helpers.layout_kernels import column_cases, differences, move_cases, slot_cases, swiglu_cases
+from tests.helpers.layout_kernels import column_cases, differences, move_cases, slot_cases, swiglu_cases, tally_cases
 from tests.helpers.layout_oracle import routing
 from tests.helpers.progress import say
 
@@ -44,7 +44,7 @@ def test_the_kernels_equal_the_references() -> None:
     from megatron_ep_v2.kernels import move_triton, places_triton, swiglu_triton
 
     say("slots")
-    wrong = differences(slot_cases(places_triton, "cuda"))
+    wrong = differences(slot_cases(places_triton, "cuda")) + differences(tally_cases(places_triton, "cuda"))
     say("moves")
     wrong += differences(
         move_cases(move_triton, "cuda", [(24, 3), (2048, 8), (7168, 8)], [torch.bfloat16], [torch.float8_e4m3fn])

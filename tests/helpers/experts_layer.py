@@ -12,8 +12,7 @@ from megatron_ep_v2.experts.mlp import swiglu_experts
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 from megatron_ep_v2.layouts import (
     check_overflow,
-    gather_rows,
-    gather_weights,
+    gather_with_weights,
     place_contiguous,
     place_masked,
     reduce_rows,
@@ -43,7 +42,7 @@ def through(
     else:
         places = place_masked(recv_idx, None, local, max(ALIGNMENT, int(counts.max())))
     check_overflow(places)
-    rows, row_probs = gather_rows(received, places), gather_weights(recv_probs, places)
+    rows, row_probs = gather_with_weights(received, recv_probs, places)
     y = swiglu_experts(rows, row_probs, w1, w2, Groups.from_places(places), backend)
     return fused_combine(reduce_rows(y, places), group, handle)[0]
 

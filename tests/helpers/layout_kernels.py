@@ -41,6 +41,25 @@ def slot_cases(kernels: Any, device: str, seed: int = 0, many: int = 400) -> Ite
                 yield f"{function}{sizes} {kind} {num_recv is None}", *pair
 
 
+def tally_cases(kernels: Any, device: str) -> Iterator[Case]:
+    """Numbers that fit and that do not, each with the numbers of the layout before it."""
+    for experts, with_most, with_load in itertools.product((1, 5, 33), (True, False), (True, False)):
+        pair = [
+            (
+                torch.zeros(1, dtype=torch.int32, device=device),
+                torch.full((1,), 7, dtype=torch.int32, device=device),
+                torch.arange(experts, device=device) + (1 << 40),
+            )
+            for _ in range(2)
+        ]
+        for rows in (experts + 90, 3):
+            counts = torch.arange(experts, dtype=torch.int32, device=device)
+            needed = torch.tensor(rows, dtype=torch.int32, device=device)
+            for tally, (excess, most, load) in zip((kernels.tally, places.tally), pair, strict=True):
+                tally(counts, needed, 64, 9, excess, most if with_most else None, load if with_load else None)
+            yield f"tally {experts} {rows} {with_most} {with_load}", *pair
+
+
 def real(r: Routing) -> torch.Tensor:
     """Selections without the garbage after them."""
     return r.topk_idx[: r.num_recv].contiguous()
@@ -73,6 +92,10 @@ def move_cases(
             continue
         yield f"take {name}", kernels.take(weights, sources), move.take(weights, sources)
         yield f"take back {name}", kernels.take(y[:, 0].contiguous(), slots), move.take(y[:, 0], slots)
+        both = (x, weights, rows, sources)
+        yield f"gather both {name}", kernels.gather_with_weights(*both), move.gather_with_weights(*both)
+        both = (y, y[:, 0].contiguous(), slots)
+        yield f"reduce both {name}", kernels.reduce_with_weights(*both), move.reduce_with_weights(*both)
         yield f"reduce {name}", kernels.reduce(y, slots, None), move.reduce(y, slots, None)
         yield f"weighted {name}", kernels.reduce(y, slots, weights), move.reduce(y, slots, weights)
         ours, theirs = kernels.spread(x, y, rows, sources, weights), move.spread(x, y, rows, sources, weights)

@@ -15,6 +15,7 @@ from megatron_ep_v2.layouts import (
     gather_payload,
     gather_rows,
     gather_weights,
+    gather_with_weights,
     place_contiguous,
     place_masked,
     reduce_rows,
@@ -87,6 +88,7 @@ def test_rows_there_and_back(kind: str, layout: str, dtype: torch.dtype) -> None
     for slot, row in enumerate(found.rows):
         wanted = weights[row, found.slots[row].index(slot)] if row >= 0 else 0.0
         assert by_slot[slot] == wanted
+    assert all(map(torch.equal, gather_with_weights(x, weights, places), (rows, by_slot)))
 
     rows[places.rows < 0] = NAN  # as a GEMM leaves what it does not compute
     close = {"rtol": {torch.bfloat16: 2**-8, torch.float32: 1e-6, torch.float64: 1e-7}[dtype], "atol": 1e-6}
@@ -108,6 +110,7 @@ def test_gradients_by_differences(kind: str, layout: str) -> None:
     check = torch.autograd.gradcheck
     assert not len(x) or check(lambda x: gather_rows(x, places), x)
     assert not len(x) or check(lambda w: gather_weights(w, places), weights)
+    assert not len(x) or check(lambda x, w: gather_with_weights(x, w, places), (x, weights))
     assert not len(x) or check(lambda y: reduce_rows(y, places), y)
     assert not len(x) or check(lambda y, w: reduce_rows(y, places, w), (y, weights))
 
@@ -124,7 +127,11 @@ def test_garbage_reaches_no_gradient(layout: str) -> None:
     out.backward(values(r, 8, seed=3))
     rows.backward(torch.where((places.rows >= 0)[:, None], rows.detach(), NAN))
     assert y.grad is not None and x.grad is not None and weights.grad is not None
-    for gradient in (x.grad, y.grad, weights.grad):
+    x_too, weights_too = x.detach().requires_grad_(), weights.detach().requires_grad_()
+    both = gather_with_weights(x_too, weights_too, places)
+    torch.autograd.backward(both, [torch.where((places.rows >= 0)[:, None], rows.detach(), NAN), both[1].detach()])
+    assert x_too.grad is not None and weights_too.grad is not None and torch.equal(x_too.grad, x.grad)
+    for gradient in (x.grad, y.grad, weights.grad, weights_too.grad):
         assert torch.isfinite(gradient).all()
     torch.testing.assert_close(x.grad, oracle.reduced(rows.detach(), found))
     if places.num_rows:

@@ -11,12 +11,14 @@ from tests.helpers.interpreter import child, needs_triton
 INTERPRET = """
 import json, torch
 from tests.helpers.layout_kernels import SHAPES, column_cases, differences, move_cases, slot_cases, swiglu_cases
+from tests.helpers.layout_kernels import tally_cases
 from megatron_ep_v2.kernels import move_triton, places_triton, swiglu_triton
 
 # Triton's interpreter does not round to bf16 as a GPU does.
 dtypes = (torch.float32, torch.float64), (torch.bfloat16, torch.float8_e4m3fn)
 print(json.dumps({
     "slots": differences(slot_cases(places_triton, "cpu", many=100)),  # 6 blocks: it takes 10 ms a block
+    "tally": differences(tally_cases(places_triton, "cpu")),
     "moves": differences(move_cases(move_triton, "cpu", SHAPES, *dtypes)),
     "columns": differences(column_cases(move_triton, "cpu")),
     "swiglu": differences(swiglu_cases(swiglu_triton, "cpu", (torch.float32, torch.float64), (8, 33, 2000))),
@@ -30,7 +32,7 @@ print(json.dumps({
 @needs_triton
 def test_the_kernels_equal_the_references_in_tritons_interpreter() -> None:
     found = child(INTERPRET, TRITON_INTERPRET="1")
-    assert found == {"slots": [], "moves": [], "columns": [], "swiglu": [], "empty": [[3, 8], [3, 8]]}
+    assert found == {"slots": [], "tally": [], "moves": [], "columns": [], "swiglu": [], "empty": [[3, 8], [3, 8]]}
 
 
 OLD = """
@@ -77,11 +79,17 @@ KERNELS = {  # pointers, numbers, constants
     ("swiglu", swiglu_triton._forward): ("*bf16 *fp32 *i32 *bf16", 0, GLU),
     ("swiglu back", swiglu_triton._backward): ("*bf16 *bf16 *fp32 *i32 *bf16 *fp32", 0, GLU),
     ("zero", swiglu_triton._zero_tail): ("*bf16 *i32", 1, {"ROWS": 8, **ROW}),
+    ("gather both", move_triton._gather_with_weights): ("*i32 *i32 *i32 *fp32 *fp32 *i32", 0,
+                                                        {"COLUMNS": 1024, **tile(1024, 4)}),
+    ("reduce both", move_triton._reduce_with_weights): ("*bf16 *i32 *bf16 *fp32 *fp32", 0,
+                                                        {"TOPK": 8, "KIND": tl.float32, **ROW}),
     ("take", move_triton._take): ("*fp32 *i32 *fp32", 1, {"BLOCK": 1024}),
     ("columns", move_triton._gather_columns): ("*i32 *i32 *i32", 2, {"SCALES": 16, "COLUMNS": 4, "PACK": True,
                                                                      "WIDTH": 4, "SLOTS": 64}),
     ("count", places_triton._count): ("*i64 *i32 *i32", 4, {"HAS_NUM_RECV": True, "EXPERTS": 256, "BLOCK": 128}),
     ("add up", places_triton._add_up): ("*i32", 1, {"CHUNK": 1024}),
+    ("tally", places_triton._tally): ("*i32 *i32 *i32 *i32 *i64", 3,
+                                      {"HAS_MOST": True, "HAS_LOAD": True, "EXPERTS": 256}),
     ("lay out", places_triton._lay_out): ("*i64 " + "*i32 " * 10, 6,
                                           {"HAS_NUM_RECV": True, "MASKED": False, "EXPERTS": 256, "BLOCK": 128}),
 }
@@ -118,11 +126,13 @@ print(json.dumps(found))
 def test_the_kernels_compile_for_gpus_and_move_rows_16_bytes_at_a_time(tmp_path: Path) -> None:
     """And no kernel has an atomic in it: what is added up, is added up in a fixed order."""
     found = child(COMPILE, TRITON_CACHE_DIR=str(tmp_path))
-    assert len(found) == 17 and "st.global.v4.b32" in found["zero"]
+    assert len(found) == 20 and "st.global.v4.b32" in found["zero"]
     for name in (
         "gather",
         "reduce",
         "reduce, plain",
+        "gather both",
+        "reduce both",
         "spread",
         "swiglu",
         "swiglu back",

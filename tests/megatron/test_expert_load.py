@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import megatron_ep_v2
+from megatron_ep_v2 import recompute, settings
+from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.errors import GroupMismatchError
 from megatron_ep_v2.fused_a2a import fused_dispatch
 from megatron_ep_v2.megatron import expert_load
+from megatron_ep_v2.sync_free import sync_free_combine, sync_free_dispatch
 from tests.helpers.cases import SMALL, make_batch
 from tests.helpers.harness import isolated, run_ranks
 from tests.helpers.megatron_layer import hidden_states, make_layer, process_groups, step
@@ -155,16 +159,44 @@ def test_padding_is_not_counted() -> None:
         assert counted == sent
 
 
-class OnDevice(torch.Tensor):
-    """Counts that say they are on a GPU."""
-
-    is_cpu = False
-
-
 def test_counts_begun_in_inference_mode_go_on_in_training() -> None:
-    """A rollout may be the first to dispatch."""
+    """A rollout may be the first to dispatch. Counts on another device than the CPU begin with the first ones."""
     layer = expert_load.ExpertLoad(None, 2)
     with torch.inference_mode():
-        layer.add(torch.tensor([1, 2]).as_subclass(OnDevice))
-    layer.add(torch.tensor([3, 4]).as_subclass(OnDevice))
-    assert layer.take().tolist() == [4, 6]
+        layer.add(torch.empty(2, dtype=torch.int32, device="meta"))
+    layer.add(torch.empty(2, dtype=torch.int32, device="meta"))  # an inference tensor could not be written to
+    assert layer.load_on(torch.device("meta")) is layer.load_on(torch.device("meta"))
+
+
+@isolated
+def sync_free_loads(group: Any) -> dict[str, tuple[list[int], list[int]]]:
+    """What each way of a forward counts, and what was sent to this rank."""
+    batch, found = make_batch(SMALL, group.rank()), {}
+    sent = torch.bincount(batch.topk_idx[batch.topk_idx >= 0], minlength=SMALL.experts)
+    torch.distributed.all_reduce(sent)
+    mine = sent.view(group.size(), -1)[group.rank()].tolist()
+    layer = expert_load.ExpertLoad(group, SMALL.experts // group.size())
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        rows, _, _, handle = sync_free_dispatch(
+            *(x, batch.topk_idx, batch.topk_weights, SMALL.experts, group), load_on=layer.load_on
+        )
+        return sync_free_combine(rows, group, handle)
+
+    for name, percent in (("training", 0), ("checkpointed", 0), ("evaluation", 1)):
+        settings.activate(settings.resolve(sync_free_rows_percent=percent, num_max_tokens_per_rank=64))
+        pool.destroy_buffers()
+        x = batch.x.float().requires_grad_()
+        if name == "checkpointed":
+            checkpoint(recompute.Replayed(forward), x, use_reentrant=False).sum().backward()
+        else:
+            with torch.set_grad_enabled(name == "training"):
+                forward(x)
+        found[name] = layer.take().tolist(), mine
+    return found
+
+
+def test_sync_free_forwards_are_counted_once_however_little_room_there_is() -> None:
+    for found in run_ranks(2, sync_free_loads):
+        for name, (counted, sent) in found.items():
+            assert counted == sent and sum(sent), name

@@ -4,6 +4,7 @@ tests compare with alltoall; and what it says where it cannot run."""
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from typing import Any
 
@@ -92,23 +93,27 @@ class OnDevice(torch.Tensor):
     is_cpu = False
 
 
-def padding_known(group: Any) -> tuple[list[int], int]:
-    """The counts that the experts get, and the padding that they take from them where rows are on a GPU."""
+def groups_known(group: Any) -> tuple[list[int], int, list[int]]:
+    """The counts that the experts get; the padding and the ends that they take from them where rows are on a GPU."""
     with process_groups():
         layer = make_layer(CPU, "flex", "sync-free", "grouped")
         given: list[Any] = []
         layer.experts.register_forward_pre_hook(lambda _, args: given.extend(args[:2]))
         layer(hidden_states(CPU, CPU.tokens, 1))
         rows, counts = given
-        return counts.long().tolist(), Groups.from_counts(counts, rows.detach().as_subclass(OnDevice)).alignment
+        groups = Groups.from_counts(counts, rows.detach().as_subclass(OnDevice))
+        assert groups.ends is counts.ends, "computed a second time"
+        return counts.long().tolist(), groups.alignment, groups.ends.tolist()
 
 
-def test_experts_know_that_their_rows_are_padded() -> None:
+def test_experts_know_that_their_rows_are_padded_and_where_they_end() -> None:
     """So that DeepGEMM's do not move them apart a second time."""
-    for counts, alignment in run_ranks(2, padding_known, env={"MCORE_DEEPEP_V2_EXPERT_ALIGNMENT": "128"}):
+    for counts, alignment, ends in run_ranks(2, groups_known, env={"MCORE_DEEPEP_V2_EXPERT_ALIGNMENT": "128"}):
         assert alignment == 128 and any(counts) and all(count % 128 == 0 for count in counts)
-    for counts, alignment in run_ranks(2, padding_known):
+        assert ends == list(itertools.accumulate(counts))
+    for counts, alignment, ends in run_ranks(2, groups_known):
         assert alignment == 1 and any(count % 128 for count in counts)
+        assert ends == list(itertools.accumulate(counts))
 
 
 def by_setting(group: Any) -> dict[str, bool]:
