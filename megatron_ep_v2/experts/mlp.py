@@ -163,7 +163,9 @@ def linear(
         last: Whether this is the second linear: it zeroes unowned rows of its output.
         activation: h [P, 2 * K] and probs [P], from which backward computes `x` again; None = save `x`.
         main_grad: [L, N, K], fp32 or w's dtype. Backward adds the gradient of `w` to it, accumulated in fp32, and
-            autograd gets none, as with Megatron's `gradient_accumulation_fusion`. None = the gradient goes to autograd.
+            autograd gets none, as with Megatron's `gradient_accumulation_fusion`. Where `w` has the attribute
+            `overwrite_main_grad` (TransformerEngine's and Megatron-FSDP's name), true in the forward, the gradient
+            replaces what is there. None = the gradient goes to autograd.
 
     Returns:
         [P, N].
@@ -175,7 +177,7 @@ class _LinearContext(Context, Protocol):
     groups: Groups
     gemm: Gemm
     last: bool
-    fused: tuple[torch.Tensor, torch.Tensor] | None  # the parameter, and the main_grad to add to
+    fused: tuple[torch.Tensor, torch.Tensor, bool] | None  # the parameter, its main_grad, and whether to replace it
 
 
 class _Linear(torch.autograd.Function):
@@ -197,7 +199,9 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(w, groups.ends, *(activation or (x,)))
         ctx.groups, ctx.gemm, ctx.last = groups, multiply, last
         # Keeps the parameter: saved-tensor hooks (activation offload) may return a copy without its attributes.
-        ctx.fused = (w, main_grad) if main_grad is not None else None
+        ctx.fused = None
+        if main_grad is not None:
+            ctx.fused = w, main_grad, getattr(w, "overwrite_main_grad", False)
         y = multiply.forward(x, w, groups)
         return _kernels(y).zero_tail_(y, groups.used) if last else y
 
@@ -216,8 +220,8 @@ class _Linear(torch.autograd.Function):
             if ctx.fused is None:
                 grad_w = ctx.gemm.wgrad(grad, x, groups)
             else:
-                parameter, main_grad = ctx.fused
-                wgrad.add_(main_grad, grad, x, groups.ends)
+                parameter, main_grad, overwrite = ctx.fused
+                wgrad.add_(main_grad, grad, x, groups.ends, overwrite)
                 _mark_added(parameter)
         return (
             grad_x,  # x

@@ -2,7 +2,8 @@
 
     out[l] += grad[rows of l].T @ x[rows of l]
 
-Nothing is read, written or zeroed for an expert without rows. PyTorch, for the CPU and for fp64; `wgrad_triton` does
+Nothing is read, written or zeroed for an expert without rows; but where the buffer is overwritten, it gets zeros.
+PyTorch, for the CPU and for fp64; `wgrad_triton` does
 the same on CUDA tensors. Both sum in fp32 (fp64 for fp64) and round once.
 """
 
@@ -17,7 +18,7 @@ from megatron_ep_v2.kernels.move import accumulator
 from megatron_ep_v2.kernels.select import kernels_for
 
 
-def add_(out: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, ends: torch.Tensor) -> None:
+def add_(out: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, ends: torch.Tensor, overwrite: bool = False) -> None:
     """Add weight gradients to `out` in place.
 
     Args:
@@ -25,6 +26,7 @@ def add_(out: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, ends: torch.Ten
         grad: [P, N], contiguous.
         x: [P, K], contiguous.
         ends: [L] int32 on the same device: where each expert's rows end. Rows past the last end are not read.
+        overwrite: Replace what is in `out`, which is not read and may be uninitialised.
 
     Raises:
         InputError: `out` is not one contiguous [L, N, K].
@@ -38,10 +40,12 @@ def add_(out: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, ends: torch.Ten
             fix="turn gradient_accumulation_fusion off (--no-gradient-accumulation-fusion)",
         )
     if not out.is_cpu and grad.dtype != torch.float64:
-        kernels_for(out, sys.modules[__name__], "experts").add_(out, grad, x, ends)
+        kernels_for(out, sys.modules[__name__], "experts").add_(out, grad, x, ends, overwrite)
         return
     kind, start = accumulator(grad), 0
     for mine, end in zip(out, ends.tolist(), strict=True):
-        if end > start:
+        if overwrite:
+            mine.copy_(grad[start:end].to(kind).t() @ x[start:end].to(kind))
+        elif end > start:
             mine.add_(grad[start:end].to(kind).t() @ x[start:end].to(kind))
         start = end

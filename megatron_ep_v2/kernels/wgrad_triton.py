@@ -13,7 +13,7 @@ from megatron_ep_v2.kernels.launch import ceil_div, launch
 TILE_N, TILE_K, ROWS, WARPS, STAGES = 128, 128, 64, 4, 3
 
 
-def add_(out: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, ends: torch.Tensor) -> None:
+def add_(out: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, ends: torch.Tensor, overwrite: bool) -> None:
     """See `wgrad.add_`; grad and x have one dtype, out has it too or fp32."""
     experts, columns_n, columns_k = out.shape
     if not out.numel():
@@ -25,7 +25,7 @@ def add_(out: torch.Tensor, grad: torch.Tensor, x: torch.Tensor, ends: torch.Ten
         _add,
         grid,
         (out, grad, x, ends),
-        constants=(columns_n, columns_k, tile_n, tile_k, rows),
+        constants=(columns_n, columns_k, tile_n, tile_k, rows, overwrite),
         num_warps=WARPS,
         num_stages=stages,
     )
@@ -42,11 +42,12 @@ def _add(  # type: ignore[no-untyped-def]
     TILE_N: tl.constexpr,
     TILE_K: tl.constexpr,
     ROWS: tl.constexpr,
+    OVERWRITE: tl.constexpr,
 ):
     expert = tl.program_id(1)
     start = tl.load(ends + expert - 1, mask=expert > 0, other=0)
     end = tl.load(ends + expert)
-    if start == end:
+    if not OVERWRITE and start == end:
         return
     tiles_k = (COLUMNS_K + TILE_K - 1) // TILE_K
     n = (tl.program_id(0) // tiles_k) * TILE_N + tl.arange(0, TILE_N)
@@ -61,5 +62,6 @@ def _add(  # type: ignore[no-untyped-def]
         total = tl.dot(a, b, total, input_precision="ieee")
     target = out + expert.to(tl.int64) * COLUMNS_N * COLUMNS_K + n[:, None].to(tl.int64) * COLUMNS_K + k[None, :]
     good = good_n[:, None] & good_k[None, :]
-    before = tl.load(target, mask=good, other=0.0).to(tl.float32)
-    tl.store(target, (before + total).to(out.dtype.element_ty), mask=good)
+    if not OVERWRITE:
+        total += tl.load(target, mask=good, other=0.0).to(tl.float32)
+    tl.store(target, total.to(out.dtype.element_ty), mask=good)

@@ -38,6 +38,12 @@ def test_weight_gradients_are_added_in_fp32(sizes: list[int], kind: torch.dtype,
                 continue
             error = relative_error(out[expert], wanted[expert])
             assert error < {torch.float64: 1e-12, torch.float32: 2e-6}.get(out_kind, 4e-3), error
+        replaced = torch.full_like(out, float("nan"))
+        wgrad.add_(replaced, grad, x, ends, overwrite=True)
+        wanted = exact(torch.zeros_like(before), grad, x, ends)
+        assert not replaced[[expert for expert, size in enumerate(sizes) if not size]].any()
+        error = relative_error(replaced, wanted) if wanted.any() else 0.0
+        assert error < {torch.float64: 1e-12, torch.float32: 2e-6}.get(out_kind, 4e-3), error
 
 
 def train(group: Any, experts: str, fusion: bool, state: dict[str, torch.Tensor] | None) -> Any:

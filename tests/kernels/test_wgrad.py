@@ -91,6 +91,17 @@ def test_an_expert_without_rows_is_left_alone_bit_for_bit(sizes: list[int]) -> N
     assert all(not torch.equal(out.view(torch.int32)[expert], before[expert]) for expert in busy)
 
 
+@pytest.mark.parametrize("rows", FLOATS, ids=str)
+@pytest.mark.parametrize("sizes", [ROWS, [0, 0, 0, 0, 0]], ids=str)
+def test_a_buffer_that_is_overwritten_is_not_read(rows: torch.dtype, sizes: list[int]) -> None:
+    """Nor do experts without rows keep what was there: they get zeros."""
+    out, grad, x, ends = case(24, 16, rows, torch.float32, sizes)
+    wanted = exact(torch.zeros_like(out), grad, x, ends)
+    out.fill_(NAN)
+    wgrad.add_(out, grad, x, ends, overwrite=True)
+    assert torch.equal(out, wanted.float())
+
+
 @pytest.mark.parametrize("shape", [(4, 24, 16), (6, 24, 16), (5, 16, 24), (5, 24, 8), (5, 24 * 16)], ids=str)
 def test_a_buffer_of_another_shape_is_refused(shape: tuple[int, ...]) -> None:
     _, grad, x, ends = case(24, 16, torch.float32, torch.float32)
@@ -123,12 +134,16 @@ for (n, k), (rows, buffer), sizes in itertools.product(EDGES, kinds, (ROWS, [0] 
     out, grad, x, ends = case(n, k, rows, buffer, sizes, 1 if buffer == torch.bfloat16 else 8)
     out[[expert for expert, size in enumerate(sizes) if not size]] = -0.0  # the sign of which an addition takes away
     theirs = out.clone()
-    kernels.add_(out, grad, x, ends)
+    kernels.add_(out, grad, x, ends, False)
     reference.add_(theirs, grad, x, ends)
     done += 1
     if not torch.equal(out.view(torch.uint8), theirs.view(torch.uint8)):
         wrong.append([n, k, str(rows), str(buffer), sizes])
-kernels.add_(torch.empty(5, 0, 8), torch.empty(9, 0), torch.empty(9, 8), torch.zeros(5, dtype=torch.int32))
+    for each, target in ((kernels, out), (reference, theirs)):
+        each.add_(target.fill_(float("nan")), grad, x, ends, True)
+    if not torch.equal(out, theirs):
+        wrong.append(["overwritten", n, k, str(rows), str(buffer), sizes])
+kernels.add_(torch.empty(5, 0, 8), torch.empty(9, 0), torch.empty(9, 8), torch.zeros(5, dtype=torch.int32), False)
 print(json.dumps({"wrong": wrong, "done": done}))
 """
 
@@ -148,15 +163,17 @@ from triton.compiler import ASTSource
 from megatron_ep_v2.kernels import wgrad_triton as kernels
 
 found = {}
-for out in ("*fp32", "*bf16"):
-    kinds = [out, "*bf16", "*bf16", "*i32", *["constexpr"] * 5]
+for out, overwrite in (("*fp32", False), ("*bf16", False), ("*fp32", True)):
+    kinds = [out, "*bf16", "*bf16", "*i32", *["constexpr"] * 6]
     signature = dict(zip(kernels._add.arg_names, kinds, strict=True))
-    constants = dict(zip(kernels._add.arg_names[4:], (1536, 2048, kernels.TILE_N, kernels.TILE_K, kernels.ROWS)))
+    numbers = (1536, 2048, kernels.TILE_N, kernels.TILE_K, kernels.ROWS, overwrite)
+    constants = dict(zip(kernels._add.arg_names[4:], numbers))
     aligned = {(i,): [["tt.divisibility", 16]] for i in range(4)}
     source = ASTSource(kernels._add, signature, constants, aligned)
     options = {"num_warps": kernels.WARPS, "num_stages": kernels.STAGES}
     ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"]
-    found[out] = sorted(set(re.findall(r"wgmma\\.mma_async\\S*|cp\\.async\\.c[ga]\\S*|st\\.global\\S*", ptx)))
+    names = re.findall(r"wgmma\\.mma_async\\S*|cp\\.async\\.c[ga]\\S*|st\\.global\\S*", ptx)
+    found[f"{out}, {overwrite}"] = sorted(set(names))
 print(json.dumps(found))
 """
 
@@ -165,7 +182,7 @@ print(json.dumps(found))
 @needs_triton
 def test_the_kernel_compiles_for_tensor_cores_that_add_up_in_fp32(tmp_path: Path) -> None:
     found = child(COMPILE, TRITON_CACHE_DIR=str(tmp_path))
-    assert len(found) == 2
+    assert len(found) == 3
     for out, instructions in found.items():
         multiply = [name for name in instructions if name.startswith("wgmma")]
         assert multiply and all(name.endswith(".f32.bf16.bf16") for name in multiply), f"{out}: {instructions}"

@@ -50,6 +50,8 @@ class ExpertSet:
 
     def __init__(self, kind: str, trainer: Trainer, owners: Sequence[torch.nn.Module]):
         self.layers, self._variables = trainer.moe_layers, _ENVIRONMENT.get(kind, {})
+        self._gradients = trainer.gradients.experts
+        self._replaces = kind in EXPERTS
         self._entered = contextlib.ExitStack()
         self.modules: list[torch.nn.Module] = []
         with environment(**self._variables):
@@ -65,10 +67,12 @@ class ExpertSet:
 
     def enter(self) -> None:
         self._entered.enter_context(environment(**self._variables))
+        self._gradients.replaced = self._replaces
         for layer, module in zip(self.layers, self.modules, strict=True):
             layer.experts = module
 
     def leave(self) -> None:
+        self._gradients.replaced = False
         self._entered.close()
 
 

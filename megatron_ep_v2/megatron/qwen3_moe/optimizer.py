@@ -31,22 +31,33 @@ def collect_gradient(parameter: Collected, into: torch.Tensor) -> None:
     """Add a parameter's gradients up in an fp32 tensor of its shape, micro-batch after micro-batch.
 
     As in Megatron's own data parallelism: a module that fuses this with its GEMM adds to `main_grad` by itself and says
-    so in `grad_added_to_main_grad`; autograd gets something of the right shape that is not read, or nothing.
+    so in `grad_added_to_main_grad`; autograd gets something of the right shape that is not read, or nothing. Where
+    `overwrite_main_grad` is set, which such a module reads too, the next gradient replaces what is there.
     """
     parameter.main_grad, parameter.grad_added_to_main_grad = into, False
+    parameter.overwrite_main_grad = False
     parameter.register_post_accumulate_grad_hook(_collect)
 
 
 def _collect(parameter: Collected) -> None:
     assert parameter.grad is not None  # the hook runs after its accumulation
     if not parameter.grad_added_to_main_grad:
-        parameter.main_grad.add_(parameter.grad)
+        if parameter.overwrite_main_grad:
+            parameter.main_grad.copy_(parameter.grad)
+        else:
+            parameter.main_grad.add_(parameter.grad)
     parameter.grad_added_to_main_grad = False  # set again in each backward
+    parameter.overwrite_main_grad = False
     parameter.grad = None
 
 
 class FlatGradients:
-    """fp32 gradients of several parameters as views of one buffer."""
+    """fp32 gradients of several parameters as views of one buffer.
+
+    Attributes:
+        replaced: A step's first gradients replace those of the step before, which then need not be zeroed. For
+            parameters whose modules know `overwrite_main_grad` or leave their gradients to autograd.
+    """
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], device: torch.device):
         sizes = [p.numel() for p in parameters.values()]
@@ -54,13 +65,23 @@ class FlatGradients:
         views = self.buffer.split(sizes)
         self.by_name = {name: view.view_as(p) for (name, p), view in zip(parameters.items(), views, strict=True)}
         self._parameters: list[Collected] = list(parameters.values())
+        self.replaced = False
         for name, parameter in parameters.items():
             collect_gradient(parameter, self.by_name[name])
 
     def zero(self) -> None:
-        self.buffer.zero_()
+        """Begin a step; `complete` ends it."""
+        if not self.replaced:
+            self.buffer.zero_()
         for parameter in self._parameters:  # where autograd has got nothing, no hook has done it
             parameter.grad, parameter.grad_added_to_main_grad = None, False
+            parameter.overwrite_main_grad = self.replaced
+
+    def complete(self) -> None:
+        """Zero the gradients of parameters that have had none since `zero`."""
+        for parameter in self._parameters:
+            if parameter.overwrite_main_grad:
+                parameter.main_grad.zero_()
 
     def square_sum(self) -> torch.Tensor:
         """fp64, by pieces: where torch widens its input, it makes a copy. On GPUs, norms of pieces are fp32."""
@@ -88,6 +109,8 @@ class Gradients:
 
     def reduce(self) -> None:
         """Add up the dense gradients of all ranks."""
+        self.dense.complete()
+        self.experts.complete()
         dist.all_reduce(self.dense.buffer)
 
 

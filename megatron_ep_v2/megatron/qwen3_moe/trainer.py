@@ -15,6 +15,7 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron_ep_v2.device_checks import read_all
 from megatron_ep_v2.errors import EPError, InputError
 from megatron_ep_v2.megatron.expert_load import ExpertLoad
+from megatron_ep_v2.megatron.experts import EXPERTS
 from megatron_ep_v2.megatron.qwen3_moe.model import build_model, named_parameters
 from megatron_ep_v2.megatron.qwen3_moe.optimizer import Gradients, Optimizer, OptimizerState, learning_rate
 from megatron_ep_v2.megatron.qwen3_moe.options import TrainerOptions
@@ -75,6 +76,7 @@ class Trainer:
         parameters = named_parameters(self.model, self.rank, options.shape.num_experts // self.world)
         self._local_experts = options.shape.num_experts // self.world
         self.gradients = Gradients(parameters, device)
+        self.gradients.experts.replaced = options.experts in EXPERTS
         self.optimizer = Optimizer(parameters, self.gradients, options.recipe) if with_optimizer else None
         self.step_number = 0
         load_shape = (options.shape.num_layers, options.shape.num_experts)
