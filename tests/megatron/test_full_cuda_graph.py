@@ -177,6 +177,46 @@ def test_other_sizes_are_captured_again_or_refused_on_every_rank() -> None:
             assert_report(said, InputError, "another shape", f"found: {found}", "[1]")
 
 
+def evaluate(world: Any, graphed: bool) -> tuple[list[float], list[str]]:
+    """Losses of four evaluations, and what happened; rank 3 is said to overflow in the last replay."""
+    with on_cpu(), fake_cuda() as events, process_groups(Split(1, 2)):
+        training = Training(world, graphed)
+        losses = []
+        for n in range(4):
+            if graphed and n == 3:
+                recorded = theirs.FullCudaGraphWrapper.cuda_graph["validation"]
+                recorded.replay = overflowing(recorded.replay, world.rank())
+            with torch.no_grad():
+                found = training.run(
+                    forward_step_func=training.job.forward_step,
+                    data_iterator=iter([next(training.batches)]),
+                    model=[training.job.ddp],
+                    num_microbatches=1,
+                    seq_length=12,
+                    micro_batch_size=2,
+                    forward_only=True,
+                )
+            losses.append(float(found[0]["loss"]))
+        return losses, events
+
+
+def overflowing(replay: Callable[[], None], rank: int) -> Callable[[], None]:
+    def run() -> None:
+        replay()
+        if rank > 1:
+            next(iter(sync_free._rooms.values())).checks[False].add(torch.tensor([rank == 3]))
+
+    return run
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_overflows_in_a_replay_runs_again_eagerly() -> None:
+    wanted = run_ranks(4, evaluate, False, env=SYNC_FREE)
+    for (losses, happened), (eager, _) in zip(run_ranks(4, evaluate, True, env=SYNC_FREE), wanted, strict=True):
+        assert happened == ["eager", "eager", "capture", "replay", "replay", "eager"]
+        assert losses == eager
+
+
 def refused(group: Any) -> dict[str, Report | None]:
     """Layout -> what a layer says that is captured."""
     found = {}
