@@ -319,7 +319,7 @@ def make_layers(group: ProcessGroup, given: Tensors) -> dict[str, Callable[[], t
 
 
 def _no_gemm(x: torch.Tensor, w: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
-    return x.new_empty(x.shape[0], w.shape[-1])
+    return torch.empty(x.shape[0], w.shape[-1], dtype=x.dtype, device=x.device)
 
 
 _META: Any = torch.library.Library("aten", "IMPL")  # replacements last as long as it

@@ -46,10 +46,9 @@ def _place(
     blocks = max(1, ceil_div(num_selections, BLOCK))
     # Per expert: its selections in each block, later those in all earlier blocks; at the end of the row their total.
     before = torch.empty(num_local_experts, blocks + 1, dtype=torch.int32, device=selections.device)
-    # The counts are kept for longer than the rows.
-    counts, ends, overflow, needed = _aligned((num_local_experts, num_local_experts, 4, 4), selections.device)
-    rows, sources, m_indices = _aligned((num_rows,) * 3, selections.device)
-    slots = torch.empty_like(selections, dtype=torch.int32)
+    # Vectors of their own: views into one would be as expensive, and Triton compiles again for another alignment.
+    sizes = (selections.shape, num_rows, num_rows, num_rows, num_local_experts, num_local_experts, (), ())
+    found = tuple([torch.empty(size, dtype=torch.int32, device=selections.device) for size in sizes])
     has_num_recv = num_recv is not None
     received = selections if num_recv is None else num_recv  # a valid pointer that is not read
     width = max(16, next_power_of_2(num_local_experts))
@@ -60,11 +59,11 @@ def _place(
     launch(
         _lay_out,
         (max(blocks, ceil_div(num_rows, BLOCK)), 1, 1),
-        (selections, received, before, slots, rows, sources, m_indices, counts, ends, overflow, needed),
+        (selections, received, before, *found),
         (*numbers, num_rows, step),
         (has_num_recv, masked, width, BLOCK),
     )
-    return slots, rows, sources, m_indices, counts, ends, overflow[0], needed[0]
+    return found
 
 
 def tally(
@@ -85,15 +84,6 @@ def tally(
         (num_experts, num_rows, num_padding),
         (most is not None, load is not None, max(16, next_power_of_2(num_experts))),
         num_warps=1,
-    )
-
-
-def _aligned(sizes: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, ...]:
-    """int32 vectors in one allocation, each 16-byte aligned: Triton compiles again for another alignment."""
-    whole = [ceil_div(size, 4) * 4 for size in sizes]
-    vectors = torch.empty(sum(whole), dtype=torch.int32, device=device).split_with_sizes(whole)
-    return tuple(
-        vector if width == size else vector[:size] for vector, width, size in zip(vectors, whole, sizes, strict=True)
     )
 
 

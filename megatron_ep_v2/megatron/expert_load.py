@@ -76,7 +76,7 @@ class ExpertLoad:
         if self._device is None:
             with torch.inference_mode(False):  # else an inference tensor, which training cannot write to
                 self._device = torch.zeros(self.num_local_experts, dtype=torch.int64, device=device)
-        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self._captured = True  # may be replayed at any time
         return self._device
 
