@@ -288,7 +288,7 @@ def make_layers(group: ProcessGroup, given: Tensors) -> dict[str, Callable[[], t
     with torch.device(given.x.device):
         experts = GroupedExperts(EXPERTS, config, None, SimpleNamespace(ep=group, expt_dp=group, expt_tp=group))
     for parameter in experts.parameters():
-        parameter.main_grad = torch.zeros_like(parameter)
+        parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
 
     def layer(layout: str) -> Callable[[], torch.Tensor]:
         manager = BY_LAYOUT[layout](group, EXPERTS, TOPK, EXPERTS, config)
