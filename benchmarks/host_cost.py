@@ -418,6 +418,8 @@ def measure(run: Run) -> Iterator[list[Row]]:
         cases |= layers
         if device == "meta":  # on a GPU a backward has a thread of its own, in which nothing is counted
             counts = {name: count(layer) for name, layer in layers.items()}
+    else:
+        run.say("whole layers are left out: they need Triton and Megatron-Core")
 
     def take(name: str) -> dict[str, float]:
         """Of the host alone: its clock, until the last layer's calls have returned."""
