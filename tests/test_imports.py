@@ -31,7 +31,7 @@ LEVELS = [
     {"wire", "wire.*"},
     {"watchdog", "watchdog.*"},
     {"buffers", "buffers.*"},
-    {"recompute", "layouts", "layouts.*"},
+    {"recompute", "layouts", "layouts.*", "balance", "balance.*"},
     {"fused_a2a", "watchdog.stragglers", "experts", "experts.*"},
     {"sync_free", "serving", "serving.*"},
     {"megatron", "megatron.*"},
