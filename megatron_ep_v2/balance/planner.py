@@ -99,9 +99,11 @@ def plan(counts: torch.Tensor, num_slots: int, min_rows: int = MIN_ROWS, from_pe
     """Plan replicas for one dispatch. Depends on the arguments alone, so ranks with equal counts have equal plans.
 
     Greedy, in integers, ties by the lowest id: while a rank has more than the mean (rounded up), the busiest one gives
-    rows of its largest expert to the rank with most room below the mean that has a free slot and not this expert: as
-    many as the expert has, the room takes and the busiest rank has above the mean. It ends where that is less than
-    `min_rows`. So no rank ends above the busiest one before, and none is the home of its own replica.
+    rows of its largest expert to the rank with most room below the mean that has a free slot: as many as the expert
+    has, the room takes and the busiest rank has above the mean. It ends where that is less than `min_rows`. So no rank
+    ends above the busiest one before, none is the home of its own replica, and none gets one twice: a move uses up the
+    expert, the room or what is above the mean. It is not the best of all plans: a rank above the mean takes no replica,
+    though it could give away more of its own.
 
     Args:
         counts: [P, E] int64, selections of each logical expert on each rank (`count`, gathered).
@@ -166,10 +168,7 @@ def greedy(totals: list[int], ranks: int, num_slots: int, min_rows: int, from_pe
     for _ in range(ranks * num_slots):
         busiest = _first_largest(load)
         expert = busiest * local + _first_largest(quotas[busiest * local : (busiest + 1) * local])
-        room = [
-            mean - load[rank] if rank != busiest and len(held[rank]) < num_slots and expert not in held[rank] else -1
-            for rank in range(ranks)
-        ]
+        room = [mean - load[rank] if rank != busiest and len(held[rank]) < num_slots else -1 for rank in range(ranks)]
         target = _first_largest(room)
         rows = min(quotas[expert], room[target], load[busiest] - mean)
         if rows < min_rows:

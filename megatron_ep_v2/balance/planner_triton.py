@@ -102,8 +102,7 @@ def _plan(  # type: ignore[no-untyped-def]
         most, busiest = _first_largest(load, rank, RANKS)
         largest, own = _first_largest(tl.max(tl.where((rank == busiest)[:, None], quota, -1), axis=0), lane, LOCAL)
         chosen = busiest * local + own
-        holds = tl.max((planned == chosen).to(tl.int32), axis=1)
-        free = (rank < ranks) & (rank != busiest) & (used < num_slots) & (holds == 0)
+        free = (rank < ranks) & (rank != busiest) & (used < num_slots)
         room, target = _first_largest(tl.where(free, mean - load, -1), rank, RANKS)
         moved = tl.minimum(tl.minimum(largest, room), most - mean)
         moved = tl.where(worth & (moved >= min_rows), moved, 0)

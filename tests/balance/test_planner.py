@@ -110,10 +110,17 @@ def test_limits(totals: list[int], limits: tuple[int, int, int], moved: int) -> 
     assert int(plan(counts, *limits).rows.sum()) == moved
 
 
-def test_ties_go_to_the_lowest_id() -> None:
-    found = plan(torch.tensor([[9, 9, 0, 0, 0, 0], [9, 9, 0, 0, 0, 0], [0] * 6]), 1, 1, 100)
-    assert found.experts.tolist() == [[-1], [0], [1]] and found.rows.tolist() == [[0], [12], [12]]
-    assert found.starts.tolist() == [[0], [6], [6]] and found.home_rows.tolist() == [6, 6, 0, 0, 0, 0]
+@pytest.mark.parametrize(
+    ("totals", "experts", "home_rows"),
+    [
+        ([3, 3, 4, 0, 4, 0], [[-1], [0], [-1]], [2, 3, 4, 0, 4, 0]),  # of two experts, and of two ranks with room
+        ([4, 2, 5, 1, 0, 0], [[-1], [-1], [0]], [2, 2, 5, 1, 0, 0]),  # of two busiest ranks
+    ],
+)
+def test_ties_go_to_the_lowest_id(totals: list[int], experts: list[list[int]], home_rows: list[int]) -> None:
+    found = plan(torch.tensor([totals, [0] * 6, [0] * 6]), 1, 1, 100)
+    assert found.experts.tolist() == experts and found.home_rows.tolist() == home_rows
+    assert found.starts.equal(torch.where(found.experts == 0, home_rows[0], 0))
 
 
 def test_overload_is_the_busiest_rank_over_the_mean() -> None:
