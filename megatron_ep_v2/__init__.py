@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
 
+    from megatron_ep_v2.megatron.expert_load import Overload
     from megatron_ep_v2.watchdog.stragglers import Stragglers
 
 __version__ = "0.1.0"
 __all__ = [
     *("destroy_buffers", "expert_load", "install", "log_expert_load"),
-    *("moe_submodules", "status", "stragglers", "uninstall"),
+    *("moe_submodules", "overload", "status", "stragglers", "uninstall"),
 ]
 
 T = TypeVar("T")
@@ -75,8 +76,16 @@ def expert_load() -> list[torch.Tensor]:
     return expert_load.expert_load()
 
 
+def overload() -> list[Overload]:
+    """Read how much more than the mean the busiest rank received since the last call, by MoE layer. Collective, a
+    reading as `expert_load()`; see `megatron.expert_load.overload`."""
+    from megatron_ep_v2.megatron import expert_load
+
+    return expert_load.overload()
+
+
 def log_expert_load(iteration: int) -> dict[str, float]:
-    """Write the expert load as scalars to Megatron's loggers. Collective; see
+    """Write the expert load and the overload as scalars to Megatron's loggers. Collective; see
     `megatron.expert_load.log_expert_load`."""
     from megatron_ep_v2.megatron import expert_load
 

@@ -84,12 +84,97 @@ def test_scalars_for_megatrons_loggers() -> None:
     scalars = {
         "moe/busiest_expert": 2.5,
         "moe/idle_experts": 3.0,
+        "moe/overload_mean": 1.5,
+        "moe/overload_max": 2.0,
         "moe/layer_0/busiest_expert": 1.0,
+        "moe/layer_0/overload_mean": 1.0,
+        "moe/layer_0/overload_max": 1.0,
         "moe/layer_1/busiest_expert": 4.0,
+        "moe/layer_1/overload_mean": 2.0,
+        "moe/layer_1/overload_max": 2.0,
     }
     first, last = run_ranks(2, log, fresh=True)
     assert first == (scalars, [], {})
     assert last == (scalars, [*((name, value, 7) for name, value in scalars.items()), (scalars, 7)], {})
+
+
+def overloads_of_layers(group: Any, layout: str) -> tuple[list[float], Any]:
+    """Three micro-batches of different tokens through one layer: by the routers' own choice, and by its counts."""
+    with process_groups():
+        layer = make_layer(CPU, "flex", layout, "grouped")
+        expected = []
+        for seed in range(3):
+            hidden = hidden_states(CPU, CPU.tokens - 3 * group.rank(), 1, seed=seed)
+            (counts,) = selected(group, [layer], [hidden])
+            local = len(counts) // group.size()
+            by_rank = [sum(counts[first : first + local]) for first in range(0, len(counts), local)]
+            expected.append(max(by_rank) * group.size() / sum(by_rank))
+            step(layer, hidden)
+        gc.collect()
+        return expected, megatron_ep_v2.overload()[-1]
+
+
+@pytest.mark.parametrize("layout", ["compact", "expanded", "sync-free"])
+def test_the_overload_is_that_of_the_routers(layout: str) -> None:
+    for expected, found in run_ranks(2, overloads_of_layers, layout):
+        assert found.dispatches == len(set(expected)) == 3
+        assert found.mean == pytest.approx(sum(expected) / 3) and found.largest == pytest.approx(max(expected))
+
+
+@isolated
+def busy_in_turn(group: Any) -> Any:
+    """Each rank is the busiest once, with all rows of a dispatch, on the host and on the device."""
+    layers = [expert_load.ExpertLoad(group, 2) for _ in range(2)]
+    for busiest in range(group.size()):
+        counts = torch.tensor([4, 2]) * (busiest == group.rank())
+        layers[0].add(counts)
+        layers[1].add(counts.as_subclass(OnDevice) if busiest else counts)
+    readings = expert_load.read()
+    layers[0].add(torch.tensor([1, 1]))
+    return [(r.tokens.tolist(), r.overload) for r in readings], megatron_ep_v2.overload()
+
+
+def test_sums_do_not_hide_who_is_busy_in_turn() -> None:
+    for readings, later in run_ranks(2, busy_in_turn):
+        assert readings == [([4, 2, 4, 2], expert_load.Overload(2.0, 2.0, 2))] * 2
+        assert later == [expert_load.Overload(1.0, 1.0, 1), expert_load.Overload(1.0, 1.0, 0)]
+
+
+@isolated
+def many_dispatches(group: Any, number: int, uneven: int) -> Any:
+    """On rank 0 all rows of the first dispatches; then as many on each. All have another number of rows."""
+    layer = expert_load.ExpertLoad(group, 2)
+    for n in range(number):
+        counts = torch.tensor([n + 1, 0]) if n >= uneven or group.rank() == 0 else torch.tensor([0, 0])
+        layer.add(counts.as_subclass(OnDevice) if n % 3 else counts)
+    return [(reading.tokens.tolist(), reading.overload) for reading in expert_load.read()]
+
+
+@pytest.mark.parametrize(
+    ("number", "uneven", "expected"),
+    [
+        (256, 1, (1 + 1 / 256, 2.0, 256)),  # all of them are kept apart
+        (257, 1, (1.0, 1.0, 129)),  # the first half is not any more
+        (700, 512, (1.0, 1.0, 188)),
+        (700, 513, (1 + 1 / 188, 2.0, 188)),
+    ],
+)
+def test_the_last_dispatches_are_kept_apart_and_all_are_counted(
+    number: int, uneven: int, expected: tuple[float, float, int]
+) -> None:
+    total = number * (number + 1) // 2
+    even = total - uneven * (uneven + 1) // 2
+    for ((tokens, found),) in run_ranks(2, many_dispatches, number, uneven):
+        assert tokens == [total, 0, even, 0]
+        assert (found.mean, found.largest, found.dispatches) == (pytest.approx(expected[0]), *expected[1:])
+
+
+def test_counts_by_dispatch() -> None:
+    layer = expert_load.ExpertLoad(None, 2)
+    for n in range(3):
+        layer.add(torch.tensor([n, 1]).as_subclass(OnDevice))
+    assert layer.take_by_dispatch(3, torch.device("cpu")).tolist() == [[0, 1], [1, 1], [2, 1]]
+    assert layer.take().tolist() == [0, 0]
 
 
 def test_local_counts_need_no_other_rank() -> None:

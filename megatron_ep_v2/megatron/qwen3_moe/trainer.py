@@ -12,9 +12,10 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
+from megatron_ep_v2.balance.planner import overload
 from megatron_ep_v2.device_checks import read_all
 from megatron_ep_v2.errors import EPError, InputError
-from megatron_ep_v2.megatron.expert_load import ExpertLoad
+from megatron_ep_v2.megatron.expert_load import DISPATCHES, ExpertLoad
 from megatron_ep_v2.megatron.experts import EXPERTS
 from megatron_ep_v2.megatron.qwen3_moe.model import build_model, named_parameters
 from megatron_ep_v2.megatron.qwen3_moe.optimizer import Gradients, Optimizer, OptimizerState, learning_rate
@@ -33,7 +34,7 @@ class StepStats:
     Attributes:
         loss: Mean over the tokens of the global batch, in nats. The load-balancing loss is not in it.
         grad_norm: L2 norm of the whole gradient before clipping; dense parameters once, experts of all ranks.
-        expert_load: [layers, experts] int64, tokens that each expert was sent.
+        expert_load: [micro-batches, layers, ranks, experts of a rank] int64, tokens that each expert was sent.
         stop: Whether any rank was asked to stop.
     """
 
@@ -45,8 +46,14 @@ class StepStats:
     @property
     def expert_balance(self) -> float:
         """Busiest expert over the mean, averaged over layers: 1 is even, `num_experts / topk` the worst."""
-        load = self.expert_load.double()
+        load = self.expert_load.sum(dim=0).flatten(1).double()
         return (load.amax(dim=1) / load.mean(dim=1).clamp(min=1.0)).mean().item()
+
+    @property
+    def overload(self) -> torch.Tensor:
+        """[micro-batches, layers] fp64: rows of the busiest rank over the mean; 1 is even, the number of ranks the
+        worst."""
+        return overload(self.expert_load.sum(dim=3))
 
 
 class TrainerState(TypedDict):
@@ -79,8 +86,9 @@ class Trainer:
         self.gradients.experts.replaced = options.experts in EXPERTS
         self.optimizer = Optimizer(parameters, self.gradients, options.recipe) if with_optimizer else None
         self.step_number = 0
-        load_shape = (options.shape.num_layers, options.shape.num_experts)
-        self.expert_load = torch.zeros(load_shape, dtype=torch.float64, device=device)
+        self._load_shape = (options.shape.num_layers, self.world, self._local_experts)
+        self._expert_load = torch.zeros(0, *self._load_shape, device=device)  # as in StepStats; what this rank counts
+        self._micro_batch = 0
         self._stop = torch.zeros((), dtype=torch.float64, device=device)
         self.graph = StepGraph(self.accumulate, device) if options.cuda_graph else None
         self.moe_layers = [module for module in self.model.modules() if isinstance(module, MoELayer)]
@@ -125,22 +133,25 @@ class Trainer:
             fp64, over all ranks: loss, gradient norm, ranks that were asked to stop, and the expert load, flat.
         """
         self.gradients.zero()
-        self.expert_load.zero_()
-        loads = self._loads()
+        self._expert_load = torch.zeros(len(micro_batches), *self._load_shape, dtype=torch.float64, device=self.device)
+        loads, taken = self._loads(), 0
         for load in loads.values():
             load.clear()  # of what an evaluation has left
         num_tokens = self.world * len(micro_batches) * micro_batches[0][:, 1:].numel()
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        for tokens in micro_batches:
+        for self._micro_batch, tokens in enumerate(micro_batches):
             micro_loss = self._token_losses(tokens).sum() / num_tokens
             micro_loss.backward()
             loss += micro_loss.detach()
+            done = self._micro_batch + 1
+            if done == len(micro_batches) or done - taken == DISPATCHES:
+                for number, load in loads.items():
+                    counts = load.take_by_dispatch(done - taken, self.device)
+                    self._expert_load[taken:done, number, self.rank] = counts.to(self._expert_load)
+                taken = done
         self.gradients.reduce()
-        mine = slice(self.rank * self._local_experts, (self.rank + 1) * self._local_experts)
-        for number, load in loads.items():
-            self.expert_load[number, mine] = load.take(self.device).to(self.expert_load)
         head = torch.stack((loss, self.gradients.experts.square_sum(), self._stop))
-        sums = torch.cat((head, self.expert_load.flatten()))
+        sums = torch.cat((head, self._expert_load.flatten()))
         dist.all_reduce(sums)  # everything that the ranks have to add up, in one collective
         sums[1] = (self.gradients.dense.square_sum() + sums[1]).sqrt()
         return sums
@@ -197,7 +208,7 @@ class Trainer:
                 found=f"loss {loss}, gradient norm {norm}",
                 fix="a smaller --lr or a longer --warmup-steps",
             )
-        return StepStats(loss, norm, sums[3:].view_as(self.expert_load).long(), stops > 0)
+        return StepStats(loss, norm, sums[3:].view(-1, *self._load_shape).long(), stops > 0)
 
     def _load_of(self, number: int) -> ExpertLoad | None:
         """What counts the tokens of this rank's experts in a layer, where this package's dispatcher does."""
@@ -214,7 +225,8 @@ class Trainer:
         def count(router: torch.nn.Module, _: object, output: tuple[torch.Tensor, torch.Tensor]) -> None:
             # With recomputation the first forward runs without gradients; it would count twice.
             if self._load_of(number) is None and router.training and torch.is_grad_enabled():
-                self.expert_load[number] += output[1].sum(dim=0)  # the routing map, [tokens, experts] bool
+                counts = output[1].sum(dim=0)  # of the routing map, [tokens, experts] bool
+                self._expert_load[self._micro_batch, number] += counts.view(self.world, -1)
 
         return count
 
