@@ -19,7 +19,8 @@ _USAGE = """usage: {prog} COMMAND ...
   doctor [--json] [--ranks N]
                        report what is wrong with this environment; with --ranks, try it on N processes
   train [ARGS...]      train a small Qwen3-MoE here: on all GPUs, or on the CPU with two processes (train --help)
-  bench                time Megatron's dispatchers side by side on this machine (bench --help)"""
+  bench                time Megatron's dispatchers side by side on this machine (bench --help)
+  what-if FILE         what redundant experts would do to recorded expert loads (what-if --help)"""
 
 # Each takes its arguments and returns the exit status, None for 0. Imported lazily: some work without torch.
 _COMMANDS = {
@@ -29,6 +30,7 @@ _COMMANDS = {
     "doctor": "cli.doctor:doctor",
     "train": "cli.train:train",
     "bench": "cli.bench:main",
+    "what-if": "cli.what_if:what_if",
 }
 
 

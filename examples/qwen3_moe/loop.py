@@ -84,6 +84,8 @@ def train_until_done(
                 "seconds": seconds,
                 "tokens_per_second": step_tokens / seconds,
                 "expert_balance": stats.expert_balance,
+                "overload_mean": stats.overload.mean().item(),
+                "overload_max": stats.overload.max().item(),
             }
             if _due(step, options.eval_every, recipe.steps) and not stopped:
                 row["val_loss"] = _with_room(
@@ -93,6 +95,8 @@ def train_until_done(
                 )
             if progress:
                 progress.add(row)
+                if options.record_load and step % options.record_load == 0:
+                    progress.record_load(step, stats.expert_load)
             if options.save and (stopped or _due(step, options.save_interval, recipe.steps)):
                 saved = checkpoint.save(options.save, trainer, samples, runtime)
         if not stopped:

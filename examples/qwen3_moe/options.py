@@ -41,6 +41,7 @@ class Options(TrainerOptions):
     eval_samples: int = 64
     eval_every: int = 50
     log_every: int = 10
+    record_load: int = 0
     out: Path = field(default_factory=lambda: Path("runs/qwen3-moe-tiny"))
     save: Path | None = None
     save_interval: int = 0
@@ -207,6 +208,13 @@ def _parser() -> argparse.ArgumentParser:
     output = parser.add_argument_group("output")
     output.add_argument("--eval-every", type=int, default=50, metavar="N", help="steps; 0 = only at the end")
     output.add_argument("--log-every", type=int, default=10, metavar="N", help="steps between lines (no terminal)")
+    output.add_argument(
+        "--record-load",
+        type=int,
+        default=0,
+        metavar="N",
+        help="write the expert load of every Nth step to expert_load.jsonl, for what-if; 0 = never",
+    )
     output.add_argument("--out", type=Path, metavar="DIR", help="metrics and plots (default: runs/qwen3-moe-PRESET)")
     output.add_argument("--save", type=Path, metavar="DIR", help="checkpoints; also written on Ctrl-C and SIGTERM")
     output.add_argument("--save-interval", type=int, default=0, metavar="N", help="steps; 0 = only at the end")

@@ -38,7 +38,8 @@ def summary(
 ) -> dict[str, Any]:
     """What the last line of stdout says.
 
-    train_loss is the mean of the last ten steps. tokens_per_second is the median over the steps, evaluations apart.
+    train_loss and overload_mean are means of the last ten steps. tokens_per_second is the median over the steps,
+    evaluations apart.
     """
     val_loss = next((row["val_loss"] for row in reversed(rows) if "val_loss" in row), None)
     return {
@@ -51,6 +52,7 @@ def summary(
         "below_unigram_entropy": None if val_loss is None else val_loss < samples.unigram_entropy,
         "tokens_per_second": round(statistics.median(r["tokens_per_second"] for r in rows)) if rows else None,
         "expert_balance": _rounded(rows[-1]["expert_balance"] if rows else None),
+        "overload_mean": _rounded(statistics.fmean(row["overload_mean"] for row in rows[-10:]) if rows else None),
         "preset": options.preset,
         "dispatcher": options.dispatcher,
         "processes": runtime.world,
@@ -62,7 +64,8 @@ def summary(
 
 
 def plot(rows: list[dict[str, Any]], unigram_entropy: float, out: Path, title: str) -> list[Path]:
-    """Training and validation loss over the steps, with the unigram entropy as the line to get below."""
+    """Training and validation loss over the steps, with the unigram entropy as the line to get below; and the overload:
+    rows of the busiest rank over the mean."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -72,15 +75,21 @@ def plot(rows: list[dict[str, Any]], unigram_entropy: float, out: Path, title: s
     smooth = [statistics.fmean(losses[max(0, i + 1 - SMOOTHED) : i + 1]) for i in range(len(losses))]
     valid = [(row["step"], row["val_loss"]) for row in rows if "val_loss" in row]
 
-    figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, (axes, below) = pyplot.subplots(2, figsize=(8, 6), sharex=True, height_ratios=(3, 1), layout="constrained")
     axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=1)
     axes.plot(steps, smooth, color="tab:blue", label=f"training (mean of {SMOOTHED} steps)")
     if valid:
         axes.plot(*zip(*valid, strict=True), "o-", color="tab:orange", label="validation (held out)")
     axes.axhline(unigram_entropy, color="gray", linestyle="--", label=f"unigram entropy {unigram_entropy:.2f}")
-    axes.set(xlabel="step", ylabel="loss (nats per token)", title=title)
+    axes.set(ylabel="loss (nats per token)", title=title)
     axes.legend()
     axes.grid(alpha=0.3)
+    below.plot(steps, [row["overload_max"] for row in rows], color="tab:red", alpha=0.25, linewidth=1, label="largest")
+    below.plot(steps, [row["overload_mean"] for row in rows], color="tab:red", label="mean of layers")
+    below.axhline(1.0, color="gray", linestyle="--")
+    below.set(xlabel="step", ylabel="overload of ranks")
+    below.legend()
+    below.grid(alpha=0.3)
     paths = [out / "loss.png", out / "loss.svg"]
     for path in paths:
         figure.savefig(path, dpi=150)

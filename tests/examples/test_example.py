@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ep_v2.balance.what_if import recorded
 from tests.helpers.commands import python
 from tests.helpers.harness import HANG
 from tests.helpers.paths import JOBS, ROOT
@@ -59,7 +60,7 @@ def stop_later() -> None:
 def test_a_resumed_run_continues_exactly(tmp_path: Path) -> None:
     """After a signal to torchrun, and after a signal to one rank; the one run here that torchrun starts."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    steps = ["--steps", "100000"]  # more than there is time for
+    steps = ["--steps", "100000", "--record-load", "2"]  # more than there is time for
     save = [*steps, "--save", str(parts / "save"), "--save-interval", "2"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1"]
     waits, wait_in_step = tmp_path / "waits", JOBS / "wait_in_step.py"
@@ -83,6 +84,8 @@ def test_a_resumed_run_continues_exactly(tmp_path: Path) -> None:
     resumed = summary(train(parts, *save, "--resume", first=stop_later, STOP_IN=str(last)))
     result = summary(train(whole, *steps, first=stop_later, STOP_IN=str(last)))
     assert losses(parts) == losses(whole), f"stopped after step {stopped_at}"
+    recordings = [(folder / "out" / "expert_load.jsonl").read_text() for folder in (parts, whole)]
+    assert recordings[0] == recordings[1] and len(recordings[0].splitlines()) == last // 2
     assert resumed["steps"] == result["steps"] == len(losses(whole)) == last
     assert result["stopped_by"] == "a signal to another rank" and result["status"]["buffer"] == "reference"
     assert (whole / "out" / "loss.png").stat().st_size > 0 and (whole / "out" / "loss.svg").stat().st_size > 0
@@ -128,9 +131,19 @@ def test_megatrons_own_data_files(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_both_dispatchers_report_the_same_load(tmp_path: Path) -> None:
     """Counted by what is dispatched, and by what the router says; the first step of both is the same one."""
-    balance = {}
+    found = {}
     for dispatcher in ("flex", "alltoall"):
-        summary(train(tmp_path, "--steps", "1", "--dispatcher", dispatcher))
+        arguments = ["--micro-batch-size", "2", "--num-layers", "2", "--record-load", "1"]
+        done = train(tmp_path, "--steps", "1", "--dispatcher", dispatcher, *arguments)
         row = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
-        balance[dispatcher] = row["expert_balance"]
-    assert 1.0 < balance["flex"] == balance["alltoall"]
+        assert summary(done)["overload_mean"] == pytest.approx(row["overload_mean"], abs=1e-4)
+        assert f"rank {row['overload_mean']:.2f}x" in done.stderr
+        loads = recorded(tmp_path / "out" / "expert_load.jsonl")  # of two micro-batches, two layers, two ranks
+        assert loads.shape == (2, 2, 2, 4) and loads.sum(dim=(2, 3)).eq(2 * 2 * 32 * 4).all(), "each selection once"
+        busiest = loads.sum(dim=3).amax(dim=2) / (2 * 32 * 4)
+        assert row["overload_mean"] == pytest.approx(busiest.mean().item())
+        assert row["overload_max"] == pytest.approx(busiest.max().item())
+        per_expert = loads.sum(dim=0).flatten(1).double()
+        assert row["expert_balance"] == pytest.approx((per_expert.amax(1) / per_expert.mean(1)).mean().item())
+        found[dispatcher] = loads
+    assert found["flex"][0].equal(found["alltoall"][0]) and not found["flex"][0].equal(found["flex"][1])
