@@ -123,7 +123,8 @@ def summary(rows: Sequence[Row]) -> dict[str, list[str]]:
     def name(row: Row) -> str:
         sms = f" {row['num_sms']} SMs" if row["num_sms"] else ""
         experts = f", {row['expert_backend']} experts" if row.get("expert_backend") else ""
-        what = f"{row['shape']}, {row['routing']} routing, {row['tokens_per_rank']} tokens"
+        overload = f", overload {row['overload']}" if row.get("overload") else ""
+        what = f"{row['shape']}, {row['routing']} routing{overload}, {row['tokens_per_rank']} tokens"
         return f"{what}, {row['variant']}{sms}{experts}"
 
     return {

@@ -80,22 +80,34 @@ class Batch:
 
 
 def make_batch(
-    shape: Shape, tokens: int, routing: str, dtype: torch.dtype, rank: int, device: torch.device, seed: int = 0
+    shape: Shape,
+    tokens: int,
+    routing: str,
+    dtype: torch.dtype,
+    rank: int,
+    device: torch.device,
+    seed: int = 0,
+    overload: tuple[float, int] | None = None,
 ) -> Batch:
     """A rank's tokens and their routing; another rank or seed gives others.
 
     balanced: every expert is equally likely, as after load balancing. zipf: expert i of a fixed shuffled order is
     selected in proportion to 1 / (i + 1). one-hot-expert: every token selects expert 0, and others evenly.
+
+    Args:
+        overload: Balanced, but the first rank receives so many times the mean, and of how many ranks.
     """
     generator = torch.Generator().manual_seed(1000 * seed + rank)
     hidden = torch.randn(tokens, shape.hidden, generator=generator)
     grad_output = torch.randn(tokens, shape.hidden, generator=generator)
-    scores = -torch.rand(tokens, shape.experts, generator=generator).clamp(min=1e-9).log()  # exponential
+    scores = even_scores(tokens, shape.experts, generator)
     if routing == "zipf":
         order = torch.randperm(shape.experts, generator=torch.Generator().manual_seed(seed))  # equal on all ranks
         scores = scores * (order + 1)  # the smallest of exponentials: selected in proportion to their rates
     elif routing == "one-hot-expert":
         scores[:, 0] = 0.0
+    elif routing == "balanced" and overload:
+        scores = overloaded(scores, shape.topk, *overload)
     elif routing != "balanced":
         raise SettingsError(
             f"unknown routing {routing!r}", needed="one of " + ", ".join(ROUTINGS), fix="check the spelling"
@@ -112,6 +124,41 @@ def make_batch(
         routing_map=chosen.to(device),
         probs=probs.to(device),
     )
+
+
+def even_scores(tokens: int, experts: int, generator: torch.Generator) -> torch.Tensor:
+    """[T, E] fp32, exponential random numbers: as every token selects the smallest, all experts are equally likely."""
+    return -torch.rand(tokens, experts, generator=generator).clamp(min=1e-9).log()
+
+
+def overloaded(scores: torch.Tensor, topk: int, overload: float, ranks: int) -> torch.Tensor:
+    """Scale the scores of the first rank's experts, so that it is sent `overload` times the mean of the ranks, to the
+    selection. The other experts stay equally likely.
+
+    Args:
+        scores: [T, E] of `even_scores`.
+        topk: K, how many of the smallest a token selects.
+        overload: From 1 to `most_overload`.
+
+    Returns:
+        [T, E] fp64.
+    """
+    scores, local = scores.double(), scores.shape[1] // ranks
+    wanted = round(overload * len(scores) * topk / ranks)
+    low, high = 1e-14, 1e14  # of the factor: the smaller, the more it is sent; bisected on a logarithmic scale
+    for _ in range(80):
+        factor = (low * high) ** 0.5
+        scaled = torch.cat((scores[:, :local] * factor, scores[:, local:]), dim=1)
+        sent = int((scaled.topk(topk, dim=1, largest=False, sorted=False).indices < local).sum())
+        if sent == wanted:
+            break
+        low, high = (factor, high) if sent > wanted else (low, factor)
+    return scaled
+
+
+def most_overload(shape: Shape, ranks: int) -> float:
+    """With every selection that a token can have on one rank."""
+    return ranks * min(shape.topk, shape.experts // ranks) / shape.topk
 
 
 def pairs_sent(topk_idx: torch.Tensor, num_experts: int, ranks: int) -> torch.Tensor:

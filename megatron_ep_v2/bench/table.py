@@ -39,6 +39,7 @@ class Point:
     routing: str
     dtype: str
     repeats: int
+    overload: float | None = None
     sms: tuple[int | None, ...] = (None,)
     seed: int = 0
 
@@ -48,7 +49,9 @@ def measure_table(
 ) -> list[Row]:
     """The same on every rank; collective."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
-    batch = make_batch(point.shape, point.tokens, point.routing, DTYPES[point.dtype], rank, device, point.seed)
+    overload = (point.overload, ranks) if point.overload else None
+    dtype = DTYPES[point.dtype]
+    batch = make_batch(point.shape, point.tokens, point.routing, dtype, rank, device, point.seed, overload)
     sent, load, busiest = _traffic(batch, point.shape, ranks)
     progress.say("link: plain all_to_all_single of large blocks")
     link = timing.measure_link(device)
@@ -77,6 +80,7 @@ def measure_table(
         "tokens_per_rank": point.tokens,
         "ranks": ranks,
         "routing": point.routing,
+        "overload": point.overload,
         "dtype": point.dtype,
         "repeats": point.repeats,
         "layers_in_a_row": timing.IN_A_ROW if device.type == "cuda" else 1,

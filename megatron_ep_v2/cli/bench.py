@@ -18,7 +18,7 @@ from megatron_ep_v2.bench.layer import Groups
 from megatron_ep_v2.bench.progress import Progress
 from megatron_ep_v2.bench.rows import Row
 from megatron_ep_v2.bench.session import session
-from megatron_ep_v2.bench.shapes import PRESETS, Shape
+from megatron_ep_v2.bench.shapes import PRESETS, Shape, most_overload
 from megatron_ep_v2.bench.table import Point, measure_table
 from megatron_ep_v2.bench.variants import SYNC_FREE_EXPERTS, VARIANTS, Variant
 from megatron_ep_v2.buffers.carriers import CARRIERS, REFERENCE
@@ -65,6 +65,7 @@ def bench(arguments: list[str]) -> int:
             shape=shape,
             tokens=tokens,
             routing=routing,
+            overload=overload,
             dtype=options.dtype,
             repeats=options.repeats,
             sms=options.sms,
@@ -72,6 +73,7 @@ def bench(arguments: list[str]) -> int:
         )
         for shape in shapes
         for routing in options.routing
+        for overload in options.overload or [None]
         for tokens in options.tokens
     ]
     with session(place) as device:
@@ -86,7 +88,8 @@ def _measure(
     rows: list[Row] = []
     header = report.environment(command) if main else {}
     for point in points:
-        progress.next_table(f"{point.shape.name} {point.routing} {point.tokens}")
+        overload = f" overload {point.overload}" if point.overload else ""
+        progress.next_table(f"{point.shape.name} {point.routing}{overload} {point.tokens}")
         torch.compiler.reset()  # else shapes that change from table to table are compiled as unknown
         measured = measure_table(point, variants, device, groups, progress)
         rows += measured
@@ -117,6 +120,14 @@ def _shape(name: str, options: argparse.Namespace, num_ranks: int) -> Shape:
             found=f"{shape.experts} experts, top-{shape.topk}",
             needed="experts a multiple of the ranks, and at least top-k of them",
             fix="choose another shape or number of ranks",
+        )
+    if options.overload and max(options.overload) > most_overload(shape, num_ranks):
+        raise SettingsError(
+            "a rank cannot receive so much",
+            found=f"--overload {max(options.overload)}",
+            needed=f"at most {most_overload(shape, num_ranks):g} with top-{shape.topk} of {shape.experts} experts on "
+            f"{num_ranks} ranks: every token's selections, as far as they fit, on one rank",
+            fix="a smaller --overload, or more ranks",
         )
     return shape
 

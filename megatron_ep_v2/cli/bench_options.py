@@ -34,6 +34,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options.expert_backends = options.expert_backends or (["megatron"] if options.tune else ["megatron", "grouped"])
     if whole_step and len(options.tokens) > 1:
         parser.error("--step and --tune take one number of --tokens")
+    if options.overload and options.routing != ["balanced"]:
+        parser.error("--overload forces the routing: it takes no --routing")
+    if options.overload and options.tune:
+        parser.error("--tune takes no --overload")
     return options
 
 
@@ -74,6 +78,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--routing", nargs="+", choices=ROUTINGS, default=["balanced"], help="one table each; default balanced"
+    )
+    what.add_argument(
+        "--overload",
+        nargs="+",
+        type=_overload,
+        metavar="X",
+        help="force the routing, so that the busiest rank receives X times the mean; one table each",
     )
     what.add_argument("--dtype", choices=list(DTYPES), help="default bf16 on GPUs, fp32 on the CPU")
     what.add_argument("--seed", type=int, default=0, metavar="N", help="of tokens and routing")
@@ -126,6 +137,13 @@ def _sm_counts(text: str) -> tuple[int | None, ...]:
     if min(counts) < 0:
         raise argparse.ArgumentTypeError("must be 0 or more")
     return tuple(count or None for count in counts)
+
+
+def _overload(text: str) -> float:
+    value = float(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
 
 
 def _positive(text: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 from collections.abc import Sequence
 
@@ -20,6 +21,7 @@ from megatron_ep_v2.bench.rows import Row
 from megatron_ep_v2.bench.session import session
 from megatron_ep_v2.bench.shapes import Shape
 from megatron_ep_v2.bench.step.advice import advice, step_table
+from megatron_ep_v2.bench.step.forced import force_overload
 from megatron_ep_v2.bench.step.measure import measure_steps
 from megatron_ep_v2.bench.step.model import layers_that_fit, model_options, with_layers
 from megatron_ep_v2.bench.variants import Variant
@@ -54,11 +56,11 @@ def _measure(
     command: str,
 ) -> int:
     main, ranks = dist.get_rank() == 0, dist.get_world_size()
-    groups, progress = Groups(), Progress(len(shapes), silent=not main)
+    groups, progress = Groups(), Progress(len(shapes) * len(options.overload or [None]), silent=not main)
     header = report.environment(command) if main else {}
     rows: list[Row] = []
-    for shape in shapes:
-        progress.next_table(f"{shape.name} step")
+    for shape, overload in itertools.product(shapes, options.overload or [None]):
+        progress.next_table(f"{shape.name} step" + (f" overload {overload}" if overload else ""))
         progress.say("building the model")
         torch.compiler.reset()
         model = model_options(
@@ -75,15 +77,22 @@ def _measure(
         )
         if not options.layers:
             model = with_layers(model, _default_layers(shape, model.shape, options, ranks, device))
+        trainer = Trainer(model, device, options.optimizer)
+        if overload:
+            force_overload(trainer, overload)
         measured = measure_steps(
             entries_of(variants, options.sms, options.expert_backends),
             shape,
-            Trainer(model, device, options.optimizer),
+            trainer,
             options.repeats,
             groups,
             progress,
-            options.traces / shape.name if options.traces and main else None,
+            options.traces / shape.name / (f"overload_{overload}" if overload else "")
+            if options.traces and main
+            else None,
         )
+        del trainer
+        measured = [row | {"overload": overload, **({"routing": "forced"} if overload else {})} for row in measured]
         gc.collect()  # hooks of the model hold it in a circle, and the next one needs its memory
         rows += measured
         megatron_ep_v2.destroy_buffers()

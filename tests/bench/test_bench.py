@@ -17,7 +17,16 @@ import torch
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.bench.layer import OurBuffer
-from megatron_ep_v2.bench.shapes import PRESETS, ROUTINGS, Shape, make_batch, pairs_sent, rank_load, wire_pairs
+from megatron_ep_v2.bench.shapes import (
+    PRESETS,
+    ROUTINGS,
+    Shape,
+    make_batch,
+    most_overload,
+    pairs_sent,
+    rank_load,
+    wire_pairs,
+)
 from megatron_ep_v2.bench.timing import summarise
 from megatron_ep_v2.bench.variants import VARIANTS
 from megatron_ep_v2.buffers import pool
@@ -124,6 +133,10 @@ def test_a_wrong_result_gets_no_time() -> None:
     [
         (["--shapes", "custom"], "add --hidden, --experts and --topk"),
         (["--shapes", "custom", "--hidden", "64", "--experts", "9", "--topk", "3"], "9 experts, top-3"),
+        (["--experts-per-rank", "4", "--ranks", "2", "--overload", "1.5", "2.5"], "at most 1 with top-8 of 8 experts"),
+        (["--overload", "0.9"], "must be at least 1"),
+        (["--overload", "2", "--routing", "zipf"], "takes no --routing"),
+        (["--overload", "2", "--tune"], "takes no --overload"),
     ],
 )
 def test_options_that_do_not_fit(arguments: list[str], message: str) -> None:
@@ -155,6 +168,34 @@ def test_routing_and_its_bytes_against_a_count_by_hand(routing: str) -> None:
     assert rank_load(per_expert, ranks) == pytest.approx(max(of_rank) / (sum(of_rank) / ranks))
     if routing == "one-hot-expert":
         assert per_expert[0] == ranks * tokens
+
+
+@pytest.mark.parametrize(("overload", "topk"), [(1.0, 3), (1.2, 3), (2.0, 3), (4.0, 3), (3.0, 4)])
+def test_a_forced_overload_is_met_on_every_rank(overload: float, topk: int) -> None:
+    """By the first of four ranks of three experts; the others have the rest evenly. The last two are the most there is:
+    all selections, and three of four."""
+    ranks, shape, tokens, cpu = 4, Shape("small", 32, 12, topk, 1), 400, torch.device("cpu")
+    assert overload <= most_overload(shape, ranks) == (4.0 if topk == 3 else 3.0)
+    for rank in range(ranks):
+        batch = make_batch(shape, tokens, "balanced", torch.float32, rank, cpu, overload=(overload, ranks))
+        assert batch.routing_map.sum(dim=1).eq(topk).all() and torch.equal(batch.routing_map, batch.probs > 0)
+        received = torch.bincount(batch.topk_idx.flatten() // 3, minlength=ranks).tolist()
+        assert received[0] == round(overload * tokens * topk / ranks)
+        rest = (tokens * topk - received[0]) / 3
+        assert all(abs(other - rest) < 5 * (rest**0.5) + 1 for other in received[1:])
+
+
+@pytest.mark.slow
+def test_tables_of_a_forced_overload() -> None:
+    done = bench(*SMALL, "--overload", "1.0", "1.5", "--variants", "alltoall", "reference-expanded", ranks=2)
+    assert done.returncode == 0, done.stderr
+    rows = document(done)["rows"]
+    assert [(row["overload"], row["variant"]) for row in rows] == [
+        (overload, variant) for overload in (1.0, 1.5) for variant in ("alltoall", "reference-expanded")
+    ]
+    for row in rows:
+        assert row["status"] == "ok" and row["busiest_rank_load"] == pytest.approx(row["overload"], abs=0.01)
+    assert "[2/2 custom balanced overload 1.5 64]" in done.stderr
 
 
 def test_the_closed_form_against_a_loop_with_autograd() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from megatron_ep_v2.bench.step.advice import advice, what_bounds, what_experts_give
+from megatron_ep_v2.bench.step.forced import _forced
 from megatron_ep_v2.bench.step.model import layers_that_fit, step_flops
 from megatron_ep_v2.bench.step.sections import Stopwatch, Watched
 from megatron_ep_v2.cli.bench_options import parse
@@ -74,6 +75,34 @@ def test_whole_steps_with_every_kind_of_experts() -> None:
     missing = [line.partition(":")[0] for line in lines if ": not available: " in line]
     assert sorted(missing) == ["deepgemm experts", "hybridep", "megatron-opfuser experts"]
     assert [line.split()[0] for line in lines if "the tokens/s" in line] == ["grouped", "sequential"]
+
+
+@pytest.mark.slow
+def test_whole_steps_with_a_forced_overload() -> None:
+    """In each layer and micro-batch, with both dispatchers; the busiest expert follows from it."""
+    done = bench(
+        *(*SMALL, "--experts", "8", "--step", "--overload", "1.0", "1.5"),
+        *("--variants", "alltoall", "reference-expanded", "--expert-backends", "megatron"),
+        ranks=2,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = document(done)["rows"]
+    assert [(row["overload"], row["variant"]) for row in rows] == [
+        (overload, variant) for overload in (1.0, 1.5) for variant in ("alltoall", "reference-expanded")
+    ]
+    for row in rows:
+        assert row["status"] == "ok" and row["routing"] == "forced" and row["step_ms"] > 0
+        assert row["busiest_rank_load"] == pytest.approx(row["overload"], abs=0.01)
+    assert "forced routing: busiest expert" in done.stdout and "busiest rank 1.50 x" in done.stdout
+
+
+def test_forced_logits_have_the_routers_gradient() -> None:
+    weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    values = torch.arange(18.0).view(3, 6)
+    logits = _forced(lambda hidden: hidden @ weight, values)(torch.ones(3, 1, 4))
+    assert logits.shape == (3, 1, 6) and logits.detach().flatten(0, 1).equal(values)
+    (logits * 2).sum().backward()
+    assert weight.grad is not None and weight.grad.eq(6).all()
 
 
 def test_kinds_of_experts_unless_asked_for() -> None:

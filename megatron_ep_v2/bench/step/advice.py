@@ -15,7 +15,10 @@ _EQUAL = 0.01  # steps that differ by less are called equal
 def step_table(rows: Sequence[Row]) -> str:
     """Common facts, a line for each measured variant, and what could not be measured, with why."""
     first = rows[0]
-    busiest = "" if first["busiest_expert_load"] is None else f", busiest expert {first['busiest_expert_load']:.2f} x"
+    busiest = ""
+    if first["busiest_expert_load"] is not None:
+        busiest = f", {first['routing']} routing: busiest expert {first['busiest_expert_load']:.2f} x the mean, "
+        busiest += f"busiest rank {first['busiest_rank_load']:.2f} x"
     text = [
         f"{first['shape']}: whole training step, {first['layers']} layers, hidden {first['hidden']}, "
         f"top-{first['topk']} of {first['experts']} experts of width {first['expert_ffn']}, {first['dtype']}",

@@ -287,6 +287,7 @@ def _common(name: str, trainer: Trainer, ranks: int, repeats: int, micro_batches
         "ranks": ranks,
         "routing": "the router's own",
         "busiest_expert_load": round(first.expert_balance, 3) if first else None,
+        "busiest_rank_load": round(first.overload.mean().item(), 3) if first else None,
         "recompute": options.recompute,
         "optimizer": trainer.optimizer is not None,
         "dtype": options.dtype,
