@@ -103,7 +103,7 @@ def _table(layers: Sequence[Sequence[Prediction]], together: Sequence[Prediction
     ]
     rows.append({"name": "replicas a layer", "cells": [f"{each.replicas:.1f}" for each in together]})
     rows.append({"name": "step", "cells": ["", *(f"{gain:+.1%}" for gain in gains[1:])]})
-    columns: dict[str, Callable[[dict[str, Any]], str]] = {"overload": lambda row: row["name"]}
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {"overload, mean (largest)": lambda row: row["name"]}
     for n, each in enumerate(together):
         title = "as recorded" if not each.num_slots else f"{each.num_slots} slot" + "s" * (each.num_slots > 1)
         columns[title] = lambda row, n=n: row["cells"][n]  # type: ignore[misc]
