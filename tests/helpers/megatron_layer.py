@@ -23,7 +23,7 @@ from megatron.core import parallel_state  # noqa: E402
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.tensor_parallel import random as megatron_random  # noqa: E402
-from megatron.core.transformer.moe.moe_utils import get_default_pg_collection  # noqa: E402
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_default_pg_collection  # noqa: E402
 from megatron.core.transformer.moe.router import TopKRouter  # noqa: E402
 from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher  # noqa: E402
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module  # noqa: E402
@@ -62,6 +62,8 @@ def process_groups(split: Split | None = None) -> Iterator[None]:
         finally:
             megatron_ep_v2.uninstall()
             parallel_state.destroy_model_parallel()
+            # Megatron keeps the first one, and copies later ones to it: the example's has another shape.
+            MoEAuxLossAutoScaler.main_loss_backward_scale = None
 
 
 @contextlib.contextmanager
