@@ -6,6 +6,9 @@ Names and signatures are those of `megatron.core.transformer.moe.fused_a2a`, so 
     dispatch  x, probs  -> rows    combine(grad rows, topk_weights=grad probs)
     combine   rows      -> y       cached dispatch(grad y, handle)
 
+A dispatch can be started (`start_dispatch`) before its rows are asked for, where the buffer can go on without a wait:
+what the host queues in between, such as a shared expert, runs next to the transfer and to the wait for the counts.
+
 One handle per layer and micro-batch, held only by the two autograd contexts that need it. The buffer is looked up once,
 in forward, and kept on the context.
 
@@ -22,14 +25,16 @@ before the communication has finished. Events and `record_stream` would cost tim
 from __future__ import annotations
 
 from array import array
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, cast
 
 import torch
 from torch.distributed import ProcessGroup
 
 from megatron_ep_v2 import recompute, settings
 from megatron_ep_v2.buffers import pool
-from megatron_ep_v2.buffers.contract import Buffer, Handle
+from megatron_ep_v2.buffers.contract import Buffer, DeferringBuffer, Dispatched, Handle
+from megatron_ep_v2.buffers.pending import Pending
 from megatron_ep_v2.buffers.pool import get_buffer
 from megatron_ep_v2.gradients import (
     HandleContext,
@@ -59,6 +64,20 @@ def __getattr__(name: str) -> bool:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+@dataclass(frozen=True)
+class StartedDispatch:
+    """A dispatch whose rows the host has not asked for yet, with its inputs, which must not change until then."""
+
+    x: torch.Tensor
+    token_indices: torch.Tensor
+    token_probs: torch.Tensor
+    num_experts: int
+    group: ProcessGroup
+    expert_alignment: int
+    buffer: Buffer
+    pending: Pending[Dispatched]
+
+
 class _CombineContext(HandleContext, Protocol):
     buffer: Buffer | None  # None once the backward has run
 
@@ -85,8 +104,11 @@ class FusedDispatch(torch.autograd.Function):
         expert_alignment: int = 1,
         do_cpu_sync: bool = True,
         keep_indices: bool = False,
+        started: StartedDispatch | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, Handle]:
         """Return `(recv_x, recv_indices, recv_probs, handle)`; see `fused_dispatch`."""
+        if started is not None:
+            return FusedDispatch._received(ctx, x, started.buffer, started.pending.wait(), None)
         active, first = settings.active(), recompute.take()
         # A replayed handle's own: the group may have another buffer by now, to which the handle means nothing.
         buffer: Buffer | None = getattr(first, "carrier", None) or pool.find(group)
@@ -97,7 +119,7 @@ class FusedDispatch(torch.autograd.Function):
         if first is None:
             if not keep_indices and buffer.keeps_topk_idx:
                 token_indices = token_indices.clone()
-            received, recv_idx, recv_probs, handle, _ = buffer.dispatch(
+            dispatched = buffer.dispatch(
                 payload,
                 topk_idx=token_indices,
                 topk_weights=token_probs,
@@ -110,7 +132,7 @@ class FusedDispatch(torch.autograd.Function):
         else:
             sent_probs = recompute.as_first(first, token_indices, token_probs, buffer)
             routings = first.topk_idx, token_indices
-            received, recv_idx, recv_probs, handle, _ = buffer.dispatch(
+            dispatched = buffer.dispatch(
                 payload,
                 topk_weights=sent_probs,
                 handle=first,
@@ -119,8 +141,20 @@ class FusedDispatch(torch.autograd.Function):
                 do_zero_padding=zero,
             )
         if active.reuse_recompute_handle:
-            recompute.note(buffer, handle, sent_probs)
-        recv_x = from_wire(received, active.dispatch_dtype, x.dtype)
+            recompute.note(buffer, dispatched[3], sent_probs)
+        return FusedDispatch._received(ctx, x, buffer, dispatched, routings)
+
+    @staticmethod
+    def _received(
+        ctx: _DispatchContext,
+        x: torch.Tensor,
+        buffer: Buffer,
+        dispatched: Dispatched,
+        routings: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, Handle]:
+        """What `forward` returns; keeps what the backward needs."""
+        received, recv_idx, recv_probs, handle, _ = dispatched
+        recv_x = from_wire(received, settings.active().dispatch_dtype, x.dtype)
         assert recv_probs is not None  # because token_probs were sent
         ctx.buffer = vars(handle)["carrier"] = buffer
         save_handle(ctx, handle, routings)
@@ -154,7 +188,7 @@ class FusedDispatch(torch.autograd.Function):
             grad_x,  # x
             None,  # token_indices
             grad_token_probs,  # token_probs
-            *[None] * 8,  # num_experts, group and what follows
+            *[None] * 9,  # num_experts, group and what follows
         )
 
 
@@ -241,9 +275,7 @@ def fused_dispatch(
         EPError: See `pool.get` and the buffer's own `dispatch`.
     """
     if settings.active().deterministic:
-        # deep_ep sums a token's selections in column order, Megatron's unpermute in expert order.
-        token_indices, order = token_indices.sort(dim=1, stable=True)
-        token_probs, keep_indices = token_probs.gather(1, order), True
+        (token_indices, token_probs), keep_indices = _in_expert_order(token_indices, token_probs), True
     recv_x, recv_idx, recv_probs, handle = FusedDispatch.apply(
         x.contiguous(),
         token_indices.contiguous(),
@@ -257,11 +289,87 @@ def fused_dispatch(
         do_cpu_sync,
         keep_indices,
     )
-    if not do_cpu_sync:
-        return recv_x, recv_idx, recv_probs, None, handle
+    return recv_x, recv_idx, recv_probs, _counts(handle) if do_cpu_sync else None, handle
+
+
+def _counts(handle: Handle) -> torch.Tensor:
+    """[L] int64 on the CPU."""
     # Not torch.tensor(list), which takes three times as long and would delay the experts' first kernel.
-    tokens_per_expert = torch.frombuffer(array("q", handle.num_recv_tokens_per_expert_list), dtype=torch.int64)
-    return recv_x, recv_idx, recv_probs, tokens_per_expert, handle
+    return torch.frombuffer(array("q", handle.num_recv_tokens_per_expert_list), dtype=torch.int64)
+
+
+def start_dispatch(
+    x: torch.Tensor,
+    token_indices: torch.Tensor,
+    token_probs: torch.Tensor,
+    num_experts: int,
+    group: ProcessGroup,
+    *,
+    expert_alignment: int = 1,
+    keep_indices: bool = False,
+) -> StartedDispatch | None:
+    """Start a `fused_dispatch` in the expanded layout, for `finish_dispatch`. Arguments as there.
+
+    Returns:
+        None if nothing was started: the buffer has no such call, or a checkpoint keeps or replays the handle.
+
+    Raises:
+        EPError: See `fused_dispatch`.
+    """
+    active = settings.active()
+    if recompute.in_checkpoint():
+        return None
+    x, token_probs = x.contiguous(), token_probs.contiguous()
+    buffer = pool.find(group) or get_buffer(group, x, token_indices, num_experts, token_probs)
+    if not buffer.defers:
+        return None
+    if active.deterministic:
+        token_indices, token_probs = _in_expert_order(token_indices, token_probs)
+    elif not keep_indices and buffer.keeps_topk_idx:
+        token_indices = token_indices.clone()
+    with torch.no_grad():
+        pending = cast(DeferringBuffer, buffer).start_dispatch(
+            to_wire(x, active.dispatch_dtype),
+            topk_idx=token_indices.contiguous(),
+            topk_weights=token_probs,
+            num_experts=num_experts,
+            expert_alignment=expert_alignment,
+            do_expand=True,
+            do_zero_padding=expert_alignment > 1,
+        )
+    return StartedDispatch(x, token_indices, token_probs, num_experts, group, expert_alignment, buffer, pending)
+
+
+def finish_dispatch(started: StartedDispatch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Handle]:
+    """Wait for a started dispatch.
+
+    Returns:
+        `(recv_x, recv_probs, tokens_per_expert, handle)`: [P, H], [P] fp32, [L] int64 on the CPU.
+
+    Raises:
+        EPError: See `fused_dispatch`.
+    """
+    recv_x, _, recv_probs, handle = FusedDispatch.apply(
+        started.x,
+        started.token_indices,
+        started.token_probs,
+        started.num_experts,
+        started.group,
+        False,
+        False,
+        True,
+        started.expert_alignment,
+        True,
+        True,
+        started,
+    )
+    return recv_x, recv_probs, _counts(handle), handle
+
+
+def _in_expert_order(token_indices: torch.Tensor, token_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """deep_ep sums a token's selections in column order, Megatron's unpermute in expert order."""
+    token_indices, order = token_indices.sort(dim=1, stable=True)
+    return token_indices, token_probs.gather(1, order)
 
 
 def fused_combine(

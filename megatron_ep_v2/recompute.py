@@ -108,6 +108,11 @@ def runs_again() -> bool:
     return any(again for _, again in _runs.stack)
 
 
+def in_checkpoint() -> bool:
+    """Whether a checkpoint that keeps handles runs its function on this thread, for the first time or again."""
+    return bool(_runs.stack)
+
+
 def take() -> Handle | None:
     """Take the handle of the dispatch that is being replayed; None if nothing is recomputed, or nothing was recorded.
 

@@ -30,6 +30,8 @@ from typing import Protocol, TypeAlias
 import torch
 from torch.distributed import ProcessGroup
 
+from megatron_ep_v2.buffers.pending import Pending
+
 # x, or (x in float8_e4m3fn, scales [T, S] of 4 bytes per element): deep_ep's two kinds of payload.
 Payload: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -125,6 +127,7 @@ class Buffer(Protocol):
         num_qps: RDMA queue pairs allocated; 0 if the buffer does not choose them.
         comm_stream: The CUDA stream that the communication's kernels run on; None = the current one.
         supports_cached_weights: Whether a dispatch with a `handle` carries `topk_weights`.
+        defers: Whether it has `start_dispatch`, see `DeferringBuffer`.
         keeps_topk_idx: Whether the handle keeps the caller's `topk_idx` and not a copy. It must then not change as long
             as the handle is used: DeepEP 2.5 asserts that.
     """
@@ -136,6 +139,7 @@ class Buffer(Protocol):
     num_qps: int
     comm_stream: torch.cuda.Stream | None
     supports_cached_weights: bool
+    defers: bool
     keeps_topk_idx: bool
 
     def dispatch(
@@ -201,3 +205,33 @@ class Buffer(Protocol):
 
     def destroy(self) -> None:
         """Release everything. A second call does nothing."""
+
+
+# What `Buffer.dispatch` returns.
+Dispatched: TypeAlias = tuple[Payload, torch.Tensor | None, torch.Tensor | None, Handle, object]
+
+
+class DeferringBuffer(Buffer, Protocol):
+    """A buffer whose first dispatch can be started without a wait on the host (DeepEP 2.5's `defer_epilogue`).
+
+    It has one started dispatch at most: every other call of the buffer finishes it first, so that its rows are not
+    overwritten, and its result is kept. The inputs must not change until it is finished.
+    """
+
+    def start_dispatch(
+        self,
+        x: Payload,
+        *,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor | None = None,
+        num_experts: int,
+        expert_alignment: int | None = None,
+        do_expand: bool = False,
+        do_zero_padding: bool = False,
+    ) -> Pending[Dispatched]:
+        """Start a dispatch: the rows travel while the host and the current stream go on. Arguments as for `dispatch`.
+
+        Returns:
+            What `wait` of it returns is what `dispatch` would have: it waits for the counts, and copies the rows on the
+            stream that is current then.
+        """

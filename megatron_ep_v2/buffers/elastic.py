@@ -43,6 +43,7 @@ class ElasticBuffer:
 
     carrier = CARRIERS["elastic"]
     supports_cached_weights = True
+    defers = False
     keeps_topk_idx = False
 
     def __init__(self, group: ProcessGroup, spec: BufferSpec, settings: Settings, hosts: list[str]):
@@ -110,9 +111,14 @@ class ElasticBuffer:
         do_cpu_sync: bool = True,
         do_expand: bool = False,
         do_zero_padding: bool = False,
-    ) -> tuple[Payload, torch.Tensor | None, torch.Tensor | None, Handle, object]:
+        **more: Any,
+    ) -> Any:
         """See `contract.Buffer.dispatch`. Raises InputError, TokenCapacityError and ClosedError before any kernel
-        runs."""
+        runs.
+
+        Args:
+            **more: For deep_ep's own call, whose answer is returned.
+        """
         self._check_ready()
         if handle is None:
             check_group_open(self.group)
@@ -138,6 +144,7 @@ class ElasticBuffer:
             do_cpu_sync=do_cpu_sync if handle is None else None,  # fixed by the handle
             do_expand=do_expand,
             do_zero_padding=do_zero_padding,
+            **more,
         )
 
     def combine(

@@ -13,19 +13,20 @@ import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers.checks import CAPACITY_VARIABLE, check_group_open
-from megatron_ep_v2.buffers.contract import Buffer, BufferSpec, Handle, Payload
+from megatron_ep_v2.buffers.contract import Buffer, BufferSpec, DeferringBuffer, Dispatched, Handle, Payload
+from megatron_ep_v2.buffers.pending import Pending, Starter
 
 logger = logging.getLogger("megatron_ep_v2")
 
 
-class GrowingBuffer:
+class GrowingBuffer(Starter):
     """`contract.Buffer` on a list of buffers: the newest dispatches, and the one that made a handle serves the handle.
 
     Dispatches that must not wait (`do_cpu_sync=False`, a CUDA graph is captured) skip the all-reduce: a rank with too
@@ -69,6 +70,27 @@ class GrowingBuffer:
         Raises:
             UnavailableError: A larger buffer cannot be built.
         """
+        made = self._chosen(x, arguments)
+        answer = made.buffer.dispatch(x, **arguments)
+        made.note(answer[3])
+        return answer
+
+    def start_dispatch(self, x: Payload, **arguments: Any) -> Pending[Dispatched]:
+        """See `contract.DeferringBuffer.start_dispatch`. The all-reduce of the capacity waits on the host. Raises as
+        `dispatch`."""
+        made = self._chosen(x, arguments)
+        pending = cast(DeferringBuffer, made.buffer).start_dispatch(x, **arguments)
+
+        def finish() -> Dispatched:
+            answer = pending.wait()
+            made.note(answer[3])
+            return answer
+
+        return self._start(finish)
+
+    def _chosen(self, x: Payload, arguments: dict[str, Any]) -> _Made:
+        """The buffer that dispatches."""
+        self._finish_started()
         rows, handle = x[0] if isinstance(x, tuple) else x, arguments.get("handle")
         captured = _captured(rows)
         may_wait = arguments.get("do_cpu_sync", True) and not captured
@@ -76,14 +98,13 @@ class GrowingBuffer:
             self._agree(rows)
         made = self._newest if handle is None else self._maker(handle)
         made.captured |= captured
-        answer = made.buffer.dispatch(x, **arguments)
-        made.note(answer[3])
-        return answer
+        return made
 
     def combine(
         self, x: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None = None, **arguments: Any
     ) -> Any:
         """See `contract.Buffer.combine`."""
+        self._finish_started()
         made = self._maker(handle)
         made.captured |= _captured(x)
         return made.buffer.combine(x, handle, topk_weights, **arguments)

@@ -79,7 +79,7 @@ class LegacyBuffer:
         UnavailableError: deep_ep could not build the buffer.
     """
 
-    supports_cached_weights = keeps_topk_idx = False
+    supports_cached_weights = keeps_topk_idx = defers = False
 
     def __init__(self, group: ProcessGroup, spec: BufferSpec, settings: Settings, hosts: list[str]):
         kind = load_class("legacy")

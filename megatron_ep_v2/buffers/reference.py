@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -30,8 +31,9 @@ from megatron_ep_v2.buffers.checks import (
     compare_over_group,
     raise_refusals,
 )
-from megatron_ep_v2.buffers.contract import BufferSpec, Payload
+from megatron_ep_v2.buffers.contract import BufferSpec, Dispatched, Payload
 from megatron_ep_v2.buffers.limits import check_contiguous, check_limits, check_rows, check_selections
+from megatron_ep_v2.buffers.pending import Pending
 from megatron_ep_v2.errors import ClosedError, EPError, InputError
 from megatron_ep_v2.settings import Settings, active
 
@@ -54,7 +56,7 @@ class ReferenceBuffer:
         InputError: Strict, and ElasticBuffer is not built for this shape.
     """
 
-    supports_cached_weights = tells_refusals = True
+    supports_cached_weights = tells_refusals = defers = True
     keeps_topk_idx = False
     num_bytes = num_sms = num_qps = 0  # holds no memory between calls
     comm_stream: torch.cuda.Stream | None = None
@@ -166,6 +168,12 @@ class ReferenceBuffer:
         recv_weights = received.pop() if weights else None
         recv_x = (received[0], received[1]) if isinstance(x, tuple) else received[0]
         return recv_x, None if do_expand else handle.recv_topk_idx.clone(), recv_weights, handle, None
+
+    def start_dispatch(self, x: Payload, **arguments: Any) -> Pending[Dispatched]:
+        """See `contract.DeferringBuffer.start_dispatch`. The exchange runs at once, so that a rank which refuses its
+        input is heard of; the rows are handed over at the wait."""
+        dispatched = self.dispatch(x, **arguments)
+        return Pending(lambda: dispatched)
 
     def combine(
         self,

@@ -24,7 +24,13 @@ from torch.distributed import ProcessGroup
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import capacity, pool
 from megatron_ep_v2.errors import ClosedError, SettingsError
-from megatron_ep_v2.fused_a2a import fused_dispatch, set_deepep_num_sms
+from megatron_ep_v2.fused_a2a import (
+    StartedDispatch,
+    finish_dispatch,
+    fused_dispatch,
+    set_deepep_num_sms,
+    start_dispatch,
+)
 from megatron_ep_v2.kernels.topk import top_k
 from megatron_ep_v2.megatron.copies import deepcopy_sharing_groups, refuse_to_pickle_groups, shallow_copy
 from megatron_ep_v2.megatron.expert_load import ExpertLoad
@@ -223,7 +229,13 @@ class CompactManager(_MegatronsManager):  # type: ignore[misc]
 
 
 class ExpandedManager(CompactManager):
-    """Megatron's manager without a permutation: the dispatch sorts rows by expert."""
+    """Megatron's manager without a permutation: the dispatch sorts rows by expert.
+
+    With a shared expert next to the communication (`moe_shared_expert_overlap`) the dispatch is only started, where the
+    buffer can, and its rows are waited for when the experts want them: Megatron launches the shared expert in between.
+    """
+
+    _started: StartedDispatch | None = None
 
     def dispatch(
         self, hidden_states: torch.Tensor, async_finish: bool = False, allocate_on_comm_stream: bool = False
@@ -238,6 +250,20 @@ class ExpandedManager(CompactManager):
         self._check_installed()
         _refuse_capture()
         self.token_probs, alignment = self._probs_in_fp32(), self._expert_alignment()
+        if self._may_start():
+            self._started = start_dispatch(
+                hidden_states,
+                self.token_indices,
+                self.token_probs,
+                self.num_experts,
+                self.group,
+                expert_alignment=alignment,
+                keep_indices=True,
+            )
+            if self._started is not None:
+                self.dispatched_probs = self.token_probs  # until the rows are there
+                # Its node's number is the dispatch's for Megatron, which orders the shared expert's backward by it.
+                return hidden_states.view_as(hidden_states)
         hidden_states, _, self.dispatched_probs, tokens_per_expert, self.handle = fused_dispatch(
             hidden_states,
             self.token_indices,
@@ -251,10 +277,22 @@ class ExpandedManager(CompactManager):
             keep_indices=True,  # of `setup_metadata`
         )
         assert tokens_per_expert is not None  # known, because this dispatch waits
+        self._count(tokens_per_expert, alignment)
+        return hidden_states
+
+    def _may_start(self) -> bool:
+        """Whether Megatron does something between the dispatch and the experts, on the same micro-batch."""
+        config = self.config
+        return (
+            config.moe_shared_expert_overlap
+            and not config.overlap_moe_expert_parallel_comm
+            and not getattr(config, "overlap_dispatch_backward_with_experts_wgrad", False)
+        )
+
+    def _count(self, tokens_per_expert: torch.Tensor, alignment: int) -> None:
         self.tokens_per_expert = tokens_per_expert
         unpadded = self.handle.num_unaligned_recv_tokens_per_expert  # on the device
         self.expert_load.add(tokens_per_expert if alignment == 1 or unpadded is None else unpadded)
-        return hidden_states
 
     def combine(
         self, hidden_states: torch.Tensor, async_finish: bool = False, allocate_on_comm_stream: bool = False
@@ -270,7 +308,11 @@ class ExpandedManager(CompactManager):
         self.handle = self.token_probs = self.token_indices = self.dispatched_probs = None  # type: ignore[assignment]
 
     def get_permuted_hidden_states_by_experts(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the rows unchanged, and their probabilities in the router's dtype."""
+        """Return the rows unchanged, once they are there, and their probabilities in the router's dtype."""
+        started, self._started = self._started, None
+        if started is not None:
+            hidden_states, self.dispatched_probs, counts, self.handle = finish_dispatch(started)
+            self._count(counts, started.expert_alignment)
         probs = self.dispatched_probs
         return hidden_states, probs.double() if self.router_dtype == "fp64" else probs
 

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from megatron_ep_v2.buffers.contract import Buffer, Handle, Payload
+from megatron_ep_v2.buffers.contract import Buffer, DeferringBuffer, Dispatched, Handle, Payload
+from megatron_ep_v2.buffers.pending import Pending, Starter
 from megatron_ep_v2.errors import EPError
 from megatron_ep_v2.watchdog.call_log import (
     BACKWARD_OF_COMBINE,
@@ -53,7 +54,7 @@ def watch(buffer: Buffer, rendezvous: Rendezvous, addresses: Sequence[Address | 
         return buffer
 
 
-class WatchedBuffer:
+class WatchedBuffer(Starter):
     """A buffer whose dispatches and combines are logged; other attributes, and the arguments that it does not read, are
     the wrapped buffer's."""
 
@@ -67,6 +68,7 @@ class WatchedBuffer:
         self, x: Payload, **arguments: Any
     ) -> tuple[Payload, torch.Tensor | None, torch.Tensor | None, Handle, object]:
         """See `contract.Buffer.dispatch`."""
+        self._finish_started()
         rows = x[0] if isinstance(x, tuple) else x
         if _captured(rows):
             return self.buffer.dispatch(x, **arguments)
@@ -100,10 +102,38 @@ class WatchedBuffer:
         vars(answer[3])["moe_call"] = moe_call  # all calls of a layer have this handle
         return answer
 
+    def start_dispatch(self, x: Payload, **arguments: Any) -> Pending[Dispatched]:
+        """See `contract.DeferringBuffer.start_dispatch`. Logged as one dispatch, from here to its end."""
+        self._finish_started()
+        rows, buffer = x[0] if isinstance(x, tuple) else x, cast(DeferringBuffer, self.buffer)
+        watch = self.watch
+        watch.clock or watch.set_clock(rows, buffer.comm_stream)
+        moe_call = (watch.moe_calls + 1, rows.shape[0] if rows.dim() else 0)
+        watch.enter(FORWARD_DISPATCH, *moe_call)
+        try:
+            pending = buffer.start_dispatch(x, **arguments)
+        except BaseException as error:
+            watch.fail(error)
+            raise
+        watch.moe_calls += 1
+
+        def finish() -> Dispatched:
+            try:
+                answer = pending.wait()
+            except BaseException as error:
+                watch.fail(error)
+                raise
+            watch.leave()
+            vars(answer[3])["moe_call"] = moe_call
+            return answer
+
+        return self._start(finish)
+
     def combine(
         self, x: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None = None, **arguments: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None, object]:
         """See `contract.Buffer.combine`."""
+        self._finish_started()
         if _captured(x):
             return self.buffer.combine(x, handle, topk_weights, **arguments)
         watch = self.watch

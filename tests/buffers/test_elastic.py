@@ -253,3 +253,45 @@ def test_the_vendors_of_a_hosts_devices(tmp_path: Path, monkeypatch: pytest.Monk
             (tmp_path / name / "device" / "vendor").write_text(vendor)
     assert gin.rdma_vendors(tmp_path) == [gin.MELLANOX, gin.AMAZON, ""]
     assert gin.rdma_vendors(tmp_path / "none") == []
+
+
+class StartingBuffer(FakeBuffer):
+    """DeepEP 2.5's class: what it is asked for, and when its events are waited for."""
+
+    log: list[str]
+
+    def dispatch(self, x: Any, *, defer_epilogue: bool = False, **named: Any) -> Any:
+        self.log.append("started" if defer_epilogue else "dispatch")
+        if not defer_epilogue:
+            return x, None, None, HANDLE, None
+        assert named["async_with_compute_stream"] and named["do_expand"] and named["do_cpu_sync"]
+        return types.SimpleNamespace(current_stream_wait=lambda: self.log.append("waited") or (x, None, None, HANDLE))
+
+    def combine(self, x: Any, *_: Any, **__: Any) -> Any:
+        self.log.append("combine")
+        return x, None, None
+
+
+def test_a_started_dispatch_is_waited_for_before_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elastic, "load_class", lambda name: StartingBuffer)
+    log: list[str] = []
+    monkeypatch.setattr(StartingBuffer, "log", log, raising=False)
+    monkeypatch.setattr(elastic, "check_rows", lambda *_: None)  # they would have to be on a GPU
+    monkeypatch.setattr(elastic, "check_selections", lambda *_: None)
+    buffer = make(ep.EPBuffer)
+    x, topk_idx = torch.zeros(3, 256, dtype=torch.bfloat16), torch.tensor([[0, 1]] * 3)
+    given: dict[str, Any] = {"topk_idx": topk_idx, "num_experts": 4, "do_expand": True}
+
+    pending = buffer.start_dispatch(x, **given)
+    assert log == ["started"]
+    assert pending.wait()[:4] == (x, None, None, HANDLE) and log == ["started", "waited"]
+
+    one = buffer.start_dispatch(x, **given)
+    other = buffer.start_dispatch(x, **given)
+    buffer.combine(torch.zeros(3, 256, dtype=torch.bfloat16), HANDLE)
+    assert log[2:] == ["started", "waited", "started", "waited", "combine"]
+    assert one.wait()[3] is HANDLE and other.wait()[3] is HANDLE and len(log) == 7
+    buffer.start_dispatch(x, **given)
+    buffer.dispatch(x, **given)
+    assert log[7:] == ["started", "waited", "dispatch"]
+    assert [kind.defers for kind in KINDS] == [False, True]
