@@ -69,6 +69,13 @@ def _warn_of_half_precision(dtype: torch.dtype) -> None:
     logger.warning("router probabilities are %s; set --moe-router-dtype fp32", dtype)
 
 
+@functools.cache
+def _say_overlap(started: bool) -> None:
+    """Log once which kind of overlap is in force."""
+    waits = "after the shared expert was launched" if started else "before the shared expert can be launched"
+    logger.info("moe_shared_expert_overlap: the host waits for the counts of a dispatch %s", waits)
+
+
 def follow_deterministic_mode(config: TransformerConfig, group: ProcessGroup) -> None:
     """Turn on the setting `deterministic` under Megatron's --deterministic-mode, unless the user has set it.
 
@@ -260,6 +267,7 @@ class ExpandedManager(CompactManager):
                 expert_alignment=alignment,
                 keep_indices=True,
             )
+            _say_overlap(self._started is not None)
             if self._started is not None:
                 self.dispatched_probs = self.token_probs  # until the rows are there
                 # Its node's number is the dispatch's for Megatron, which orders the shared expert's backward by it.
