@@ -87,7 +87,7 @@ def sync_free_dispatch(
     assert recv_idx is not None  # compact
     buffer = pool.find(group)
     assert buffer is not None  # the dispatch has built it
-    room = _room(buffer, token_indices.shape[1], num_experts, x.device)
+    room = _room(buffer, token_indices.shape[1], num_experts, x)
     num_local = num_experts // group.size()
     num_recv = handle.psum_num_recv_tokens_per_scaleup_rank[-1:]
     num_rows = rows_that_fit(room.num_selections, num_local, expert_alignment)
@@ -139,9 +139,8 @@ def grow() -> list[int]:
     for room in list(_rooms.values()):
         if room.needed > room.num_selections:
             room.num_selections = min(room.most, room.needed + room.needed // 8)
-            percent = room.percent(room.num_selections)
-            grown.append(percent)
-            logger.info("sync-free: room for %d expert rows now, %d %% of an even share", room.num_selections, percent)
+            grown.append(room.percent(room.num_selections))
+            logger.info("sync-free: %s", room)
     return grown
 
 
@@ -173,10 +172,7 @@ def fit(margin_percent: int = 25) -> list[int]:
             seen, room.seen, room.needed = room.seen, 0, 0
             room.num_selections = min(room.most, -(-seen * (100 + margin_percent) // 100))
             fitted.append(room.percent(room.num_selections))
-            logger.info(
-                "sync-free: room for %d expert rows now, %d %% of an even share: at most %d have arrived on a rank",
-                *(room.num_selections, fitted[-1], seen),
-            )
+            logger.info("sync-free: %s; at most %d have arrived on a rank", room, seen)
     return fitted
 
 
@@ -198,7 +194,8 @@ class _Room:
         seen: The most slots that a rank has needed in a training step since the last `fit()`; 0 = none was read.
     """
 
-    def __init__(self, buffer: Buffer, num_topk: int, num_experts: int, device: torch.device):
+    def __init__(self, buffer: Buffer, num_topk: int, num_experts: int, x: torch.Tensor):
+        device, self._row_bytes = x.device, x.shape[1] * x.element_size()
         ranks, self.capacity = buffer.group.size(), buffer.num_max_tokens_per_rank
         self.even_share = self.capacity * num_topk
         self.most = ranks * self.capacity * min(num_topk, num_experts // ranks)
@@ -210,6 +207,11 @@ class _Room:
             DeviceCheck(functools.partial(_to_error, own, training), device, buffer.group) for training in (False, True)
         ]
         self.most_needed = DeviceCheck(functools.partial(_note, own), device, buffer.group)  # never an error
+
+    def __str__(self) -> str:
+        mib = self.num_selections * self._row_bytes / 2**20
+        percent = self.percent(self.num_selections)
+        return f"room for {self.num_selections} expert rows now, {percent} % of an even share, {mib:.0f} MiB [rows, H]"
 
     def percent(self, num_selections: int) -> int:
         return -(-100 * num_selections // self.even_share)
@@ -228,10 +230,10 @@ class _Room:
 _rooms: weakref.WeakKeyDictionary[Buffer, _Room] = weakref.WeakKeyDictionary()
 
 
-def _room(buffer: Buffer, num_topk: int, num_experts: int, device: torch.device) -> _Room:
+def _room(buffer: Buffer, num_topk: int, num_experts: int, x: torch.Tensor) -> _Room:
     room = _rooms.get(buffer)
     if room is None or room.capacity != buffer.num_max_tokens_per_rank:  # which some buffers can raise
-        room = _rooms[buffer] = _Room(buffer, num_topk, num_experts, device)
+        room = _rooms[buffer] = _Room(buffer, num_topk, num_experts, x)
     return room
 
 

@@ -86,8 +86,8 @@ def test_the_room_follows_a_buffer_whose_capacity_was_raised() -> None:
         num_max_tokens_per_rank = 10
 
     buffer: Any = Buffer()
-    rooms = [sync_free._room(buffer, 3, 8, torch.device("cpu"))]
+    rooms = [sync_free._room(buffer, 3, 8, torch.empty(0, 8))]
     buffer.num_max_tokens_per_rank = 20
-    rooms += [sync_free._room(buffer, 3, 8, torch.device("cpu")) for _ in range(2)]
+    rooms += [sync_free._room(buffer, 3, 8, torch.empty(0, 8)) for _ in range(2)]
     assert [room.most for room in rooms] == [60, 120, 120] and rooms[1] is rooms[2]
     assert [room.num_selections for room in rooms] == [60, 120, 120], "200 % of an even share, which is all"
