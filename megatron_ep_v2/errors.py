@@ -51,6 +51,11 @@ class LayoutOverflowError(InputError):
     """More selections arrived for this rank's experts than a layout of fixed size has slots."""
 
 
+class CaptureError(EPError):
+    """A training step cannot be captured in a CUDA graph. CUDA and torch's generators are left in the middle of the
+    capture: nothing more can run in this process."""
+
+
 class EvaluationOverflowError(LayoutOverflowError):
     """The same in an evaluation that was replayed from a CUDA graph: its result is wrong, and training is not
     affected."""

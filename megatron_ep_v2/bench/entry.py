@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from megatron_ep_v2.bench.rows import Row
 from megatron_ep_v2.bench.variants import SYNC_FREE_EXPERTS, Variant
+from megatron_ep_v2.errors import CaptureError
 
 # What a library that is missing, too old or misused here was seen to raise.
 _FAILURES = (ImportError, RuntimeError, ValueError, AssertionError, TypeError, AttributeError, OSError)
@@ -88,6 +89,8 @@ def noted(*entries: Entry[B]) -> Iterator[None]:
     mine = None
     try:
         yield
+    except CaptureError:
+        raise  # nothing more can be measured in this process
     except _FAILURES as error:
         mine = f"{type(error).__name__}: {error}"
     reasons: list[str | None] = [None] * dist.get_world_size()

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from megatron_ep_v2 import sync_free
+from megatron_ep_v2.bench.entry import noted
+from megatron_ep_v2.errors import CaptureError
 from megatron_ep_v2.megatron.qwen3_moe.step_graph import StepGraph
 
 
@@ -75,6 +77,17 @@ def test_other_micro_batches_are_captured_again(steps: Any, other: list[torch.Te
         assert int(graph.run(micro_batches)) == sum(tokens.numel() for tokens in micro_batches)
     assert function.calls == ["eager", "capture", "replay", "eager", "capture", "replay", "eager"]
     assert len(graph.captures) == 2
+
+
+def test_a_step_that_waits_for_the_device_is_refused_by_name(steps: Any) -> None:
+    function, graph, _ = steps
+    graph.run(batch(4))
+    graph.function = mock.Mock(side_effect=RuntimeError("operation not permitted when stream is capturing"))
+    with pytest.raises(CaptureError, match="RuntimeError: operation not permitted") as caught:
+        graph.run(batch(4))
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    with pytest.raises(CaptureError), noted():  # not the reason of one row: no other can be measured any more
+        raise caught.value
 
 
 def test_other_room_for_rows_is_captured_again(steps: Any) -> None:

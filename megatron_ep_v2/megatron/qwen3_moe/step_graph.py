@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_ep_v2 import sync_free
+from megatron_ep_v2.errors import CaptureError
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,11 @@ class StepGraph:
         self._result: torch.Tensor | None = None
 
     def run(self, micro_batches: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The function's result for micro-batches on the host. The next call overwrites it."""
+        """The function's result for micro-batches on the host. The next call overwrites it.
+
+        Raises:
+            CaptureError: The function waits for the device.
+        """
         fits = [(tokens.shape, tokens.dtype) for tokens in micro_batches], sync_free.rooms()
         if fits != self._fits:
             self._fits, self._graph, self._result, self._inputs = fits, None, None, []
@@ -70,7 +75,15 @@ class StepGraph:
         before, began = torch.cuda.memory_reserved(), time.perf_counter()
         graph = torch.cuda.CUDAGraph()
         # Other threads (NCCL's watchdog) may ask CUDA for what a capture forbids.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._result = self.function(self._inputs)
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._result = self.function(self._inputs)
+        except Exception as error:
+            raise CaptureError(
+                "a training step cannot be captured in a CUDA graph",
+                found=f"{type(error).__name__}: {error}",
+                needed="a step in which nothing waits for the device, in all its modules",
+                fix="train without --cuda-graph; the traceback above names the module that waits",
+            ) from error
         self.captures.append(Capture(time.perf_counter() - began, torch.cuda.memory_reserved() - before))
         return graph
