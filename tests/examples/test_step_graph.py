@@ -53,7 +53,12 @@ class Recorder:
 def steps() -> Iterator[tuple[Recorder, StepGraph, list[tuple[int, ...]]]]:
     function, rooms = Recorder(), [(100,)]
     graph = mock.Mock(replay=function.replay)
-    names = {"CUDAGraph": lambda: graph, "graph": function.capture, "synchronize": lambda: None}
+    names = {
+        "CUDAGraph": lambda: graph,
+        "graph": function.capture,
+        "synchronize": lambda: None,
+        "current_stream": lambda: None,
+    }
     names |= {"empty_cache": lambda: None, "memory_reserved": iter(range(0, 1000, 7)).__next__}
     with mock.patch.multiple(torch.cuda, **names), mock.patch.object(sync_free, "rooms", lambda: rooms[0]):
         yield function, StepGraph(function, torch.device("cpu")), rooms
@@ -80,7 +85,7 @@ def test_other_micro_batches_are_captured_again(steps: Any, other: list[torch.Te
 
 
 def test_a_step_that_waits_for_the_device_is_refused_by_name(steps: Any) -> None:
-    function, graph, _ = steps
+    _, graph, _ = steps
     graph.run(batch(4))
     graph.function = mock.Mock(side_effect=RuntimeError("operation not permitted when stream is capturing"))
     with pytest.raises(CaptureError, match="RuntimeError: operation not permitted") as caught:

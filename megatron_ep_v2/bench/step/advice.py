@@ -63,8 +63,8 @@ def what_bounds(rows: Sequence[Row]) -> list[str]:
 
 def _short(kernel: str) -> str:
     """A kernel's name without its return type, namespaces and template arguments."""
-    name = kernel.split("<")[0].split("(")[0].split()[-1] if kernel.strip() else kernel
-    return name.split("::")[-1]
+    name = kernel.replace("(anonymous namespace)::", "").split("<")[0].split("(")[0]
+    return name.split()[-1].split("::")[-1]
 
 
 def what_experts_give(rows: Sequence[Row]) -> list[str]:

@@ -30,7 +30,7 @@ class StepGraph:
 
     It runs eagerly, and captures at the next call, where the graph would not fit: at the first call, if the shapes of
     the micro-batches or their number have changed, and if sync-free mode has other room for rows, as after an overflow.
-    What is compiled or loaded at a first call cannot be captured.
+    What is compiled or loaded at a first call cannot be captured. All calls are in one stream, and not the default one.
 
     Args:
         function: From micro-batches on the device to a tensor; must not wait for the device. It reads and writes the
@@ -76,14 +76,14 @@ class StepGraph:
         graph = torch.cuda.CUDAGraph()
         # Other threads (NCCL's watchdog) may ask CUDA for what a capture forbids.
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
                 self._result = self.function(self._inputs)
         except Exception as error:
             raise CaptureError(
                 "a training step cannot be captured in a CUDA graph",
                 found=f"{type(error).__name__}: {error}",
-                needed="a step in which nothing waits for the device, in all its modules",
-                fix="train without --cuda-graph; the traceback above names the module that waits",
+                needed="a step in which nothing waits for the device or runs in another stream, in all its modules",
+                fix="run without the graph; torch.cuda.set_sync_debug_mode('error') then names what waits",
             ) from error
         self.captures.append(Capture(time.perf_counter() - began, torch.cuda.memory_reserved() - before))
         return graph

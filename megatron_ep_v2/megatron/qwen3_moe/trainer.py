@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -90,6 +91,7 @@ class Trainer:
         self._expert_load = torch.zeros(0, *self._load_shape, device=device)  # as in StepStats; what this rank counts
         self._micro_batch = 0
         self._stop = torch.zeros((), dtype=torch.float64, device=device)
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.graph = StepGraph(self.accumulate, device) if options.cuda_graph else None
         self.moe_layers = [module for module in self.model.modules() if isinstance(module, MoELayer)]
         for number, layer in enumerate(self.moe_layers):
@@ -118,9 +120,12 @@ class Trainer:
         # Megatron's router adds the gradient of each micro-batch's load-balancing loss by itself, at this scale.
         aux_scale = 1.0 / (self.world * len(micro_batches))
         MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(aux_scale, device=self.device))
-        if self.graph is not None:
-            return self._to_stats(self.graph.run(micro_batches))
-        return self._to_stats(self.accumulate([tokens.to(self.device, non_blocking=True) for tokens in micro_batches]))
+        with self._own_stream():
+            if self.graph is not None:
+                sums = self.graph.run(micro_batches)
+            else:
+                sums = self.accumulate([tokens.to(self.device, non_blocking=True) for tokens in micro_batches])
+        return self._to_stats(sums)
 
     def accumulate(self, micro_batches: Sequence[torch.Tensor]) -> torch.Tensor:
         """Zero the gradients, run all micro-batches forward and backward, and add up over the ranks. The host waits for
@@ -155,6 +160,19 @@ class Trainer:
         dist.all_reduce(sums)  # everything that the ranks have to add up, in one collective
         sums[1] = (self.gradients.dense.square_sum() + sums[1]).sqrt()
         return sums
+
+    @contextlib.contextmanager
+    def _own_stream(self) -> Iterator[None]:
+        """One stream for steps that run eagerly and for those that are captured, in which nothing may run in another.
+        Autograd runs the end of each parameter's gradient in the stream of its first backward, as long as something
+        keeps that backward's graph, as Megatron's own dispatchers do."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+        torch.cuda.current_stream().wait_stream(self._stream)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
