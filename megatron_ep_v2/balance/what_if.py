@@ -59,9 +59,11 @@ def recorded(path: Path) -> torch.Tensor:
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise InputError(
-            f"cannot read {path}", found=error.strerror, fix="give the expert_load.jsonl that --record-load has written"
+            f"cannot read {path}",
+            found=str(getattr(error, "strerror", error)),
+            fix="give the expert_load.jsonl that --record-load has written",
         ) from error
     parts = [_parsed(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not parts or len({part.shape[1:] for part in parts}) > 1:
@@ -81,7 +83,7 @@ def _parsed(line: str, where: str) -> torch.Tensor:
         if load.dim() != 3 or load.is_floating_point() or ranks < 1 or not load.numel() or int(load.min()) < 0:
             raise ValueError(f"{load.dtype} {tuple(load.shape)} of {ranks} ranks")
         return load.unflatten(2, (ranks, -1))
-    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError, OverflowError) as error:
         raise InputError(
             f"{where} is no line of a recording",
             found=f"{type(error).__name__}: {error}",

@@ -75,6 +75,7 @@ def test_the_table_and_the_document(recording: Path) -> None:
         ('{"ranks": 2, "expert_load": [[[1, 2, 3]]]}', "is no line of a recording"),
         ('{"ranks": 2, "expert_load": [[[1.5, 2.5]]]}', "float32"),
         ('{"ranks": 2, "expert_load": [[[1, -2]]]}', "is no line of a recording"),
+        ('{"ranks": Infinity, "expert_load": [[[1, 2]]]}', "OverflowError"),
         ('{"ranks": 2, "expert_load": [[1, 2]]}', "(1, 2)"),
         ('{"ranks": 2, "expert_load": [[[1, 2]]]}\n{"ranks": 1, "expert_load": [[[1, 2]]]}', "(1, 1, 2), (1, 2, 1)"),
     ],
@@ -92,6 +93,9 @@ def test_a_missing_file_and_numbers_out_of_range(tmp_path: Path) -> None:
 
     with pytest.raises(EPError, match="cannot read"):
         what_if([str(tmp_path / "none.jsonl")])
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    with pytest.raises(EPError, match=r"cannot read .*binary\n.*codec can't decode"):
+        what_if([str(tmp_path / "binary")])
     for wrong in (["--slots", "0"], ["--min-rows", "0"], ["--from-percent", "99"], ["--share", "1.5"]):
         with pytest.raises(SettingsError, match="out of range"):
             what_if([str(tmp_path / "none.jsonl"), *wrong])
