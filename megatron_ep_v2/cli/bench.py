@@ -164,6 +164,22 @@ def _variants(options: argparse.Namespace) -> list[Variant]:
                     found="--tune" if options.tune else "layers whose experts pass rows through",
                     fix="measure it with --step, without --tune",
                 )
+            if variant.sync_free and set(SYNC_FREE_EXPERTS).isdisjoint(options.expert_backends):
+                raise SettingsError(
+                    f"{variant.name} needs experts that do not wait for their counts",
+                    found=f"--expert-backends {' '.join(options.expert_backends)}",
+                    needed=" or ".join(SYNC_FREE_EXPERTS),
+                    fix="add --expert-backends grouped",
+                )
     else:
         chosen = [variant for variant in VARIANTS.values() if fits(variant)]
-    return [variant for variant in chosen if variant.layout in (None, *options.layout)]
+    kept = [variant for variant in chosen if variant.layout in (None, *options.layout)]
+    if not any(variant.layout for variant in kept) and any(variant.layout for variant in chosen):
+        raise SettingsError(
+            "no variant of this package has such a layout here",
+            found=f"--layout {' '.join(options.layout)}",
+            needed="compact or expanded; sync-free in whole training steps (--step without --tune), with "
+            f"{' or '.join(SYNC_FREE_EXPERTS)} experts",
+            fix="leave --layout out, or name other --variants",
+        )
+    return kept

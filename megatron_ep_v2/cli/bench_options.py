@@ -141,7 +141,7 @@ def _sm_counts(text: str) -> tuple[int | None, ...]:
 
 def _overload(text: str) -> float:
     value = float(text)
-    if value < 1:
+    if not value >= 1:  # nor NaN
         raise argparse.ArgumentTypeError("must be at least 1")
     return value
 
