@@ -42,6 +42,7 @@ def summary(
     evaluations apart.
     """
     val_loss = next((row["val_loss"] for row in reversed(rows) if "val_loss" in row), None)
+    overloads = [row["overload_mean"] for row in rows[-10:] if "overload_mean" in row]  # not of older versions' steps
     return {
         "steps": rows[-1]["step"] if rows else 0,
         "stopped_by": stopped_by,
@@ -52,7 +53,7 @@ def summary(
         "below_unigram_entropy": None if val_loss is None else val_loss < samples.unigram_entropy,
         "tokens_per_second": round(statistics.median(r["tokens_per_second"] for r in rows)) if rows else None,
         "expert_balance": _rounded(rows[-1]["expert_balance"] if rows else None),
-        "overload_mean": _rounded(statistics.fmean(row["overload_mean"] for row in rows[-10:]) if rows else None),
+        "overload_mean": _rounded(statistics.fmean(overloads) if overloads else None),
         "preset": options.preset,
         "dispatcher": options.dispatcher,
         "processes": runtime.world,
@@ -84,11 +85,14 @@ def plot(rows: list[dict[str, Any]], unigram_entropy: float, out: Path, title: s
     axes.set(ylabel="loss (nats per token)", title=title)
     axes.legend()
     axes.grid(alpha=0.3)
-    below.plot(steps, [row["overload_max"] for row in rows], color="tab:red", alpha=0.25, linewidth=1, label="largest")
-    below.plot(steps, [row["overload_mean"] for row in rows], color="tab:red", label="mean of layers")
+    overloads = [(row["step"], row["overload_max"], row["overload_mean"]) for row in rows if "overload_mean" in row]
+    if overloads:
+        counted, largest, means = zip(*overloads, strict=True)
+        below.plot(counted, largest, color="tab:red", alpha=0.25, linewidth=1, label="largest")
+        below.plot(counted, means, color="tab:red", label="mean of layers")
+        below.legend()
     below.axhline(1.0, color="gray", linestyle="--")
     below.set(xlabel="step", ylabel="overload of ranks")
-    below.legend()
     below.grid(alpha=0.3)
     paths = [out / "loss.png", out / "loss.svg"]
     for path in paths:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -155,3 +156,17 @@ def test_both_dispatchers_report_the_same_load(tmp_path: Path) -> None:
         found.append(loads)
     flex, alltoall, one_apart = found
     assert flex[0].equal(alltoall[0]) and flex.equal(one_apart) and not flex[0].equal(flex[1])
+
+
+def test_a_run_that_an_older_version_began_is_reported(tmp_path: Path) -> None:
+    """Its first steps have no overload in metrics.jsonl."""
+    from qwen3_moe import report
+
+    names = ("step", "tokens", "loss", "tokens_per_second", "expert_balance")
+    old, new = (dict.fromkeys(names, step) for step in (1, 2))
+    new |= {"overload_mean": 1.5, "overload_max": 2.0}
+    options, runtime, samples = (mock.Mock() for _ in range(3))
+    samples.unigram_entropy = 3.0
+    for rows, expected in (([old], None), ([old, new], 1.5)):
+        assert report.summary(options, runtime, samples, rows, None, None)["overload_mean"] == expected
+        assert all(path.stat().st_size for path in report.plot(rows, 3.0, tmp_path, "run"))
