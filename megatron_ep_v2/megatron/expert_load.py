@@ -191,6 +191,18 @@ def counters() -> dict[str, torch.Tensor]:
     return kept
 
 
+def dispatches() -> dict[ExpertLoad, int]:
+    """How many dispatches each layer's counter has counted since the last reading."""
+    return {layer: layer._number for layer in list(_layers.values())}
+
+
+def set_dispatches(numbers: dict[ExpertLoad, int]) -> None:
+    """Set them back, so that the next dispatch goes to the row that it would have had then. `counters()` has the
+    rows."""
+    for layer in list(_layers.values()):
+        layer._number = numbers.get(layer, 0)
+
+
 def local_expert_load() -> list[torch.Tensor]:
     """Read the tokens of this rank's experts since the last reading, per MoE layer: [local experts] int64. Resets the
     counts. Not collective.

@@ -40,6 +40,7 @@ class StepState:
             self._sums = {key: tensor.clone() for key, tensor in self._accumulated()}
         with_logits = [module for module in self._modules if _MAX_LOGITS in vars(module)]
         self._max_logits = [(module, vars(module)[_MAX_LOGITS]) for module in with_logits]
+        self._dispatches = expert_load.dispatches()
         self._random = _RandomState()
 
     def restore(self) -> None:
@@ -52,6 +53,7 @@ class StepState:
                     tensor.zero_()
         for module, value in self._max_logits:
             setattr(module, _MAX_LOGITS, value)
+        expert_load.set_dispatches(self._dispatches)
         self._random.restore()
 
     def _accumulated(self) -> Iterator[tuple[object, torch.Tensor]]:

@@ -351,3 +351,23 @@ def test_random_numbers_and_maximal_logits_come_again() -> None:
         assert torch.equal(torch.rand(2), drawn[0])
         assert torch.equal(torch.rand(2, generator=tracker.states["model"]), drawn[1])
         assert tracker.states["fixed"] is fixed and attention.current_max_attn_logits is None
+
+
+def test_a_repeated_steps_dispatches_are_kept_apart() -> None:
+    """Also where their rows come round again: each has the row that it would have had without the first run."""
+    repeated, once = (expert_load.ExpertLoad(mock.Mock(), 1) for _ in range(2))
+    for layer in (repeated, once):
+        for n in range(expert_load.DISPATCHES - 2):
+            layer.add(torch.tensor([n]))
+    state = step_state.StepState([])
+    later = [expert_load.ExpertLoad(mock.Mock(), 1) for _ in range(2)]
+    for layer in (repeated, later[0]):
+        for _ in range(4):
+            layer.add(torch.tensor([1000]))
+    state.restore()
+    for layer in (repeated, once, *later):
+        for n in range(4):
+            layer.add(torch.tensor([2000 + n]))
+    assert repeated.rows_by_dispatch().tolist() == once.rows_by_dispatch().tolist()
+    assert repeated.counts().equal(once.counts())
+    assert later[0].rows_by_dispatch().tolist() == later[1].rows_by_dispatch().tolist()
