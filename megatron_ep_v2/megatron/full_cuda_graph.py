@@ -107,8 +107,11 @@ class _Shapes:
 
     def __init__(self, stage: str, device: torch.device):
         self.buffers = StaticBufferLoader.static_buffers[stage]
-        self._found = ""
-        self._check = DeviceCheck(self._to_error, device, parallel_state.get_expert_tensor_and_model_parallel_group())
+        self._found: list[str] = []
+        # Not a method of this object: the circle would keep the check of a step that was given up until Python collects
+        # it, on some ranks longer than on others, and reads are collective.
+        to_error = functools.partial(_to_error, self._found)
+        self._check = DeviceCheck(to_error, device, parallel_state.get_expert_tensor_and_model_parallel_group())
 
     def checked(self, data_iterator: Any) -> Any:
         """The same micro-batches, in the same structure: an iterator, None or a list."""
@@ -124,17 +127,19 @@ class _Shapes:
             if _shapes(inputs) == _shapes(before):
                 yield item
             else:
-                self._found = f"{_shapes(inputs)} after {_shapes(before)}"
+                self._found[:] = [f"{_shapes(inputs)} after {_shapes(before)}"]
                 self._check.add(torch.ones(1, dtype=torch.int32, device=self._check.count.device))
                 yield before
 
-    def _to_error(self, counts: dict[int, int]) -> InputError:
-        return InputError(
-            "a micro-batch has another shape than those before it, whose memory a CUDA graph of the whole step reads",
-            found=f"{self._found or 'on another rank'}; on rank(s) {sorted(counts)} of the expert-parallel group",
-            needed="the same tensors of the same shapes in every micro-batch, on this rank",
-            fix="pad all micro-batches to one length, or turn Megatron's full-iteration CUDA graph off",
-        )
+
+def _to_error(found: list[str], counts: dict[int, int]) -> InputError:
+    """found: On this rank, one or none."""
+    return InputError(
+        "a micro-batch has another shape than those before it, whose memory a CUDA graph of the whole step reads",
+        found=f"{(found or ['on another rank'])[0]}; on rank(s) {sorted(counts)} of the expert-parallel group",
+        needed="the same tensors of the same shapes in every micro-batch, on this rank",
+        fix="pad all micro-batches to one length, or turn Megatron's full-iteration CUDA graph off",
+    )
 
 
 def _shapes(value: Any) -> Any:

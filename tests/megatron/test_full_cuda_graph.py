@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -175,6 +177,21 @@ def test_other_sizes_are_captured_again_or_refused_on_every_rank() -> None:
         else:
             found = "{'tokens': [1, 13]} after {'tokens': [2, 13]}" if rank == 3 else "on another rank"
             assert_report(said, InputError, "another shape", f"found: {found}", "[1]")
+
+
+def test_the_check_of_a_step_that_was_given_up_goes_with_it() -> None:
+    """Without Python's collection, which ranks do at different times: a later read would wait for other ranks."""
+    gc.disable()
+    try:
+        with mock.patch.object(ours.parallel_state, "get_expert_tensor_and_model_parallel_group", lambda: None):
+            shapes = ours._Shapes("training", torch.device("cpu"))
+        next(shapes.checked(iter([{"tokens": torch.ones(2)}])))
+        check = weakref.ref(shapes._check)
+        assert check() is not None
+        del shapes
+        assert check() is None
+    finally:
+        gc.enable()
 
 
 def evaluate(world: Any, graphed: bool) -> tuple[list[float], list[str]]:
