@@ -72,11 +72,12 @@ def can_repeat(call: dict[str, Any]) -> bool:
         return False
     if call.get("forward_only"):
         return torch.is_grad_enabled()  # without gradients it makes room for all rows
-    return all(
+    chunks = chunks_of(call)
+    # Of all configurations a schedule reads the first chunk's.
+    return get_model_config(chunks[0]).finalize_model_grads_func is not None and all(
         isinstance(chunk, DistributedDataParallel)
         and not getattr(chunk.ddp_config, "reuse_grad_buf_for_mxfp8_param_ag", False)
-        and get_model_config(chunk).finalize_model_grads_func is not None
-        for chunk in chunks_of(call)
+        for chunk in chunks
     )
 
 

@@ -8,17 +8,19 @@ import functools
 import logging
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ep_v2 import sync_free
 from megatron_ep_v2.errors import EPError
-from megatron_ep_v2.megatron import expert_load, step_state
+from megatron_ep_v2.megatron import expert_load, forward_backward, step_state
 from megatron_ep_v2.megatron.step_state import MicroBatches
 from tests.helpers.harness import run_ranks
 from tests.helpers.megatron_layer import process_groups
@@ -298,6 +300,26 @@ def evaluate(world: Any) -> tuple[list[int], int, str, int]:
 @pytest.mark.slow
 def test_an_evaluation_is_not_repeated_nor_is_training_for_its_sake() -> None:
     assert run_ranks(4, evaluate, env=SYNC_FREE) == [([2, 3], 2, "EvaluationOverflowError", 1)] * 4
+
+
+def test_the_first_chunks_configuration_decides() -> None:
+    """As in the schedules: the others need not say how gradients are finalized."""
+    finalized, not_finalized = (SimpleNamespace(finalize_model_grads_func=each) for each in (print, None))
+
+    def chunk(config: Any, reuse: bool = False) -> Any:
+        wrapped = torch.nn.Module.__new__(DistributedDataParallel)
+        torch.nn.Module.__init__(wrapped)
+        wrapped.config, wrapped.ddp_config = config, SimpleNamespace(reuse_grad_buf_for_mxfp8_param_ag=reuse)
+        return wrapped
+
+    with mock.patch.object(forward_backward.parallel_state, "model_parallel_is_initialized", lambda: True):
+        assert forward_backward.can_repeat({"model": [chunk(finalized), chunk(not_finalized)]})
+        for refused in (
+            [chunk(not_finalized), chunk(finalized)],
+            [chunk(finalized), SimpleNamespace(config=finalized)],
+            [chunk(finalized), chunk(finalized, reuse=True)],
+        ):
+            assert not forward_backward.can_repeat({"model": refused})
 
 
 def test_the_micro_batches_of_chunks_come_again_one_by_one() -> None:
