@@ -103,3 +103,20 @@ def test_clipping_in_the_update_is_clipping_before_it() -> None:
         theirs.step()
         torch.testing.assert_close(gradients.by_name["weight"].double(), wanted.grad, rtol=1e-6, atol=1e-7)
         torch.testing.assert_close(weight.detach().double(), wanted.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_that_are_replaced_are_those_that_are_zeroed_first() -> None:
+    """Over two micro-batches, the second of which alone reaches `late`; `never` is reached in the first step alone."""
+    found = []
+    for replaced in (False, True):
+        parameters = {name: torch.nn.Parameter(torch.ones(3)) for name in ("always", "late", "never")}
+        gradients = optimizer.FlatGradients(parameters, torch.device("cpu"))
+        gradients.replaced = replaced
+        for step in range(2):
+            gradients.zero()
+            for n, names in enumerate((("always",), ("always", "late"))):
+                used = [parameters[name] for name in (*names, *(("never",) if step == 0 else ()))]
+                torch.stack(used).mul(step + n + 1).sum().backward()
+            gradients.complete()
+        found.append({name: gradient.tolist() for name, gradient in gradients.by_name.items()})
+    assert found[0] == found[1] == {"always": [5.0] * 3, "late": [3.0] * 3, "never": [0.0] * 3}
