@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -25,9 +26,10 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.utils import get_model_config
+from torch.distributed import ProcessGroup
 
 from megatron_ep_v2 import device_checks, sync_free
-from megatron_ep_v2.errors import EvaluationOverflowError, LayoutOverflowError
+from megatron_ep_v2.errors import EPError, EvaluationOverflowError, LayoutOverflowError
 from megatron_ep_v2.megatron.optimizer_step import read_together
 from megatron_ep_v2.megatron.step_state import MicroBatches, StepState
 from megatron_ep_v2.megatron.symbols import Binding
@@ -55,7 +57,7 @@ def repeating(schedule: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(schedule)
     def forward_backward(*args: Any, **call: Any) -> Any:
-        if args or capturing() or not can_repeat(call):
+        if args or capturing() or not all_can_repeat(call):
             return schedule(*args, **call)
         return run_until_it_fits(schedule, call)
 
@@ -66,8 +68,43 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
+# Of a model's first chunk: what all ranks have agreed on, by what this rank said.
+_agreed: weakref.WeakKeyDictionary[torch.nn.Module, dict[bool, bool]] = weakref.WeakKeyDictionary()
+
+
+def all_can_repeat(call: dict[str, Any]) -> bool:
+    """Whether every rank of the model can repeat this call: only then do they read their checks after it. The first
+    call for a model is collective: a rank may hold a part that is not wrapped, such as a frozen encoder."""
+    mine = can_repeat(call)
+    if call.get("forward_only") or not parallel_state.model_parallel_is_initialized():
+        return mine
+    answers = _agreed.setdefault(chunks_of(call)[0], {})
+    if mine not in answers:
+        answers[mine] = _on_every_rank(mine)
+    return answers[mine]
+
+
+def _on_every_rank(mine: bool) -> bool:
+    """Collective over the ranks of the model."""
+    try:
+        device_checks.raise_together(
+            None if mine else EPError("this rank cannot repeat a step"), *_ranks_of_the_model()
+        )
+    except EPError:
+        return False
+    return True
+
+
+def _ranks_of_the_model() -> tuple[ProcessGroup, ProcessGroup]:
+    """Groups that, reduced over in turn, reach every rank."""
+    return (
+        parallel_state.get_model_parallel_group(),
+        parallel_state.get_data_parallel_group(with_context_parallel=True),
+    )
+
+
 def can_repeat(call: dict[str, Any]) -> bool:
-    """Whether a call of a schedule can be repeated, if it overflows: see the module. Equal on all ranks."""
+    """Whether this rank can repeat a call of a schedule, if it overflows: see the module."""
     if not parallel_state.model_parallel_is_initialized():
         return False
     if call.get("forward_only"):
@@ -128,11 +165,7 @@ def _refuse_unknown(micro_batches: MicroBatches, error: LayoutOverflowError) -> 
     """Raise the error on every rank if one rank's micro-batches cannot be taken a second time."""
     if micro_batches.unknown is not None:
         error.add_note(f"not repeated: a {micro_batches.unknown} as data_iterator cannot be set back")
-    device_checks.raise_together(
-        error if micro_batches.unknown is not None else None,
-        parallel_state.get_model_parallel_group(),
-        parallel_state.get_data_parallel_group(with_context_parallel=True),
-    )
+    device_checks.raise_together(error if micro_batches.unknown is not None else None, *_ranks_of_the_model())
 
 
 def _zero_gradients(chunks: list[DistributedDataParallel]) -> None:

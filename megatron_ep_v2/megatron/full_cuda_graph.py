@@ -25,7 +25,7 @@ from megatron.core.full_cuda_graph import FullCudaGraphWrapper, StaticBufferLoad
 from megatron_ep_v2 import settings, sync_free
 from megatron_ep_v2.device_checks import DeviceCheck
 from megatron_ep_v2.errors import InputError
-from megatron_ep_v2.megatron.forward_backward import can_repeat, chunks_of, run_until_it_fits
+from megatron_ep_v2.megatron.forward_backward import all_can_repeat, chunks_of, run_until_it_fits
 from megatron_ep_v2.megatron.optimizer_step import read_together
 from megatron_ep_v2.megatron.symbols import Binding
 
@@ -69,7 +69,7 @@ def repeating(theirs: Callable[..., Any]) -> Callable[..., Any]:
                 sync_free.fit()
             return theirs(self, **{**call, "data_iterator": shapes.checked(call["data_iterator"])})
 
-        if stage == "validation" or can_repeat(call):
+        if stage == "validation" or all_can_repeat(call):
             return run_until_it_fits(run, call, functools.partial(_drop_graph, stage))
         result = run(**call)
         read_together()

@@ -393,3 +393,30 @@ def test_a_repeated_steps_dispatches_are_kept_apart() -> None:
     assert repeated.rows_by_dispatch().tolist() == once.rows_by_dispatch().tolist()
     assert repeated.counts().equal(once.counts())
     assert later[0].rows_by_dispatch().tolist() == later[1].rows_by_dispatch().tolist()
+
+
+def one_rank_cannot(group: Any) -> list[str]:
+    """Steps of a model whose part on rank 1 is not in Megatron's DDP, and of one that is everywhere: what each rank
+    reads, in order."""
+    read: list[str] = []
+
+    def chunk(wrapped: bool) -> torch.nn.Module:
+        made = torch.nn.Module.__new__(DistributedDataParallel) if wrapped else torch.nn.Linear(1, 1)
+        if wrapped:
+            torch.nn.Module.__init__(made)
+        made.config = SimpleNamespace(finalize_model_grads_func=print)  # type: ignore[assignment]
+        made.ddp_config = SimpleNamespace()  # type: ignore[assignment]
+        return made
+
+    schedule = forward_backward.repeating(lambda **_: None)
+    with process_groups(), mock.patch.object(forward_backward, "read_together", lambda: read.append("read")):
+        for model in (chunk(group.rank() == 0), chunk(True)):
+            for _ in range(2):
+                schedule(model=model, data_iterator=None, forward_only=False)
+            read.append("next")
+    return read
+
+
+def test_ranks_read_after_a_schedule_together_or_not_at_all() -> None:
+    """Else the one that reads would wait in a collective for the one that does not."""
+    assert run_ranks(2, one_rank_cannot) == [["next", "read", "read", "next"]] * 2
