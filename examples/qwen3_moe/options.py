@@ -107,6 +107,13 @@ class Options(TrainerOptions):
                 needed="GPUs, --sync-free, and no --recompute, which sets random states on the host",
                 fix="--cuda-graph --sync-free --experts grouped --no-recompute, on GPUs",
             )
+        if self.record_load < 0:
+            raise SettingsError(
+                "the expert load cannot be recorded that often",
+                found=f"--record-load {self.record_load}",
+                needed="a number of steps, or 0 for none",
+                fix="--record-load 10 records every tenth step",
+            )
         if self.resume and not self.save:
             raise SettingsError("--resume needs to know where", fix="add --save DIR, the folder of the checkpoints")
 

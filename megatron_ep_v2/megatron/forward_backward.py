@@ -10,7 +10,7 @@ repeated, so that the error is raised where other layouts raise theirs:
 - gradients that the schedule does not finalize (`finalize_model_grads_func` is None): other calls may have added to
   them; those of other wrappers than Megatron's DistributedDataParallel; and those whose memory the parameters share
   (`reuse_grad_buf_for_mxfp8_param_ag`);
-- process groups that were not made by Megatron's parallel_state: which ranks step together is then unknown.
+- jobs without Megatron's parallel_state: which ranks step together is then unknown.
 """
 
 from __future__ import annotations
@@ -88,7 +88,14 @@ def _on_every_rank(mine: bool) -> bool:
     """Collective over the ranks of the model."""
     try:
         device_checks.raise_together(
-            None if mine else EPError("this rank cannot repeat a step"), *_ranks_of_the_model()
+            None
+            if mine
+            else EPError(
+                "this rank cannot repeat a step",
+                needed="Megatron's DistributedDataParallel around its chunks of the model",
+                fix="wrap the model on every rank, or repeat steps in a loop of your own",
+            ),
+            *_ranks_of_the_model(),
         )
     except EPError:
         return False

@@ -38,3 +38,8 @@ def test_it_says_what_a_graph_needs(tmp_path: Path) -> None:
     done = train(tmp_path, "--steps", "1", "--sync-free", "--experts", "grouped", "--cuda-graph")
     assert done.returncode != 0
     assert "found: cpu, --sync-free" in done.stderr and "fix: --cuda-graph --sync-free --experts grouped" in done.stderr
+
+
+def test_it_says_what_record_load_takes(tmp_path: Path) -> None:
+    done = train(tmp_path, "--steps", "1", "--record-load", "-1")
+    assert done.returncode != 0 and "found: --record-load -1" in done.stderr

@@ -192,7 +192,8 @@ class Trainer:
         return (sums[0] / sums[1]).item()
 
     def named_gradients(self) -> dict[str, torch.Tensor]:
-        """This rank's fp32 gradients: all dense parameters, and its own experts by their global number."""
+        """This rank's fp32 gradients: all dense parameters, and its own experts by their global number. They are of the
+        last step that ran through: after one that raised, they are of no step."""
         return self.gradients.by_name
 
     def num_parameters(self) -> tuple[int, int]:
