@@ -128,8 +128,9 @@ def _installed_version(module: ModuleType) -> str | None:
         return None
 
 
-def load_class(carrier: str) -> Any:
-    """The class of DeepEP that a carrier wraps. Raises UnavailableError if it is not here."""
+def load_class(carrier: str, name: str | None = None) -> Any:
+    """The class of DeepEP that a carrier wraps, or another of the same package by its name. Raises UnavailableError if
+    it is not here."""
     package, wanted = probe().package_of(carrier), CARRIERS[carrier].deep_ep_class
     if package is None or wanted is None:
         raise UnavailableError(
@@ -138,7 +139,15 @@ def load_class(carrier: str) -> Any:
             needed=CARRIERS[carrier].requirement,
             fix=_ways_out(probe(), carrier),
         )
-    return getattr(importlib.import_module(package.name), wanted)
+    found = getattr(importlib.import_module(package.name), name or wanted, None)
+    if found is None:
+        raise UnavailableError(
+            f"this {package.name} has no {name or wanted}",
+            found=probe().describe(),
+            needed=CARRIERS[carrier].requirement,
+            fix=_ways_out(probe(), carrier),
+        )
+    return found
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ device; rows from R on are unowned: garbage in every output, ids included, which
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -39,6 +40,27 @@ MAX_TOPK = 32  # deep_ep 2.1.0: one warp lane per selection (impls/dispatch_copy
 
 
 @dataclass(frozen=True, kw_only=True)
+class Redundancy:
+    """Replica slots of a rank, each with room for one expert and its gradients. Equal on every rank of the group.
+
+    Attributes:
+        num_slots: Replica slots of each rank, 1 or more.
+        num_local_experts: L: experts of which each rank is the home.
+        shapes: Of one expert's weight in each linear, e.g. ((2 * F, H), (H, F)).
+        dtype: Of the weights. Gradients are in fp32, in fp64 for fp64 weights.
+    """
+
+    num_slots: int
+    num_local_experts: int
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: torch.dtype
+
+    @property
+    def grad_dtype(self) -> torch.dtype:
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True, kw_only=True)
 class BufferSpec:
     """Sizes that a buffer is built for. Equal on every rank of the group.
 
@@ -47,13 +69,15 @@ class BufferSpec:
         hidden: H, in elements. Buffers are sized for 2-byte elements whatever the forward payload is, because the
             backward carries gradients in bf16.
         num_topk: K.
-        num_experts: Experts in the whole group.
+        num_experts: Experts in the whole group; with `redundancy` the physical ones, group size * (L + replica slots).
+        redundancy: Memory for copies of other ranks' experts; None = none.
     """
 
     num_max_tokens_per_rank: int
     hidden: int
     num_topk: int
     num_experts: int
+    redundancy: Redundancy | None = None
 
 
 class Handle(Protocol):
@@ -234,4 +258,64 @@ class DeferringBuffer(Buffer, Protocol):
         Returns:
             What `wait` of it returns is what `dispatch` would have: it waits for the counts, and copies the rows on the
             stream that is current then.
+        """
+
+
+@dataclass(eq=False)
+class Slots:
+    """The replica slots of this rank, in memory of the buffer; shared by all layers of the group.
+
+    Attributes:
+        weights: For each linear [R, *shape], R replica slots. Their content is undefined but for the slots that a
+            prefetch has filled, from its wait until the next prefetch begins.
+        grads: For each linear [R, *shape], fp32 (fp64 for fp64 weights). Their content is undefined after a
+            `reduce_grads`, which nothing clears: a gradient replaces what is in its slot.
+        holds: What its user has had fetched last, for that user to compare; None = nothing.
+        pending: The prefetch that was begun and not waited for.
+    """
+
+    weights: tuple[torch.Tensor, ...]
+    grads: tuple[torch.Tensor, ...]
+    holds: object = None
+    pending: Transfer | None = None
+
+
+class Transfer(Protocol):
+    """A transfer of replicas' weights or gradients that has begun."""
+
+    def wait(self) -> None:
+        """Let what the current stream runs from now on see the result. The host does not wait on a GPU."""
+
+
+class RedundantBuffer(Buffer, Protocol):
+    """A buffer built with `BufferSpec.redundancy`: it moves weights and gradients of redundant experts.
+
+    `mapping` is [P, R] int32 on the CPU, for P ranks: the logical expert in each replica slot of each rank, -1 = none.
+    It is equal on all ranks; no rank has an expert of its own in a slot, nor one expert in two. It is on the CPU so
+    that this is checked before a kernel runs, without a wait for the device.
+
+    Both transfers are collective, also for ranks without a replica. They begin once what the current stream has been
+    given is done; nothing of what they read or write may change until they have been waited for.
+    """
+
+    def slots(self) -> Slots:
+        """This rank's replica slots, the same object each time. Not collective."""
+
+    def prefetch_weights(self, slots: Slots, weights: Sequence[torch.Tensor], mapping: torch.Tensor) -> Transfer:
+        """Copy weights from the experts' homes into the replica slots of the mapping. Other slots' content is
+        undefined.
+
+        Args:
+            slots: Of this buffer.
+            weights: For each linear [L, *shape], contiguous, of the slots' dtype: this rank's own experts.
+            mapping: [P, R] int32 on the CPU, see above.
+        """
+
+    def reduce_grads(self, slot_grads: torch.Tensor, grads: torch.Tensor, mapping: torch.Tensor) -> Transfer:
+        """Add the gradients in the replica slots of the mapping to those of the experts' homes.
+
+        Args:
+            slot_grads: One of the slots' `grads`, of this buffer.
+            grads: [L, *shape], contiguous, of the same dtype: added to in place.
+            mapping: [P, R] int32 on the CPU, see above.
         """

@@ -17,6 +17,7 @@ from megatron_ep_v2.buffers.checks import check_combine, check_dispatch, check_g
 from megatron_ep_v2.buffers.contract import BufferSpec, Handle, Payload
 from megatron_ep_v2.buffers.deep_ep import everyone_arrives, memory_left_as_it_is
 from megatron_ep_v2.buffers.limits import check_limits, check_rows, check_selections
+from megatron_ep_v2.buffers.redundancy import refuse
 from megatron_ep_v2.errors import ClosedError, SettingsError, UnavailableError
 from megatron_ep_v2.generations import GENERATIONS
 from megatron_ep_v2.probe import load_class
@@ -53,6 +54,7 @@ class ElasticBuffer:
         self.group, self.spec = group, spec
         self.num_max_tokens_per_rank = spec.num_max_tokens_per_rank
         kind = load_class(self.carrier.name)
+        more = self._redundancy_options(hosts)
         disable_gin, self.gin_reason = gin.choose(settings, gin.rdma_vendors(), hosts, generation)
         logger.info("EP_DISABLE_GIN=%d for this buffer: %s", disable_gin, self.gin_reason)
         try:
@@ -71,6 +73,7 @@ class ElasticBuffer:
                     num_cpu_timeout_secs=settings.num_cpu_timeout_secs,
                     num_gpu_timeout_secs=settings.num_gpu_timeout_secs,
                     explicitly_destroy=True,
+                    **more,
                 )
         except (RuntimeError, AssertionError) as error:
             raise UnavailableError(
@@ -87,6 +90,12 @@ class ElasticBuffer:
         )
         # deterministic_sort of 2.1.0 and 2.5.0: in hybrid mode between hosts it looks for the valid entries of a list.
         self._sort_waits = settings.deterministic and getattr(self._buffer, "num_scaleout_ranks", 1) > 1
+
+    def _redundancy_options(self, hosts: list[str]) -> dict[str, Any]:
+        """Options of the class that it is built with where the spec has replica slots."""
+        if self.spec.redundancy is not None:
+            raise refuse(self.carrier.label, "the EPBuffer of DeepEP 2.5, or the reference buffer")
+        return {}
 
     def _service_level(self, settings: Settings) -> int | None:
         return settings.sl_idx

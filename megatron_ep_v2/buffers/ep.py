@@ -5,13 +5,21 @@ ElasticBuffer, with what 2.5 does differently.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch.distributed import ProcessGroup
+
 from megatron_ep_v2.buffers.carriers import CARRIERS
-from megatron_ep_v2.buffers.contract import Dispatched, Payload
+from megatron_ep_v2.buffers.checks import check_group_open
+from megatron_ep_v2.buffers.contract import BufferSpec, Dispatched, Payload, Redundancy, Slots, Transfer
 from megatron_ep_v2.buffers.deep_ep import memory_left_as_it_is
 from megatron_ep_v2.buffers.elastic import ElasticBuffer
 from megatron_ep_v2.buffers.pending import Pending, Starter
+from megatron_ep_v2.buffers.redundancy import carve, check_one_host, check_prefetch, check_reduce, slot_bytes
+from megatron_ep_v2.errors import InputError, UnavailableError
+from megatron_ep_v2.probe import load_class
 from megatron_ep_v2.settings import Settings
 
 logger = logging.getLogger("megatron_ep_v2")
@@ -24,6 +32,40 @@ class EPBuffer(Starter, ElasticBuffer):
     carrier = CARRIERS["ep"]
     defers = keeps_topk_idx = True
 
+    def __init__(self, group: ProcessGroup, spec: BufferSpec, settings: Settings, hosts: list[str]):
+        self._region: torch.Tensor | None = None  # [bytes] uint8, of deep_ep's memory that peers write to
+        super().__init__(group, spec, settings, hosts)
+        self._slots: Slots | None = None
+        if self._region is not None:
+            self._slots = carve(self._redundancy(), self._region)
+            self.num_bytes += self._region.numel()
+            in_reach = getattr(self._buffer, "num_nvlink_ranks", group.size())
+            if in_reach != group.size():
+                raise UnavailableError(
+                    "redundant experts move over NVLink, and not all ranks of this group are in one NVLink domain",
+                    found=f"{in_reach} of {group.size()} ranks",
+                    needed="an expert-parallel group inside one NVLink domain",
+                    fix="unset MCORE_DEEPEP_V2_REDUNDANT_EXPERTS, or choose another --expert-model-parallel-size",
+                )
+
+    def _redundancy_options(self, hosts: list[str]) -> dict[str, Any]:
+        redundancy = self.spec.redundancy
+        if redundancy is None:
+            return {}
+        check_one_host(hosts)
+        for shape in redundancy.shapes:
+            size = torch.Size(shape).numel() * redundancy.dtype.itemsize
+            if size % 16:  # deep_ep 2.5.0: csrc/buffers/ep.hpp, lb_prefetch_weights
+                raise InputError(
+                    "DeepEP does not move experts of this size",
+                    found=f"{size} bytes in a weight {shape} of {redundancy.dtype}",
+                    needed="a multiple of 16",
+                    fix="change --moe-ffn-hidden-size, or unset MCORE_DEEPEP_V2_REDUNDANT_EXPERTS",
+                )
+        memory = load_class(self.carrier.name, "BufferAllocator")()
+        self._region = memory.allocate((slot_bytes(redundancy),), torch.uint8)  # real once the buffer is built
+        return {"lb_allocation_plan_or_num_bytes": memory}
+
     def start_dispatch(self, x: Payload, **arguments: Any) -> Pending[Dispatched]:
         """See `contract.DeferringBuffer.start_dispatch`. Raises as `dispatch`. deep_ep's event keeps the inputs."""
         event = self.dispatch(x, **arguments, async_with_compute_stream=True, defer_epilogue=True)
@@ -32,6 +74,54 @@ class EPBuffer(Starter, ElasticBuffer):
     def _check_ready(self) -> None:
         super()._check_ready()
         self._finish_started()
+
+    def slots(self) -> Slots:
+        """See `contract.RedundantBuffer.slots`."""
+        self._check_ready()
+        self._redundancy()
+        assert self._slots is not None
+        return self._slots
+
+    def prefetch_weights(self, slots: Slots, weights: Sequence[torch.Tensor], mapping: torch.Tensor) -> Transfer:
+        """See `contract.RedundantBuffer.prefetch_weights`. Raises InputError and ClosedError before any kernel runs."""
+        own, redundancy = self.slots(), self._redundancy()
+        check_group_open(self.group)
+        check_prefetch(self.group, redundancy, own, slots, weights, mapping)
+        call = memory_left_as_it_is(self._buffer.lb_prefetch_weights)
+        return _Event(call(list(slots.weights), [w.detach() for w in weights], self._on_device(mapping)))
+
+    def reduce_grads(self, slot_grads: torch.Tensor, grads: torch.Tensor, mapping: torch.Tensor) -> Transfer:
+        """See `contract.RedundantBuffer.reduce_grads`. Raises as `prefetch_weights`."""
+        own, redundancy = self.slots(), self._redundancy()
+        check_group_open(self.group)
+        check_reduce(self.group, redundancy, own, slot_grads, grads, mapping)
+        if slot_grads.dtype != torch.float32:
+            raise InputError(
+                f"rank {self.group.rank()}: DeepEP adds gradients in fp32 only",
+                found=str(slot_grads.dtype),
+                needed="weights in bf16 or fp32",
+                fix="train in bf16 (--bf16)",
+            )
+        call = memory_left_as_it_is(self._buffer.lb_reduce_grads)
+        return _Event(call(slot_grads.flatten(1), grads.view(len(grads), -1), self._on_device(mapping)))
+
+    def destroy(self) -> None:
+        """See `ElasticBuffer.destroy`. The slots are gone with it."""
+        self._slots = self._region = None
+        super().destroy()
+
+    def _redundancy(self) -> Redundancy:
+        if self.spec.redundancy is None:
+            raise InputError(
+                "this EPBuffer was built without replica slots",
+                needed="BufferSpec.redundancy",
+                fix="build it with them: set MCORE_DEEPEP_V2_REDUNDANT_EXPERTS before the first dispatch",
+            )
+        return self.spec.redundancy
+
+    def _on_device(self, mapping: torch.Tensor) -> torch.Tensor:
+        """The mapping for the kernels; the driver stages it, so that the host does not wait."""
+        return mapping.to(self.slots().weights[0].device, non_blocking=True)
 
     def _service_level(self, settings: Settings) -> int | None:
         """2.5 takes None for its own variables (EP_DEFAULT_RDMA_SL) and NCCL's; a value would override them."""
@@ -42,3 +132,14 @@ class EPBuffer(Starter, ElasticBuffer):
         if num_sms % 2:
             logger.info("num_sms=%d is rounded up to %d: DeepEP 2.5 takes an even number", num_sms, num_sms + 1)
         return num_sms + num_sms % 2
+
+
+class _Event:
+    """A transfer on deep_ep's stream. See `contract.Transfer`."""
+
+    def __init__(self, event: Any):
+        self._event = event
+
+    def wait(self) -> None:
+        """Let the current stream wait; a second call changes nothing."""
+        self._event.current_stream_wait()

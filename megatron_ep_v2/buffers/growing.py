@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers.checks import CAPACITY_VARIABLE, check_group_open
-from megatron_ep_v2.buffers.contract import Buffer, BufferSpec, DeferringBuffer, Dispatched, Handle, Payload
+from megatron_ep_v2.buffers.contract import Buffer, BufferSpec, DeferringBuffer, Dispatched, Handle, Payload, Slots
 from megatron_ep_v2.buffers.pending import Pending, Starter
 
 logger = logging.getLogger("megatron_ep_v2")
@@ -108,6 +108,21 @@ class GrowingBuffer(Starter):
         made = self._maker(handle)
         made.captured |= _captured(x)
         return made.buffer.combine(x, handle, topk_weights, **arguments)
+
+    def prefetch_weights(self, slots: Slots, weights: Sequence[torch.Tensor], mapping: torch.Tensor) -> Any:
+        """See `contract.RedundantBuffer.prefetch_weights`; on the buffer that the slots belong to. `slots()` are the
+        newest buffer's."""
+        return self._with(lambda own: slots is own).prefetch_weights(slots, weights, mapping)
+
+    def reduce_grads(self, slot_grads: torch.Tensor, grads: torch.Tensor, mapping: torch.Tensor) -> Any:
+        """See `contract.RedundantBuffer.reduce_grads`; on the buffer that the slots belong to."""
+        owner = self._with(lambda own: any(slot_grads is each for each in own.grads))
+        return owner.reduce_grads(slot_grads, grads, mapping)
+
+    def _with(self, owns: Callable[[Slots], bool]) -> Any:
+        """The buffer whose slots pass; the newest, which then refuses the call, if there is none."""
+        buffers: list[Any] = [made.buffer for made in (self._newest, *self._old)]
+        return next((each for each in buffers if owns(each.slots())), buffers[0])
 
     def destroy(self) -> None:
         """Destroy all buffers, newest first. Collective."""

@@ -16,6 +16,7 @@ from megatron_ep_v2.buffers.carriers import CARRIERS
 from megatron_ep_v2.buffers.checks import check_combine, check_dispatch, check_group_open
 from megatron_ep_v2.buffers.contract import BufferSpec, Payload
 from megatron_ep_v2.buffers.deep_ep import everyone_arrives, memory_left_as_it_is
+from megatron_ep_v2.buffers.redundancy import refuse
 from megatron_ep_v2.errors import ClosedError, InputError, SettingsError, UnavailableError
 from megatron_ep_v2.probe import load_class
 from megatron_ep_v2.settings import Settings
@@ -75,13 +76,15 @@ class LegacyBuffer:
         hosts: Unused; V1 finds the hosts itself.
 
     Raises:
-        SettingsError: An odd number of SMs.
+        SettingsError: An odd number of SMs, or replica slots.
         UnavailableError: deep_ep could not build the buffer.
     """
 
     supports_cached_weights = keeps_topk_idx = defers = False
 
     def __init__(self, group: ProcessGroup, spec: BufferSpec, settings: Settings, hosts: list[str]):
+        if spec.redundancy is not None:
+            raise refuse("legacy Buffer", "the EPBuffer of DeepEP 2.5, or the reference buffer")
         kind = load_class("legacy")
         self.group, self.spec = group, spec
         self.num_max_tokens_per_rank = spec.num_max_tokens_per_rank

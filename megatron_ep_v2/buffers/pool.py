@@ -36,7 +36,7 @@ from megatron_ep_v2.buffers.checks import (
     leave_to_parent,
     raise_refusals,
 )
-from megatron_ep_v2.buffers.contract import Buffer, BufferSpec
+from megatron_ep_v2.buffers.contract import Buffer, BufferSpec, Redundancy
 from megatron_ep_v2.buffers.groups import find_registered, is_registered, registered
 from megatron_ep_v2.buffers.growing import GrowingBuffer
 from megatron_ep_v2.errors import EPError
@@ -72,6 +72,7 @@ def get(
     num_tokens: int,
     payload: str,
     observed: bool = False,
+    redundancy: Redundancy | None = None,
     check: Callable[[], None] = lambda: None,
 ) -> Buffer:
     """The buffer of a group; built by the first call, which is collective. Later calls only look it up: if one rank's
@@ -86,6 +87,7 @@ def get(
         payload: Name of the payload's dtype.
         observed: `num_tokens` is the size of one batch, and another may be larger. If nothing else gives the size, the
             capacity can grow.
+        redundancy: Replica slots that the buffer is built with; None = none.
         check: Raises an EPError if this rank's input cannot be dispatched. Called before a buffer is built, so that
             invalid input never decides its size; the other ranks raise PeerError.
 
@@ -120,6 +122,7 @@ def get(
             "top-k": num_topk,
             "num_experts": num_experts,
             "payload dtype": payload,
+            "redundant experts": redundancy,
             "buffer": kind,
             "deep_ep": found.versions(),
             "NCCL": loaded_nccl_version() if found.cuda else None,
@@ -138,7 +141,13 @@ def get(
         compare_over_group("their buffer", {name: [each[name] for each in facts_of_ranks] for name in facts})
 
         capacity, source, may_grow = choose_capacity(settings, tokens, observed)
-        spec = BufferSpec(num_max_tokens_per_rank=capacity, hidden=hidden, num_topk=num_topk, num_experts=num_experts)
+        spec = BufferSpec(
+            num_max_tokens_per_rank=capacity,
+            hidden=hidden,
+            num_topk=num_topk,
+            num_experts=num_experts,
+            redundancy=redundancy,
+        )
 
         def build(spec: BufferSpec) -> Buffer:
             module, name = CARRIERS[kind].path
@@ -169,6 +178,7 @@ def get_buffer(
     token_indices: torch.Tensor,
     num_experts: int,
     token_probs: torch.Tensor | None = None,
+    redundancy: Redundancy | None = None,
 ) -> Buffer:
     """The group's buffer for this payload. Collective the first time; see `get` for what it raises.
 
@@ -178,6 +188,7 @@ def get_buffer(
         token_indices: [T, K].
         num_experts: Experts in the whole group.
         token_probs: [T, K], checked with the rest before a buffer is built.
+        redundancy: See `get`.
     """
     num_tokens = x.shape[0] if x.dim() else 0
     return get(
@@ -188,6 +199,7 @@ def get_buffer(
         num_tokens=num_tokens,
         payload=str(x.dtype),
         observed=True,
+        redundancy=redundancy,
         check=lambda: check_dispatch(x, token_indices, token_probs, num_experts, num_tokens, None, False, group),
     )
 

@@ -15,7 +15,8 @@ Each call runs two collectives: the header, for which the host waits on every de
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,9 +32,17 @@ from megatron_ep_v2.buffers.checks import (
     compare_over_group,
     raise_refusals,
 )
-from megatron_ep_v2.buffers.contract import BufferSpec, Dispatched, Payload
+from megatron_ep_v2.buffers.contract import BufferSpec, Dispatched, Payload, Redundancy, Slots, Transfer
 from megatron_ep_v2.buffers.limits import check_contiguous, check_limits, check_rows, check_selections
 from megatron_ep_v2.buffers.pending import Pending
+from megatron_ep_v2.buffers.redundancy import (
+    References,
+    carve,
+    check_one_host,
+    check_prefetch,
+    check_reduce,
+    slot_bytes,
+)
 from megatron_ep_v2.errors import ClosedError, EPError, InputError
 from megatron_ep_v2.settings import Settings, active
 
@@ -71,6 +80,9 @@ class ReferenceBuffer:
         self.num_ranks, self.rank = group.size(), group.rank()
         self._num_dispatches = 0
         self._destroyed = False
+        self._slots: Slots | None = None
+        if spec.redundancy is not None and self.strict:
+            check_one_host(hosts)
 
     def get_theoretical_num_sms(self, num_experts: int, num_topk: int) -> int:
         return 0
@@ -229,6 +241,74 @@ class ReferenceBuffer:
         combined_weights[route.send_tokens[row], k] = returned[1][row, k]
         return combined_x, combined_weights, None
 
+    def slots(self) -> Slots:
+        """See `contract.RedundantBuffer.slots`. All are NaN until a prefetch has filled them.
+
+        Raises:
+            InputError: The buffer was built without.
+        """
+        if self._slots is None:
+            redundancy = self._redundancy()
+            on_gpu = "nccl" in dist.get_backend(self.group)
+            device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+            memory = torch.empty(slot_bytes(redundancy), dtype=torch.uint8, device=device)
+            self._slots = carve(redundancy, memory)
+            for slot in (*self._slots.weights, *self._slots.grads):
+                slot.fill_(float("nan"))
+        return self._slots
+
+    def prefetch_weights(self, slots: Slots, weights: Sequence[torch.Tensor], mapping: torch.Tensor) -> Transfer:
+        """See `contract.RedundantBuffer.prefetch_weights`.
+
+        Raises:
+            InputError: This rank's arguments are refused.
+            PeerError: Another rank refused its own.
+            GroupMismatchError: The ranks disagree on the mapping, on sizes, or on the call itself.
+            ClosedError: The buffer or its group was destroyed.
+        """
+        self._agree_on_mapping(
+            "prefetch_weights",
+            mapping,
+            slots.weights[0].device,
+            lambda: check_prefetch(self.group, self._redundancy(), self.slots(), slots, weights, mapping),
+        )
+        return References(self.group, self._redundancy()).prefetch(slots, weights, mapping)
+
+    def reduce_grads(self, slot_grads: torch.Tensor, grads: torch.Tensor, mapping: torch.Tensor) -> Transfer:
+        """See `contract.RedundantBuffer.reduce_grads`. Raises as `prefetch_weights`."""
+        self._agree_on_mapping(
+            "reduce_grads",
+            mapping,
+            slot_grads.device,
+            lambda: check_reduce(self.group, self._redundancy(), self.slots(), slot_grads, grads, mapping),
+        )
+        return References(self.group, self._redundancy()).reduce(slot_grads, grads, mapping)
+
+    def _redundancy(self) -> Redundancy:
+        if self.spec.redundancy is None:
+            raise InputError(
+                "this reference buffer was built without replica slots",
+                needed="BufferSpec.redundancy",
+                fix="build it with them: set MCORE_DEEPEP_V2_REDUNDANT_EXPERTS before the first dispatch",
+            )
+        return self.spec.redundancy
+
+    def _agree_on_mapping(
+        self, call: str, mapping: torch.Tensor, device: torch.device, check: Callable[[], None]
+    ) -> None:
+        """Exchange the header of a transfer of redundant experts."""
+        self._check_open()
+        refusals: list[EPError] = []
+        try:
+            check()
+        except EPError as error:
+            refusals.append(error)
+        facts = _facts(call, self._num_dispatches, torch.empty(0), None, None, 0, 0, 0, False, True)
+        checksum = zlib.crc32(bytes(mapping.cpu().contiguous().view(torch.uint8).flatten().tolist()))
+        facts = {("mapping (checksum)" if name == "num_experts" else name): value for name, value in facts.items()}
+        facts["mapping (checksum)"] = checksum
+        _exchange(self.group, device, facts, refusals)
+
     def _check_carried(
         self, x: Payload, topk_idx: torch.Tensor | None, topk_weights: torch.Tensor | None, num_experts: int | None
     ) -> None:
@@ -254,7 +334,7 @@ class ReferenceBuffer:
 # or in the call itself, all of them raise before a message of an unexpected size arrives.
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn)
-_CALLS = ("dispatch", "cached dispatch", "combine")
+_CALLS = ("dispatch", "cached dispatch", "combine", "prefetch_weights", "reduce_grads")
 
 
 @dataclass(frozen=True)
