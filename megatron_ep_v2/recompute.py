@@ -82,6 +82,10 @@ class Replayed:
         """Keep a handle of the first run."""
         self._handles.append(lambda: handle)
 
+    def coming(self) -> Handle | None:
+        """What `take` will return."""
+        return None if self._taken == len(self._handles) else self._handles[self._taken]()
+
     def take(self) -> Handle | None:
         """Return the next handle; None if there is none or it was freed."""
         if self._taken == len(self._handles):
@@ -126,6 +130,12 @@ def take() -> Handle | None:
         if again:
             return run.take()
     return None
+
+
+def coming() -> Handle | None:
+    """What `take` will return, for code that runs before the dispatch."""
+    again = next((run for run, again in reversed(_runs.stack) if again), None)
+    return again.coming() if again is not None else None
 
 
 def runs_first() -> bool:

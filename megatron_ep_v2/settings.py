@@ -68,6 +68,11 @@ class Settings:
     sync_free_rows_percent: int = _setting(
         200, "room for expert rows, in % of an even share; 0 = all that could arrive"
     )
+    redundant_experts: int = _setting(0, "replica slots of each rank, for copies of busy experts; 0 = none")
+    balance_min_rows: int = _setting(1024, "the fewest rows for which a redundant expert is planned; 1 or more")
+    balance_from_percent: int = _setting(
+        110, "of the ranks' mean: with fewer rows on the busiest rank no redundant expert is planned; 100 or more"
+    )
     deterministic: bool = _setting(False, "bit-identical repeats: rows and sums in a fixed order")
     reuse_recompute_handle: bool = _setting(True, "a recomputed dispatch repeats the routing of the first")
     reference_strict: bool = _setting(True, "the reference buffer refuses what DeepEP would refuse on GPUs")

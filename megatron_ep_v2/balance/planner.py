@@ -149,6 +149,32 @@ def map_selections(topk_idx: torch.Tensor, of: Plan, rank: int) -> torch.Tensor:
     return _map_selections(topk_idx, of, rank)
 
 
+def follow(topk_idx: torch.Tensor, logical: torch.Tensor, physical: torch.Tensor, home: torch.Tensor) -> torch.Tensor:
+    """Translate selections as an earlier run of the same tokens did, so that both go to the same replica.
+
+    Args:
+        topk_idx: [T, K] int64 logical ids, in any order.
+        logical, physical: [T, K] int64, the earlier run's selections and what they were translated to.
+        home: [E] int64, the physical id of each expert at home (`homes`).
+
+    Returns:
+        [T, K] int64; -1 for a negative id. An expert that the earlier run did not select for the token goes home, so
+        equal physical ids mean equal logical ones.
+    """
+    at_home = torch.where(topk_idx < 0, -1, home[topk_idx.clamp(min=0)])
+    if topk_idx.shape != logical.shape:
+        return at_home
+    same = topk_idx[:, :, None] == logical[:, None, :]
+    before = physical.gather(1, same.to(torch.int8).argmax(dim=2))
+    return torch.where(same.any(dim=2), before, at_home)
+
+
+def homes(num_experts: int, ranks: int, num_slots: int, device: torch.device | None = None) -> torch.Tensor:
+    """[E] int64, the physical id of each logical expert at home, of `ranks` ranks with `num_slots` slots each."""
+    expert, local = torch.arange(num_experts, device=device), num_experts // ranks
+    return expert // local * (local + num_slots) + expert % local
+
+
 def greedy(totals: list[int], ranks: int, num_slots: int, min_rows: int, from_percent: int) -> list[Move]:
     """The moves of `plan`, in the order in which they are found.
 

@@ -23,6 +23,7 @@ class Carrier:
         label: Name in reports.
         requirement: What has to be installed, for errors.
         advantage: Why `buffer=auto` takes it, for the log.
+        moves_experts: It carries weights and gradients of redundant experts.
         fixed_sms: It is built for its SM count; else each call takes one.
         layouts: Layouts that it delivers; `layout=auto` takes the first. "sync-free": dispatches without a host wait.
         row_prefix: Goes before the layout in the names of the bench's rows; different for each carrier.
@@ -36,6 +37,7 @@ class Carrier:
     label: str
     requirement: str
     advantage: str
+    moves_experts: bool = False
     fixed_sms: bool = False
     layouts: tuple[str, ...]
     row_prefix: str
@@ -58,6 +60,7 @@ CARRIERS: dict[str, Carrier] = {
             label="EPBuffer",
             requirement="DeepEP 2.5 with EPBuffer",
             advantage="the newest generation is preferred",
+            moves_experts=True,
             layouts=("expanded", "compact", "sync-free"),
             row_prefix="ep-",
         ),
@@ -92,6 +95,7 @@ CARRIERS: dict[str, Carrier] = {
             label="reference buffer",
             requirement="torch.distributed",
             advantage="needs no GPU",
+            moves_experts=True,
             layouts=("expanded", "compact", "sync-free"),
             row_prefix="reference-",
         ),

@@ -252,4 +252,6 @@ class References:
 
     def _broadcast(self, tensor: torch.Tensor, rank: int) -> dist.Work:
         source = dist.get_global_rank(self.group, rank)
-        return dist.broadcast(tensor.view(torch.uint8), source, group=self.group, async_op=True)
+        work = dist.broadcast(tensor.view(torch.uint8), source, group=self.group, async_op=True)
+        assert work is not None  # as for every asynchronous one on a member of the group
+        return work

@@ -132,6 +132,7 @@ def _install(explicit: dict[str, bool | float | str | None], by: str) -> dict[st
     choice = choose(probe(), settings)
     layout, layout_reason = _choose_layout(settings, choice)
     _check_experts(settings)
+    _check_redundant_experts(settings, choice, layout, layout_reason)
     _restore()  # first, so that Megatron's own symbols are checked
     version, modules = find_symbols()
 
@@ -139,7 +140,7 @@ def _install(explicit: dict[str, bool | float | str | None], by: str) -> dict[st
     installation = _Installation(by, choice, layout, layout_reason, settings.experts, experts_reason, version)
     bindings: list[Binding] = []
     if choice.kind != "megatron":
-        bindings += _bindings(modules, layout, settings.experts)
+        bindings += _bindings(modules, layout, settings.experts, settings.redundant_experts)
     if choice.kind != "megatron" and layout == "sync-free":
         bindings += _bindings_of_repeats(version)
     if choice.kind != "megatron" or settings.experts != "megatron":
@@ -264,6 +265,49 @@ def _check_experts(settings: settings_module.Settings) -> None:
         )
 
 
+def _check_redundant_experts(
+    settings: settings_module.Settings, choice: Choice, layout: str, layout_reason: str
+) -> None:
+    """Check that redundant experts go with the other settings.
+
+    Raises:
+        SettingsError: They do not, or a number of the plan is out of range.
+    """
+    if settings.balance_min_rows < 1 or settings.balance_from_percent < 100:
+        raise SettingsError(
+            "a number of the plan of redundant experts is out of range",
+            found=f"balance_min_rows={settings.balance_min_rows}, balance_from_percent={settings.balance_from_percent}",
+            needed="balance_min_rows 1 or more, balance_from_percent 100 or more",
+            fix="unset MCORE_DEEPEP_V2_BALANCE_MIN_ROWS and MCORE_DEEPEP_V2_BALANCE_FROM_PERCENT",
+        )
+    if not settings.redundant_experts:
+        return
+    asked = f"redundant_experts={settings.redundant_experts} from {settings.source('redundant_experts')}"
+    off = "unset MCORE_DEEPEP_V2_REDUNDANT_EXPERTS"
+    kind = MEGATRONS_OWN if choice.kind == "megatron" else choice.kind
+    if not CARRIERS[kind].moves_experts:
+        raise SettingsError(
+            f"deep_ep's {CARRIERS[kind].label} does not move redundant experts",
+            found=f"{asked}; {choice.reason}",
+            needed=" or ".join(f"the {carrier.label}" for carrier in CARRIERS.values() if carrier.moves_experts),
+            fix=f"install DeepEP 2.5: {install_command('2.5', torch.__version__)}; or {off}",
+        )
+    if layout != "expanded":
+        raise SettingsError(
+            f"redundant experts do not run in the {layout} layout",
+            found=f"{asked}; {layout_reason}",
+            needed="the expanded layout",
+            fix=f"leave MCORE_DEEPEP_V2_LAYOUT and MCORE_DEEPEP_V2_SYNC_FREE unset, or {off}",
+        )
+    if settings.experts not in ("grouped", "sequential"):
+        raise SettingsError(
+            f"redundant experts need experts that read replica slots, which experts={settings.experts} do not",
+            found=f"{asked}; experts from {settings.source('experts')}",
+            needed="experts=grouped, or sequential",
+            fix=f"set MCORE_DEEPEP_V2_EXPERTS=grouped, or {off}",
+        )
+
+
 def _choose_layout(settings: settings_module.Settings, choice: Choice) -> tuple[str, str]:
     """`(layout that layers are built for, reason)`."""
     carrier, asked = CARRIERS[MEGATRONS_OWN if choice.kind == "megatron" else choice.kind], settings.layout
@@ -321,7 +365,7 @@ def _has_layers() -> bool:
     return bool(managers.managers)
 
 
-def _bindings(modules: dict[str, ModuleType], layout: str, experts: str) -> list[Binding]:
+def _bindings(modules: dict[str, ModuleType], layout: str, experts: str, redundant_experts: int) -> list[Binding]:
     """Symbols to bind."""
     ours: list[Binding] = [
         (modules[FUSED_A2A], "HAVE_DEEP_EP", bool(probe().carriers)),
@@ -334,8 +378,13 @@ def _bindings(modules: dict[str, ModuleType], layout: str, experts: str) -> list
     # Imported here because it imports Megatron, whose symbols have been checked now.
     from megatron_ep_v2.megatron import managers
 
-    ours.append((modules[TOKEN_DISPATCHER], MANAGER, managers.BY_LAYOUT[layout]))
-    ours.append((managers, "installed", managers.Installed(layout, experts)))
+    manager = managers.BY_LAYOUT[layout]
+    if redundant_experts:
+        from megatron_ep_v2.megatron.redundant import RedundantManager
+
+        manager = RedundantManager
+    ours.append((modules[TOKEN_DISPATCHER], MANAGER, manager))
+    ours.append((managers, "installed", managers.Installed(layout, experts, redundant_experts)))
     flex = modules[TOKEN_DISPATCHER].MoEFlexTokenDispatcher
     ours.append((flex, "dispatch_preprocess", managers.preprocess(flex.dispatch_preprocess)))
     any_dispatcher = modules[TOKEN_DISPATCHER].MoETokenDispatcher

@@ -58,13 +58,15 @@ class ExpertLoad:
     Args:
         group: Process group of the experts.
         num_local_experts: Experts of this rank.
+        moves: Rows may go to replicas on other ranks: a dispatch's counts then have one number more, the rows that this
+            rank receives less the tokens of its experts.
 
     Attributes:
         used: Whether it may have counted rows since the last `expert_load()`; equal on all ranks of the group.
     """
 
-    def __init__(self, group: ProcessGroup, num_local_experts: int):
-        self.group = group
+    def __init__(self, group: ProcessGroup, num_local_experts: int, moves: bool = False):
+        self.group, self._moves = group, moves
         self._dispatched = self._captured = False
         self.num_local_experts = num_local_experts
         # Row n: dispatch n since the last reading, and those so many times DISPATCHES later. Last row: earlier ones.
@@ -78,7 +80,7 @@ class ExpertLoad:
 
     def __deepcopy__(self, memo: dict[int, object]) -> ExpertLoad:
         """A new counter at 0 in the same group, for a copy of the layer."""
-        memo[id(self)] = copied = ExpertLoad(self.group, self.num_local_experts)
+        memo[id(self)] = copied = ExpertLoad(self.group, self.num_local_experts, self._moves)
         return copied
 
     def add(self, counts: torch.Tensor) -> None:
@@ -86,15 +88,15 @@ class ExpertLoad:
         CUDA graph captures it.
 
         Args:
-            counts: [local experts], whole numbers, without padding.
+            counts: [local experts] (one more with `moves`), whole numbers, without padding.
         """
         load = self.load_on(counts.device)
         if load is not None:
             load += counts
 
     def load_on(self, device: torch.device) -> torch.Tensor | None:
-        """For one dispatch: the [local experts] int64 to which its counts on this device are to be added; None if a
-        checkpoint recomputes. As `add` otherwise."""
+        """For one dispatch: the [local experts] (one more with `moves`) int64 to which its counts on this device are to
+        be added; None if a checkpoint recomputes. As `add` otherwise."""
         if runs_again() or torch._C._current_graph_task_id() != -1:  # in a backward: some other checkpoint recomputes
             return None
         self._dispatched = True
@@ -117,7 +119,7 @@ class ExpertLoad:
 
     def counts(self) -> torch.Tensor:
         """[local experts] int64 on the host. Waits for the device where counts are there."""
-        return self._kept().sum(dim=0)
+        return self._kept().sum(dim=0)[: self.num_local_experts]
 
     def rows_by_dispatch(self) -> torch.Tensor:
         """[DISPATCHES] int64 on the host: rows that this rank received in each dispatch that is kept apart, 0 where
@@ -131,7 +133,7 @@ class ExpertLoad:
             device: Where to return them. None = the host, as `counts()`. Counts that are on this device are not waited
                 for, and can be taken in a CUDA graph if there are none on the host.
         """
-        counts = self._kept(device).sum(dim=0)
+        counts = self._kept(device).sum(dim=0)[: self.num_local_experts]
         self.clear()
         return counts
 
@@ -145,7 +147,7 @@ class ExpertLoad:
             [number, local experts] int64.
         """
         assert number <= DISPATCHES
-        counts = self._kept(device)[:number].clone()
+        counts = self._kept(device)[:number, : self.num_local_experts].clone()
         self.clear()
         return counts
 
@@ -157,7 +159,8 @@ class ExpertLoad:
         self._number = 0
 
     def _kept(self, device: torch.device | None = None) -> torch.Tensor:
-        """[DISPATCHES + 1, local experts] on a device, None = the host; waits if there are counts on another one."""
+        """[DISPATCHES + 1, local experts (one more with `moves`)] on a device, None = the host; waits if there are
+        counts on another one."""
         device = device or self._host.device
         if self._device is None:
             return self._host.to(device)
@@ -165,7 +168,8 @@ class ExpertLoad:
         return kept + self._host.to(device) if self._host.any() else kept
 
     def _zeros(self, device: torch.device) -> torch.Tensor:
-        return torch.zeros(DISPATCHES + 1, self.num_local_experts, dtype=torch.int64, device=device)
+        columns = self.num_local_experts + self._moves
+        return torch.zeros(DISPATCHES + 1, columns, dtype=torch.int64, device=device)
 
     def _add_up(self, first: int) -> None:
         """Empty the half of the rows that begins with `first`, into the last row."""

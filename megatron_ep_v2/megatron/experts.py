@@ -26,9 +26,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ep_v2.errors import SettingsError
+from megatron_ep_v2.experts import redundant
 from megatron_ep_v2.experts.gemm import Gemm, gemm
 from megatron_ep_v2.experts.groups import Groups
 from megatron_ep_v2.experts.mlp import linear, run_experts
+from megatron_ep_v2.experts.redundant import ReplicaLinear, Replicas, run_with_replicas
 from megatron_ep_v2.megatron.copies import deepcopy_sharing_groups, refuse_to_pickle_groups, shallow_copy
 from megatron_ep_v2.megatron.expert_checkpoint import ExpertShards, Offset, check_format, drop_extra_states
 from megatron_ep_v2.megatron.symbols import Binding, Owner
@@ -95,19 +97,32 @@ class Experts(MegatronModule):  # type: ignore[misc]
         Args:
             permuted_local_hidden_states: [P, H], sorted by local expert.
             tokens_per_expert: [L] integers, rows of each expert, padding counted. On the CPU they add up to P; on the
-                GPU to P at most, and the host does not wait for them (the sequential experts do).
+                GPU to P at most, and the host does not wait for them (the sequential experts do). With an attribute
+                `replicas`, a `redundant.Replicas`: [L + R] on the CPU, R replica slots.
             permuted_probs: [P].
 
         Returns:
             [P, H] weighted by the probabilities, and None: no bias.
         """
         groups = Groups.from_counts(tokens_per_expert, permuted_local_hidden_states)
+        replicas: Replicas | None = getattr(tokens_per_expert, "replicas", None)
+        if replicas is not None:
+            return self._with_replicas(permuted_local_hidden_states, permuted_probs, groups, replicas), None
         return self.on_groups(permuted_local_hidden_states, permuted_probs, groups), None
 
     def on_groups(self, rows: torch.Tensor, probs: torch.Tensor, groups: Groups) -> torch.Tensor:
         """`forward` for groups with more information than counts have, e.g. `Groups.from_places`."""
         return run_experts(
             rows, probs, self.linear_fc1, self.linear_fc2, groups, self.backend, self.recompute_activation
+        )
+
+    def _with_replicas(
+        self, rows: torch.Tensor, probs: torch.Tensor, groups: Groups, replicas: Replicas
+    ) -> torch.Tensor:
+        for module in (self.linear_fc1, self.linear_fc2):
+            module(None)  # DDP's hooks gather the weight, which other ranks get before this one uses it
+        return run_with_replicas(
+            rows, probs, self.linear_fc1, self.linear_fc2, groups, replicas, self.backend, self.recompute_activation
         )
 
     def backward_dw(self) -> None:
@@ -263,13 +278,15 @@ class StackedLinear(torch.nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,
-        groups: Groups,
-        multiply: Gemm,
-        last: bool,
+        x: torch.Tensor | None,
+        groups: Groups | None = None,
+        multiply: Gemm | None = None,
+        last: bool = False,
         activation: tuple[torch.Tensor, torch.Tensor] | None = None,
+        replicas: ReplicaLinear | None = None,
     ) -> torch.Tensor:
-        """See `mlp.linear`. Called as a module, so that forward pre-hooks run: DDP gathers the weight in one."""
+        """See `mlp.linear`, and `redundant.linear` with replicas. Called as a module, so that forward pre-hooks run:
+        DDP gathers the weight in one. Without rows, only these run, and the weight is returned."""
         if hasattr(self.weight, "__fsdp_param__"):
             raise SettingsError(
                 "stacked experts do not run under Megatron-FSDP",
@@ -277,7 +294,11 @@ class StackedLinear(torch.nn.Module):
                 needed="Megatron's DistributedDataParallel",
                 fix="drop --use-megatron-fsdp, or leave Megatron's own experts in place (experts=megatron)",
             )
+        if x is None or groups is None or multiply is None:
+            return self.weight
         main_grad = getattr(self.weight, "main_grad", None) if self.fuse_wgrad_accumulation else None
+        if replicas is not None:
+            return redundant.linear(x, self.weight, multiply, activation, main_grad, replicas)
         return linear(x, self.weight, groups, multiply, last, activation, main_grad)
 
     @torch.no_grad()

@@ -48,13 +48,16 @@ class Installed:
     Attributes:
         layout: compact, expanded or sync-free.
         experts: The setting `experts`.
+        redundant_experts: The setting of that name.
     """
 
     layout: str
     experts: str
+    redundant_experts: int = 0
 
     def __str__(self) -> str:
-        return f"layout={self.layout}, experts={self.experts}"
+        replicas = f", redundant_experts={self.redundant_experts}" if self.redundant_experts else ""
+        return f"layout={self.layout}, experts={self.experts}{replicas}"
 
 
 # Bound by `install()` together with Megatron's symbols, so that rebinding those (`binding.bound`) rebinds it too.

@@ -1,0 +1,363 @@
+"""The MLP of `mlp` on rows of which the last belong to replicas: copies of other ranks' experts, in the buffer's slots.
+
+A dispatch to physical ids brings the rows of this rank's L own experts (masters) first, then those of its R replica
+slots. Each linear is two grouped GEMMs, one on each range of rows; the weights are never copied into one stack.
+
+    forward    prefetch begins -> masters' rows -> wait -> replicas' rows
+    backward   prefetch, unless the slots still hold this plan; the replicas' weight gradients into their slots; the
+               transfer home begins; gradients of the rows; waits; the masters' weight gradient is returned
+
+What comes home is added to the parameter's `main_grad`, or to the gradient that autograd gets, before the latter is
+returned. So Megatron's DDP, whose hook runs then, counts the parameter once, with its whole gradient.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from megatron_ep_v2.buffers.contract import RedundantBuffer, Slots, Transfer
+from megatron_ep_v2.errors import InputError, SettingsError
+from megatron_ep_v2.experts.gemm import Gemm, gemm
+from megatron_ep_v2.experts.groups import Groups
+from megatron_ep_v2.experts.mlp import _mark_added, _WeightedSwiglu
+from megatron_ep_v2.gradients import Context, InputGrads, first_order
+from megatron_ep_v2.kernels import swiglu, wgrad
+from megatron_ep_v2.kernels.select import kernels_for
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """Replicas of one dispatch, as its manager planned them.
+
+    Attributes:
+        buffer: Of the dispatch.
+        mapping: [P, R] int32 on the CPU, see `contract.RedundantBuffer`.
+    """
+
+    buffer: RedundantBuffer
+    mapping: torch.Tensor
+
+
+class Linear(Protocol):
+    """Interface of a linear layer whose experts have replicas: `mlp.Linear` with one argument more."""
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[L, N, K]."""
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        groups: Groups,
+        multiply: Gemm,
+        last: bool,
+        activation: tuple[torch.Tensor, torch.Tensor] | None = None,
+        replicas: ReplicaLinear | None = None,
+    ) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Linear layer with a plain tensor [L, N, K] as its weight."""
+
+    weight: torch.Tensor
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        groups: Groups,
+        multiply: Gemm,
+        last: bool,
+        activation: tuple[torch.Tensor, torch.Tensor] | None = None,
+        replicas: ReplicaLinear | None = None,
+    ) -> torch.Tensor:
+        assert replicas is not None
+        return linear(x, self.weight, multiply, activation, None, replicas)
+
+
+class _Fetched:
+    """The weights of one layer's replicas in the slots, which all layers share.
+
+    Args:
+        replicas: Of the dispatch.
+        layer: The linears, compared by identity.
+        weights: Of the linears, [L, N, K] each.
+    """
+
+    def __init__(self, replicas: Replicas, layer: tuple[Linear, ...], weights: tuple[torch.Tensor, ...]):
+        self.replicas, self.weights = replicas, weights
+        self.slots: Slots = replicas.buffer.slots()
+        self._layer = weakref.ref(layer[0])
+
+    def of_run(self, mapping: torch.Tensor) -> _Fetched:
+        """The same for the plan that was saved with the rows of a backward; see `Groups.of_run`."""
+        if mapping is self.replicas.mapping:
+            return self
+        other = object.__new__(_Fetched)
+        vars(other).update(vars(self), replicas=replace(self.replicas, mapping=mapping))
+        return other
+
+    def begin(self) -> None:
+        """Begin a prefetch. Collective."""
+        self.wait()
+        self.slots.holds = None
+        self.slots.pending = self.replicas.buffer.prefetch_weights(self.slots, self.weights, self.replicas.mapping)
+        self.slots.holds = self._layer, self.replicas.mapping.tolist()
+
+    def begin_again(self) -> None:
+        """Begin a prefetch unless the last one was of these weights. The same on all ranks, which have run the same
+        layers with the same plans."""
+        if self.slots.holds != (self._layer, self.replicas.mapping.tolist()):
+            self.begin()
+
+    def wait(self) -> None:
+        """Wait for the prefetch that has begun, if any."""
+        pending, self.slots.pending = self.slots.pending, None
+        if pending is not None:
+            pending.wait()
+
+    def return_grads(self, number: int, grads: torch.Tensor) -> Transfer:
+        """Begin to add what is in the slots of a linear to its home's [L, N, K]. Collective."""
+        return self.replicas.buffer.reduce_grads(self.slots.grads[number], grads, self.replicas.mapping)
+
+    def is_home(self) -> bool:
+        """Whether another rank has a replica of one of this rank's experts."""
+        local, rank = len(self.weights[0]), self.replicas.buffer.group.rank()
+        mapping = self.replicas.mapping
+        return bool(((mapping >= 0) & (mapping.div(local, rounding_mode="floor") == rank)).any())
+
+
+@dataclass(frozen=True)
+class ReplicaLinear:
+    """What one linear needs of its replicas.
+
+    Attributes:
+        fetched: Of the layer.
+        number: Of the linear: 0 or 1.
+        parts: The rows.
+    """
+
+    fetched: _Fetched
+    number: int
+    parts: _Parts
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Rows of masters and of replicas.
+
+    Attributes:
+        groups: Of all rows [P], L + R groups.
+        masters: L groups; num_rows is P, the replicas' rows being unowned here.
+        first: The first row of a replica.
+        replicas: R groups of rows `first` to P.
+    """
+
+    groups: Groups
+    masters: Groups
+    first: int
+    replicas: Groups
+
+    @classmethod
+    def of(cls, groups: Groups, local: int) -> _Parts:
+        sizes, ends = groups.host_sizes, groups.ends
+        first = sum(sizes[:local])
+        of_masters = replace(groups, ends=ends[:local], sizes=sizes[:local], used=ends[local - 1])
+        of_replicas = replace(groups, ends=ends[local:] - first, sizes=sizes[local:], num_rows=groups.num_rows - first)
+        return cls(groups, of_masters, first, of_replicas)
+
+
+def run_with_replicas(
+    x: torch.Tensor,
+    probs: torch.Tensor,
+    fc1: Linear,
+    fc2: Linear,
+    groups: Groups,
+    replicas: Replicas,
+    backend: str,
+    recompute_activation: bool = False,
+) -> torch.Tensor:
+    """`mlp.run_experts` on rows of masters and replicas. Collective over the buffer's group: all ranks run it for a
+    dispatch with a replica anywhere.
+
+    The weights must be whole when this is called: they are sent to other ranks at once.
+
+    Args:
+        x: [P, H], by physical expert: L masters, then R replica slots.
+        probs: [P].
+        fc1, fc2: Of the masters, [L, 2 * F, H] and [L, H, F].
+        groups: Of the rows: L + R, none unowned.
+        replicas: Of the dispatch.
+        backend: `grouped` or `sequential`.
+        recompute_activation: See `mlp.run_experts`.
+
+    Returns:
+        [P, H].
+
+    Raises:
+        InputError: Rows, weights and groups do not fit; or see `contract.RedundantBuffer`.
+        SettingsError: The backend needs padded rows, and these are not.
+    """
+    w1, w2, number = fc1.weight, fc2.weight, groups.ends.shape[0]
+    local = number - replicas.mapping.shape[1]
+    fits = x.dim() == 2 and probs.shape == x.shape[:1] and groups.used is None and w2.shape[:2] == (local, x.shape[1])
+    if not fits or w1.shape != (local, 2 * w2.shape[2], x.shape[1]):
+        raise InputError(
+            "these are not the rows and weights of SwiGLU experts with replicas",
+            found=f"rows {tuple(x.shape)}, probs {tuple(probs.shape)}, weights {tuple(w1.shape)} and "
+            f"{tuple(w2.shape)}, {number} groups with {replicas.mapping.shape[1]} replica slots",
+            needed="[P, H], [P], [L, 2 * F, H], [L, H, F], L + R groups of all P rows",
+            fix="pass the rows and probabilities of one dispatch, its groups, and this rank's own experts",
+        )
+    chosen = gemm(backend)
+    chosen.check(x, w1)
+    chosen.check(x, w2)
+    if groups.alignment % chosen.alignment:
+        raise SettingsError(
+            f"the {backend} experts do not take replicas whose rows are not padded",
+            found=f"rows padded to multiples of {groups.alignment}",
+            needed=f"a multiple of {chosen.alignment}",
+            fix="set MCORE_DEEPEP_V2_EXPERTS=grouped, or sequential",
+        )
+    fetched, parts = _Fetched(replicas, (fc1, fc2), (w1, w2)), _Parts.of(groups, local)
+    fetched.begin()
+    h = fc1(x, groups, chosen, False, None, ReplicaLinear(fetched, 0, parts))
+    activated = _WeightedSwiglu.apply(h, probs, None)
+    activation = (h, probs) if recompute_activation else None
+    return fc2(activated, groups, chosen, True, activation, ReplicaLinear(fetched, 1, parts))
+
+
+def linear(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    multiply: Gemm,
+    activation: tuple[torch.Tensor, torch.Tensor] | None,
+    main_grad: torch.Tensor | None,
+    replicas: ReplicaLinear,
+) -> torch.Tensor:
+    """`mlp.linear` with the replicas of one linear.
+
+    Args:
+        x: [P, K], masters' rows first.
+        w: [L, N, K], the masters'.
+        multiply: The backend.
+        activation, main_grad: As in `mlp.linear`. Without `main_grad` here, what other ranks' replicas add goes to the
+            parameter's own `main_grad` if it has one of the slots' dtype, and the rest to autograd.
+        replicas: Of this linear.
+
+    Returns:
+        [P, N].
+    """
+    return _RedundantLinear.apply(x, w, multiply, main_grad, replicas, *(activation or ()))
+
+
+class _LinearContext(Context, Protocol):
+    gemm: Gemm
+    parameter: torch.Tensor
+    fused: tuple[torch.Tensor, bool] | None  # main_grad, and whether to replace it
+    replicas: ReplicaLinear
+
+
+class _RedundantLinear(torch.autograd.Function):
+    """As `mlp._Linear`, without unowned rows."""
+
+    @staticmethod
+    def forward(
+        ctx: _LinearContext,
+        x: torch.Tensor,
+        w: torch.Tensor,
+        multiply: Gemm,
+        main_grad: torch.Tensor | None,
+        replicas: ReplicaLinear,
+        *activation: torch.Tensor,
+    ) -> torch.Tensor:
+        x, fetched, parts = x.contiguous(), replicas.fetched, replicas.parts
+        ctx.save_for_backward(w, parts.groups.ends, fetched.replicas.mapping, *(activation or (x,)))
+        ctx.gemm, ctx.parameter, ctx.replicas, ctx.fused = multiply, w, replicas, None
+        if main_grad is not None:
+            ctx.fused = main_grad, getattr(w, "overwrite_main_grad", False)
+        y = multiply.forward(x, w, parts.masters)
+        fetched.wait()
+        if parts.first < len(x):
+            weights = fetched.slots.weights[replicas.number]
+            y[parts.first :] = multiply.forward(x[parts.first :], weights, parts.replicas)
+        return y
+
+    @staticmethod
+    @first_order()
+    def backward(ctx: _LinearContext, grad: torch.Tensor) -> InputGrads:
+        w, ends, mapping, *kept = ctx.saved_tensors
+        replicas, parts = ctx.replicas, ctx.replicas.parts
+        if ends is not parts.groups.ends:
+            parts = _Parts.of(parts.groups.of_run(ends), len(w))
+        fetched, first = replicas.fetched.of_run(mapping), parts.first
+        grad, grad_x, grad_w = grad.contiguous(), None, None
+        if ctx.needs_input_grad[0]:
+            fetched.begin_again()
+        home = None
+        if ctx.needs_input_grad[1]:
+            x = kept[0] if len(kept) == 1 else kernels_for(grad, swiglu, "experts").forward(*kept, None)
+            slot_grads = fetched.slots.grads[replicas.number]
+            wgrad.add_(slot_grads, grad[first:], x[first:], parts.replicas.ends, overwrite=True)
+            if ctx.fused is not None:  # before the transfer, which adds to the same numbers
+                main_grad, overwrite = ctx.fused
+                wgrad.add_(main_grad, grad, x, parts.masters.ends, overwrite)
+            home = _Home(fetched, replicas.number, ctx.parameter, ctx.fused is not None)
+            if ctx.fused is None:
+                grad_w = ctx.gemm.wgrad(grad, x, parts.masters)
+        if ctx.needs_input_grad[0]:
+            grad_x = ctx.gemm.dgrad(grad, w, parts.masters)
+            fetched.wait()
+            if first < len(grad):
+                weights = fetched.slots.weights[replicas.number]
+                grad_x[first:] = ctx.gemm.dgrad(grad[first:], weights, parts.replicas)
+        if home is not None:
+            grad_w = home.add_to(grad_w)
+            if ctx.fused is not None:
+                _mark_added(ctx.parameter)
+        return (
+            grad_x,  # x
+            grad_w,  # w
+            *[None] * 3,  # gemm, main_grad, replicas
+            *[None] * (len(kept) if len(kept) > 1 else 0),  # activation: its gradient flows through x
+        )
+
+
+class _Home:
+    """Gradients of replicas on their way to their masters' gradient; begins the transfer.
+
+    Args:
+        fetched: Of the layer.
+        number: Of the linear.
+        parameter: Its weight [L, N, K].
+        fused: The masters' gradient is in `main_grad` already.
+    """
+
+    def __init__(self, fetched: _Fetched, number: int, parameter: torch.Tensor, fused: bool):
+        slot_grads, self._is_home = fetched.slots.grads[number], fetched.is_home()
+        main_grad: torch.Tensor | None = getattr(parameter, "main_grad", None)
+        if main_grad is not None and not fused and getattr(parameter, "overwrite_main_grad", False):
+            main_grad = None  # whoever replaces it next would lose what is added now
+        self._fused_into = main_grad if fused else None
+        self._apart: torch.Tensor | None = None  # what arrives, if not added to main_grad
+        if main_grad is not None and main_grad.dtype == slot_grads.dtype and main_grad.is_contiguous():
+            target = main_grad.view(parameter.shape)
+        else:
+            make = torch.zeros if self._is_home else torch.empty  # nothing arrives on other ranks
+            target = self._apart = make(parameter.shape, dtype=slot_grads.dtype, device=slot_grads.device)
+        self._transfer = fetched.return_grads(number, target)
+
+    def add_to(self, grad: torch.Tensor | None) -> torch.Tensor | None:
+        """Wait; returns the gradient for autograd, with what has arrived if that is not in `main_grad`."""
+        self._transfer.wait()
+        if self._apart is None or not self._is_home:
+            return grad
+        if self._fused_into is not None:
+            self._fused_into.add_(self._apart)
+            return grad
+        assert grad is not None
+        return self._apart.add_(grad).to(grad.dtype)
