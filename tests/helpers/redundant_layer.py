@@ -25,7 +25,11 @@ class GivenRouter(torch.nn.Module):
 
     Attributes:
         probs: [T, E], 0 where an expert is not selected; its gradient is the router's.
+        columns: [T, E], in which order the second call returns the probabilities; None = unchanged.
     """
+
+    columns: torch.Tensor | None = None
+    calls = 0
 
     def __init__(self, topk_idx: torch.Tensor, experts: int, dtype: torch.dtype, seed: int):
         super().__init__()
@@ -36,7 +40,11 @@ class GivenRouter(torch.nn.Module):
         self.probs = torch.nn.Parameter(dense[:, :experts].contiguous())
 
     def forward(self, *_: Any, **__: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.probs * 1.0, self.probs.detach() > 0
+        self.calls += 1
+        probs = self.probs * 1.0
+        if self.columns is not None and self.calls == 2:
+            probs = probs.gather(1, self.columns)
+        return probs, probs.detach() > 0
 
 
 @dataclass
@@ -86,13 +94,23 @@ def routing(kind: str, shape: Shape, rank: int, tokens: int) -> torch.Tensor:
 
 def build(shape: Shape, backend: str, topk_idx: torch.Tensor, slots: int, **more: Any) -> Any:
     """Install, and build a layer on it, with the same weights every time."""
+    install(backend, slots)
+    return add_layer(shape, backend, topk_idx, **more)
+
+
+def install(backend: str, slots: int, **settings: Any) -> None:
     import megatron_ep_v2
-    from megatron_ep_v2.megatron.experts import EXPERTS
 
     megatron_ep_v2.uninstall()
-    megatron_ep_v2.install(buffer="reference", experts=backend, redundant_experts=slots, **PLANS)
+    megatron_ep_v2.install(buffer="reference", experts=backend, redundant_experts=slots, **PLANS, **settings)
+
+
+def add_layer(shape: Shape, backend: str, topk_idx: torch.Tensor, std: float = 0.2, **more: Any) -> Any:
+    """A layer on what is installed. std: Of its weights, which are otherwise the same every time."""
+    from megatron_ep_v2.megatron.experts import EXPERTS
+
     layer = moe_layer_of(transformer_config(shape, **more), experts=EXPERTS[backend])
-    set_weights(layer, 0.2)
+    set_weights(layer, std)
     layer.router = GivenRouter(topk_idx, shape.experts, shape.dtype, seed=90 + dist.get_rank())
     return layer
 

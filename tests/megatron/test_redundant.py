@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import checkpoint
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import megatron_ep_v2
+import megatron_ep_v2.megatron.expert_load
+from megatron_ep_v2.balance import planner
+from megatron_ep_v2.buffers.redundancy import Moved
+from megatron_ep_v2.buffers.reference import ReferenceBuffer
+from megatron_ep_v2.experts import redundant
 from megatron_ep_v2.megatron.managers import ExpandedManager
 from megatron_ep_v2.megatron.redundant import RedundantManager
 from tests.helpers.harness import run_ranks
 from tests.helpers.megatron_layer import process_groups
-from tests.helpers.redundant_layer import build, dense, inputs, routing, step, watched
+from tests.helpers.redundant_layer import add_layer, build, dense, inputs, install, routing, step, watched
 from tests.helpers.shapes import CPU, Shape
 
 KINDS = ("zipf", "one-hot", "empty", "unselected", "equal")
@@ -112,3 +120,180 @@ def assert_equal(by_rank: list[dict[str, dict[str, Any]]], shape: Shape) -> None
 )
 def test_output_and_gradients_are_those_without_them(ranks: int, slots: int, backend: str, shape: Shape) -> None:
     assert_equal(run_ranks(ranks, compared, shape, slots, backend), shape)
+
+
+# ----------------------------------------------------------------- several layers and micro-batches, and what must fail
+
+
+def in_flight(backend: str, slots: int, **settings: Any) -> tuple[dict[str, torch.Tensor], Any]:
+    """Two layers one after the other, two micro-batches forward before the first backward: outputs, every gradient, and
+    the transfers."""
+    rank = dist.get_rank()
+    install(backend, slots, **settings)
+    # Experts 0, 1 and 2 of rank 0 are busy, and rank 1 takes parts of two; in the second layer the other way round.
+    first = torch.tensor([[3, 5, 6] if token % 4 == 0 else [0, 1, 2] for token in range(40 - rank)])
+    other = EXACT.experts - 1 - first
+    layers = [
+        add_layer(EXACT, backend, topk_idx, std, **MORE[torch.float64])
+        for topk_idx, std in ((first, 0.2), (other, 0.3))
+    ]
+    batches = [inputs(EXACT, 40 - rank, 3 * i) for i in (1, 2)]
+    for x, _ in batches:
+        x.requires_grad_()
+    with watched() as seen:
+        outputs = []
+        for x, _ in batches:
+            middle = layers[0](x)[0]
+            outputs.append(layers[1](middle)[0])
+        for y, (_, grad) in zip(reversed(outputs), reversed(batches), strict=True):
+            y.backward(grad)
+    found = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    found |= {f"x {i}": x.grad for i, (x, _) in enumerate(batches)}
+    for n, layer in enumerate(layers):
+        found |= {f"{n}.{name}": p.grad for name, p in layer.named_parameters()}
+    return found, seen
+
+
+def skip_backward_prefetch(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(redundant._Fetched, "begin_again", lambda self: None)
+
+
+def skip_reduce(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(redundant._Fetched, "return_grads", lambda *_: SimpleNamespace(wait=lambda: None))
+
+
+def swap_slots(patch: pytest.MonkeyPatch) -> None:
+    theirs = ReferenceBuffer.prefetch_weights
+
+    def swapped(self: Any, slots: Any, weights: Any, mapping: Any) -> Any:
+        transfer = theirs(self, slots, weights, mapping)
+
+        def wait() -> None:
+            transfer.wait()
+            if bool((mapping[self.rank] >= 0).all()):  # both are in use
+                for slot in slots.weights:
+                    slot.copy_(slot.flip(0).clone())
+
+        return SimpleNamespace(wait=wait)
+
+    patch.setattr(ReferenceBuffer, "prefetch_weights", swapped)
+
+
+def drop_wait(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Moved, "wait", lambda self: [work.wait() for work in self._works] and None)
+
+
+CONTROLS = {
+    "skipped backward prefetch": skip_backward_prefetch,
+    "skipped reduce": skip_reduce,
+    "two slots swapped": swap_slots,
+    "dropped wait": drop_wait,
+}
+
+
+def controlled(group: Any) -> dict[str, Any]:
+    """Largest differences to R = 0: as it is, and with each step left out; NaN counts as a difference."""
+    found: dict[str, Any] = {}
+    with process_groups(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ExpandedManager, "_probs_in_fp32", lambda self: self.token_probs)
+        wanted, seen = in_flight("sequential", 0)
+        assert seen.calls == []
+        for name in (None, *CONTROLS):
+            with pytest.MonkeyPatch.context() as broken:
+                if name is not None:
+                    CONTROLS[name](broken)
+                ours, seen = in_flight("sequential", 2)
+            found[name or "whole"] = {key: difference(ours[key].nan_to_num(1e6), wanted[key]) for key in wanted}
+            found.setdefault("calls", seen.calls)
+    return found
+
+
+def test_layers_and_micro_batches_share_the_slots_and_each_step_left_out_is_seen() -> None:
+    by_rank = run_ranks(2, controlled)
+    for found in by_rank:
+        assert max(found["whole"].values()) < 1e-12, found["whole"]
+        # Forward 4 prefetches; backward: the last one's weights are still there, the other three are fetched again.
+        assert found["calls"].count("prefetch_weights") == 4 + 3
+        assert found["calls"].count("reduce_grads") == 4 * 2
+    worst = {name: {key: max(found[name][key] for found in by_rank) for key in by_rank[0][name]} for name in CONTROLS}
+    outputs = {name for name in by_rank[0]["whole"] if name.startswith("output")}
+    weights = {name for name in by_rank[0]["whole"] if "linear" in name}
+    for name in ("skipped backward prefetch", "skipped reduce"):  # gradients alone
+        assert all(worst[name][output] < 1e-12 for output in outputs), name
+    assert any(worst["skipped backward prefetch"][key] > 1e-3 for key in ("x 0", "x 1"))
+    assert all(worst["skipped reduce"][key] > 1e-3 for key in weights)
+    for name in ("two slots swapped", "dropped wait"):
+        assert any(worst[name][output] > 1e-3 for output in outputs), name
+
+
+# ----------------------------------------------------------------------------------------------- variants of one layer
+
+
+def checkpointed(layer: Any, x: torch.Tensor, how: str) -> torch.Tensor:
+    if how == "megatron":
+        return checkpoint(lambda hidden: layer(hidden)[0], False, x)
+    return torch_checkpoint(lambda hidden: layer(hidden)[0], x, use_reentrant=False)
+
+
+# name -> (settings of install(), fields of the config, how it is recomputed, whether its second run selects others)
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any], str, bool]] = {
+    "padded rows": ({"expert_alignment": 8}, {}, "", False),
+    "deterministic": ({"deterministic": True}, {}, "", False),
+    "activation recomputed": (
+        {},
+        {"moe_grouped_gemm": True, "recompute_granularity": "selective", "recompute_modules": ["moe_act"]},
+        "",
+        False,
+    ),
+    "recomputed": ({}, {}, "megatron", False),
+    "recomputed with a near tie": ({}, {}, "megatron", True),
+    "recomputed, routing not reused": ({"reuse_recompute_handle": False}, {}, "megatron", False),
+    "torch's checkpoint": ({}, {}, "torch", False),
+}
+
+
+def varied(group: Any) -> dict[str, Any]:
+    """By variant: the largest differences to the same with R = 0, and how often was planned."""
+    rank, found = group.rank(), {}
+    with process_groups(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ExpandedManager, "_probs_in_fp32", lambda self: self.token_probs)
+        plans: list[Any] = []
+        theirs = planner.plan
+        patch.setattr(planner, "plan", lambda *given: plans.append(theirs(*given)) or plans[-1])
+        topk_idx = torch.tensor([[3, 5, 6] if token % 4 == 0 else [0, 1, 2] for token in range(40 - rank)])
+        x, grad = inputs(EXACT, len(topk_idx))
+        for name, (settings, fields, how, changes) in VARIANTS.items():
+            results, loads = [], []
+            for slots in (0, 2):
+                plans.clear()
+                install("sequential", slots, **settings)
+                layer = add_layer(EXACT, "sequential", topk_idx, **MORE[torch.float64], **fields)
+                if changes:  # token 1 selects expert 4 instead of 1
+                    layer.router.columns = torch.arange(EXACT.experts).repeat(len(topk_idx), 1)
+                    layer.router.columns[1, [1, 4]] = layer.router.columns[1, [4, 1]]
+                own = x.detach().requires_grad_()
+                y = checkpointed(layer, own, how) if how else layer(own)[0]
+                y.backward(grad)
+                result = {"output": y.detach(), "x": own.grad}
+                results.append(result | {key: p.grad for key, p in layer.named_parameters()})
+                loads.append(megatron_ep_v2.megatron.expert_load.read()[0])
+            found[name] = {
+                "errors": {key: difference(results[1][key], value) for key, value in results[0].items()},
+                "plans": len(plans),
+                "replicas": [int((plan.experts >= 0).sum()) for plan in plans],
+                "load": torch.equal(loads[0].tokens, loads[1].tokens),
+                "overload": [load.overload.largest for load in loads],
+            }
+    return found
+
+
+def test_padding_determinism_and_recompute() -> None:
+    for found in run_ranks(2, varied):
+        for name, of in found.items():
+            assert max(of["errors"].values()) < 1e-12, (name, of["errors"])
+            assert of["replicas"] == [2] * of["plans"], name
+            again = name in ("recomputed, routing not reused", "torch's checkpoint")
+            assert of["plans"] == (2 if again else 1), "a plan is kept with the handle that is replayed"
+            assert of["load"], name
+            # 79 tokens of 3 selections: 20 of [3, 5, 6] and 59 of [0, 1, 2] give rank 0 197 rows of 237.
+            assert of["overload"] == pytest.approx([197 / 118.5, 119 / 118.5]), name
