@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ep_v2.balance.planner import Plan, count, map_selections, overload, plan
+from megatron_ep_v2.balance.planner import Plan, count, follow, homes, map_selections, overload, plan
 from megatron_ep_v2.errors import InputError
 from megatron_ep_v2.fused_a2a import fused_dispatch
 from tests.helpers.balance_cases import Case, cases, mapped_by_hand, planned_by_hand, selections
@@ -228,12 +228,12 @@ def test_the_kernels_compile_for_gpus_without_atomics(tmp_path: Path) -> None:
 def test_a_second_run_goes_where_the_first_went() -> None:
     """In another order, with an expert that the first did not select, and without a selection."""
     case = next(case for case in cases() if case.name == "zipf 4 x 4 R=2 seed 0")
-    plan = planner.plan(case.counts(), case.num_slots, case.min_rows, case.from_percent)
+    planned = plan(case.counts(), case.num_slots, case.min_rows, case.from_percent)
     for rank, topk_idx in enumerate(case.topk_idx):
-        physical = planner.map_selections(topk_idx, plan, rank)
-        home = planner.homes(case.num_experts, case.ranks, case.num_slots)
+        physical = map_selections(topk_idx, planned, rank)
+        home = homes(case.num_experts, case.ranks, case.num_slots)
         again = topk_idx.flip(1).clone()
         again[0, 0], again[1, 1] = -1, next(e for e in range(case.num_experts) if e not in topk_idx[1])
         wanted = physical.flip(1).clone()
         wanted[0, 0], wanted[1, 1] = -1, again[1, 1] // 4 * 6 + again[1, 1] % 4
-        assert planner.follow(again, topk_idx, physical, home).equal(wanted)
+        assert follow(again, topk_idx, physical, home).equal(wanted)
