@@ -162,6 +162,7 @@ class Setup:
         sharding: Of the distributed optimizer's state in checkpoints.
         single: `singleton_local_shards`: each expert under a key of its own.
         more: Fields of TransformerConfig.
+        install: Further settings of `install()`.
     """
 
     experts: str = "megatron"
@@ -171,6 +172,7 @@ class Setup:
     sharding: str = "fully_reshardable"
     single: bool = False
     more: tuple[tuple[str, Any], ...] = ()
+    install: tuple[tuple[str, Any], ...] = ()
 
 
 class Job:
@@ -185,7 +187,7 @@ class Job:
         )
         dispatcher = "flex" if size > 1 else "alltoall"  # Megatron's flex dispatcher wants more than one rank
         options = replace(options, dispatcher=dispatcher, dtype="fp32")
-        megatron_ep_v2.install(buffer="reference", experts=setup.experts)
+        megatron_ep_v2.install(buffer="reference", experts=setup.experts, **dict(setup.install))
         with _config(**dict(setup.more)):
             self.model = example.build_model(options, CPU, rank, size)
         config = self.model.config
