@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from megatron.core import parallel_state
+from torch.distributed.checkpoint import FileSystemReader
 
+from megatron_ep_v2.experts.redundant import run_with_replicas
+from megatron_ep_v2.megatron.experts import Experts
 from tests.helpers.harness import run_ranks
 from tests.helpers.megatron_layer import process_groups
 from tests.helpers.megatron_training import Job, Setup, on_cpu
@@ -82,3 +86,54 @@ def test_a_few_steps_without_overlap() -> None:
 def test_fifty_steps_are_those_without_them(name: str) -> None:
     """Gradient accumulation over 2 micro-batches, clipping, EP 2 x expert data parallel 2."""
     assert_alike(run_ranks(4, compared, [SETUPS[name]], 50), 50, 1)
+
+
+def not_gathered(group: Any) -> dict[str, float]:
+    """The control of the overlapped gather: weights go to other ranks before DDP's hooks have gathered them."""
+
+    def at_once(self: Experts, rows: Any, probs: Any, groups: Any, replicas: Any) -> torch.Tensor:
+        linears = self.linear_fc1, self.linear_fc2
+        return run_with_replicas(rows, probs, *linears, groups, replicas, self.backend, self.recompute_activation)
+
+    setup = SETUPS["distributed optimizer, overlapped"]
+    with on_cpu(), process_groups(Split(1, 2)), pytest.MonkeyPatch.context() as patch:
+        wanted = train(with_slots(setup, 0), 4)
+        patch.setattr(Experts, "_with_replicas", at_once)
+        return apart(train(with_slots(setup, 2), 4), wanted)
+
+
+@pytest.mark.slow
+def test_weights_that_are_not_gathered_before_they_are_sent_are_seen() -> None:
+    assert max(found["weight"] for found in run_ranks(4, not_gathered)) > 1e-4
+
+
+def checkpointed(group: Any, folder: Path) -> dict[str, Any]:
+    """A job with replica slots saves, one without continues, and the other way round."""
+    found: dict[str, Any] = {}
+    with on_cpu(), process_groups(Split(1, 2)):
+        for slots, others in ((2, 0), (0, 2)):
+            job = Job(with_slots(SETUPS["distributed optimizer"], slots))
+            for _ in range(2):
+                job.step()
+            found[f"parameters {slots}"] = sorted(name for name, _ in job.model.named_parameters())
+            found[f"keys {slots}"] = sorted(job.state()["model"])
+            job.save(folder / str(slots))
+            wanted = [job.step() for _ in range(2)]
+            other = Job(with_slots(SETUPS["distributed optimizer"], others))
+            other.load(folder / str(slots))
+            found[f"to {others}"] = [
+                max(abs(a - b) for a, b in zip(*pair, strict=True))
+                for pair in zip([other.step() for _ in range(2)], wanted, strict=True)
+            ]
+        for slots in (0, 2):
+            metadata = FileSystemReader(folder / str(slots)).read_metadata().state_dict_metadata
+            found[f"stored {slots}"] = sorted(metadata)
+    return found
+
+
+@pytest.mark.slow
+def test_checkpoints_are_the_same_and_continue_each_other(tmp_path: Path) -> None:
+    for found in run_ranks(2, checkpointed, tmp_path):
+        for what in ("parameters", "keys", "stored"):
+            assert found[f"{what} 0"] == found[f"{what} 2"] and len(found[f"{what} 0"]) > 10
+        assert max(*found["to 0"], *found["to 2"]) < 1e-5
