@@ -75,7 +75,10 @@ def pretrain(options: Options, runtime: Runtime) -> dict[str, Any]:
     _log_from_main(runtime)
     if options.dispatcher == "flex":
         names = ("buffer", "layout", "dispatch_dtype", "grad_dispatch_dtype", "sync_free")
+        names += ("redundant_experts", "balance_min_rows")
         chosen = {name: getattr(options, name) for name in names}
+        if options.redundant_experts:  # which install() refuses with Megatron's own experts
+            chosen["experts"] = options.experts
         chosen["num_max_tokens_per_rank"] = options.micro_batch_size(runtime.world) * options.shape.seq_length
         carried_by_reference = runtime.device.type == "cpu" or options.buffer == "reference"
         if carried_by_reference and rows_dtype(options, runtime.device) != torch.bfloat16:

@@ -33,6 +33,8 @@ class Options(TrainerOptions):
     dispatch_dtype: str | None = None
     grad_dispatch_dtype: str | None = None
     sync_free: bool | None = None
+    redundant_experts: int | None = None
+    balance_min_rows: int | None = None
     device: str = "auto"
     data: tuple[Path, ...] = ()
     data_path: str | None = None
@@ -97,6 +99,13 @@ class Options(TrainerOptions):
                 "--sync-free needs experts that do not wait on the host either",
                 found=f"--experts {self.experts}",
                 needed="--experts grouped, or deepgemm on GPUs",
+                fix="add --experts grouped",
+            )
+        if self.redundant_experts and (self.dispatcher != "flex" or self.experts not in ("grouped", "sequential")):
+            raise SettingsError(
+                "--redundant-experts needs this package's dispatcher, and experts that read replica slots",
+                found=f"--dispatcher {self.dispatcher} --experts {self.experts}",
+                needed="--dispatcher flex, --experts grouped or sequential",
                 fix="add --experts grouped",
             )
         if self.cuda_graph and (device.type == "cpu" or not self.sync_free or self.recompute):
@@ -195,6 +204,15 @@ def _parser() -> argparse.ArgumentParser:
         choices=("megatron", "deepgemm", "grouped", "sequential"),
         default="megatron",
         help="megatron: its own; else megatron_ep_v2's, on DeepGEMM, on torch's grouped GEMM, or one by one",
+    )
+    moe.add_argument(
+        "--redundant-experts",
+        type=int,
+        metavar="R",
+        help="replica slots of each rank, for copies of busy experts; needs --experts grouped or sequential",
+    )
+    moe.add_argument(
+        "--balance-min-rows", type=int, metavar="N", help="the fewest rows for which a copy is planned (default: 1024)"
     )
     moe.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 

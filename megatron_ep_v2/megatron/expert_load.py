@@ -137,6 +137,11 @@ class ExpertLoad:
         self.clear()
         return counts
 
+    def moved_by_dispatch(self, number: int, device: torch.device) -> torch.Tensor:
+        """[number] int64: for each dispatch since the last reading, at most DISPATCHES, the rows that this rank
+        received less the tokens of its experts; 0 without replicas. As `take`, but resets nothing."""
+        return self._kept(device)[:number, self.num_local_experts :].sum(dim=1)
+
     def take_by_dispatch(self, number: int, device: torch.device) -> torch.Tensor:
         """Return the counts of each dispatch since the last reading, and reset them, as `take`.
 

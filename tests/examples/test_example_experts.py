@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,24 @@ def test_all_experts_learn_the_same(tmp_path: Path) -> None:
     assert refused.returncode != 0 and "experts one by one" in refused.stderr
 
 
+@pytest.mark.slow
+def test_redundant_experts_learn_the_same_with_less_overload(tmp_path: Path) -> None:
+    found, overloads = {}, {}
+    for slots in ("0", "2"):
+        more = ["--redundant-experts", slots, "--balance-min-rows", "1", "--record-load", "1"]
+        folder = tmp_path / slots
+        summary(train(folder, "--steps", "4", "--experts", "grouped", "--dtype", "fp32", *more))
+        found[slots] = losses(folder)
+        rows = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
+        overloads[slots] = [row["overload_mean"] for row in rows]
+    for (_, ours, norm), (_, theirs, their_norm) in zip(found["2"], found["0"], strict=True):
+        assert abs(ours - theirs) < 1e-4 * theirs and abs(norm - their_norm) < 1e-3 * their_norm
+    assert max(overloads["2"]) < 1.1 < max(overloads["0"])
+    # What is recorded for what-if is what the router said, before replicas; the first step's routing is that of R = 0.
+    first = [(tmp_path / slots / "out" / "expert_load.jsonl").read_text().splitlines()[0] for slots in ("0", "2")]
+    assert first[0] == first[1]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -41,6 +60,7 @@ def test_all_experts_learn_the_same(tmp_path: Path) -> None:
             ["--experts", "grouped", "--hidden-size", "66", "--num-attention-heads", "2", "--dtype", "fp32"],
             "grouped GEMM does not take",
         ),
+        (["--redundant-experts", "1"], "--experts grouped or sequential"),
     ],
 )
 def test_experts_that_cannot_run_here(options: list[str], message: str, tmp_path: Path) -> None:

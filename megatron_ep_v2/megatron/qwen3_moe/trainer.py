@@ -36,12 +36,15 @@ class StepStats:
         loss: Mean over the tokens of the global batch, in nats. The load-balancing loss is not in it.
         grad_norm: L2 norm of the whole gradient before clipping; dense parameters once, experts of all ranks.
         expert_load: [micro-batches, layers, ranks, experts of a rank] int64, tokens that each expert was sent.
+        moved: [micro-batches, layers, ranks] int64, rows that a rank received for replicas less those that it gave
+            away.
         stop: Whether any rank was asked to stop.
     """
 
     loss: float
     grad_norm: float
     expert_load: torch.Tensor
+    moved: torch.Tensor
     stop: bool
 
     @property
@@ -54,7 +57,7 @@ class StepStats:
     def overload(self) -> torch.Tensor:
         """[micro-batches, layers] fp64: rows of the busiest rank over the mean; 1 is even, the number of ranks the
         worst."""
-        return overload(self.expert_load.sum(dim=3))
+        return overload(self.expert_load.sum(dim=3) + self.moved)
 
 
 class TrainerState(TypedDict):
@@ -135,10 +138,12 @@ class Trainer:
             micro_batches: As for `step`, but on the device.
 
         Returns:
-            fp64, over all ranks: loss, gradient norm, ranks that were asked to stop, and the expert load, flat.
+            fp64, over all ranks: loss, gradient norm, ranks that were asked to stop, rows moved and the expert load,
+            flat.
         """
         self.gradients.zero()
         self._expert_load = torch.zeros(len(micro_batches), *self._load_shape, dtype=torch.float64, device=self.device)
+        moved = torch.zeros(self._expert_load.shape[:3], dtype=torch.float64, device=self.device)
         loads, taken = self._loads(), 0
         for load in loads.values():
             load.clear()  # of what an evaluation has left
@@ -151,12 +156,13 @@ class Trainer:
             done = self._micro_batch + 1
             if done == len(micro_batches) or done - taken == DISPATCHES:
                 for number, load in loads.items():
+                    moved[taken:done, number, self.rank] = load.moved_by_dispatch(done - taken, self.device).to(moved)
                     counts = load.take_by_dispatch(done - taken, self.device)
                     self._expert_load[taken:done, number, self.rank] = counts.to(self._expert_load)
                 taken = done
         self.gradients.reduce()
         head = torch.stack((loss, self.gradients.experts.square_sum(), self._stop))
-        sums = torch.cat((head, self._expert_load.flatten()))
+        sums = torch.cat((head, moved.flatten(), self._expert_load.flatten()))
         dist.all_reduce(sums)  # everything that the ranks have to add up, in one collective
         sums[1] = (self.gradients.dense.square_sum() + sums[1]).sqrt()
         return sums
@@ -227,7 +233,11 @@ class Trainer:
                 found=f"loss {loss}, gradient norm {norm}",
                 fix="a smaller --lr or a longer --warmup-steps",
             )
-        return StepStats(loss, norm, sums[3:].view(-1, *self._load_shape).long(), stops > 0)
+        # A micro-batch has one number of rows moved for so many of expert load.
+        micro_batches = len(sums[3:]) // (math.prod(self._load_shape) + math.prod(self._load_shape[:2]))
+        moved = sums[3 : 3 + micro_batches * math.prod(self._load_shape[:2])].view(-1, *self._load_shape[:2])
+        expert_load = sums[3 + moved.numel() :].view(-1, *self._load_shape)
+        return StepStats(loss, norm, expert_load.long(), moved.long(), stops > 0)
 
     def _load_of(self, number: int) -> ExpertLoad | None:
         """What counts the tokens of this rank's experts in a layer, where this package's dispatcher does."""
