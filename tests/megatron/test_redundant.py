@@ -19,6 +19,7 @@ from megatron_ep_v2.buffers.redundancy import Moved
 from megatron_ep_v2.buffers.reference import ReferenceBuffer
 from megatron_ep_v2.experts import redundant
 from megatron_ep_v2.megatron.managers import ExpandedManager
+from megatron_ep_v2.megatron.qwen3_moe.optimizer import collect_gradient
 from megatron_ep_v2.megatron.redundant import RedundantManager
 from tests.helpers.harness import run_ranks
 from tests.helpers.megatron_layer import process_groups
@@ -297,3 +298,45 @@ def test_padding_determinism_and_recompute() -> None:
             assert of["load"], name
             # 79 tokens of 3 selections: 20 of [3, 5, 6] and 59 of [0, 1, 2] give rank 0 197 rows of 237.
             assert of["overload"] == pytest.approx([197 / 118.5, 119 / 118.5]), name
+
+
+# ------------------------------------------------------------------------------------------- where gradients are added
+
+
+def into(group: Any) -> dict[str, dict[str, float]]:
+    """By kind of `main_grad`: the largest differences of what is in it after two micro-batches, to twice autograd's
+    gradient with R = 0, and which autograd gets."""
+    rank, found = group.rank(), {}
+    topk_idx = torch.tensor([[3, 5, 6] if token % 4 == 0 else [0, 1, 2] for token in range(40 - rank)])
+    shape = replace(CPU, hidden=16, ffn=8)
+    x, grad = inputs(shape, len(topk_idx))
+    with process_groups():
+        layer = build(shape, "grouped", topk_idx, 0)
+        wanted = step(layer, x, grad)
+        for fused in (False, True):
+            for dtype in (torch.float32, torch.bfloat16):
+                for overwrite in (False, True):
+                    layer = build(shape, "grouped", topk_idx, 2)
+                    collected = {}
+                    for name, linear in (("fc1", layer.experts.linear_fc1), ("fc2", layer.experts.linear_fc2)):
+                        linear.fuse_wgrad_accumulation = fused
+                        # To be replaced, so it may be anything.
+                        start = torch.full(linear.weight.shape, 100.0 if overwrite else 0.0, dtype=dtype)
+                        collect_gradient(linear.weight, start)
+                        linear.weight.overwrite_main_grad = overwrite
+                        collected[f"experts.linear_{name}.weight"] = start
+                    for _ in range(2):
+                        y = layer(x)[0]
+                        y.backward(grad)
+                    errors = {name: difference(g.float(), 2 * wanted[name]) for name, g in collected.items()}
+                    found[f"fused={fused}, {dtype}, overwrite={overwrite}"] = errors
+    return found
+
+
+def test_what_comes_home_is_added_once_wherever_gradients_are_kept() -> None:
+    """With `main_grad` as in DDP and in the example's trainer, which the first micro-batch replaces or not."""
+    for found in run_ranks(2, into):
+        assert len(found) == 8
+        for name, errors in found.items():
+            for linear, error in errors.items():
+                assert error < (2e-2 if "bfloat16" in name else 1e-5), (name, linear, error)
