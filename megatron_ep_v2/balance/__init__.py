@@ -1,1 +1,4 @@
-"""Overload of ranks, and redundant experts that would remove it: the plan alone, no weights and no dispatch yet."""
+"""Overload of ranks, and the plan of redundant experts that remove it.
+
+Dispatch by that plan is in `megatron.redundant`, the weights of replicas in `experts.redundant`.
+"""

@@ -341,7 +341,7 @@ class _Home:
         slot_grads, self._is_home = fetched.slots.grads[number], fetched.is_home()
         main_grad: torch.Tensor | None = getattr(parameter, "main_grad", None)
         if main_grad is not None and not fused and getattr(parameter, "overwrite_main_grad", False):
-            main_grad = None  # whoever replaces it next would lose what is added now
+            main_grad = None  # the hook that replaces it next would lose what is added now
         self._fused_into = main_grad if fused else None
         self._apart: torch.Tensor | None = None  # what arrives, if not added to main_grad
         if main_grad is not None and main_grad.dtype == slot_grads.dtype and main_grad.is_contiguous():

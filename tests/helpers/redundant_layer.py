@@ -21,7 +21,7 @@ PLANS = {"balance_min_rows": 1, "balance_from_percent": 100, "num_max_tokens_per
 
 
 class GivenRouter(torch.nn.Module):
-    """Routes as it is told.
+    """Routes every token to given experts.
 
     Attributes:
         probs: [T, E], 0 where an expert is not selected; its gradient is the router's.
