@@ -29,17 +29,19 @@ from megatron_ep_v2.kernels import swiglu, wgrad
 from megatron_ep_v2.kernels.select import kernels_for
 
 
-@dataclass(frozen=True)
+@dataclass
 class Replicas:
     """Replicas of one dispatch, as its manager planned them.
 
     Attributes:
         buffer: Of the dispatch.
         mapping: [P, R] int32 on the CPU, see `contract.RedundantBuffer`.
+        ran: Whether experts have run them.
     """
 
     buffer: RedundantBuffer
     mapping: torch.Tensor
+    ran: bool = False
 
 
 class Linear(Protocol):
@@ -225,6 +227,7 @@ def run_with_replicas(
         )
     fetched, parts = _Fetched(replicas, (fc1, fc2), (w1, w2)), _Parts.of(groups, local)
     fetched.begin()
+    replicas.ran = True
     h = fc1(x, groups, chosen, False, None, ReplicaLinear(fetched, 0, parts))
     activated = _WeightedSwiglu.apply(h, probs, None)
     activation = (h, probs) if recompute_activation else None

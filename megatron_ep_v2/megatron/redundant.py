@@ -66,6 +66,7 @@ class RedundantManager(ExpandedManager):
             shapes=((2 * ffn, hidden), (hidden, ffn)),
             dtype=config.params_dtype,
         )
+        self._replicas: Replicas | None = None  # of the dispatch, until the combine
         self._num_physical = ranks * (self.num_local_experts + self.num_slots)
         self.expert_load = ExpertLoad(self.group, self.num_local_experts, moves=True)
 
@@ -109,11 +110,31 @@ class RedundantManager(ExpandedManager):
             placed.arrived.synchronize()  # it has, as the dispatch's own counts came after it
         if bool((placed.mapping >= 0).any()):
             buffer = vars(self.handle).get("carrier", buffer)
-            counts.replicas = Replicas(buffer, placed.mapping)  # type: ignore[attr-defined]
+            self._replicas = counts.replicas = Replicas(buffer, placed.mapping)  # type: ignore[attr-defined]
             self.tokens_per_expert = counts
         else:
+            self._replicas = None
             self.tokens_per_expert = counts[: self.num_local_experts]
         return hidden_states
+
+    def combine(
+        self, hidden_states: torch.Tensor, async_finish: bool = False, allocate_on_comm_stream: bool = False
+    ) -> torch.Tensor:
+        """Send [P, H] back; receive [T, H].
+
+        Raises:
+            SettingsError: The experts between dispatch and combine knew nothing of the replicas.
+            EPError: See `CompactManager.dispatch`.
+        """
+        replicas, self._replicas = self._replicas, None
+        if replicas is not None and not replicas.ran:
+            raise SettingsError(
+                "rows of redundant experts came back from experts that cannot run them",
+                found="experts that did not read tokens_per_expert.replicas",
+                needed="the experts of megatron_ep_v2.megatron.experts in every MoE layer",
+                fix=f"set MCORE_DEEPEP_V2_EXPERTS=grouped before the model is built, or {_OFF}",
+            )
+        return super().combine(hidden_states, async_finish, allocate_on_comm_stream)
 
     def _buffer(self, hidden_states: torch.Tensor) -> Any:
         """The group's buffer, with replica slots for this layer's experts; built by the first layer."""

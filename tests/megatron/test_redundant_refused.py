@@ -94,6 +94,9 @@ def built(group: Any) -> dict[str, Report | None]:
         good.token_dispatcher._comm_manager = copy.deepcopy(good.token_dispatcher._comm_manager)
         good.experts = copy.deepcopy(good.experts)
         found["a copy"] = attempt(lambda: step(good, x, grad))
+        other = add_layer(CPU, "sequential", topk_idx)
+        other.experts.forward = lambda rows, counts, probs: (rows * probs[:, None], None)
+        found["other experts"] = attempt(lambda: other(x))
         found["another dtype"] = attempt(lambda: step(good.double(), x.double(), grad.double()))
         megatron_ep_v2.install(buffer="reference", experts="sequential", redundant_experts=2, **PLANS)
         found["another number"] = attempt(lambda: step(good.float(), x, grad))
@@ -105,6 +108,7 @@ def test_layers_that_do_not_go_with_them() -> None:
         "1F1B overlap": (SettingsError, ("overlap_moe_expert_parallel_comm=True", OFF)),
         "expert tensor parallelism": (SettingsError, ("expert_tensor_parallel_size=2", OFF)),
         "another size": (InputError, ("no replica slots for the experts of this layer", "(32, 64)", "(64, 64)")),
+        "other experts": (SettingsError, ("cannot run them", "megatron_ep_v2.megatron.experts")),
         "another dtype": (InputError, ("torch.float64 (4, 64, 64)", "torch.float32", "params_dtype")),
         "another number": (SettingsError, ("redundant_experts=1; installed", "redundant_experts=2")),
     }

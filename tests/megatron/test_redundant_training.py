@@ -77,6 +77,7 @@ def assert_alike(by_rank: list[list[dict[str, Any]]], steps: int, number: int) -
             assert each["loss"] < 1e-5 and each["norm"] < 1e-4 and each["weight"] < 1e-4, each
 
 
+@pytest.mark.slow
 def test_a_few_steps_without_overlap() -> None:
     assert_alike(run_ranks(2, compared, [SETUPS["grouped, fused"]], 8), 8, 1)
 
