@@ -9,9 +9,11 @@ import threading
 KINDS = (
     *("forward dispatch", "forward combine", "backward of the combine", "backward of the dispatch"),
     *("recomputed dispatch", "sync-free forward dispatch"),
+    *("transfer of redundant experts' weights", "transfer of redundant experts' gradients"),
 )
 FORWARD_DISPATCH, FORWARD_COMBINE, BACKWARD_OF_COMBINE, BACKWARD_OF_DISPATCH = range(4)
 RECOMPUTED_DISPATCH, SYNC_FREE_DISPATCH = 4, 5
+EXPERT_WEIGHTS, EXPERT_GRADIENTS = 6, 7
 # On a GPU, every kind except FORWARD_DISPATCH returns before it has finished.
 
 # Cells of 8 bytes. DONE: the last call that the GPU has finished, modulo NUMBERS, written by the GPU. The calls

@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from megatron_ep_v2.buffers.contract import Buffer, DeferringBuffer, Dispatched, Handle, Payload
+from megatron_ep_v2.buffers.contract import Buffer, DeferringBuffer, Dispatched, Handle, Payload, Transfer
 from megatron_ep_v2.buffers.pending import Pending, Starter
 from megatron_ep_v2.errors import EPError
 from megatron_ep_v2.watchdog.call_log import (
     BACKWARD_OF_COMBINE,
     BACKWARD_OF_DISPATCH,
+    EXPERT_GRADIENTS,
+    EXPERT_WEIGHTS,
     FORWARD_COMBINE,
     FORWARD_DISPATCH,
     LEFT,
@@ -55,8 +57,8 @@ def watch(buffer: Buffer, rendezvous: Rendezvous, addresses: Sequence[Address | 
 
 
 class WatchedBuffer(Starter):
-    """A buffer whose dispatches and combines are logged; other attributes, and the arguments that it does not read, are
-    the wrapped buffer's."""
+    """A buffer whose dispatches, combines and transfers of experts are logged; other attributes, and the arguments that
+    it does not read, are the wrapped buffer's."""
 
     def __init__(self, buffer: Buffer, watch: Watch):
         self.buffer, self.watch = buffer, watch
@@ -146,6 +148,29 @@ class WatchedBuffer(Starter):
             raise
         clock.mark(watch.leave())
         return answer
+
+    def prefetch_weights(self, *arguments: Any) -> Transfer:
+        """See `contract.RedundantBuffer.prefetch_weights`."""
+        return self._transfer(EXPERT_WEIGHTS, self.buffer.prefetch_weights, arguments)  # type: ignore[attr-defined]
+
+    def reduce_grads(self, *arguments: Any) -> Transfer:
+        """See `contract.RedundantBuffer.reduce_grads`."""
+        return self._transfer(EXPERT_GRADIENTS, self.buffer.reduce_grads, arguments)  # type: ignore[attr-defined]
+
+    def _transfer(self, kind: int, call: Callable[..., Transfer], arguments: tuple[Any, ...]) -> Transfer:
+        """A transfer of redundant experts, logged with the last forward dispatch's number. Follows a dispatch."""
+        self._finish_started()
+        watch = self.watch
+        watch.enter(kind, watch.moe_calls, 0)
+        try:
+            transfer = call(*arguments)
+        except BaseException as error:
+            watch.fail(error)
+            raise
+        number = watch.leave()
+        if watch.clock is not None:
+            watch.clock.mark(number)
+        return transfer
 
     def destroy(self) -> None:
         """Destroy the buffer, then end the watcher: the ranks may have to wait for each other in the former."""

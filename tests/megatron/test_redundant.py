@@ -15,15 +15,19 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 import megatron_ep_v2
 import megatron_ep_v2.megatron.expert_load
 from megatron_ep_v2.balance import planner
+from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.redundancy import Moved
 from megatron_ep_v2.buffers.reference import ReferenceBuffer
 from megatron_ep_v2.experts import redundant
 from megatron_ep_v2.megatron.managers import ExpandedManager
 from megatron_ep_v2.megatron.qwen3_moe.optimizer import collect_gradient
 from megatron_ep_v2.megatron.redundant import RedundantManager
+from megatron_ep_v2.watchdog.call_log import ENTERED
+from megatron_ep_v2.watchdog.call_log import KINDS as CALLS
 from tests.helpers.harness import run_ranks
 from tests.helpers.megatron_layer import process_groups
 from tests.helpers.redundant_layer import add_layer, build, dense, inputs, install, routing, step, watched
+from tests.helpers.reports import attempt
 from tests.helpers.shapes import CPU, Shape
 
 KINDS = ("zipf", "one-hot", "empty", "unselected", "equal")
@@ -340,3 +344,32 @@ def test_what_comes_home_is_added_once_wherever_gradients_are_kept() -> None:
         for name, errors in found.items():
             for linear, error in errors.items():
                 assert error < (2e-2 if "bfloat16" in name else 1e-5), (name, linear, error)
+
+
+def logged(group: Any) -> list[list[str]]:
+    """Kinds of a step's calls in the watchdog's record, and what is there after a refused transfer."""
+    topk_idx = torch.tensor([[0, 1, 2]] * 9)
+    with process_groups():
+        install("sequential", 1, watchdog_secs=600)
+        step(add_layer(CPU, "sequential", topk_idx), *inputs(CPU, 9))
+        (buffer,) = pool.buffers()
+        record = buffer.watch.call_log  # type: ignore[attr-defined]
+
+        def kinds() -> list[str]:
+            calls = [record.call(number) for number in range(1, record.cells[ENTERED] + 1)]
+            return [CALLS[kind] for _, kind, *_ in calls]
+
+        before = kinds()
+        mapping = torch.tensor([[0], [0]], dtype=torch.int32)  # rank 0's own
+        refused = attempt(lambda: buffer.prefetch_weights(buffer.slots(), [], mapping))  # type: ignore[attr-defined]
+        assert refused is not None and record.pending() == 0
+        return [before, kinds()]
+
+
+def test_the_watchdog_knows_the_transfers() -> None:
+    calls = [
+        *("forward dispatch", "transfer of redundant experts' weights", "forward combine", "backward of the combine"),
+        *("transfer of redundant experts' gradients", "transfer of redundant experts' gradients"),
+        "backward of the dispatch",
+    ]
+    assert run_ranks(2, logged) == [[calls, calls]] * 2
