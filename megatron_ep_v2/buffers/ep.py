@@ -18,7 +18,7 @@ from megatron_ep_v2.buffers.deep_ep import memory_left_as_it_is
 from megatron_ep_v2.buffers.elastic import ElasticBuffer
 from megatron_ep_v2.buffers.pending import Pending, Starter
 from megatron_ep_v2.buffers.redundancy import carve, check_one_host, check_prefetch, check_reduce, slot_bytes
-from megatron_ep_v2.errors import InputError, UnavailableError
+from megatron_ep_v2.errors import InputError, SettingsError, UnavailableError
 from megatron_ep_v2.probe import load_class
 from megatron_ep_v2.settings import Settings
 
@@ -33,6 +33,15 @@ class EPBuffer(Starter, ElasticBuffer):
     defers = keeps_topk_idx = True
 
     def __init__(self, group: ProcessGroup, spec: BufferSpec, settings: Settings, hosts: list[str]):
+        if spec.redundancy is not None and settings.deterministic:
+            # deep_ep 2.5.0, impls/ep/reduce_grads.cuh: chunks are added with atomics, in the order in which they come.
+            raise SettingsError(
+                "DeepEP adds the gradients of redundant experts in no fixed order",
+                found=f"deterministic={settings.describe()['deterministic']}, redundant_experts on",
+                needed="one of the two",
+                fix="unset MCORE_DEEPEP_V2_REDUNDANT_EXPERTS, or leave MCORE_DEEPEP_V2_DETERMINISTIC and "
+                "--deterministic-mode off",
+            )
         self._region: torch.Tensor | None = None  # [bytes] uint8, of deep_ep's memory that peers write to
         super().__init__(group, spec, settings, hosts)
         self._slots: Slots | None = None
