@@ -20,6 +20,7 @@ def planned(case: Case) -> Plan:
     return plan(case.counts(), case.num_slots, case.min_rows, case.from_percent)
 
 
+@pytest.mark.slow
 def test_plan_and_map_are_the_rule_applied_to_single_rows() -> None:
     replicas = 0
     for case in cases(tokens=9):
@@ -32,6 +33,7 @@ def test_plan_and_map_are_the_rule_applied_to_single_rows() -> None:
     assert replicas > 150, "else the cases say nothing"
 
 
+@pytest.mark.slow
 def test_what_every_plan_keeps() -> None:
     for case in cases(tokens=15):
         counts, found = case.counts(), planned(case)
@@ -169,6 +171,7 @@ def dispatch_to_replicas(group: Any) -> Any:
     return found.experts.tolist(), found.rank_rows().tolist(), found.rows[group.rank()].tolist(), rows.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_a_dispatch_to_physical_ids_brings_the_planned_rows(ranks: int) -> None:
     answers = run_ranks(ranks, dispatch_to_replicas)

@@ -82,6 +82,7 @@ def outlived(group: Any) -> dict[str, bool]:
     return found
 
 
+@pytest.mark.slow
 def test_no_graph_outlives_its_step() -> None:
     """It would belong to the stream of an eager step, and what is captured later may not depend on that."""
     assert run_ranks(2, outlived) == [{"expanded": False, "sync-free": False}] * 2
