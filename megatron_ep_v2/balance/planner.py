@@ -234,8 +234,8 @@ def _map_selections(topk_idx: torch.Tensor, of: Plan, rank: int) -> torch.Tensor
     valid = (flat >= 0) & (flat < num_experts)
     expert = torch.where(valid, flat, num_experts)
     order = torch.argsort(expert, stable=True)
-    bins = count(topk_idx, num_experts)
-    first = torch.cat((bins, (~valid).sum()[None])).cumsum(0) - torch.cat((bins, (~valid).sum()[None]))
+    bins = torch.cat((count(topk_idx, num_experts), (~valid).sum()[None]))
+    first = bins.cumsum(0) - bins
     in_order = torch.arange(len(flat), device=flat.device) - first[expert[order]]
     number = torch.empty_like(flat).scatter_(0, order, in_order)  # of each selection among this rank's of its expert
     expert = expert.clamp(max=num_experts - 1)

@@ -117,7 +117,7 @@ def run_experts(
     if groups.alignment % chosen.alignment:
         return _padded(x, probs, fc1, fc2, groups, backend, chosen.alignment, recompute_activation)
     h = fc1(x, groups, chosen, False)
-    activated = _WeightedSwiglu.apply(h, probs, groups.used)
+    activated = WeightedSwiglu.apply(h, probs, groups.used)
     return fc2(activated, groups, chosen, True, (h, probs) if recompute_activation else None)
 
 
@@ -222,7 +222,7 @@ class _Linear(torch.autograd.Function):
             else:
                 parameter, main_grad, overwrite = ctx.fused
                 wgrad.add_(main_grad, grad, x, groups.ends, overwrite)
-                _mark_added(parameter)
+                mark_added(parameter)
         return (
             grad_x,  # x
             grad_w,  # w
@@ -231,7 +231,7 @@ class _Linear(torch.autograd.Function):
         )
 
 
-def _mark_added(parameter: torch.Tensor) -> None:
+def mark_added(parameter: torch.Tensor) -> None:
     """Mark for Megatron's DDP, whose hook runs next, that the gradient is in `main_grad`. The hook also requires a
     `grad`: this one is zero, so that adding it changes nothing, and takes no memory."""
     parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
@@ -244,7 +244,7 @@ def _zero(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.zeros((), dtype=dtype, device=device)
 
 
-class _WeightedSwiglu(torch.autograd.Function):
+class WeightedSwiglu(torch.autograd.Function):
     """h [P, 2 * F], probs [P] -> [P, F]."""
 
     @staticmethod

@@ -21,9 +21,10 @@ import torch
 
 from megatron_ep_v2.buffers.contract import RedundantBuffer, Slots, Transfer
 from megatron_ep_v2.errors import InputError, SettingsError
+from megatron_ep_v2.experts import mlp
 from megatron_ep_v2.experts.gemm import Gemm, gemm
 from megatron_ep_v2.experts.groups import Groups
-from megatron_ep_v2.experts.mlp import _mark_added, _WeightedSwiglu
+from megatron_ep_v2.experts.mlp import WeightedSwiglu, mark_added
 from megatron_ep_v2.gradients import Context, InputGrads, first_order
 from megatron_ep_v2.kernels import swiglu, wgrad
 from megatron_ep_v2.kernels.select import kernels_for
@@ -44,12 +45,8 @@ class Replicas:
     ran: bool = False
 
 
-class Linear(Protocol):
+class Linear(mlp.Linear, Protocol):
     """Interface of a linear layer whose experts have replicas: `mlp.Linear` with one argument more."""
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """[L, N, K]."""
 
     def __call__(
         self,
@@ -60,25 +57,6 @@ class Linear(Protocol):
         activation: tuple[torch.Tensor, torch.Tensor] | None = None,
         replicas: ReplicaLinear | None = None,
     ) -> torch.Tensor: ...
-
-
-@dataclass(frozen=True, eq=False)
-class Weights:
-    """Linear layer with a plain tensor [L, N, K] as its weight."""
-
-    weight: torch.Tensor
-
-    def __call__(
-        self,
-        x: torch.Tensor,
-        groups: Groups,
-        multiply: Gemm,
-        last: bool,
-        activation: tuple[torch.Tensor, torch.Tensor] | None = None,
-        replicas: ReplicaLinear | None = None,
-    ) -> torch.Tensor:
-        assert replicas is not None
-        return linear(x, self.weight, multiply, activation, None, replicas)
 
 
 class _Fetched:
@@ -229,7 +207,7 @@ def run_with_replicas(
     fetched.begin()
     replicas.ran = True
     h = fc1(x, groups, chosen, False, None, ReplicaLinear(fetched, 0, parts))
-    activated = _WeightedSwiglu.apply(h, probs, None)
+    activated = WeightedSwiglu.apply(h, probs, None)
     activation = (h, probs) if recompute_activation else None
     return fc2(activated, groups, chosen, True, activation, ReplicaLinear(fetched, 1, parts))
 
@@ -321,7 +299,7 @@ class _RedundantLinear(torch.autograd.Function):
         if home is not None:
             grad_w = home.add_to(grad_w)
             if ctx.fused is not None:
-                _mark_added(ctx.parameter)
+                mark_added(ctx.parameter)
         return (
             grad_x,  # x
             grad_w,  # w

@@ -73,7 +73,7 @@ def _warn_of_half_precision(dtype: torch.dtype) -> None:
 
 
 @functools.cache
-def _say_overlap(started: bool) -> None:
+def say_overlap(started: bool) -> None:
     """Log once which kind of overlap is in force."""
     waits = "after the shared expert was launched" if started else "before the shared expert can be launched"
     logger.info("moe_shared_expert_overlap: the host waits for the counts of a dispatch %s", waits)
@@ -116,7 +116,7 @@ def num_sms_of(config: TransformerConfig) -> int | None:
     return None if copied else of_all
 
 
-def _refuse_capture() -> None:
+def refuse_capture() -> None:
     """Raise before a dispatch that waits on the host, in which CUDA would say only that the capture is invalid."""
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         raise SettingsError(
@@ -192,7 +192,7 @@ class CompactManager(_MegatronsManager):  # type: ignore[misc]
             EPError: See `fused_dispatch`.
         """
         self._check_installed()
-        _refuse_capture()
+        refuse_capture()
         rows: torch.Tensor = super().dispatch(hidden_states, async_finish, allocate_on_comm_stream)
         self.expert_load.add(self.tokens_per_expert)
         return rows
@@ -258,7 +258,7 @@ class ExpandedManager(CompactManager):
             EPError: See `CompactManager.dispatch`.
         """
         self._check_installed()
-        _refuse_capture()
+        refuse_capture()
         self.token_probs, alignment = self._probs_in_fp32(), self._expert_alignment()
         if self._may_start():
             self._started = start_dispatch(
@@ -270,7 +270,7 @@ class ExpandedManager(CompactManager):
                 expert_alignment=alignment,
                 keep_indices=True,
             )
-            _say_overlap(self._started is not None)
+            say_overlap(self._started is not None)
             if self._started is not None:
                 self.dispatched_probs = self.token_probs  # until the rows are there
                 # Its node's number is the dispatch's for Megatron, which orders the shared expert's backward by it.

@@ -23,7 +23,7 @@ from megatron_ep_v2.errors import InputError, SettingsError
 from megatron_ep_v2.experts.redundant import Replicas
 from megatron_ep_v2.fused_a2a import fused_dispatch
 from megatron_ep_v2.megatron.expert_load import ExpertLoad
-from megatron_ep_v2.megatron.managers import ExpandedManager, _refuse_capture, _say_overlap
+from megatron_ep_v2.megatron.managers import ExpandedManager, refuse_capture, say_overlap
 
 _OFF = "unset MCORE_DEEPEP_V2_REDUNDANT_EXPERTS"
 
@@ -82,9 +82,9 @@ class RedundantManager(ExpandedManager):
             EPError: See `CompactManager.dispatch`.
         """
         self._check_installed()
-        _refuse_capture()
+        refuse_capture()
         if self._may_start():
-            _say_overlap(False)  # the plan is read on the host before the rows' layout is known
+            say_overlap(False)  # the plan is read on the host before the rows' layout is known
         self.token_probs, alignment = self._probs_in_fp32(), self._expert_alignment()
         buffer: Any = self._buffer(hidden_states)
         first = recompute.coming()
