@@ -303,6 +303,11 @@ def gin_disabled_by_user() -> bool:
     return os.environ.get("EP_DISABLE_GIN", "0") not in ("", "0")
 
 
+def ranks_share_gpus() -> bool:
+    """Whether NCCL's own NCCL_MULTI_RANK_GPU_ENABLE allows several ranks on one GPU."""
+    return os.environ.get("NCCL_MULTI_RANK_GPU_ENABLE", "0") not in ("", "0")
+
+
 def shown_environment() -> dict[str, str]:
     """Environment variables that affect expert parallelism, and no others: people publish the reports with them."""
     return {name: value for name, value in sorted(os.environ.items()) if _SHOWN.fullmatch(name)}

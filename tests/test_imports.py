@@ -24,7 +24,7 @@ ROOT = Path(megatron_ep_v2.__file__).parent
 LEVELS = [
     {"errors", "versions", "buffers.carriers", "buffers.pending", "wire.formats"},  # no torch
     {"settings", "generations", "buffers.groups"},
-    {"cuda_toolkit"},
+    {"cuda_toolkit", "gpus"},
     {"probe", "device_checks", "buffers.contract", "buffers.gin", "megatron.symbols"},
     {"gradients"},
     {"kernels", "kernels.*"},

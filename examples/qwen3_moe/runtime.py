@@ -15,6 +15,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_ep_v2.errors import EPError, SettingsError
+from megatron_ep_v2.gpus import gpu_of, gpu_ranks
 
 T = TypeVar("T")
 
@@ -98,18 +99,12 @@ class Runtime:
 
 
 def _choose_device(wanted: str) -> torch.device:
-    """This rank's own GPU, or the CPU. NCCL refuses two ranks on one GPU."""
+    """This rank's GPU, or the CPU."""
     local_rank, local_world = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if wanted == "cpu" or (wanted == "auto" and gpus < local_world):
-        if wanted == "auto" and gpus and local_rank == 0:
+    ranks = gpu_ranks()
+    if wanted == "cpu" or (wanted == "auto" and ranks < local_world):
+        if wanted == "auto" and ranks and local_rank == 0:
+            gpus = torch.cuda.device_count()
             print(f"{local_world} processes but {gpus} GPU(s) here: training on the CPU", file=sys.stderr, flush=True)
         return torch.device("cpu")
-    if gpus < local_world:
-        raise SettingsError(
-            "not enough GPUs",
-            found=f"{gpus} GPU(s) for {local_world} processes on this host",
-            needed="one GPU a process",
-            fix=f"--nproc-per-node {gpus}, or --device cpu" if gpus else "--device cpu",
-        )
-    return torch.device("cuda", local_rank)
+    return gpu_of(local_rank, local_world)

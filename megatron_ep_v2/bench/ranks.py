@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 import megatron_ep_v2
-from megatron_ep_v2.errors import SettingsError
+from megatron_ep_v2.gpus import gpu_of
 from megatron_ep_v2.settings import Launch, environment
 
 _GRACE = 5.0  # seconds for the others once a rank has failed: they may be about to say the same
@@ -78,15 +78,7 @@ def joined(place: Launch, on_cpu: bool = False) -> Iterator[torch.device]:
 def join(place: Launch, on_cpu: bool = False) -> torch.device:
     """See `joined`."""
     if torch.cuda.is_available() and not on_cpu:
-        gpus = torch.cuda.device_count()
-        if place.local_ranks > gpus:
-            raise SettingsError(
-                "not enough GPUs",
-                found=f"{gpus} for {place.local_ranks} ranks on this host",
-                needed="one GPU a rank",
-                fix=f"--ranks {gpus}, or CUDA_VISIBLE_DEVICES= to run on the CPU",
-            )
-        device = torch.device("cuda", place.local_rank)
+        device = gpu_of(place.local_rank, place.local_ranks)
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")

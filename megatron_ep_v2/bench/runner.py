@@ -31,6 +31,7 @@ from megatron_ep_v2.bench import check, ranks, report, timing
 from megatron_ep_v2.bench.rows import Row
 from megatron_ep_v2.buffers.carriers import DEFAULT_V2, REFERENCE
 from megatron_ep_v2.errors import EPError, SettingsError
+from megatron_ep_v2.gpus import gpu_ranks
 from megatron_ep_v2.probe import probe
 
 K = TypeVar("K")
@@ -199,7 +200,7 @@ def _run(
         raise SettingsError("this benchmark measures GPUs", found="none here", fix=fix)
     place = settings.launch()
     if place is None:
-        num_ranks = 1 if single else options.ranks or (2 if on_cpu else torch.cuda.device_count())
+        num_ranks = 1 if single else options.ranks or (2 if on_cpu else gpu_ranks())
         return ranks.start(num_ranks, sys.argv)
     command = ranks.command(place, [f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     with ranks.joined(place, on_cpu) as device:

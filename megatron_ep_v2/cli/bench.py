@@ -24,6 +24,7 @@ from megatron_ep_v2.bench.variants import SYNC_FREE_EXPERTS, VARIANTS, Variant
 from megatron_ep_v2.buffers.carriers import CARRIERS, REFERENCE
 from megatron_ep_v2.cli.bench_options import parse
 from megatron_ep_v2.errors import EPError, SettingsError
+from megatron_ep_v2.gpus import gpu_ranks
 
 
 def main(arguments: list[str]) -> None:
@@ -44,7 +45,7 @@ def bench(arguments: list[str]) -> int:
     """
     options = parse(arguments)
     place = settings.launch()
-    num_ranks = place.ranks if place else options.ranks or (torch.cuda.device_count() or 2)
+    num_ranks = place.ranks if place else options.ranks or (gpu_ranks() or 2)
     if place and options.ranks and options.ranks != place.ranks:
         raise SettingsError(
             "--ranks is for starting ranks, but they are started already",

@@ -65,6 +65,6 @@ def _cpus() -> int:
 
 
 def _ranks() -> int:
-    import torch
+    from megatron_ep_v2.gpus import gpu_ranks
 
-    return max(2, torch.cuda.device_count())  # with one GPU: on the CPU
+    return max(2, gpu_ranks())  # with one GPU: on the CPU

@@ -109,9 +109,10 @@ def run_rank(rank: int, ranks: int, folder: Path) -> Facts:
     import torch.distributed as dist
 
     import megatron_ep_v2
+    from megatron_ep_v2.gpus import gpu_of
 
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", rank) if cuda else torch.device("cpu")
+    device = gpu_of(rank, ranks) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     store, limit = dist.FileStore(str(folder / "store"), ranks), datetime.timedelta(seconds=SECONDS)

@@ -30,6 +30,7 @@ import pytest
 import torch
 
 from megatron_ep_v2.buffers.carriers import CARRIERS
+from megatron_ep_v2.gpus import gpu_ranks
 from megatron_ep_v2.probe import probe
 
 HERE = Path(__file__).parent
@@ -45,8 +46,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def _gpus_and_deep_ep() -> None:
     """Looked for when the first test runs, and not when tests are collected: a run on the CPU pays nothing for it."""
-    if torch.cuda.device_count() < 2:
-        pytest.skip(f"needs at least 2 CUDA devices, found {torch.cuda.device_count()}")
+    if gpu_ranks() < 2:
+        pytest.skip(f"needs at least 2 GPUs, or NCCL_MULTI_RANK_GPU_ENABLE=1; found {torch.cuda.device_count()} GPUs")
     if not probe().have_deep_ep_v2:
         wanted = [carrier.requirement for carrier in CARRIERS.values() if carrier.is_v2]
         pytest.skip(f"needs {' or '.join(wanted)}; {probe().describe()}")

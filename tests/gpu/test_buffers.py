@@ -14,6 +14,7 @@ from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers.carriers import CARRIERS
 from megatron_ep_v2.buffers.contract import BufferSpec
 from megatron_ep_v2.buffers.limits import HIDDEN_MULTIPLE
+from megatron_ep_v2.gpus import gpu_ranks
 from megatron_ep_v2.probe import probe
 from tests.helpers.carriers import buffer_class, v2_carrier
 from tests.helpers.cases import Case, Layout, edge_cases
@@ -70,11 +71,11 @@ class GpuConformance(BufferConformance):
     @classmethod
     def runs(cls) -> Iterator[tuple[Case, Layout]]:
         for size in cls.sizes:  # largest first: smaller groups use the processes that are there
-            if size > torch.cuda.device_count():
+            if size > gpu_ranks():
                 continue
             for case in edge_cases(size):
                 # Few shapes, because each compiles its own kernels: see conftest.py. One other, on the largest group.
-                large, largest = case.name == "random-large", size == torch.cuda.device_count()
+                large, largest = case.name == "random-large", size == gpu_ranks()
                 changes = {} if large else {"topk": 4, "experts": 4 * size}
                 if (case.topk == 3 or (large and largest)) and case.name != "top-8":
                     for layout in cls.layouts:
@@ -96,7 +97,7 @@ class TestV2Buffer(GpuConformance):
 
     @classmethod
     def more_payloads(cls, size: int) -> Iterator[Case]:
-        if size == torch.cuda.device_count():
+        if size == gpu_ranks():
             yield from payload_cases(size, (torch.float8_e4m3fn,), False)
 
 
@@ -110,4 +111,4 @@ class TestLegacyBuffer(GpuConformance):
 
 def test_the_suite_runs_on_every_group_size_here() -> None:
     sizes = {case.size for case, _ in TestV2Buffer.runs()}
-    assert sizes == {size for size in (2, 4, 8) if size <= torch.cuda.device_count()}
+    assert sizes == {size for size in (2, 4, 8) if size <= gpu_ranks()}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from megatron_ep_v2 import settings
+from megatron_ep_v2.gpus import gpu_ranks
 from megatron_ep_v2.layouts import gather_rows, gather_weights, place_contiguous, reduce_rows, rows_that_fit
 from megatron_ep_v2.serving import Decode, DecodeGraphs, PrepareFinalize, buckets_up_to
 from tests.helpers.carriers import v2_carrier
@@ -22,7 +23,7 @@ from tests.helpers.jit import Kernel, compiled_kernels
 from tests.helpers.progress import say
 from tests.helpers.shapes import GPU
 
-RANKS = torch.cuda.device_count()
+RANKS = gpu_ranks()
 TOLERANCE = 1.5e-2  # bf16 rounds rows, partial sums and sums, each by at most 2**-9
 MOST = 512
 ALL = os.environ.get("MCORE_DEEPEP_V2_TEST_BUCKETS") == "all"

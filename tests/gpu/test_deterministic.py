@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
+from megatron_ep_v2.gpus import gpu_ranks
 from tests.helpers.deterministic_rounds import repeat
 from tests.helpers.harness import run_ranks
 from tests.helpers.progress import say
 from tests.helpers.shapes import GPU
 
-RANKS = torch.cuda.device_count()
+RANKS = gpu_ranks()
 REPEATS, RESTARTS = 10, 2
 
 

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ep_v2.gpus import gpu_ranks
 from megatron_ep_v2.kernels import wgrad
 from tests.helpers.compare import relative_error
 from tests.helpers.expert_rows import SIZES
 from tests.helpers.harness import run_ranks
 from tests.kernels.test_wgrad import exact
 
-RANKS = torch.cuda.device_count()
+RANKS = gpu_ranks()
 STEPS = 4
 
 

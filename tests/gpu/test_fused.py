@@ -12,6 +12,7 @@ from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.carriers import CARRIERS, REFERENCE
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
+from megatron_ep_v2.gpus import gpu_ranks
 from megatron_ep_v2.probe import probe
 from tests.helpers.carriers import v2_carrier
 from tests.helpers.cases import Case, Layout, make_batch
@@ -21,7 +22,7 @@ from tests.helpers.fused_layer import grad_output
 from tests.helpers.harness import run_ranks
 from tests.helpers.progress import say
 
-RANKS = torch.cuda.device_count()
+RANKS = gpu_ranks()
 # Rank 1 has no token. Values are made on the host, the same everywhere.
 CASE = Case(
     "uneven",

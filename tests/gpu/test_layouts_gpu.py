@@ -12,6 +12,7 @@ import torch
 from megatron_ep_v2 import settings
 from megatron_ep_v2.experts.groups import Groups
 from megatron_ep_v2.experts.mlp import swiglu_experts
+from megatron_ep_v2.gpus import gpu_ranks
 from megatron_ep_v2.layouts import (
     Places,
     gather_payload,
@@ -34,7 +35,7 @@ from tests.helpers.layout_kernels import column_cases, differences, move_cases, 
 from tests.helpers.layout_oracle import routing
 from tests.helpers.progress import say
 
-RANKS = torch.cuda.device_count()
+RANKS = gpu_ranks()
 needs_deep_gemm = pytest.mark.skipif(importlib.util.find_spec("deep_gemm") is None, reason="needs deep_gemm")
 BACKENDS = ["grouped", "sequential", pytest.param("deepgemm", marks=needs_deep_gemm)]
 

@@ -18,13 +18,14 @@ from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.errors import EPError, GroupMismatchError, InputError
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
+from megatron_ep_v2.gpus import gpu_ranks
 from tests.helpers.carriers import v2_carrier
 from tests.helpers.compare import relative_error
 from tests.helpers.harness import HANG, isolated, run_ranks
 from tests.helpers.progress import say
 
 JOBS = Path(__file__).parent / "jobs"
-RANKS = torch.cuda.device_count()
+RANKS = gpu_ranks()
 # What DeepEP says when one of its own time limits (100 s on the GPU, 300 s on the host) has passed.
 TIMED_OUT = re.compile("Dispatch CPU wait exception|DeepEP [^\n]*timeout")
 ROUNDS = {"never": 20, "step": 20, "rank": 2, "capacity": 2}  # what goes wrong -> rounds; see jobs/rounds.py

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import megatron_ep_v2
+from megatron_ep_v2.gpus import gpu_ranks
 from tests.gpu.waits import traced
 from tests.helpers.harness import run_ranks
 from tests.helpers.megatron_layer import hidden_states, make_layer, process_groups, step
@@ -17,7 +18,7 @@ from tests.helpers.moe_features import FEATURES, SELECTIVE, SHARED, WHOLE_LAYER,
 from tests.helpers.progress import say
 from tests.helpers.shapes import GPU
 
-RANKS = torch.cuda.device_count()
+RANKS = gpu_ranks()
 FEATURES_ON_GPU: dict[str, dict[str, Any]] = {
     **{name: feature for name, feature in FEATURES.items() if name != "uneven, one rank without a token"},
     # Megatron 0.19.2's own router cannot reshape the logits of no token (RouterGatingLinearFunction: view(0, 1, -1)).

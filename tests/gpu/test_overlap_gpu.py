@@ -15,12 +15,13 @@ import torch
 from megatron_ep_v2 import settings
 from megatron_ep_v2.bench.exposed import profiled
 from megatron_ep_v2.fused_a2a import get_buffer
+from megatron_ep_v2.gpus import gpu_ranks
 from megatron_ep_v2.watchdog.watched_buffer import WatchedBuffer
 from tests.helpers.carriers import v2_carrier
 from tests.helpers.harness import isolated, run_ranks
 from tests.helpers.shapes import GPU
 
-RANKS = torch.cuda.device_count()
+RANKS = gpu_ranks()
 AHEAD_CYCLES = 4_000_000  # about 2 ms: until all is queued, on every rank
 
 

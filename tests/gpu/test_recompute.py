@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import megatron_ep_v2
 from megatron_ep_v2.device_checks import read_all
 from megatron_ep_v2.errors import RoutingChangedError
+from megatron_ep_v2.gpus import gpu_ranks
 from tests.gpu.waits import traced
 from tests.helpers.carriers import buffer_class, v2_carrier
 from tests.helpers.compare import relative_errors
@@ -23,7 +24,7 @@ from tests.helpers.recorded_dispatches import alive, recorded
 from tests.helpers.replay_kernels import wrong
 from tests.helpers.shapes import GPU
 
-RANKS = torch.cuda.device_count()
+RANKS = gpu_ranks()
 
 pytestmark = pytest.mark.usefixtures("transformer_engine")
 

@@ -21,6 +21,7 @@ from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.errors import GroupMismatchError
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
+from megatron_ep_v2.gpus import gpu_ranks
 from megatron_ep_v2.watchdog.completion import GpuClock
 from megatron_ep_v2.watchdog.stragglers import Arrival
 from tests.helpers.carriers import v2_carrier
@@ -28,7 +29,7 @@ from tests.helpers.harness import RanksError, isolated, run_ranks
 from tests.helpers.progress import say
 from tests.helpers.stalls import HEAD, standard_error_in
 
-RANKS, CULPRIT = min(4, torch.cuda.device_count()), 1
+RANKS, CULPRIT = min(4, gpu_ranks()), 1
 HIDDEN, TOPK, TOKENS = 512, 4, 128
 LIMIT, PAUSE = 2, 3.6
 ROUNDS = int(os.environ.get("MCORE_DEEPEP_V2_TEST_ROUNDS", "5"))

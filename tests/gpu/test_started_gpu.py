@@ -10,11 +10,12 @@ import torch
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.fused_a2a import finish_dispatch, fused_combine, fused_dispatch, start_dispatch
+from megatron_ep_v2.gpus import gpu_ranks
 from tests.helpers.carriers import buffer_class, v2_carrier
 from tests.helpers.harness import isolated, run_ranks
 from tests.helpers.progress import say
 
-RANKS = torch.cuda.device_count()
+RANKS = gpu_ranks()
 TOKENS, HIDDEN, EXPERTS, TOPK = 128, 512, 4 * max(RANKS, 2), 4
 LATE = 2_000_000_000  # cycles, about a second
 

@@ -16,6 +16,7 @@ import megatron_ep_v2
 from megatron_ep_v2 import sync_free
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.errors import LayoutOverflowError
+from megatron_ep_v2.gpus import gpu_ranks
 from megatron_ep_v2.megatron.qwen3_moe.options import ModelShape, Recipe, TrainerOptions
 from megatron_ep_v2.megatron.qwen3_moe.trainer import Trainer
 from tests.helpers.carriers import v2_carrier
@@ -25,7 +26,7 @@ from tests.helpers.progress import say
 
 T = TypeVar("T")
 
-RANKS = torch.cuda.device_count()
+RANKS = gpu_ranks()
 TOKENS = 128  # of a micro-batch, the most
 SHAPE = ModelShape(
     num_layers=2,

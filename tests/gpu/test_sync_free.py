@@ -15,6 +15,7 @@ from megatron_ep_v2.bench.expert_layer import ExpertLayer, Sizes
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.device_checks import read_all
 from megatron_ep_v2.errors import LayoutOverflowError
+from megatron_ep_v2.gpus import gpu_ranks
 from tests.gpu.waits import traced
 from tests.helpers.carriers import v2_carrier
 from tests.helpers.compare import relative_errors
@@ -23,7 +24,7 @@ from tests.helpers.megatron_layer import hidden_states, make_layer, process_grou
 from tests.helpers.progress import say
 from tests.helpers.shapes import GPU
 
-RANKS = torch.cuda.device_count()
+RANKS = gpu_ranks()
 SIZES = Sizes()
 # bf16 rounds rows, activations, partial sums and sums, each by at most 2**-9; the same numbers in another order.
 TOLERANCE = 1.5e-2

@@ -156,7 +156,7 @@ def exercise(
     destroy: bool = True,
 ) -> dict[Layout, Trace]:
     """Runs in every rank: one batch in several layouts, each through what `factory` gives."""
-    device = torch.device(device_kind, group.rank()) if device_kind == "cuda" else torch.device(device_kind)
+    device = torch.device("cuda", torch.cuda.current_device()) if device_kind == "cuda" else torch.device(device_kind)
     spec = BufferSpec(
         num_max_tokens_per_rank=case.capacity, hidden=case.hidden, num_topk=case.topk, num_experts=case.experts
     )

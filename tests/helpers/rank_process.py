@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_ep_v2.gpus import gpu_of
+
 GRACE = 30.0  # seconds for the other ranks once one has failed
 
 
@@ -76,7 +78,7 @@ def _run_one(
     environment = dict(os.environ)
     os.environ.update(env)
     if backend == "nccl":
-        torch.cuda.set_device(rank)
+        torch.cuda.set_device(gpu_of(rank, size))
     limit = datetime.timedelta(seconds=timeout + GRACE)  # the test process is the judge of time
     store_of_run = dist.FileStore(store, size)
     dist.init_process_group(backend, store=store_of_run, rank=rank, world_size=size, timeout=limit)

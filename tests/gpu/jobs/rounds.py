@@ -17,6 +17,7 @@ import torch.distributed as dist
 import megatron_ep_v2
 from megatron_ep_v2 import settings
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
+from megatron_ep_v2.gpus import gpu_of
 
 # The small shape of conftest.py, so that its kernels are compiled already.
 HIDDEN, LOCAL_EXPERTS, TOPK, TOKENS = 512, 4, 4, 128
@@ -43,7 +44,7 @@ def train_step(fail: str, round_number: int) -> None:
 
 
 def main(carrier: str, rounds: int, fail: str) -> None:
-    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(gpu_of(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])))
     if fail == "never":
         megatron_ep_v2.install(buffer=carrier, num_max_tokens_per_rank=TOKENS)
     else:  # the same without importing Megatron, which takes its time
