@@ -104,7 +104,8 @@ def _choose_device(wanted: str) -> torch.device:
     ranks = gpu_ranks()
     if wanted == "cpu" or (wanted == "auto" and ranks < local_world):
         if wanted == "auto" and ranks and local_rank == 0:
-            gpus = torch.cuda.device_count()
-            print(f"{local_world} processes but {gpus} GPU(s) here: training on the CPU", file=sys.stderr, flush=True)
+            found = f"{local_world} processes but {torch.cuda.device_count()} GPU(s) here: training on the CPU"
+            share = "NCCL_MULTI_RANK_GPU_ENABLE=1 has them share a GPU"
+            print(f"{found}; {share}", file=sys.stderr, flush=True)
         return torch.device("cpu")
     return gpu_of(local_rank, local_world)

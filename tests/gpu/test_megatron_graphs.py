@@ -15,6 +15,10 @@ import pytest
 import torch
 from megatron.core import full_cuda_graph
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.num_microbatches_calculator import (
+    destroy_num_microbatches_calculator,
+    init_num_microbatches_calculator,
+)
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -45,9 +49,9 @@ SHAPE = ModelShape(
     seq_length=TOKENS,
 )
 RECIPE = Recipe(steps=1000, global_batch_size=RANKS, micro_batch_size=1, lr=1e-3, min_lr=1e-4, warmup_steps=10)
-# Step -> its tokens are all the same one, and so are their experts: more rows than the graph has, on the ranks that
-# have those experts.
-ALIKE = {8, 9, 16}
+# In these steps all tokens of a micro-batch are the same one, and so are their experts: more rows than the graph has,
+# on the rank that has most of them.
+ALIKE = {8, 9, 16, 17}
 STEPS = 24
 
 pytestmark = [
@@ -133,7 +137,7 @@ class Job:
 
     def micro_batch(self, step: int, i: int) -> dict[str, torch.Tensor]:
         if step in ALIKE:
-            return {"tokens": torch.full((1, TOKENS + 1), step, device="cuda")}
+            return {"tokens": torch.full((1, TOKENS + 1), 10 * step + i, device="cuda")}
         generator = torch.Generator().manual_seed(1000 * step + 10 * i + self.rank)
         return {"tokens": torch.randint(256, (1, TOKENS + 1), generator=generator).cuda()}
 
@@ -159,10 +163,21 @@ def counted_replays() -> Iterator[list[torch.cuda.CUDAGraph]]:
         yield replayed
 
 
+@contextlib.contextmanager
+def micro_batches(group: Any) -> Iterator[None]:
+    """Their number, where Megatron's graphs of parts ask for it."""
+    size, rank = group.size(), group.rank()
+    init_num_microbatches_calculator(rank, None, size * MICRO_BATCHES, micro_batch_size=1, data_parallel_size=size)
+    try:
+        yield
+    finally:
+        destroy_num_microbatches_calculator()
+
+
 @isolated
 def train(group: Any, fields: dict[str, Any], chosen: dict[str, Any]) -> dict[str, Any]:
     """STEPS steps with settings of `install()`."""
-    with process_groups(), log_records() as records, counted_replays() as replayed:
+    with process_groups(), micro_batches(group), log_records() as records, counted_replays() as replayed:
         megatron_ep_v2.install(
             buffer=v2_carrier(), num_max_tokens_per_rank=TOKENS, experts="grouped", deterministic=True, **chosen
         )

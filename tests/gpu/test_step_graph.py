@@ -140,6 +140,7 @@ def every_kind(group: Any, graph: bool, poison: bool) -> dict[str, Any]:
         say(f"graph={graph}: accumulation and other micro-batches", group)
         for micro_batches, sequences in ((2, 1), (8, 1), (1, 2), (1, 1)):
             job.steps(4, micro_batches, sequences)
+            say(f"graph={graph}: {micro_batches} of {sequences}", group)
         captures = job.trainer.graph.captures if job.trainer.graph else []
         found["captures"] = len(captures)
         found["MiB"] = [taken.pool_bytes / 2**20 for taken in captures]
