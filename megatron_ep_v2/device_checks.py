@@ -140,7 +140,7 @@ def raise_together(error: EPError | None, *groups: ProcessGroup) -> None:
         EPError: See `read_all`.
     """
     if groups:
-        error = _decide_together(error, tuple(map(registered, groups)))
+        error = _decide_together(error, groups)
     if error is not None:
         raise error
 
@@ -186,14 +186,20 @@ def _read(checks: list[DeviceCheck]) -> EPError | None:
     return errors[0] if errors else None
 
 
+def largest(mine: int, *groups: ProcessGroup) -> int:
+    """The largest number that a rank has. Collective over each group in turn, so over all ranks that they reach
+    together. Groups as in `read_all`."""
+    known = [registered(group) for group in groups]
+    number = torch.tensor([mine], device="cpu" if "gloo" in dist.get_backend(known[0]) else "cuda")
+    for group in known:
+        dist.all_reduce(number, dist.ReduceOp.MAX, group=group)
+    return int(number)
+
+
 def _decide_together(error: EPError | None, groups: tuple[ProcessGroup, ...]) -> EPError | None:
     """The error that this rank raises: its own, or one of the most severe class that another rank has."""
     mine = 0 if error is None else 1 + max(n for n, kind in enumerate(_ELSEWHERE) if n == 0 or isinstance(error, kind))
-    on_cpu = "gloo" in dist.get_backend(groups[0])
-    worst = torch.tensor([mine], device="cpu" if on_cpu else "cuda")
-    for group in groups:
-        dist.all_reduce(worst, dist.ReduceOp.MAX, group=group)
-    gravest = int(worst)
+    gravest = largest(mine, *groups)
     if gravest == mine:
         return error
     elsewhere = _ELSEWHERE[gravest - 1](

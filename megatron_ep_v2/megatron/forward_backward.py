@@ -29,7 +29,7 @@ from megatron.core.utils import get_model_config
 from torch.distributed import ProcessGroup
 
 from megatron_ep_v2 import device_checks, sync_free
-from megatron_ep_v2.errors import EPError, EvaluationOverflowError, LayoutOverflowError
+from megatron_ep_v2.errors import EvaluationOverflowError, LayoutOverflowError
 from megatron_ep_v2.megatron.optimizer_step import read_together
 from megatron_ep_v2.megatron.step_state import MicroBatches, StepState
 from megatron_ep_v2.megatron.symbols import Binding
@@ -80,26 +80,8 @@ def all_can_repeat(call: dict[str, Any]) -> bool:
         return mine
     answers = _agreed.setdefault(chunks_of(call)[0], {})
     if mine not in answers:
-        answers[mine] = _on_every_rank(mine)
+        answers[mine] = not device_checks.largest(not mine, *_ranks_of_the_model())
     return answers[mine]
-
-
-def _on_every_rank(mine: bool) -> bool:
-    """Collective over the ranks of the model."""
-    try:
-        device_checks.raise_together(
-            None
-            if mine
-            else EPError(
-                "this rank cannot repeat a step",
-                needed="Megatron's DistributedDataParallel around its chunks of the model",
-                fix="wrap the model on every rank, or repeat steps in a loop of your own",
-            ),
-            *_ranks_of_the_model(),
-        )
-    except EPError:
-        return False
-    return True
 
 
 def _ranks_of_the_model() -> tuple[ProcessGroup, ProcessGroup]:
