@@ -77,7 +77,8 @@ def gpu_tests(name: str, answers: str, tests: str, **more: Any) -> Part:
 
 
 BENCH = "{python} -m megatron_ep_v2 bench --ranks {ranks} --out {rows} "
-LAYERS = BENCH + "--tokens 4096 --repeats 12 --shapes qwen3-30b-a3b deepseek-v3 qwen3-235b-a22b "
+SHAPES = {"30b": "qwen3-30b-a3b", "v3": "deepseek-v3", "235b": "qwen3-235b-a22b"}
+LAYERS = BENCH + "--tokens 4096 --repeats 12 --shapes "
 STEPS = BENCH + "--step --shapes qwen3-30b-a3b --tokens 4096 --repeats 12 "
 TINY = BENCH + "--shapes custom --hidden 256 --experts 8 --topk 3 --tokens 64 --repeats 2 "
 TINY_STEPS = TINY + "--step --expert-ffn 64 --layers 1 "
@@ -99,18 +100,20 @@ QUEUES = MODEL | {"variables": {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}}
 TRAINING: dict[str, Any] = {"packages": ("matplotlib", "tqdm"), "variables": {"TORCHDYNAMO_DISABLE": "1"}}
 STALLS: dict[str, Any] = {
     "variables": {"MCORE_DEEPEP_V2_TEST_ROUNDS": "20", "MCORE_DEEPEP_V2_TEST_FRESH_ROUNDS": "20"},
-    "limit": 600,
+    "limit": 540,
 }
 
 # fmt: off
 PARTS = [
     Part("doctor", "Is this environment usable? With a dispatch on every rank", DOCTOR, DOCTOR, carrier=""),
-    Part("dispatchers", "How far is expanded from its raw calls, at three shapes and SM counts?",
-         LAYERS + "--sms 0,24,32 --variants alltoall+fused-permute raw-{ours}expanded {ours}expanded",
-         TINY + "--variants alltoall raw-{ours}expanded {ours}expanded", limit=540, times=True),
-    Part("hybridep", "HybridEP at the same shapes; alltoall is the row in common with `dispatchers`",
-         LAYERS + "--sms 0,24,32 --variants alltoall+fused-permute hybridep hybridep+fused-permute "
-         "hybridep+permute-inside", limit=540, times=True, carrier="hybridep"),
+    *(Part(f"dispatchers-{short}", f"How far is expanded from its raw calls, at {shape}?",
+           LAYERS + shape + " --sms 0,24,32 --variants alltoall+fused-permute raw-{ours}expanded {ours}expanded",
+           TINY + "--variants alltoall raw-{ours}expanded {ours}expanded" if short == "30b" else "", times=True)
+      for short, shape in SHAPES.items()),
+    *(Part(f"hybridep-{short}", "HybridEP; alltoall is the row in common with `dispatchers`",
+           LAYERS + shape + " --sms 0,24,32 --variants alltoall+fused-permute hybridep hybridep+fused-permute "
+           "hybridep+permute-inside", times=True, carrier="hybridep")
+      for short, shape in SHAPES.items()),
     Part("step", "Whole steps: alltoall and expanded with TEGroupedMLP and grouped experts, and in a CUDA graph",
          STEPS + "--layers 4 --variants alltoall+fused-permute {ours}expanded {ours}sync-free+graph",
          TINY_STEPS + "--variants alltoall {ours}expanded {ours}sync-free", **MODEL),
@@ -134,7 +137,9 @@ PARTS = [
          REDUCED + "--buffer legacy --permute-fusion", carrier="legacy", **TRAINING),
     Part("train-plot", "The losses of these runs, of all environments, in one plot",
          PLOT, PLOT, carrier="", packages=("matplotlib",)),
-    Part("all", "Every dispatcher that is installed", LAYERS, TINY, limit=900, times=True, carrier=""),
+    *(Part(f"all-{short}", "Every dispatcher that is installed",
+           LAYERS + shape, TINY if short == "30b" else "", times=True)
+      for short, shape in SHAPES.items()),
     gpu_tests("stalls", "The watchdog names a late rank, 20 of 20 times", "test_stalls.py -k late_rank", **STALLS),
     gpu_tests("stalls-fresh", "Ranks that exit or go another way, 20 of 20 times in new processes",
               "test_stalls.py -k 'not late_rank'", **STALLS),
@@ -189,7 +194,7 @@ from megatron_ep_v2.probe import probe
 found, gpus = probe(), torch.cuda.device_count() if torch.cuda.is_available() else 0
 hybridep = hasattr(sys.modules.get("deep_ep"), "HybridEPBuffer")
 ours = CARRIERS[gpus and found.v2_carrier or REFERENCE]
-has = {"v2": found.v2_carrier or not gpus, "legacy": gpus and found.have_deep_ep, "hybridep": gpus and hybridep}
+has = {"v2": found.v2_carrier or not gpus, "legacy": found.v2_carrier and found.have_deep_ep, "hybridep": hybridep}
 name = f"deepep-{ours.generation}" if ours.is_v2 else "hybridep" if hybridep else "without-deepep"
 print(json.dumps({
     "name": name if gpus else "cpu", "header": report.environment(""), "ranks": gpu_ranks() if gpus else 2,
@@ -238,7 +243,9 @@ class Call:
         folder = options.results.resolve()
         self.folder = folder.relative_to(ROOT) if folder.is_relative_to(ROOT) else folder
         self.mark, self._file = f"{MARK}={folder}", folder / "state.json"
-        self.state: dict[str, dict[str, Any]] = json.loads(self._file.read_text()) if self._file.exists() else {}
+        self.state: dict[str, dict[str, Any]] = {}
+        if self._file.exists():
+            self.state = json.loads(self._file.read_text())
         self.parts = sorted(parts, key=lambda part: self._is("failed", part))
         self.deadline = time.monotonic() + 60 * options.budget
         self.outcomes: list[tuple[str, str, float | None, str]] = []
@@ -249,20 +256,23 @@ class Call:
     def _path(self, part: Part, suffix: str) -> Path:
         return self.folder / self.here.name / f"{part.name}{suffix}"
 
-    def command(self, part: Part) -> list[str]:
-        """The words of a part's command. {runs}: NAME=FOLDER of all training that is done, on the CPU or on GPUs."""
-        runs = [
+    def _runs(self) -> list[str]:
+        """NAME=FOLDER of all training that is done; that on the CPU and that on GPUs apart."""
+        return [
             f"{key.replace('train-', '')}={self.folder / key}"
             for key, entry in self.state.items()
-            if "/train-" in key and entry.get("status") == "done" and not key.endswith("-plot")
+            if "/train-" in key and not key.endswith("-plot") and entry.get("status") == "done"
             if key.startswith("cpu/") == (self.here.gpus == 0)
         ]
-        words = {"python": sys.executable, "ranks": self.ranks, "ours": self.here.ours, "runs": ""}
+
+    def command(self, part: Part) -> list[str]:
+        """The words of a part's command."""
+        words = {"python": sys.executable, "ranks": self.ranks, "ours": self.here.ours}
         words |= {"rows": self._path(part, ".jsonl"), "out": self._path(part, "")}
         words |= {"machine": f"{self.here.machine}, {self.commit}"}
         command: list[str] = []
         for word in shlex.split(part.command if self.here.gpus else part.cpu):
-            command += runs if word == "{runs}" else [word.format(**words)]
+            command += self._runs() if word == "{runs}" else [word.format(**words)]
         return command
 
     def _identity(self, part: Part) -> dict[str, str]:
@@ -275,7 +285,7 @@ class Call:
         return (self._identity(part) | {"status": status}).items() <= self._entry(part).items()
 
     def reason_to_skip(self, part: Part) -> str:
-        """ "" = it runs."""
+        """Empty where it runs."""
         here, entry, left = self.here, self._entry(part), self.deadline - time.monotonic()
         missing = [package for package in part.packages if package not in here.packages]
         usual = entry.get("usual", part.limit)
@@ -291,7 +301,7 @@ class Call:
             return "ranks share a GPU, and times mean nothing (--share: run it all the same)"
         if part.megatron_lm and not (self.options.megatron_lm and (self.options.megatron_lm / "tests").is_dir()):
             return "needs --megatron-lm FOLDER, a source tree of Megatron-LM"
-        if "{runs}" in part.command and not any("/train-" in word for word in self.command(part)[2:3]):
+        if "{runs}" in part.command and not self._runs():
             return "needs a run of train-expanded or another, and none is done"
         if self._is("done", part) and part.name not in self.options.again:
             return f"done at {entry['commit']} in {entry['seconds']} s"
@@ -303,7 +313,8 @@ class Call:
                 self.outcomes.append(("skipped", part.name, None, why))
                 continue
             print(f"{part.name}: at most {part.limit:.0f} s; {self._path(part, '.log')}", flush=True)
-            entry, start, status = self._entry(part), time.monotonic(), "interrupted"
+            entry, start = self._entry(part), time.monotonic()
+            status, why = "interrupted", "runs again in the next call"
             entry |= self._identity(part) | {"status": status}
             self._save()
             try:
@@ -331,25 +342,26 @@ class Call:
         log.parent.mkdir(parents=True, exist_ok=True)
         if rows.exists():  # no row of another run may stand for this one
             rows.replace(rows.with_suffix(".before.jsonl"))
-        caches, name = Path.home() / ".cache" / "gpu_tables" / self.here.name, self.mark.partition("=")
-        variables = {
-            # Environments have different versions of torch: no compiled kernel of one for another.
-            **{"TRITON_CACHE_DIR": f"{caches}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"},
-            **{"EP_JIT_CACHE_DIR": f"{caches}/deep_ep", **os.environ, **part.variables},
-            **{"NO_VCS_VERSION": "1", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1", name[0]: name[2]},
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-            **({} if self.here.gpus else {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}),
-        }
+        # Environments have different versions of torch: no compiled kernel of one for another.
+        caches = Path.home() / ".cache" / "gpu_tables" / self.here.name
+        variables = {"TRITON_CACHE_DIR": f"{caches}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{caches}/inductor"}
+        variables |= {"EP_JIT_CACHE_DIR": f"{caches}/deep_ep"} | os.environ | part.variables
+        variables |= {"NO_VCS_VERSION": "1", "PYTHONUNBUFFERED": "1", "PYTHONFAULTHANDLER": "1"}
+        variables |= {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+        variables |= {} if self.here.gpus else {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        name, _, value = self.mark.partition("=")
+        variables[name] = value
         where = self.options.megatron_lm if part.megatron_lm else ROOT
         with log.open("w") as output:
             output.write(f"$ {self._entry(part)['command']}\n")
             output.flush()
             streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT}
             process = subprocess.Popen(self.command(part), cwd=where, env=variables, **streams)
+            hangs = False
             try:
-                hangs = process.wait(part.limit) is None
+                process.wait(part.limit)
             except subprocess.TimeoutExpired:
-                hangs = True
+                hangs = True  # Python's fault handler writes the stacks when it is aborted
             finally:
                 end(self.mark, signal.SIGABRT if hangs else signal.SIGTERM, signal.SIGKILL)
                 process.wait()
@@ -358,6 +370,8 @@ class Call:
             return "failed", f"hangs: it takes longer than {part.limit:.0f} s; the stacks are in {log}"
         if process.returncode:
             return "failed", "\n".join([f"exit status {process.returncode}; {log}", *lines[-6:]])
+        if self.here.gpus and "pytest" in part.packages and not any(" passed" in line for line in lines):
+            return "failed", f"no test has run; {log}"
         return "done", "" if lines[-1].startswith("{") else lines[-1]
 
     def summary(self) -> str:
@@ -365,7 +379,7 @@ class Call:
         for status in ("done", "skipped", "interrupted", "failed"):
             for _, name, seconds, why in (each for each in self.outcomes if each[0] == status):
                 says = why.replace("\n", "\n    | ")
-                lines.append(f"{status:<12} {name:<14} {'' if seconds is None else f'{seconds:.0f} s':>6}  {says}")
+                lines.append(f"{status:<12} {name:<16} {'' if seconds is None else f'{seconds:.0f} s':>6}  {says}")
         return "\n".join(lines)
 
     def listing(self) -> str:
@@ -374,14 +388,14 @@ class Call:
             usual = self._entry(part).get("usual")
             time_needed = f"{usual:.0f} s the last time" if usual else f"at most {part.limit:.0f} s"
             lines += [
-                f"{part.name:<15}{part.answers}",
-                f"{'':<15}{self.reason_to_skip(part) or f'runs, {time_needed}'}",
+                f"{part.name:<17}{part.answers}",
+                f"{'':<17}{self.reason_to_skip(part) or f'runs, {time_needed}'}",
             ]
         return "\n".join(lines)
 
 
 def marked(mark: str) -> set[int]:
-    """Processes that were started with `NAME=VALUE` in their environment, whatever their session and parent."""
+    """Processes that were started with `NAME=VALUE` in their environment, in whatever session."""
     pids = set()
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
@@ -402,8 +416,15 @@ def end(mark: str, *signals: int) -> None:
             time.sleep(0.05)
 
 
-def interrupt(number: int, frame: object) -> None:
-    raise KeyboardInterrupt
+def prepare() -> None:
+    """This process: signals end it as Ctrl-C does, and an aborted rank leaves its stacks, but no core file."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
 
 def main(
@@ -436,9 +457,6 @@ def main(
             print(call.listing())
             return 0
         end(call.mark, signal.SIGTERM, signal.SIGKILL)  # what a call that was killed has left
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, interrupt)
-        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
         try:
             call.run()
         except KeyboardInterrupt:
@@ -449,4 +467,5 @@ def main(
 
 
 if __name__ == "__main__":
+    prepare()
     sys.exit(main())
