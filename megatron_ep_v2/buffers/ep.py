@@ -24,6 +24,10 @@ from megatron_ep_v2.settings import Settings
 
 logger = logging.getLogger("megatron_ep_v2")
 
+# For transfers of redundant experts, what deep_ep 2.5.0 takes on H200. It asks nvidia-smi for the speed of NVLink, and
+# without an answer it comes to 0 SMs, with which its call fails.
+_TRANSFER_SMS = 10
+
 
 class EPBuffer(Starter, ElasticBuffer):
     """An expert-parallel buffer on DeepEP's `EPBuffer`; `contract.DeferringBuffer` documents the calls, `ElasticBuffer`
@@ -48,6 +52,7 @@ class EPBuffer(Starter, ElasticBuffer):
         if self._region is not None:
             self._slots = carve(self._redundancy(), self._region)
             self.num_bytes += self._region.numel()
+            self._transfer_sms: int = self._buffer.lb_get_theoretical_num_sms() or _TRANSFER_SMS
             in_reach = getattr(self._buffer, "num_nvlink_ranks", group.size())
             if in_reach != group.size():
                 raise UnavailableError(
@@ -97,7 +102,8 @@ class EPBuffer(Starter, ElasticBuffer):
         check_group_open(self.group)
         check_prefetch(self.group, redundancy, own, slots, weights, mapping)
         call = memory_left_as_it_is(self._buffer.lb_prefetch_weights)
-        return _Event(call(list(slots.weights), [w.detach() for w in weights], self._on_device(mapping)))
+        moved = list(slots.weights), [w.detach() for w in weights], self._on_device(mapping)
+        return _Event(call(*moved, num_sms=self._transfer_sms))
 
     def reduce_grads(self, slot_grads: torch.Tensor, grads: torch.Tensor, mapping: torch.Tensor) -> Transfer:
         """See `contract.RedundantBuffer.reduce_grads`. Raises as `prefetch_weights`."""
@@ -112,7 +118,8 @@ class EPBuffer(Starter, ElasticBuffer):
                 fix="train in bf16 (--bf16)",
             )
         call = memory_left_as_it_is(self._buffer.lb_reduce_grads)
-        return _Event(call(slot_grads.flatten(1), grads.view(len(grads), -1), self._on_device(mapping)))
+        moved = slot_grads.flatten(1), grads.view(len(grads), -1), self._on_device(mapping)
+        return _Event(call(*moved, num_sms=self._transfer_sms))
 
     def destroy(self) -> None:
         """See `ElasticBuffer.destroy`. The slots are gone with it."""

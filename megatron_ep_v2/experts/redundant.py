@@ -325,7 +325,9 @@ class _Home:
             main_grad = None  # the hook that replaces it next would lose what is added now
         self._fused_into = main_grad if fused else None
         self._apart: torch.Tensor | None = None  # what arrives, if not added to main_grad
-        if main_grad is not None and main_grad.dtype == slot_grads.dtype and main_grad.is_contiguous():
+        # DeepEP's kernel adds 16 bytes at a time; Megatron's DDP aligns gradients for its distributed optimizer alone.
+        fits = main_grad is not None and main_grad.dtype == slot_grads.dtype and main_grad.is_contiguous()
+        if main_grad is not None and fits and main_grad.data_ptr() % 16 == 0:
             target = main_grad.view(parameter.shape)
         else:
             make = torch.zeros if self._is_home else torch.empty  # nothing arrives on other ranks

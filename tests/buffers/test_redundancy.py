@@ -221,18 +221,21 @@ class FakeAllocator:
 class FakeBuffer:
     """DeepEP's class as far as these calls go."""
 
-    num_bytes, num_allocated_qps, num_nvlink_ranks = 100, 0, 2
+    num_bytes, num_allocated_qps, num_nvlink_ranks, transfer_sms = 100, 0, 2, 8
 
     def __init__(self, group: Any, **options: Any):
         self.options, self.calls = options, []
         self.get_comm_stream, self.get_theoretical_num_sms = object, lambda *_: 14
+        self.lb_get_theoretical_num_sms, self.sms = lambda: self.transfer_sms, set()
 
-    def lb_prefetch_weights(self, *arguments: Any) -> Any:
+    def lb_prefetch_weights(self, *arguments: Any, num_sms: int) -> Any:
         self.calls.append(("prefetch", arguments))
+        self.sms.add(num_sms)
         return types.SimpleNamespace(current_stream_wait=lambda: self.calls.append(("waited", ())))
 
-    def lb_reduce_grads(self, *arguments: Any) -> Any:
+    def lb_reduce_grads(self, *arguments: Any, num_sms: int) -> Any:
         self.calls.append(("reduce", arguments))
+        self.sms.add(num_sms)
         return types.SimpleNamespace(current_stream_wait=lambda: self.calls.append(("waited", ())))
 
 
@@ -275,6 +278,16 @@ def test_deep_ep_gets_slots_of_its_region_and_flat_gradients() -> None:
     _, (slot_grads, grads, mapping) = calls[2]
     assert slot_grads.shape == (1, 16) and slot_grads.data_ptr() == slots.grads[1].data_ptr()
     assert grads.shape == (LOCAL, 16) and grads.data_ptr() == main_grad.data_ptr()
+    assert buffer._buffer.sms == {8}
+
+
+def test_where_nvidia_smi_does_not_know_nvlink_deep_ep_gets_an_sm_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeBuffer, "transfer_sms", 0)
+    buffer = make(ep.EPBuffer)
+    slots = buffer.slots()
+    buffer.prefetch_weights(slots, WEIGHTS, ON_TWO).wait()
+    buffer.reduce_grads(slots.grads[1], torch.zeros(LOCAL, 4, 4), ON_TWO).wait()
+    assert buffer._buffer.sms == {10}
 
 
 def test_what_deep_ep_does_not_check_is_refused_before_it_is_called() -> None:

@@ -9,6 +9,7 @@ deep_ep compiles a kernel for each new shape in 2.5 s, on all ranks at once, so 
 | small, 8 bits | 512 | 4 | 4 R | 128 | 10 | fp8, buffers: 4 words of scales, whether fp32 or mxfp8 |
 | small, another R | 512 | 4 | 4 R | 128 | 15 each | buffers on 4 and 2 of 8 GPUs, on 2 of 4 |
 | other scales | 1024 | 4 | 4 R | 128 | 14 | buffers: UE8M0 for 128 columns |
+| small, replica slots | 512 | 4 | (4 + slots) R | 128 | 10 each | redundant: 1 and 2 slots |
 | large batch | 512 | 8 | 8 R | 128 | 14 | buffers |
 | real | 2048 | 8 | 128 | 4096 | 11 | moe_layer, overlap, recompute, sync_free, deterministic |
 | decode | 2048 | 8 | 128 | the bucket | 4 each | decode |

@@ -26,7 +26,19 @@ from megatron_ep_v2.watchdog.call_log import ENTERED
 from megatron_ep_v2.watchdog.call_log import KINDS as CALLS
 from tests.helpers.harness import run_ranks
 from tests.helpers.megatron_layer import process_groups
-from tests.helpers.redundant_layer import add_layer, build, dense, inputs, install, routing, step, watched
+from tests.helpers.redundant_layer import (
+    BF16,
+    add_layer,
+    against_dense,
+    build,
+    check_steps,
+    dense,
+    inputs,
+    install,
+    routing,
+    step,
+    watched,
+)
 from tests.helpers.reports import attempt
 from tests.helpers.shapes import CPU, Shape
 
@@ -231,6 +243,13 @@ def test_layers_and_micro_batches_share_the_slots_and_each_step_left_out_is_seen
         assert any(worst[name][output] > 1e-3 for output in outputs), name
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("slots", [1, 2])
+def test_steps_with_changed_plans_against_fp64(slots: int) -> None:
+    """What `tests/gpu/test_redundant_gpu.py` does on GPUs."""
+    check_steps(run_ranks(2, against_dense, replace(BF16, hidden=128, ffn=64), slots))
+
+
 # ----------------------------------------------------------------------------------------------- variants of one layer
 
 
@@ -344,6 +363,35 @@ def test_what_comes_home_is_added_once_wherever_gradients_are_kept() -> None:
         for name, errors in found.items():
             for linear, error in errors.items():
                 assert error < (2e-2 if "bfloat16" in name else 1e-5), (name, linear, error)
+
+
+def unaligned(group: Any) -> tuple[float, list[int]]:
+    """The largest difference of a `main_grad` in the middle of a buffer to autograd's gradient; and where, modulo 16,
+    DeepEP would have added."""
+    topk_idx = torch.tensor([[3, 5, 6] if token % 4 == 0 else [0, 1, 2] for token in range(40 - group.rank())])
+    shape = replace(CPU, hidden=16, ffn=8)
+    x, grad = inputs(shape, len(topk_idx))
+    offsets, theirs = [], ReferenceBuffer.reduce_grads
+
+    def noting(self: Any, slot_grads: torch.Tensor, grads: torch.Tensor, mapping: torch.Tensor) -> Any:
+        offsets.append(grads.data_ptr() % 16)
+        return theirs(self, slot_grads, grads, mapping)
+
+    with process_groups(), pytest.MonkeyPatch.context() as patch:
+        wanted = step(build(shape, "grouped", topk_idx, 0), x, grad)
+        patch.setattr(ReferenceBuffer, "reduce_grads", noting)
+        layer = build(shape, "grouped", topk_idx, 2)
+        weight = layer.experts.linear_fc1.weight
+        main_grad = torch.zeros(weight.numel() + 1)[1:].view(weight.shape)
+        collect_gradient(weight, main_grad)
+        layer(x)[0].backward(grad)
+    return difference(main_grad, wanted["experts.linear_fc1.weight"]), offsets
+
+
+def test_a_main_grad_that_is_not_aligned_is_not_given_to_the_kernel() -> None:
+    """As in Megatron's DDP without the distributed optimizer, where a parameter of odd size comes before."""
+    for error, offsets in run_ranks(2, unaligned):
+        assert error < 1e-5 and offsets == [0, 0]
 
 
 def logged(group: Any) -> list[list[str]]:
