@@ -80,6 +80,13 @@ def whole_gradient(
     return grad.contiguous()
 
 
+def order(tensor: torch.Tensor, number: int) -> None:
+    """Set when the backward of the node that made a tensor runs: of the nodes that can run, autograd takes the one with
+    the highest number. A tensor without a node is left as it is."""
+    if tensor.grad_fn is not None:
+        tensor.grad_fn._set_sequence_nr(number)  # type: ignore[attr-defined]
+
+
 def save_handle(ctx: HandleContext, handle: Handle, routings: Routings | None) -> None:
     """In a dispatch's forward: keep the handle for its backward and for the combine's. Saves one tensor.
 

@@ -11,7 +11,14 @@ import torch
 from megatron_ep_v2.errors import EPError
 from megatron_ep_v2.experts.groups import Groups
 from megatron_ep_v2.experts.mlp import swiglu_experts
-from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
+from megatron_ep_v2.fused_a2a import (
+    finish_combine,
+    finish_dispatch,
+    fused_combine,
+    fused_dispatch,
+    start_combine,
+    start_dispatch,
+)
 from megatron_ep_v2.layouts import gather_rows, gather_weights, place_contiguous, reduce_rows
 from tests.helpers.harness import isolated, run_ranks
 
@@ -30,10 +37,17 @@ def second(function: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) ->
 
 
 @isolated
-def exchange(group: Any, do_expand: bool) -> tuple[str, torch.Tensor]:
+def exchange(group: Any, do_expand: bool, started: bool) -> tuple[str, torch.Tensor]:
     """A penalty on the square of y = 2x, and the second gradient of a loss that is linear in x."""
 
     def doubled(x: torch.Tensor) -> torch.Tensor:
+        if started:
+            dispatch = start_dispatch(x, TOPK_IDX, torch.ones(6, 2).double(), 4, group)
+            assert dispatch is not None
+            rows, _, _, handle = finish_dispatch(dispatch)
+            combine = start_combine(rows, group, handle)
+            assert combine is not None
+            return finish_combine(combine)
         rows, idx, _, _, handle = fused_dispatch(x, TOPK_IDX, torch.ones(6, 2).double(), 4, group, do_expand=do_expand)
         if not do_expand:  # one row a rank stands for as many selections as it has
             rows = rows * (idx >= 0).sum(1, keepdim=True)
@@ -46,9 +60,9 @@ def exchange(group: Any, do_expand: bool) -> tuple[str, torch.Tensor]:
     return said, none
 
 
-@pytest.mark.parametrize("do_expand", [False, True])
-def test_a_penalty_through_dispatch_and_combine(do_expand: bool) -> None:
-    for said, of_a_constant in run_ranks(2, exchange, do_expand):
+@pytest.mark.parametrize(("do_expand", "started"), [(False, False), (True, False), (True, True)])
+def test_a_penalty_through_dispatch_and_combine(do_expand: bool, started: bool) -> None:
+    for said, of_a_constant in run_ranks(2, exchange, do_expand, started):
         assert "gradient of a gradient" in said and "alltoall" in said
         assert not of_a_constant.any()  # 2 has no gradient, and nothing is refused
 

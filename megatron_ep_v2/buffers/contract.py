@@ -231,14 +231,16 @@ class Buffer(Protocol):
         """Release everything. A second call does nothing."""
 
 
-# What `Buffer.dispatch` returns.
+# What `Buffer.dispatch` and `Buffer.combine` return.
 Dispatched: TypeAlias = tuple[Payload, torch.Tensor | None, torch.Tensor | None, Handle, object]
+Combined: TypeAlias = tuple[torch.Tensor, torch.Tensor | None, object]
 
 
 class DeferringBuffer(Buffer, Protocol):
-    """A buffer whose first dispatch can be started without a wait on the host (DeepEP 2.5's `defer_epilogue`).
+    """A buffer whose calls can be started without a wait on the host or the current stream (DeepEP 2.5's
+    `defer_epilogue`).
 
-    It has one started dispatch at most: every other call of the buffer finishes it first, so that its rows are not
+    It has one started call at most: every other call of the buffer finishes it first, so that its rows are not
     overwritten, and its result is kept. The inputs must not change until it is finished.
     """
 
@@ -246,10 +248,12 @@ class DeferringBuffer(Buffer, Protocol):
         self,
         x: Payload,
         *,
-        topk_idx: torch.Tensor,
+        topk_idx: torch.Tensor | None = None,
         topk_weights: torch.Tensor | None = None,
-        num_experts: int,
+        num_experts: int | None = None,
         expert_alignment: int | None = None,
+        num_sms: int = 0,
+        handle: Handle | None = None,
         do_expand: bool = False,
         do_zero_padding: bool = False,
     ) -> Pending[Dispatched]:
@@ -259,6 +263,17 @@ class DeferringBuffer(Buffer, Protocol):
             What `wait` of it returns is what `dispatch` would have: it waits for the counts, and copies the rows on the
             stream that is current then.
         """
+
+    def start_combine(
+        self,
+        x: torch.Tensor,
+        handle: Handle,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        num_sms: int = 0,
+    ) -> Pending[Combined]:
+        """Start a combine. Arguments as for `combine`, whose result `wait` returns: it sums the rows on the stream that
+        is current then."""
 
 
 @dataclass(eq=False)

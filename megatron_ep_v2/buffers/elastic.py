@@ -163,8 +163,13 @@ class ElasticBuffer:
         topk_weights: torch.Tensor | None = None,
         *,
         num_sms: int = 0,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, object]:
-        """See `contract.Buffer.combine`. Raises InputError and ClosedError before any kernel runs."""
+        **more: Any,
+    ) -> Any:
+        """See `contract.Buffer.combine`. Raises InputError and ClosedError before any kernel runs.
+
+        Args:
+            **more: As in `dispatch`.
+        """
         self._check_ready()
         check_combine(x, handle, topk_weights, self.group)
         self._check_rows(x, torch.bfloat16)
@@ -173,6 +178,7 @@ class ElasticBuffer:
             handle,
             topk_weights=topk_weights,
             num_sms=num_sms,  # 0 is the handle's own
+            **more,
         )
 
     def destroy(self) -> None:

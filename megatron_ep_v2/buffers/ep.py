@@ -13,7 +13,16 @@ from torch.distributed import ProcessGroup
 
 from megatron_ep_v2.buffers.carriers import CARRIERS
 from megatron_ep_v2.buffers.checks import check_group_open
-from megatron_ep_v2.buffers.contract import BufferSpec, Dispatched, Payload, Redundancy, Slots, Transfer
+from megatron_ep_v2.buffers.contract import (
+    BufferSpec,
+    Combined,
+    Dispatched,
+    Handle,
+    Payload,
+    Redundancy,
+    Slots,
+    Transfer,
+)
 from megatron_ep_v2.buffers.deep_ep import memory_left_as_it_is
 from megatron_ep_v2.buffers.elastic import ElasticBuffer
 from megatron_ep_v2.buffers.pending import Pending, Starter
@@ -83,6 +92,20 @@ class EPBuffer(Starter, ElasticBuffer):
     def start_dispatch(self, x: Payload, **arguments: Any) -> Pending[Dispatched]:
         """See `contract.DeferringBuffer.start_dispatch`. Raises as `dispatch`. deep_ep's event keeps the inputs."""
         event = self.dispatch(x, **arguments, async_with_compute_stream=True, defer_epilogue=True)
+        return self._start(lambda: (*memory_left_as_it_is(event.current_stream_wait)(), event))
+
+    def start_combine(
+        self,
+        x: torch.Tensor,
+        handle: Handle,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        num_sms: int = 0,
+    ) -> Pending[Combined]:
+        """See `contract.DeferringBuffer.start_combine`. Raises as `combine`. deep_ep's event keeps the inputs."""
+        event: Any = self.combine(
+            x, handle, topk_weights, num_sms=num_sms, async_with_compute_stream=True, defer_epilogue=True
+        )
         return self._start(lambda: (*memory_left_as_it_is(event.current_stream_wait)(), event))
 
     def _check_ready(self) -> None:

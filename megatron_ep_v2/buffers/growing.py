@@ -20,7 +20,16 @@ import torch.distributed as dist
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers.checks import CAPACITY_VARIABLE, check_group_open
-from megatron_ep_v2.buffers.contract import Buffer, BufferSpec, DeferringBuffer, Dispatched, Handle, Payload, Slots
+from megatron_ep_v2.buffers.contract import (
+    Buffer,
+    BufferSpec,
+    Combined,
+    DeferringBuffer,
+    Dispatched,
+    Handle,
+    Payload,
+    Slots,
+)
 from megatron_ep_v2.buffers.pending import Pending, Starter
 
 logger = logging.getLogger("megatron_ep_v2")
@@ -76,8 +85,8 @@ class GrowingBuffer(Starter):
         return answer
 
     def start_dispatch(self, x: Payload, **arguments: Any) -> Pending[Dispatched]:
-        """See `contract.DeferringBuffer.start_dispatch`. The all-reduce of the capacity waits on the host. Raises as
-        `dispatch`."""
+        """See `contract.DeferringBuffer.start_dispatch`. Without a handle, the all-reduce of the capacity waits on the
+        host. Raises as `dispatch`."""
         made = self._chosen(x, arguments)
         pending = cast(DeferringBuffer, made.buffer).start_dispatch(x, **arguments)
 
@@ -108,6 +117,14 @@ class GrowingBuffer(Starter):
         made = self._maker(handle)
         made.captured |= _captured(x)
         return made.buffer.combine(x, handle, topk_weights, **arguments)
+
+    def start_combine(
+        self, x: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None = None, **arguments: Any
+    ) -> Pending[Combined]:
+        """See `contract.DeferringBuffer.start_combine`."""
+        self._finish_started()
+        buffer = cast(DeferringBuffer, self._maker(handle).buffer)
+        return self._start(buffer.start_combine(x, handle, topk_weights, **arguments).wait)
 
     def prefetch_weights(self, slots: Slots, weights: Sequence[torch.Tensor], mapping: torch.Tensor) -> Any:
         """See `contract.RedundantBuffer.prefetch_weights`; on the buffer that the slots belong to. `slots()` are the

@@ -1,15 +1,20 @@
-"""Dispatches that were started: the host goes on, and waits for the counts when it needs the rows."""
+"""Calls that were started: the host goes on, and waits for the result when it needs it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
+
+import torch
 
 T = TypeVar("T")
 
 
 class Pending(Generic[T]):
     """The result of a call that was started.
+
+    On a GPU the streams that start it, finish it and take its result may be three: each waits for the one before, and
+    the result's memory is not reused before the streams that started it and took it are done with it.
 
     Args:
         finish: Finishes the call; called once, on the stream that is current then.
@@ -19,6 +24,8 @@ class Pending(Generic[T]):
         self._finish: Callable[[], T] | None = finish
         self._result: list[T] = []
         self._error: BaseException | None = None
+        self._started_on = _current_stream()
+        self._finished_on: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
 
     def finish(self) -> None:
         """Finish the call and keep its result. A second call does nothing."""
@@ -30,6 +37,24 @@ class Pending(Generic[T]):
         except BaseException as error:
             self._error = error
             raise
+        stream, started_on = _current_stream(), self._started_on
+        if stream is not None:
+            event = torch.cuda.Event()
+            event.record(stream)
+            self._finished_on = stream, event
+            if started_on is not None and started_on != stream:
+                _record(self._result[0], started_on)  # later calls with the handle come from there
+
+    def follow(self) -> bool:
+        """Let the current stream wait for the end of the call, once finished. Returns whether it had to."""
+        if self._finished_on is None:
+            return False
+        stream, event = self._finished_on
+        current = torch.cuda.current_stream()
+        if current == stream:
+            return False
+        current.wait_event(event)
+        return True
 
     def wait(self) -> T:
         """Finish the call and hand its result over, once.
@@ -40,7 +65,10 @@ class Pending(Generic[T]):
         self.finish()
         if self._error is not None:
             raise self._error
-        return self._result.pop()
+        result = self._result.pop()
+        if self.follow():
+            _record(result, torch.cuda.current_stream())
+        return result
 
 
 class Starter:
@@ -58,3 +86,29 @@ class Starter:
         started, self._started = self._started, None
         if started is not None:
             started.finish()
+            started.follow()  # it may have been finished on another stream than the call's
+
+
+def _current_stream() -> torch.cuda.Stream | None:
+    """None where CUDA is not in use."""
+    return torch.cuda.current_stream() if torch.cuda.is_initialized() else None
+
+
+def _record(result: object, stream: torch.cuda.Stream) -> None:
+    """Keep the memory of a call's result until a stream has run what it has been given so far."""
+    for tensor in _tensors(result):
+        tensor.record_stream(stream)
+
+
+def _tensors(result: object) -> Iterator[torch.Tensor]:
+    """The tensors on a GPU in a tuple, and in the attributes of a handle there."""
+    if isinstance(result, torch.Tensor):
+        if result.is_cuda:
+            yield result
+    elif isinstance(result, tuple):
+        for each in result:
+            yield from _tensors(each)
+    elif hasattr(result, "topk_idx"):
+        for each in vars(result).values():
+            if isinstance(each, torch.Tensor):
+                yield from _tensors(each)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,7 @@ from megatron_ep_v2.buffers.checks import (
     compare_over_group,
     raise_refusals,
 )
-from megatron_ep_v2.buffers.contract import BufferSpec, Dispatched, Payload, Redundancy, Slots, Transfer
+from megatron_ep_v2.buffers.contract import BufferSpec, Combined, Dispatched, Payload, Redundancy, Slots, Transfer
 from megatron_ep_v2.buffers.limits import check_contiguous, check_limits, check_rows, check_selections
 from megatron_ep_v2.buffers.pending import Pending
 from megatron_ep_v2.buffers.redundancy import (
@@ -45,6 +45,8 @@ from megatron_ep_v2.buffers.redundancy import (
 )
 from megatron_ep_v2.errors import ClosedError, EPError, InputError
 from megatron_ep_v2.settings import Settings, active
+
+T = TypeVar("T")
 
 
 class ReferenceBuffer:
@@ -184,8 +186,13 @@ class ReferenceBuffer:
     def start_dispatch(self, x: Payload, **arguments: Any) -> Pending[Dispatched]:
         """See `contract.DeferringBuffer.start_dispatch`. The exchange runs at once, so that a rank which refuses its
         input is heard of; the rows are handed over at the wait."""
-        dispatched = self.dispatch(x, **arguments)
-        return Pending(lambda: dispatched)
+        return _has_run(self.dispatch(x, **arguments))
+
+    def start_combine(
+        self, x: torch.Tensor, handle: ReferenceHandle, topk_weights: torch.Tensor | None = None, **arguments: Any
+    ) -> Pending[Combined]:
+        """See `contract.DeferringBuffer.start_combine`. As `start_dispatch`."""
+        return _has_run(self.combine(x, handle, topk_weights, **arguments))
 
     def combine(
         self,
@@ -325,6 +332,13 @@ class ReferenceBuffer:
         if self._destroyed:
             raise ClosedError("this reference buffer was destroyed", fix="ask get_buffer() for a new one")
         check_group_open(self.group)
+
+
+def _has_run(result: T) -> Pending[T]:
+    """A call that has run on the current stream."""
+    pending = Pending(lambda: result)
+    pending.finish()
+    return pending
 
 
 # ----------------------------------------------------------------------------------------------------- header of a call

@@ -24,6 +24,8 @@ class Groups:
         alignment: Each size is a multiple of this.
         used: One int32 on the device: rows from this one on are unowned. None = there are none.
         num_rows: P.
+        rows_node: Number of the autograd node that the rows come from, if the weights' gradients are to be computed
+            after its backward has run; None = as soon as they can be.
     """
 
     ends: torch.Tensor
@@ -31,6 +33,7 @@ class Groups:
     alignment: int
     used: torch.Tensor | None
     num_rows: int
+    rows_node: int | None = None
 
     @classmethod
     def from_places(cls, places: Places) -> Groups:
@@ -45,7 +48,7 @@ class Groups:
         Args:
             tokens_per_expert: [L] integers. On the CPU with rows on a GPU, their sum must be P; else P at most. On the
                 device, an attribute `alignment` says that each is a multiple of it, and `ends`, [L] int32, has their
-                running sum.
+                running sum. An attribute `rows_node` is that of `Groups`.
             rows: [P, H].
 
         Raises:
@@ -71,7 +74,8 @@ class Groups:
             ends = ends.to(rows.device, non_blocking=True)  # the driver stages it: no wait, and the source may be freed
         tail = ends[-1] if used < num_rows else None
         alignment = math.gcd(CONTIGUOUS_ALIGNMENT, *sizes)  # as far as a backend may ask for
-        return cls(ends=ends, sizes=sizes, alignment=alignment, used=tail, num_rows=num_rows)
+        node: int | None = getattr(tokens_per_expert, "rows_node", None)
+        return cls(ends=ends, sizes=sizes, alignment=alignment, used=tail, num_rows=num_rows, rows_node=node)
 
     def of_run(self, ends: torch.Tensor) -> Groups:
         """These groups with the `ends` saved with the rows of a backward. Under a checkpoint without reentry they come

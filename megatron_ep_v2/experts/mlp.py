@@ -10,16 +10,17 @@ write them write zeros.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 
 from megatron_ep_v2.errors import InputError
 from megatron_ep_v2.experts.gemm import Gemm, gemm
 from megatron_ep_v2.experts.groups import Groups
-from megatron_ep_v2.gradients import Context, InputGrads, first_order
+from megatron_ep_v2.gradients import Context, InputGrads, first_order, order
 from megatron_ep_v2.kernels import swiglu, wgrad
 from megatron_ep_v2.kernels.select import kernels_for
 from megatron_ep_v2.layouts.places import place_contiguous, rows_that_fit
@@ -140,7 +141,8 @@ def _padded(
         num_rows = sum(-(-size // alignment) * alignment for size in groups.sizes)
     places = place_contiguous(expert, None, len(groups.ends), num_rows, alignment)
     rows, row_probs = gather_with_weights(x, probs[:, None], places)
-    y = run_experts(rows, row_probs, fc1, fc2, Groups.from_places(places), backend, recompute_activation)
+    padded = replace(Groups.from_places(places), rows_node=groups.rows_node)
+    y = run_experts(rows, row_probs, fc1, fc2, padded, backend, recompute_activation)
     return reduce_rows(y, places)
 
 
@@ -170,14 +172,58 @@ def linear(
     Returns:
         [P, N].
     """
-    return _Linear.apply(x, w, groups, multiply, last, main_grad, *(activation or ()))
+    later = token = None
+    if groups.rows_node is not None and w.requires_grad and torch.is_grad_enabled():
+        later = _Later()
+        token = _WeightGrad.apply(later, w)
+        order(token, groups.rows_node - 1)
+    return _Linear.apply(x, w, groups, multiply, last, main_grad, later, token, *(activation or ()))
+
+
+@dataclass
+class _Later:
+    """The gradient of a weight that is computed after the linear's backward has run.
+
+    Attributes:
+        compute: Returns [L, N, K], or None if it has added it to `main_grad`.
+    """
+
+    compute: Callable[[], torch.Tensor | None] | None = None
+
+
+class _WeightGradContext(Context, Protocol):
+    later: _Later
+
+
+class _WeightGrad(torch.autograd.Function):
+    """A weight's gradient as a node of its own, before the weight's: hooks on the gradient run after it. The token has
+    no elements: it only connects the node with that of the linear."""
+
+    @staticmethod
+    def forward(ctx: _WeightGradContext, later: _Later, w: torch.Tensor) -> torch.Tensor:
+        ctx.later = later
+        return w.new_empty(0)
+
+    @staticmethod
+    @first_order(linear=True)
+    def backward(ctx: _WeightGradContext, _token: torch.Tensor) -> InputGrads:
+        compute, ctx.later.compute = ctx.later.compute, None
+        assert compute is not None  # of the linear's backward
+        return (
+            None,  # later
+            compute(),  # w
+        )
+
+
+_Fused: TypeAlias = tuple[torch.Tensor, torch.Tensor, bool]  # the parameter, its main_grad, and whether to replace it
 
 
 class _LinearContext(Context, Protocol):
     groups: Groups
     gemm: Gemm
     last: bool
-    fused: tuple[torch.Tensor, torch.Tensor, bool] | None  # the parameter, its main_grad, and whether to replace it
+    fused: _Fused | None
+    later: _Later | None
 
 
 class _Linear(torch.autograd.Function):
@@ -193,11 +239,13 @@ class _Linear(torch.autograd.Function):
         multiply: Gemm,
         last: bool,
         main_grad: torch.Tensor | None,
+        later: _Later | None,
+        token: torch.Tensor | None,
         *activation: torch.Tensor,
     ) -> torch.Tensor:
         x = x.contiguous()
         ctx.save_for_backward(w, groups.ends, *(activation or (x,)))
-        ctx.groups, ctx.gemm, ctx.last = groups, multiply, last
+        ctx.groups, ctx.gemm, ctx.last, ctx.later = groups, multiply, last, later
         # Keeps the parameter: saved-tensor hooks (activation offload) may return a copy without its attributes.
         ctx.fused = None
         if main_grad is not None:
@@ -215,20 +263,33 @@ class _Linear(torch.autograd.Function):
             grad_x = ctx.gemm.dgrad(grad, w, groups)
             if not ctx.last:
                 grad_x = _kernels(grad_x).zero_tail_(grad_x, groups.used)
+        grad_token = None
         if ctx.needs_input_grad[1]:
-            x = kept[0] if len(kept) == 1 else _kernels(grad).forward(*kept, groups.used)
-            if ctx.fused is None:
-                grad_w = ctx.gemm.wgrad(grad, x, groups)
+            compute = functools.partial(_weight_grad, grad, kept, groups, ctx.gemm, ctx.fused)
+            if ctx.later is None:
+                grad_w = compute()
             else:
-                parameter, main_grad, overwrite = ctx.fused
-                wgrad.add_(main_grad, grad, x, groups.ends, overwrite)
-                mark_added(parameter)
+                ctx.later.compute, grad_token = compute, grad.new_empty(0)
         return (
             grad_x,  # x
-            grad_w,  # w
-            *[None] * 4,  # groups, gemm, last, main_grad
+            grad_w,  # w: None if it comes later
+            *[None] * 5,  # groups, gemm, last, main_grad, later
+            grad_token,  # token
             *[None] * (len(kept) if len(kept) > 1 else 0),  # activation: its gradient flows through x
         )
+
+
+def _weight_grad(
+    grad: torch.Tensor, kept: list[torch.Tensor], groups: Groups, multiply: Gemm, fused: _Fused | None
+) -> torch.Tensor | None:
+    """The gradient of a weight, [L, N, K]; None if it was added to `main_grad`. kept: See `_Linear.forward`."""
+    x = kept[0] if len(kept) == 1 else _kernels(grad).forward(*kept, groups.used)
+    if fused is None:
+        return multiply.wgrad(grad, x, groups)
+    parameter, main_grad, overwrite = fused
+    wgrad.add_(main_grad, grad, x, groups.ends, overwrite)
+    mark_added(parameter)
+    return None
 
 
 def mark_added(parameter: torch.Tensor) -> None:

@@ -387,6 +387,7 @@ def _bindings(modules: dict[str, ModuleType], layout: str, experts: str, redunda
     ours.append((managers, "installed", managers.Installed(layout, experts, redundant_experts)))
     flex = modules[TOKEN_DISPATCHER].MoEFlexTokenDispatcher
     ours.append((flex, "dispatch_preprocess", managers.preprocess(flex.dispatch_preprocess)))
+    ours.append((flex, "combine_postprocess", managers.postprocess(flex.combine_postprocess)))
     any_dispatcher = modules[TOKEN_DISPATCHER].MoETokenDispatcher
     ours.append((any_dispatcher, "__init__", dispatchers.noting(any_dispatcher.__init__)))
     if layout != "compact":

@@ -98,7 +98,8 @@ class Experts(MegatronModule):  # type: ignore[misc]
             permuted_local_hidden_states: [P, H], sorted by local expert.
             tokens_per_expert: [L] integers, rows of each expert, padding counted. On the CPU they add up to P; on the
                 GPU to P at most, and the host does not wait for them (the sequential experts do). With an attribute
-                `replicas`, a `redundant.Replicas`: [L + R] on the CPU, R replica slots.
+                `replicas`, a `redundant.Replicas`: [L + R] on the CPU, R replica slots. With `rows_node`, the weights'
+                gradients are computed after that node's backward, see `Groups`.
             permuted_probs: [P].
 
         Returns:

@@ -21,16 +21,20 @@ from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed import ProcessGroup
 
-from megatron_ep_v2 import settings
+from megatron_ep_v2 import recompute, settings
 from megatron_ep_v2.buffers import capacity, pool
 from megatron_ep_v2.errors import ClosedError, SettingsError
 from megatron_ep_v2.fused_a2a import (
+    StartedCombine,
     StartedDispatch,
+    finish_combine,
     finish_dispatch,
     fused_dispatch,
     set_deepep_num_sms,
+    start_combine,
     start_dispatch,
 )
+from megatron_ep_v2.gradients import order
 from megatron_ep_v2.kernels.topk import top_k
 from megatron_ep_v2.megatron.copies import deepcopy_sharing_groups, refuse_to_pickle_groups, shallow_copy
 from megatron_ep_v2.megatron.expert_load import ExpertLoad
@@ -72,11 +76,31 @@ def _warn_of_half_precision(dtype: torch.dtype) -> None:
     logger.warning("router probabilities are %s; set --moe-router-dtype fp32", dtype)
 
 
+# Megatron's options to run something next to the communication.
+SHARED, PLAN = "moe_shared_expert_overlap", "overlap_moe_expert_parallel_comm"
+_LAUNCHED = {
+    SHARED: "the shared expert",
+    PLAN: "the other micro-batch's weight gradients",
+}
+
+
 @functools.cache
-def say_overlap(started: bool) -> None:
-    """Log once which kind of overlap is in force."""
-    waits = "after the shared expert was launched" if started else "before the shared expert can be launched"
-    logger.info("moe_shared_expert_overlap: the host waits for the counts of a dispatch %s", waits)
+def say_overlap(option: str, not_started: str | None) -> None:
+    """Log once which kind of overlap is in force.
+
+    Args:
+        option: SHARED or PLAN.
+        not_started: Why a dispatch is not started; None = it is.
+    """
+    if not_started is None:
+        logger.info("%s: the host launches %s before it waits for the counts of a dispatch", option, _LAUNCHED[option])
+    else:
+        logger.info(
+            "%s: the host waits for the counts of a dispatch before it launches %s: %s",
+            option,
+            _LAUNCHED[option],
+            not_started,
+        )
 
 
 def follow_deterministic_mode(config: TransformerConfig, group: ProcessGroup) -> None:
@@ -241,40 +265,49 @@ class CompactManager(_MegatronsManager):  # type: ignore[misc]
 class ExpandedManager(CompactManager):
     """Megatron's manager without a permutation: the dispatch sorts rows by expert.
 
-    With a shared expert next to the communication (`moe_shared_expert_overlap`) the dispatch is only started, where the
-    buffer can, and its rows are waited for when the experts want them: Megatron launches the shared expert in between.
+    Where the buffer can, calls are only started (`fused_a2a`), and finished when their rows are wanted:
+
+    - With a shared expert next to the communication (`moe_shared_expert_overlap`): dispatch and combine, forward and
+      backward. Megatron launches the shared expert in between, and these experts' weight gradients run there, too.
+    - In Megatron's 1F1B plan (`overlap_moe_expert_parallel_comm`): the dispatch, until the node of the experts. The
+      host launches the other micro-batch's weight gradients before it waits for the counts.
     """
 
     _started: StartedDispatch | None = None
+    _combining: StartedCombine | None = None
 
     def dispatch(
         self, hidden_states: torch.Tensor, async_finish: bool = False, allocate_on_comm_stream: bool = False
     ) -> torch.Tensor:
         """Send [T, H]; receive [P, H] sorted by local expert.
 
-        Sets `dispatched_probs` [P] fp32, `tokens_per_expert` [L] int64 on the CPU, and `handle` for the combine.
+        Sets `dispatched_probs` [P] fp32, `tokens_per_expert` [L] int64 on the CPU, and `handle` for the combine. A
+        dispatch that is only started returns a tensor without elements, and `dispatched_probs` is one; what it should
+        have set is set by `get_permuted_hidden_states_by_experts`.
 
         Raises:
             EPError: See `CompactManager.dispatch`.
         """
         self._check_installed()
         refuse_capture()
-        self.token_probs, alignment = self._probs_in_fp32(), self._expert_alignment()
-        if self._may_start():
-            self._started = start_dispatch(
+        self.token_probs, self._alignment = self._probs_in_fp32(), self._expert_alignment()
+        self._started = self._combining = None  # of a forward that has raised in between
+        overlap = self._overlap()
+        if overlap:
+            self._started = started = start_dispatch(
                 hidden_states,
                 self.token_indices,
                 self.token_probs,
                 self.num_experts,
                 self.group,
-                expert_alignment=alignment,
+                expert_alignment=self._alignment,
                 keep_indices=True,
+                next_to_experts=overlap == SHARED,
             )
-            say_overlap(self._started is not None)
-            if self._started is not None:
-                self.dispatched_probs = self.token_probs  # until the rows are there
-                # Its node's number is the dispatch's for Megatron, which orders the shared expert's backward by it.
-                return hidden_states.view_as(hidden_states)
+            say_overlap(overlap, self._why_not_started() if started is None else None)
+            if started is not None:
+                self.dispatched_probs = started.probs_token
+                return _before_the_end(started.token)
         hidden_states, _, self.dispatched_probs, tokens_per_expert, self.handle = fused_dispatch(
             hidden_states,
             self.token_indices,
@@ -284,34 +317,50 @@ class ExpandedManager(CompactManager):
             async_finish=async_finish,
             allocate_on_comm_stream=allocate_on_comm_stream,
             do_expand=True,
-            expert_alignment=alignment,
+            expert_alignment=self._alignment,
             keep_indices=True,  # of `setup_metadata`
         )
         assert tokens_per_expert is not None  # known, because this dispatch waits
-        self._count(tokens_per_expert, alignment)
+        self._count(tokens_per_expert)
         return hidden_states
 
-    def _may_start(self) -> bool:
-        """Whether Megatron does something between the dispatch and the experts, on the same micro-batch."""
+    def _overlap(self) -> str | None:
+        """The option by which Megatron does something next to this dispatch; None = there is none."""
         config = self.config
-        return (
-            config.moe_shared_expert_overlap
-            and not config.overlap_moe_expert_parallel_comm
-            and not getattr(config, "overlap_dispatch_backward_with_experts_wgrad", False)
-        )
+        if config.overlap_moe_expert_parallel_comm:
+            return PLAN
+        # Its node around the dispatch wants the experts' gradients to be there before the dispatch's begin.
+        own_nodes = getattr(config, "overlap_dispatch_backward_with_experts_wgrad", False)
+        return SHARED if config.moe_shared_expert_overlap and not own_nodes else None
 
-    def _count(self, tokens_per_expert: torch.Tensor, alignment: int) -> None:
+    def _why_not_started(self) -> str:
+        return "the layer is recomputed" if recompute.in_checkpoint() else "the buffer cannot start a call"
+
+    def _count(self, tokens_per_expert: torch.Tensor) -> None:
         self.tokens_per_expert = tokens_per_expert
         unpadded = self.handle.num_unaligned_recv_tokens_per_expert  # on the device
-        self.expert_load.add(tokens_per_expert if alignment == 1 or unpadded is None else unpadded)
+        self.expert_load.add(tokens_per_expert if self._alignment == 1 or unpadded is None else unpadded)
 
     def combine(
         self, hidden_states: torch.Tensor, async_finish: bool = False, allocate_on_comm_stream: bool = False
     ) -> torch.Tensor:
-        """Send [P, H] back; receive [T, H]."""
+        """Send [P, H] back; receive [T, H], or a tensor without elements if the combine is only started:
+        `take_combine` then has it."""
+        if self._overlap() == SHARED:
+            self._check_installed()
+            assert self.handle is not None  # of the dispatch
+            self._combining = started = start_combine(hidden_states, self.group, self.handle)
+            if started is not None:
+                self._forget()
+                return started.token
         combined: torch.Tensor = super().combine(hidden_states, async_finish, allocate_on_comm_stream)
         self._forget()
         return combined
+
+    def take_combine(self) -> StartedCombine | None:
+        """The combine that was started and is to be finished."""
+        started, self._combining = self._combining, None
+        return started
 
     def _forget(self) -> None:
         """Drop the tensors after the combine. Else this step's autograd graph lives until the next step, whose nodes
@@ -322,8 +371,12 @@ class ExpandedManager(CompactManager):
         """Return the rows unchanged, once they are there, and their probabilities in the router's dtype."""
         started, self._started = self._started, None
         if started is not None:
-            hidden_states, self.dispatched_probs, counts, self.handle = finish_dispatch(started)
-            self._count(counts, started.expert_alignment)
+            hidden_states, self.dispatched_probs, counts, self.handle = finish_dispatch(
+                started, hidden_states, self.dispatched_probs
+            )
+            if started.next_to_experts and hidden_states.grad_fn is not None:
+                counts.rows_node = hidden_states.grad_fn._sequence_nr()  # type: ignore[attr-defined]
+            self._count(counts)
         probs = self.dispatched_probs
         return hidden_states, probs.double() if self.router_dtype == "fp64" else probs
 
@@ -474,6 +527,41 @@ def preprocess(theirs: _Preprocess) -> _Preprocess:
         return hidden_states.view(-1, self.hidden_shape[-1]), manager.token_probs
 
     return dispatch_preprocess
+
+
+def postprocess(theirs: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Replace `MoEFlexTokenDispatcher.combine_postprocess` where the combine was only started: the shared expert's
+    second linear is launched before its end is waited for."""
+
+    @functools.wraps(theirs)
+    def combine_postprocess(self: token_dispatcher.MoEFlexTokenDispatcher, hidden_states: torch.Tensor) -> torch.Tensor:
+        manager = self._comm_manager
+        started = manager.take_combine() if isinstance(manager, ExpandedManager) else None
+        if started is None:
+            return theirs(self, hidden_states)
+        shared = self.shared_experts
+        if shared is not None:
+            shared.linear_fc2_forward()
+            shared.post_forward_comm()
+        combined = finish_combine(started)
+        order(combined, _FIRST)  # the backward begins with the communication, as Megatron's does
+        if shared is not None:
+            combined += shared.get_output()
+        return combined.view(self.hidden_shape)
+
+    return combine_postprocess
+
+
+_FIRST = torch.iinfo(torch.int).max
+
+
+def _before_the_end(token: torch.Tensor) -> torch.Tensor:
+    """The token of a started dispatch, with a node of its own. Megatron gives the shared expert's backward the number
+    before that node's; the end of the communication gets one that is lower still, and so runs after it."""
+    seen = token.view_as(token)
+    if token.grad_fn is not None:
+        order(token, token.grad_fn._sequence_nr() - 1)
+    return seen
 
 
 def keep_rows(theirs: Callable[..., bool]) -> Callable[..., bool]:

@@ -83,8 +83,8 @@ class RedundantManager(ExpandedManager):
         """
         self._check_installed()
         refuse_capture()
-        if self._may_start():
-            say_overlap(False)  # the plan is read on the host before the rows' layout is known
+        if overlap := self._overlap():
+            say_overlap(overlap, "redundant experts are planned on the host first")
         self.token_probs, alignment = self._probs_in_fp32(), self._expert_alignment()
         buffer: Any = self._buffer(hidden_states)
         first = recompute.coming()

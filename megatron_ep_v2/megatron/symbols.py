@@ -66,6 +66,7 @@ _SYMBOLS: dict[str, dict[str, tuple[str, ...] | None]] = {
         f"{MANAGER}.get_restored_hidden_states_by_experts": ("hidden_states",),
         f"{MANAGER}.get_number_of_tokens_per_expert": (),
         "MoEFlexTokenDispatcher.dispatch_preprocess": ("hidden_states", "routing_map", "probs"),
+        "MoEFlexTokenDispatcher.combine_postprocess": ("hidden_states",),
         "MoETokenDispatcher.__init__": None,  # whose arguments are passed on
         "get_align_size_for_quantization": ("config",),
     },

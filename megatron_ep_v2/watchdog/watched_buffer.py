@@ -9,13 +9,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from megatron_ep_v2.buffers.contract import Buffer, DeferringBuffer, Dispatched, Handle, Payload, Transfer
+from megatron_ep_v2.buffers.contract import Buffer, Combined, DeferringBuffer, Dispatched, Handle, Payload, Transfer
 from megatron_ep_v2.buffers.pending import Pending, Starter
 from megatron_ep_v2.errors import EPError
 from megatron_ep_v2.watchdog.call_log import (
@@ -37,6 +37,8 @@ from megatron_ep_v2.watchdog.rendezvous import Rendezvous
 from megatron_ep_v2.watchdog.watcher import Address
 
 logger = logging.getLogger("megatron_ep_v2")
+
+T = TypeVar("T")
 
 
 def watch(buffer: Buffer, rendezvous: Rendezvous, addresses: Sequence[Address | None], hosts: Sequence[str]) -> Buffer:
@@ -106,27 +108,54 @@ class WatchedBuffer(Starter):
 
     def start_dispatch(self, x: Payload, **arguments: Any) -> Pending[Dispatched]:
         """See `contract.DeferringBuffer.start_dispatch`. Logged as one dispatch, from here to its end."""
+        rows, handle = x[0] if isinstance(x, tuple) else x, arguments.get("handle")
+        start = cast(DeferringBuffer, self.buffer).start_dispatch
+        if handle is not None:
+            return self._logged(BACKWARD_OF_COMBINE, _moe_call(handle), rows, lambda: start(x, **arguments))
+        moe_call = (self.watch.moe_calls + 1, rows.shape[0] if rows.dim() else 0)
+        pending = self._logged(FORWARD_DISPATCH, moe_call, rows, lambda: start(x, **arguments), first=True)
+        self.watch.moe_calls += 1
+        return pending
+
+    def start_combine(
+        self, x: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None = None, **arguments: Any
+    ) -> Pending[Combined]:
+        """See `contract.DeferringBuffer.start_combine`. Logged as one combine, from here to its end."""
+        start = cast(DeferringBuffer, self.buffer).start_combine
+        kind = FORWARD_COMBINE if topk_weights is None else BACKWARD_OF_DISPATCH
+        return self._logged(kind, _moe_call(handle), x, lambda: start(x, handle, topk_weights, **arguments))
+
+    def _logged(
+        self,
+        kind: int,
+        moe_call: tuple[int, int],
+        rows: torch.Tensor,
+        start: Callable[[], Pending[T]],
+        first: bool = False,
+    ) -> Pending[T]:
+        """A call that is started and logged. first: A dispatch without a handle, at whose end the host has waited for
+        the counts."""
         self._finish_started()
-        rows, buffer = x[0] if isinstance(x, tuple) else x, cast(DeferringBuffer, self.buffer)
         watch = self.watch
-        watch.clock or watch.set_clock(rows, buffer.comm_stream)
-        moe_call = (watch.moe_calls + 1, rows.shape[0] if rows.dim() else 0)
-        watch.enter(FORWARD_DISPATCH, *moe_call)
+        clock = watch.clock or watch.set_clock(rows, self.buffer.comm_stream)
+        watch.enter(kind, *moe_call)
         try:
-            pending = buffer.start_dispatch(x, **arguments)
+            pending = start()
         except BaseException as error:
             watch.fail(error)
             raise
-        watch.moe_calls += 1
 
-        def finish() -> Dispatched:
+        def finish() -> T:
             try:
                 answer = pending.wait()
             except BaseException as error:
                 watch.fail(error)
                 raise
-            watch.leave()
-            vars(answer[3])["moe_call"] = moe_call
+            number = watch.leave()
+            if first:
+                vars(cast(Dispatched, answer)[3])["moe_call"] = moe_call
+            else:
+                clock.mark(number)
             return answer
 
         return self._start(finish)
