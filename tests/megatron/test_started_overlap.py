@@ -1,0 +1,191 @@
+"""Megatron's shared expert next to calls that are only started: what runs between a start and its end, forward and
+backward; equal results; and what an exception there leaves."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import inspect
+import logging
+import types
+import weakref
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_ep_v2.buffers import pool
+from megatron_ep_v2.buffers.reference import ReferenceBuffer
+from megatron_ep_v2.megatron import managers
+from tests.helpers.harness import run_ranks
+from tests.helpers.megatron_layer import hidden_states, make_layer, process_groups, step
+from tests.helpers.moe_features import SHARED, WHOLE_LAYER
+from tests.helpers.one_memory import in_one_memory
+from tests.helpers.shapes import CPU
+
+
+class NoStream:
+    """The CPU's one stream is in order by itself."""
+
+    def __init__(self, *_: Any):
+        self.wait_stream = lambda *_: None
+
+
+@contextlib.contextmanager
+def shared_expert_on_the_cpu() -> Iterator[None]:
+    """What Megatron's shared expert next to communication needs of CUDA."""
+    names = {"Stream": NoStream, "current_stream": NoStream, "stream": lambda *_: contextlib.nullcontext()}
+    with mock.patch.multiple(torch.cuda, **names):
+        yield
+
+
+OVERLAPPED = {**SHARED, "moe_shared_expert_overlap": True}
+with_overlap = pytest.mark.skipif(
+    "alltoall or flex token dispatcher" not in inspect.getsource(TransformerConfig),
+    reason="this Megatron-Core has no shared expert next to the flex dispatcher (0.19 has)",
+)
+
+FORWARD = ["dispatch starts", "shared fc1", "dispatch ends", "experts", "combine starts", "shared fc2", "combine ends"]
+BACKWARD = [
+    *("cached dispatch starts", "gradient of shared fc2", "cached dispatch ends"),
+    *("combine starts", "gradient of fc", "gradient of fc", "gradient of shared fc1", "combine ends"),
+]
+
+
+def note(layer: Any, order: list[str]) -> None:
+    """Note when the linears and the experts run, and when the gradients of their weights are there."""
+    layer.experts.register_forward_hook(lambda *_: order.append("experts"))
+    for number in (1, 2):
+        shared = getattr(layer.shared_experts, f"linear_fc{number}")
+        shared.register_forward_hook(lambda *_, number=number: order.append(f"shared fc{number}"))
+        shared.weight.register_hook(lambda _, number=number: order.append(f"gradient of shared fc{number}"))
+    for linear in (layer.experts.linear_fc1, layer.experts.linear_fc2):
+        linear.weight.register_hook(lambda _: order.append("gradient of fc"))
+
+
+def as_bytes(results: dict[str, torch.Tensor]) -> dict[str, bytes]:
+    return {name: value.double().numpy().tobytes() for name, value in results.items()}
+
+
+def shared_layer(group: Any, micro_batches: int, more: dict[str, Any]) -> dict[str, Any]:
+    """Results with calls that are started, and with the waits in them; the order of the former, and of the latter's
+    weight gradients; what is logged."""
+    found: dict[str, Any] = {"said": []}
+    handler = logging.Handler()
+    handler.emit = lambda record: found["said"].append(record.getMessage())  # type: ignore[method-assign]
+    managers.logger.addHandler(handler)
+    managers.logger.setLevel(logging.INFO)
+    with process_groups(), shared_expert_on_the_cpu(), in_one_memory() as order:
+        hidden = hidden_states(CPU, CPU.tokens - 5 * group.rank(), 1)
+        for name, defers in (("started", True), ("waiting", False)):
+            with mock.patch.object(ReferenceBuffer, "defers", defers):
+                layer = make_layer(CPU, "flex", "expanded", "grouped", **OVERLAPPED, **more)
+                order.clear()
+                note(layer, order)
+                found[name] = as_bytes(step(layer, hidden, micro_batches))
+                found[f"order, {name}"] = list(order)
+    managers.logger.removeHandler(handler)
+    found["said"] = [text for text in found["said"] if "overlap" in text]
+    return found
+
+
+@with_overlap
+def test_what_runs_between_the_start_of_a_call_and_its_end() -> None:
+    for found in run_ranks(2, shared_layer, 1, {}):
+        assert found["started"] == found["waiting"] and found["started"]
+        assert found["order, started"] == FORWARD + BACKWARD
+        assert not any("start" in each for each in found["order, waiting"])
+        assert [text.partition(":")[2] for text in found["said"]] == [
+            " the host launches the shared expert before it waits for the counts of a dispatch",
+            " the host waits for the counts of a dispatch before it launches the shared expert: the buffer cannot start "
+            "a call",
+        ]
+
+
+@with_overlap
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"moe_grouped_gemm": True, "recompute_granularity": "selective", "recompute_modules": ["moe_act"]},
+        {"moe_router_dtype": "fp64"},
+    ],
+)
+def test_several_micro_batches_in_flight(more: dict[str, Any]) -> None:
+    for found in run_ranks(2, shared_layer, 2, more):
+        assert found["started"] == found["waiting"] and found["started"]
+        assert found["order, started"] == 2 * FORWARD + 2 * BACKWARD
+
+
+@with_overlap
+def test_a_recomputed_layer_starts_nothing_and_says_so() -> None:
+    for found in run_ranks(2, shared_layer, 1, WHOLE_LAYER):
+        assert found["started"] == found["waiting"] and found["started"]
+        assert not any("start" in each for each in found["order, started"])
+        assert found["said"][0].endswith("the layer is recomputed")
+
+
+class Stop(RuntimeError):
+    """What a test raises between start and end."""
+
+
+def fail_in_between(group: Any, where: str) -> tuple[bool, list[str], list[str], bool]:
+    """Whether the layer's next step is right; what was raised; calls that had no end by then; and whether the call that
+    was in flight is gone."""
+    with process_groups(), shared_expert_on_the_cpu(), in_one_memory() as order:
+        hidden = hidden_states(CPU, CPU.tokens, 1)
+        layer = make_layer(CPU, "flex", "expanded", "grouped", **OVERLAPPED)
+        wanted, raised = as_bytes(step(layer, hidden)), []
+        order.clear()
+
+        def fail(*_: Any) -> None:
+            raise Stop(where)
+
+        part, number = where.split(", fc")
+        linear = getattr(layer.shared_experts, f"linear_fc{number}")
+        hook = linear.register_forward_hook(fail) if part == "forward" else linear.weight.register_hook(fail)
+        try:
+            step(layer, hidden)
+        except RuntimeError as error:
+            raised.append(str(error))
+        hook.remove()
+        left = list(order)
+        buffer: Any = pool.find(layer.token_dispatcher._comm_manager.group)
+        started = weakref.ref(buffer._started) if getattr(buffer, "_started", None) else lambda: None
+        layer.shared_experts._overlap_state = type(layer.shared_experts._overlap_state).IDLE
+        found = as_bytes(step(layer, hidden))
+        gc.collect()
+        return found == wanted, raised, left[-1:], started() is None
+
+
+@with_overlap
+@pytest.mark.parametrize(
+    ("where", "left"),
+    [
+        ("forward, fc1", "dispatch starts"),
+        ("forward, fc2", "combine starts"),
+        ("backward, fc2", "cached dispatch starts"),
+        ("backward, fc1", "combine starts"),
+    ],
+)
+def test_an_exception_between_start_and_end_leaves_nothing(where: str, left: str) -> None:
+    for same, raised, last, gone in run_ranks(2, fail_in_between, where):
+        assert same and raised == [where] and last == [left] and gone
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, None),
+        ({"moe_shared_expert_overlap": True}, "moe_shared_expert_overlap"),
+        ({"overlap_moe_expert_parallel_comm": True}, "overlap_moe_expert_parallel_comm"),
+        ({"moe_shared_expert_overlap": True, "overlap_dispatch_backward_with_experts_wgrad": True}, None),
+    ],
+)
+def test_when_megatron_has_something_to_run_in_between(fields: dict[str, bool], expected: str | None) -> None:
+    names = ("moe_shared_expert_overlap", "overlap_moe_expert_parallel_comm")
+    config = types.SimpleNamespace(**dict.fromkeys(names, False) | fields)
+    manager: Any = types.SimpleNamespace(config=config)
+    assert managers.ExpandedManager._overlap(manager) == expected
