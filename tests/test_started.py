@@ -30,7 +30,7 @@ from megatron_ep_v2.fused_a2a import (
 from megatron_ep_v2.recompute import Replayed
 from tests.helpers.cases import SMALL, make_batch
 from tests.helpers.harness import isolated, run_ranks
-from tests.helpers.one_memory import OneMemory, in_one_memory
+from tests.helpers.one_memory import Finishing, OneMemory, in_one_memory
 
 # Which of the two is started, and whether the dispatch's backward begins with the rows' gradients.
 WAYS: dict[str, dict[str, bool]] = {
@@ -75,12 +75,13 @@ def layer(
 
 @isolated
 def started_and_not(group: Any, alignment: int, deterministic: bool, fp8: bool) -> list[str]:
-    """What differs, bit by bit, by way."""
+    """What differs, bit by bit, by way. With results that are not there before the wait."""
     chosen = {"buffer": "reference", "num_max_tokens_per_rank": 64, "reference_strict": False}
     wire = {"dispatch_dtype": "fp8", "grad_dispatch_dtype": "fp8"} if fp8 else {}
     settings.activate(settings.resolve(**chosen, deterministic=deterministic, **wire))
     run = functools.partial(layer, group, 0, alignment=alignment, dtype=torch.bfloat16 if fp8 else torch.float64)
-    theirs = run()
+    with in_one_memory():
+        theirs = run()
     return [f"{way}: {name}" for way in WAYS for name, ours in run(**WAYS[way]).items() if not ours.equal(theirs[name])]
 
 
@@ -94,18 +95,18 @@ def test_the_rows_and_gradients_are_the_same(alignment: int, deterministic: bool
 # --------------------------------------------------------------------------------------- other calls before the wait
 
 
-def use_one_memory(group: Any, watched: bool, growing: bool) -> None:
+def use_one_memory(group: Any, kind: type[OneMemory], watched: bool, growing: bool) -> None:
     """Put this group's buffer on it."""
     chosen = {"buffer": "reference", "reference_strict": False, "watchdog_secs": 60 if watched else 0}
     settings.activate(settings.resolve(**chosen, **({} if growing else {"num_max_tokens_per_rank": 64})))
-    with in_one_memory():
+    with in_one_memory(kind):
         layer(group, 0)
     found = pool.find(group)
     kinds = [type(found)]
     while not isinstance(found, ReferenceBuffer):
         found = found.buffer
         kinds.append(type(found))
-    assert kinds[-1] is OneMemory
+    assert kinds[-1] is kind
     assert (GrowingBuffer in kinds) is growing and (len(kinds) > 1 + growing) is watched
 
 
@@ -114,9 +115,9 @@ def at_once(start: Callable[[], Pending[Any]]) -> None:
 
 
 @isolated
-def calls_in_between(group: Any, watched: bool, growing: bool) -> dict[str, bool]:
+def calls_in_between(group: Any, kind: type[OneMemory], watched: bool, growing: bool) -> dict[str, bool]:
     """Whether what a started call brings arrives, by the call and what is called before its wait."""
-    use_one_memory(group, watched, growing)
+    use_one_memory(group, kind, watched, growing)
     one, other = (make_batch(SMALL, group.rank(), turn=turn) for turn in (1, 2))
     given = (one.x.double(), one.topk_idx, one.topk_weights.double(), SMALL.experts, group)
     again = (other.x.double(), other.topk_idx, other.topk_weights.double(), SMALL.experts, group)
@@ -147,15 +148,18 @@ def calls_in_between(group: Any, watched: bool, growing: bool) -> dict[str, bool
     return found
 
 
-@pytest.mark.parametrize(("watched", "growing"), [(True, False), (False, True), (True, True)])
-def test_another_call_finishes_it_first(watched: bool, growing: bool) -> None:
-    for found in run_ranks(2, calls_in_between, watched, growing):
+@pytest.mark.parametrize(
+    ("kind", "watched", "growing"),
+    [(Finishing, False, False), (OneMemory, True, False), (OneMemory, False, True), (Finishing, True, True)],
+)
+def test_another_call_finishes_it_first(kind: type[OneMemory], watched: bool, growing: bool) -> None:
+    for found in run_ranks(2, calls_in_between, kind, watched, growing):
         assert found == dict.fromkeys(found, True) and len(found) == 21
 
 
 def test_without_anyone_who_finishes_it_the_rows_would_be_gone() -> None:
     """The control: the bare buffer."""
-    for found in run_ranks(2, calls_in_between, False, False):
+    for found in run_ranks(2, calls_in_between, OneMemory, False, False):
         assert {name for name, there in found.items() if there} == {name for name in found if "nothing" in name}
 
 

@@ -557,10 +557,10 @@ _FIRST = torch.iinfo(torch.int).max
 
 def _before_the_end(token: torch.Tensor) -> torch.Tensor:
     """The token of a started dispatch, with a node of its own. Megatron gives the shared expert's backward the number
-    before that node's; the end of the communication gets one that is lower still, and so runs after it."""
+    before that node's, which is higher than that of the node at which the communication ends."""
     seen = token.view_as(token)
     if token.grad_fn is not None:
-        order(token, token.grad_fn._sequence_nr() - 1)
+        order(seen, token.grad_fn._sequence_nr() + 2)
     return seen
 
 

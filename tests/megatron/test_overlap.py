@@ -16,15 +16,17 @@ import pytest
 import torch
 from megatron.core.models.common.model_chunk_schedule_plan import TransformerModelChunkSchedulePlan
 from megatron.core.pipeline_parallel import utils as streams
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from qwen3_moe.options import Options
 from qwen3_moe.presets import PRESETS
 
 from megatron_ep_v2.device_checks import read_all
-from megatron_ep_v2.megatron import binding
+from megatron_ep_v2.megatron import binding, symbols
 from megatron_ep_v2.megatron.qwen3_moe.model import build_model, named_parameters
 from tests.helpers.compare import relative_error
 from tests.helpers.harness import run_ranks
 from tests.helpers.megatron_layer import installed
+from tests.helpers.one_memory import in_one_memory
 from tests.helpers.shapes import Split
 
 RANKS, LAYERS, MICRO_BATCHES, TOKENS, VOCABULARY = 2, 2, 3, 32, 64
@@ -107,9 +109,16 @@ def planned(model: Any, batches: list[dict[str, Any]], grad: torch.Tensor) -> li
     return losses
 
 
-def compare(group: Any, layout: str, experts: str, keep_rows: bool) -> tuple[dict[str, float], int]:
+def compare(
+    group: Any, layout: str, experts: str, keep_rows: bool, order: list[str] | None = None
+) -> tuple[dict[str, float], int]:
     """Relative L2 distance of each micro-batch's losses and each parameter's gradient, and how often the plan freed
-    something. keep_rows: False = with the rule by which Megatron itself frees."""
+    something.
+
+    Args:
+        keep_rows: False = with the rule by which Megatron itself frees.
+        order: The configuration has `overlap_moe_expert_parallel_comm` while the plan runs; emptied before.
+    """
     mode: dict[str, Any] = {"sync_free": True} if layout == "sync-free" else {"layout": layout}
     options = Options(shape=SHAPE, recipe=RECIPE, dtype="fp32", experts=experts)
     batches, grad = micro_batches(group.rank()), torch.full((1, TOKENS), 1 / (MICRO_BATCHES * TOKENS))
@@ -129,6 +138,11 @@ def compare(group: Any, layout: str, experts: str, keep_rows: bool) -> tuple[dic
             return named
 
         wanted = results(one_after_the_other(model, batches, grad))
+        if order is not None:
+            order.clear()
+            for module in model.modules():
+                if isinstance(module, MoELayer):
+                    patch.setattr(module.config, "overlap_moe_expert_parallel_comm", True)
         with plan_on_the_cpu() as freed:
             found = results(planned(model, batches, grad))
         assert all(tensor.norm() > 0 for tensor in wanted.values())
@@ -164,3 +178,31 @@ def test_megatrons_own_rule_frees_what_the_experts_have_saved(layout: str, exper
         assert freed == 2 * LAYERS * MICRO_BATCHES
         spoilt = {name for name, error in errors.items() if not error < 1e-6}
         assert spoilt == {name for name in errors if ".experts." in name and "linear_fc1" in name}
+
+
+def started(group: Any, experts: str) -> tuple[dict[str, float], list[str]]:
+    """Distances as `compare`'s, and what happened in order."""
+    node = symbols.find_symbols()[1][symbols.SCHEDULE].TransformerLayerNode
+    with in_one_memory() as order, pytest.MonkeyPatch.context() as patch:
+        theirs = node.backward_dw
+
+        def noted(self: Any) -> None:
+            if self.name == "mlp":
+                order.append("weight gradients")
+            theirs(self)
+
+        patch.setattr(node, "backward_dw", noted)
+        return compare(group, "expanded", experts, True, order)[0], order
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("experts", ["megatron", "grouped"])
+def test_a_dispatch_is_started_in_its_node_and_its_rows_are_waited_for_later(experts: str) -> None:
+    """Next to another micro-batch's backward, the host launches its weight gradients before it waits for the counts."""
+    for errors, order in run_ranks(RANKS, started, experts):
+        assert all(error < 1e-6 for error in errors.values())
+        starts = [i for i, each in enumerate(order) if each == "dispatch starts"]
+        assert len(starts) == LAYERS * MICRO_BATCHES
+        alone, overlapping = starts[:LAYERS], starts[LAYERS:]
+        assert {order[i + 1] for i in alone} == {"dispatch ends"}
+        assert {tuple(order[i + 1 : i + 3]) for i in overlapping} == {("weight gradients", "dispatch ends")}

@@ -43,6 +43,7 @@ def shared_expert_on_the_cpu() -> Iterator[None]:
 
 
 OVERLAPPED = {**SHARED, "moe_shared_expert_overlap": True}
+GATE = {"moe_shared_expert_gate": True}
 with_overlap = pytest.mark.skipif(
     "alltoall or flex token dispatcher" not in inspect.getsource(TransformerConfig),
     reason="this Megatron-Core has no shared expert next to the flex dispatcher (0.19 has)",
@@ -62,6 +63,8 @@ def note(layer: Any, order: list[str]) -> None:
         shared = getattr(layer.shared_experts, f"linear_fc{number}")
         shared.register_forward_hook(lambda *_, number=number: order.append(f"shared fc{number}"))
         shared.weight.register_hook(lambda _, number=number: order.append(f"gradient of shared fc{number}"))
+    if layer.shared_experts.use_shared_expert_gate:
+        layer.shared_experts.gate_weight.register_hook(lambda _: order.append("gradient of the gate"))
     for linear in (layer.experts.linear_fc1, layer.experts.linear_fc2):
         linear.weight.register_hook(lambda _: order.append("gradient of fc"))
 
@@ -98,11 +101,18 @@ def test_what_runs_between_the_start_of_a_call_and_its_end() -> None:
         assert found["started"] == found["waiting"] and found["started"]
         assert found["order, started"] == FORWARD + BACKWARD
         assert not any("start" in each for each in found["order, waiting"])
-        assert [text.partition(":")[2] for text in found["said"]] == [
-            " the host launches the shared expert before it waits for the counts of a dispatch",
-            " the host waits for the counts of a dispatch before it launches the shared expert: the buffer cannot start "
-            "a call",
-        ]
+        launches, waits = found["said"]
+        assert launches.endswith("launches the shared expert before it waits for the counts of a dispatch")
+        assert waits.endswith("before it launches the shared expert: the buffer cannot start a call")
+
+
+@with_overlap
+def test_the_communication_starts_before_the_gradient_of_the_gate() -> None:
+    """No bits are compared: the gradient of x is a sum of three, in the order in which they are there."""
+    for found in run_ranks(2, shared_layer, 1, GATE):
+        order = found["order, started"]
+        assert [each for each in order if "gate" not in each] == FORWARD + BACKWARD
+        assert order.index("cached dispatch starts") < order.index("gradient of the gate")
 
 
 @with_overlap
