@@ -23,6 +23,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
+from megatron.core.transformer.moe.router import TopKRouter
 
 import megatron_ep_v2
 from megatron_ep_v2.gpus import gpu_ranks
@@ -49,9 +50,8 @@ SHAPE = ModelShape(
     seq_length=TOKENS,
 )
 RECIPE = Recipe(steps=1000, global_batch_size=RANKS, micro_batch_size=1, lr=1e-3, min_lr=1e-4, warmup_steps=10)
-# In these steps all tokens of a micro-batch are the same one, and so are their experts: more rows than the graph has,
-# on the rank that has most of them.
-ALIKE = {8, 9, 16, 17}
+# In these steps all tokens go to the experts of rank 0: more rows than its graph has.
+SKEWED = {8, 9, 16}
 STEPS = 24
 
 pytestmark = [
@@ -62,6 +62,11 @@ pytestmark = [
 ]
 
 
+BIAS = {
+    "moe_router_score_function": "sigmoid",
+    "moe_router_enable_expert_bias": True,
+    "moe_router_bias_update_rate": 0.0,  # the test sets it
+}
 WHOLE_STEP = {"cuda_graph_impl": "full_iteration"}
 PARTS = {
     "cuda_graph_impl": "transformer_engine",
@@ -84,10 +89,11 @@ class Job:
         with mock.patch.object(
             example,
             "transformer_config",
-            lambda *args: replace(theirs(*args), **fields),
+            lambda *args: replace(theirs(*args), **BIAS, **fields),
         ):
             model = example.build_model(options, device, rank, size)
         self.rank, self.model, self.config = rank, model, model.config
+        self.routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
         # Where Megatron builds it, so that gradients end in the stream of the capture.
         stream = full_cuda_graph.get_shared_capture_stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -120,6 +126,8 @@ class Job:
         """This rank's losses and the gradient norm."""
         if self.parts is not None and number == WARM_UP:
             self.parts.create_cudagraphs()
+        for router in self.routers:
+            router.expert_bias[: SHAPE.topk] = 10.0 if number in SKEWED else 0.0
         self.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         losses = self.run(
@@ -136,8 +144,6 @@ class Job:
         return [loss["loss"].clone() for loss in losses], float(norm)
 
     def micro_batch(self, step: int, i: int) -> dict[str, torch.Tensor]:
-        if step in ALIKE:
-            return {"tokens": torch.full((1, TOKENS + 1), 10 * step + i, device="cuda")}
         generator = torch.Generator().manual_seed(1000 * step + 10 * i + self.rank)
         return {"tokens": torch.randint(256, (1, TOKENS + 1), generator=generator).cuda()}
 
@@ -235,8 +241,9 @@ def test_a_replay_that_overflows_runs_again_and_is_captured_again() -> None:
         assert graph["replays"] >= STEPS - graph["captures"] * (WARM_UP + 1) - 2
 
 
-@pytest.mark.parametrize("layout", ["compact", "expanded"])
-def test_graphs_of_a_part_of_each_layer(layout: str) -> None:
-    """Attention, router and preprocessing by TransformerEngine; dispatch, experts and combine outside."""
-    graphs, eager = (run_ranks(RANKS, train, fields, {"layout": layout}, backend="nccl") for fields in (PARTS, {}))
+def test_graphs_of_a_part_of_each_layer() -> None:
+    """Attention, router and preprocessing by TransformerEngine; dispatch, experts and combine outside. Not in the
+    compact layout, where Megatron adds up a token's rows in no fixed order."""
+    chosen = {"layout": "expanded"}
+    graphs, eager = (run_ranks(RANKS, train, fields, chosen, backend="nccl") for fields in (PARTS, {}))
     assert_equal(graphs, eager)
