@@ -63,7 +63,7 @@ def run_ranks(
         size: Ranks, each a process with one torch thread.
         fn: A top-level function of an importable module. It gets the default process group.
         args: Picklable arguments, the same for every rank. Results are pickled too, tensors as host values.
-        backend: gloo, or nccl (rank r then uses GPU r).
+        backend: gloo, or nccl (each rank then uses the GPU that `gpus.gpu_of` gives it).
         timeout: Seconds for the whole run, not counting the start of new processes.
         env: Environment variables for this run only.
         fresh: Use new processes and end them afterwards: for functions that change what an import has made.
