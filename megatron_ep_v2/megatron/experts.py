@@ -127,7 +127,8 @@ class Experts(MegatronModule):  # type: ignore[misc]
         )
 
     def backward_dw(self) -> None:
-        """Do nothing: backward computes the weights' gradients."""
+        """Do nothing: backward computes the weights' gradients, next to the dispatch's backward where that is started
+        (`Groups.rows_node`)."""
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Offset, ...] = (), metadata: Mapping[str, object] | None = None
@@ -340,7 +341,6 @@ _NEEDED: dict[str, object] = {
     "moe_combine_bwd_dtype": "bf16",
     "use_transformer_engine_op_fuser": False,
     "delay_wgrad_compute": False,
-    "overlap_dispatch_backward_with_experts_wgrad": False,
     "expert_gtp_weight_remat_size": 1,
     "cpu_offloading_weights": False,
     "init_model_with_meta_device": False,

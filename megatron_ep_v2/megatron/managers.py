@@ -78,9 +78,21 @@ def _warn_of_half_precision(dtype: torch.dtype) -> None:
 
 # Megatron's options to run something next to the communication.
 SHARED, PLAN = "moe_shared_expert_overlap", "overlap_moe_expert_parallel_comm"
-_LAUNCHED = {
-    SHARED: "the shared expert",
-    PLAN: "the other micro-batch's weight gradients",
+WGRAD = "overlap_dispatch_backward_with_experts_wgrad"
+# What is logged: with calls that are started, and without.
+_OVERLAPS = {
+    SHARED: (
+        "dispatches and combines are started; the host launches the shared expert before it waits for the counts",
+        "the host waits for the counts of a dispatch before it launches the shared expert",
+    ),
+    PLAN: (
+        "dispatches are started; the host launches the other micro-batch's work before it waits for the counts",
+        "the host waits for the counts of a dispatch before it launches the other micro-batch's work",
+    ),
+    WGRAD: (
+        "dispatches are started; the weight gradients of megatron_ep_v2's experts run next to the backward of one",
+        "the weight gradients of megatron_ep_v2's experts run before the backward of a dispatch",
+    ),
 }
 
 
@@ -89,18 +101,11 @@ def say_overlap(option: str, not_started: str | None) -> None:
     """Log once which kind of overlap is in force.
 
     Args:
-        option: SHARED or PLAN.
+        option: SHARED, PLAN or WGRAD.
         not_started: Why a dispatch is not started; None = it is.
     """
-    if not_started is None:
-        logger.info("%s: the host launches %s before it waits for the counts of a dispatch", option, _LAUNCHED[option])
-    else:
-        logger.info(
-            "%s: the host waits for the counts of a dispatch before it launches %s: %s",
-            option,
-            _LAUNCHED[option],
-            not_started,
-        )
+    started, waits = _OVERLAPS[option]
+    logger.info("%s: %s", option, started if not_started is None else f"{waits}, because {not_started}")
 
 
 def follow_deterministic_mode(config: TransformerConfig, group: ProcessGroup) -> None:
@@ -270,8 +275,15 @@ class ExpandedManager(CompactManager):
     - With a shared expert next to the communication (`moe_shared_expert_overlap`): dispatch and combine, forward and
       backward. Megatron launches the shared expert in between, and these experts' weight gradients run there, too.
     - In Megatron's 1F1B plan (`overlap_moe_expert_parallel_comm`): the dispatch, until the node of the experts. The
-      host launches the other micro-batch's weight gradients before it waits for the counts.
+      host launches the other micro-batch's work before it waits for the counts.
+    - With `overlap_dispatch_backward_with_experts_wgrad`: the dispatch, for its backward, next to which these experts'
+      weight gradients run.
+
+    Attributes:
+        starts: False: calls wait, as where the buffer cannot start one. For comparisons.
     """
+
+    starts = True
 
     _started: StartedDispatch | None = None
     _combining: StartedCombine | None = None
@@ -302,7 +314,7 @@ class ExpandedManager(CompactManager):
                 self.group,
                 expert_alignment=self._alignment,
                 keep_indices=True,
-                next_to_experts=overlap == SHARED,
+                next_to_experts=overlap != PLAN,
             )
             say_overlap(overlap, self._why_not_started() if started is None else None)
             if started is not None:
@@ -325,16 +337,13 @@ class ExpandedManager(CompactManager):
         return hidden_states
 
     def _overlap(self) -> str | None:
-        """The option by which Megatron does something next to this dispatch; None = there is none."""
-        config = self.config
-        if config.overlap_moe_expert_parallel_comm:
-            return PLAN
-        # Its node around the dispatch wants the experts' gradients to be there before the dispatch's begin.
-        own_nodes = getattr(config, "overlap_dispatch_backward_with_experts_wgrad", False)
-        return SHARED if config.moe_shared_expert_overlap and not own_nodes else None
+        """Megatron's option by which something can run next to this dispatch or its backward; None = there is none."""
+        if not self.starts:
+            return None
+        return next((option for option in (PLAN, SHARED, WGRAD) if getattr(self.config, option, False)), None)
 
     def _why_not_started(self) -> str:
-        return "the layer is recomputed" if recompute.in_checkpoint() else "the buffer cannot start a call"
+        return "the layer is recomputed" if recompute.in_checkpoint() else "this buffer cannot start a call"
 
     def _count(self, tokens_per_expert: torch.Tensor) -> None:
         self.tokens_per_expert = tokens_per_expert

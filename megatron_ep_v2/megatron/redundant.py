@@ -84,7 +84,7 @@ class RedundantManager(ExpandedManager):
         self._check_installed()
         refuse_capture()
         if overlap := self._overlap():
-            say_overlap(overlap, "redundant experts are planned on the host first")
+            say_overlap(overlap, "redundant experts are planned first")
         self.token_probs, alignment = self._probs_in_fp32(), self._expert_alignment()
         buffer: Any = self._buffer(hidden_states)
         first = recompute.coming()

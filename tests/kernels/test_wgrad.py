@@ -3,6 +3,7 @@ far as a CPU goes, and what Megatron's DDP finds after a backward that used them
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -193,7 +194,21 @@ def test_the_kernel_compiles_for_tensor_cores_that_add_up_in_fp32(tmp_path: Path
 # ------------------------------------------------------------------------------------------ in backward, as DDP sees it
 
 
-def megatrons_hook(weight: torch.Tensor, seen: list[dict[str, Any]]) -> Any:
+def from_a_node(x: torch.Tensor, seen: list[Any]) -> torch.Tensor:
+    """Rows that have been received: note when their backward runs."""
+    rows = x * 1
+    assert rows.grad_fn is not None
+    rows.grad_fn.register_hook(lambda *_: seen.append("rows"))
+    return rows
+
+
+def after(groups: Groups, rows: torch.Tensor) -> Groups:
+    """With weight gradients after the backward of the rows' node."""
+    assert rows.grad_fn is not None
+    return dataclasses.replace(groups, rows_node=rows.grad_fn._sequence_nr())
+
+
+def megatrons_hook(weight: torch.Tensor, seen: list[Any]) -> Any:
     """Do after the gradient of a parameter what Megatron's DDP does, and note on what. Keep the node that this gives:
     with it, autograd forgets the hook."""
     node = weight.expand_as(weight).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
@@ -220,21 +235,26 @@ def megatrons_hook(weight: torch.Tensor, seen: list[dict[str, Any]]) -> Any:
 @pytest.mark.parametrize("backend", ["sequential", "grouped"])
 @pytest.mark.parametrize("zero_out", [False, True])
 @pytest.mark.parametrize("buffer", [torch.float32, None], ids=["fp32", "the weights' own"])
-def test_two_micro_batches_are_in_main_grad(backend: str, zero_out: bool, buffer: torch.dtype | None) -> None:
+@pytest.mark.parametrize("later", [False, True])
+def test_two_micro_batches_are_in_main_grad(
+    backend: str, zero_out: bool, buffer: torch.dtype | None, later: bool
+) -> None:
     b = expert_rows([3, 0, 5, 1], dtype=torch.bfloat16)
     weight = torch.nn.Parameter(b.w1.clone())
     started = torch.randn(weight.shape, generator=torch.Generator().manual_seed(3)).to(buffer or weight.dtype)
     weight.main_grad = started.clone()  # type: ignore[attr-defined]
     weight.grad_added_to_main_grad = False  # type: ignore[attr-defined]
     weight.zero_out_wgrad = zero_out  # type: ignore[attr-defined]
-    seen: list[dict[str, Any]] = []
+    seen: list[Any] = []
     node = megatrons_hook(weight, seen)
     groups = Groups.from_counts(torch.tensor(b.sizes), b.x)
     wanted, grad_x = started.double(), []
     for micro_batch in (1, 2):
         x = (b.x * micro_batch).requires_grad_()
+        rows = from_a_node(x, seen)
         grad = torch.ones(len(x), weight.shape[1], dtype=x.dtype)
-        linear(x, weight, groups, GEMMS[backend], True, None, weight.main_grad).backward(grad)  # type: ignore[attr-defined]
+        groups = after(groups, rows) if later else groups
+        linear(rows, weight, groups, GEMMS[backend], True, None, weight.main_grad).backward(grad)  # type: ignore[attr-defined]
         wanted = exact(wanted.to(started.dtype), grad, x.detach(), groups.ends)
         grad_x.append(x.grad)
     tolerance = 1e-6 if buffer else 2.0**-8
@@ -242,7 +262,8 @@ def test_two_micro_batches_are_in_main_grad(backend: str, zero_out: bool, buffer
     assert (wanted - started.double()).norm() > 1
     assert torch.equal(weight.main_grad[1], started[1]), "the expert without rows"  # type: ignore[attr-defined]
     expected = {"shape": tuple(weight.shape), "zero": True, "bytes": 1, "added": True}
-    assert seen == [expected, expected] and weight.grad is None and node is not None
+    assert seen == 2 * (["rows", expected] if later else [expected, "rows"])
+    assert weight.grad is None and node is not None
     plain = b.x.clone().requires_grad_()
     linear(plain, weight.detach(), groups, GEMMS[backend], True).backward(grad)
     assert torch.equal(grad_x[0], plain.grad), "the rows' gradient is that of a backward without a buffer"
@@ -259,12 +280,15 @@ def test_a_gradient_that_is_there_already_stays() -> None:
     assert (weight.grad == 3).all() and weight.grad_added_to_main_grad is True  # type: ignore[attr-defined]
 
 
-def test_without_a_buffer_autograd_gets_the_gradient() -> None:
-    b = expert_rows([3, 4])
+@pytest.mark.parametrize("later", [False, True])
+def test_without_a_buffer_autograd_gets_the_gradient(later: bool) -> None:
+    b, seen = expert_rows([3, 4]), list[str]()
     weight = torch.nn.Parameter(b.w1.clone())
-    groups = Groups.from_counts(torch.tensor(b.sizes), b.x)
-    y = linear(b.x, weight, groups, GEMMS["sequential"], True)
+    weight.register_post_accumulate_grad_hook(lambda _: seen.append("weight"))
+    groups, rows = Groups.from_counts(torch.tensor(b.sizes), b.x), from_a_node(b.x.requires_grad_(), seen)
+    y = linear(rows, weight, after(groups, rows) if later else groups, GEMMS["sequential"], True)
     y.backward(torch.ones_like(y))
+    assert seen == (["rows", "weight"] if later else ["weight", "rows"])
     wanted = exact(torch.zeros_like(weight), torch.ones_like(y), b.x, groups.ends)
     assert weight.grad is not None and relative_error(weight.grad, wanted) <= 1e-6
     assert not hasattr(weight, "grad_added_to_main_grad")
@@ -291,11 +315,12 @@ def test_a_recomputed_activation_gives_the_same_gradients(backend: str, tail: bo
     if tail:
         b, groups, _ = with_tail(b, 24, 4)
     found = []
-    for recompute in (False, True):
+    for recompute, later in ((False, False), (True, False), (True, True)):
         inputs = [t.detach().clone().requires_grad_() for t in (b.x, b.probs, b.w1, b.w2)]
-        y = through(inputs, groups, backend, recompute)
+        rows = inputs[0] * 1
+        y = through([rows, *inputs[1:]], after(groups, rows) if later else groups, backend, recompute)
         y.backward(b.grad)
         found.append([y.detach(), *(t.grad for t in inputs)])
-    for kept, recomputed in zip(*found, strict=True):
-        assert torch.equal(kept, recomputed) and kept.isfinite().all()
+    for kept, *recomputed in zip(*found, strict=True):
+        assert all(torch.equal(kept, each) for each in recomputed) and kept.isfinite().all()
     assert all(t.any() for t in found[0])

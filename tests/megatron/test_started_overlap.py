@@ -30,15 +30,15 @@ from tests.helpers.shapes import CPU
 class NoStream:
     """The CPU's one stream is in order by itself."""
 
-    def __init__(self, *_: Any):
-        self.wait_stream = lambda *_: None
+    def __init__(self, *_: Any, **__: Any):
+        self.wait_stream = self.wait_event = self.record = lambda *_: None
 
 
 @contextlib.contextmanager
 def shared_expert_on_the_cpu() -> Iterator[None]:
     """What Megatron's shared expert next to communication needs of CUDA."""
-    names = {"Stream": NoStream, "current_stream": NoStream, "stream": lambda *_: contextlib.nullcontext()}
-    with mock.patch.multiple(torch.cuda, **names):
+    names = dict.fromkeys(("Stream", "current_stream", "Event"), NoStream)
+    with mock.patch.multiple(torch.cuda, stream=lambda *_: contextlib.nullcontext(), **names):
         yield
 
 
@@ -47,6 +47,11 @@ GATE = {"moe_shared_expert_gate": True}
 with_overlap = pytest.mark.skipif(
     "alltoall or flex token dispatcher" not in inspect.getsource(TransformerConfig),
     reason="this Megatron-Core has no shared expert next to the flex dispatcher (0.19 has)",
+)
+
+WGRAD = "overlap_dispatch_backward_with_experts_wgrad"
+with_wgrad = pytest.mark.skipif(
+    not hasattr(TransformerConfig, WGRAD), reason="this Megatron-Core has no such option (0.19 has)"
 )
 
 FORWARD = ["dispatch starts", "shared fc1", "dispatch ends", "experts", "combine starts", "shared fc2", "combine ends"]
@@ -59,11 +64,11 @@ BACKWARD = [
 def note(layer: Any, order: list[str]) -> None:
     """Note when the linears and the experts run, and when the gradients of their weights are there."""
     layer.experts.register_forward_hook(lambda *_: order.append("experts"))
-    for number in (1, 2):
+    for number in (1, 2) if layer.shared_experts else ():
         shared = getattr(layer.shared_experts, f"linear_fc{number}")
         shared.register_forward_hook(lambda *_, number=number: order.append(f"shared fc{number}"))
         shared.weight.register_hook(lambda _, number=number: order.append(f"gradient of shared fc{number}"))
-    if layer.shared_experts.use_shared_expert_gate:
+    if layer.shared_experts and layer.shared_experts.use_shared_expert_gate:
         layer.shared_experts.gate_weight.register_hook(lambda _: order.append("gradient of the gate"))
     for linear in (layer.experts.linear_fc1, layer.experts.linear_fc2):
         linear.weight.register_hook(lambda _: order.append("gradient of fc"))
@@ -73,7 +78,7 @@ def as_bytes(results: dict[str, torch.Tensor]) -> dict[str, bytes]:
     return {name: value.double().numpy().tobytes() for name, value in results.items()}
 
 
-def shared_layer(group: Any, micro_batches: int, more: dict[str, Any]) -> dict[str, Any]:
+def overlapped(group: Any, micro_batches: int, more: dict[str, Any]) -> dict[str, Any]:
     """Results with calls that are started, and with the waits in them; the order of the former, and of the latter's
     weight gradients; what is logged."""
     found: dict[str, Any] = {"said": []}
@@ -85,7 +90,7 @@ def shared_layer(group: Any, micro_batches: int, more: dict[str, Any]) -> dict[s
         hidden = hidden_states(CPU, CPU.tokens - 5 * group.rank(), 1)
         for name, defers in (("started", True), ("waiting", False)):
             with mock.patch.object(ReferenceBuffer, "defers", defers):
-                layer = make_layer(CPU, "flex", "expanded", "grouped", **OVERLAPPED, **more)
+                layer = make_layer(CPU, "flex", "expanded", "grouped", **more)
                 order.clear()
                 note(layer, order)
                 found[name] = as_bytes(step(layer, hidden, micro_batches))
@@ -97,19 +102,19 @@ def shared_layer(group: Any, micro_batches: int, more: dict[str, Any]) -> dict[s
 
 @with_overlap
 def test_what_runs_between_the_start_of_a_call_and_its_end() -> None:
-    for found in run_ranks(2, shared_layer, 1, {}):
+    for found in run_ranks(2, overlapped, 1, OVERLAPPED):
         assert found["started"] == found["waiting"] and found["started"]
         assert found["order, started"] == FORWARD + BACKWARD
         assert not any("start" in each for each in found["order, waiting"])
         launches, waits = found["said"]
-        assert launches.endswith("launches the shared expert before it waits for the counts of a dispatch")
-        assert waits.endswith("before it launches the shared expert: the buffer cannot start a call")
+        assert launches.endswith("launches the shared expert before it waits for the counts")
+        assert waits.endswith("before it launches the shared expert, because this buffer cannot start a call")
 
 
 @with_overlap
 def test_the_communication_starts_before_the_gradient_of_the_gate() -> None:
     """No bits are compared: the gradient of x is a sum of three, in the order in which they are there."""
-    for found in run_ranks(2, shared_layer, 1, GATE):
+    for found in run_ranks(2, overlapped, 1, OVERLAPPED | GATE):
         order = found["order, started"]
         assert [each for each in order if "gate" not in each] == FORWARD + BACKWARD
         assert order.index("cached dispatch starts") < order.index("gradient of the gate")
@@ -124,17 +129,36 @@ def test_the_communication_starts_before_the_gradient_of_the_gate() -> None:
     ],
 )
 def test_several_micro_batches_in_flight(more: dict[str, Any]) -> None:
-    for found in run_ranks(2, shared_layer, 2, more):
+    for found in run_ranks(2, overlapped, 2, OVERLAPPED | more):
         assert found["started"] == found["waiting"] and found["started"]
         assert found["order, started"] == 2 * FORWARD + 2 * BACKWARD
 
 
 @with_overlap
 def test_a_recomputed_layer_starts_nothing_and_says_so() -> None:
-    for found in run_ranks(2, shared_layer, 1, WHOLE_LAYER):
+    for found in run_ranks(2, overlapped, 1, OVERLAPPED | WHOLE_LAYER):
         assert found["started"] == found["waiting"] and found["started"]
         assert not any("start" in each for each in found["order, started"])
         assert found["said"][0].endswith("the layer is recomputed")
+
+
+@with_wgrad
+def test_weight_gradients_next_to_the_backward_of_the_dispatch_without_a_shared_expert() -> None:
+    with_te = "megatron.core.transformer.transformer_config.is_te_min_version"  # Megatron asks for it at this option
+    for found in run_ranks(2, patched, with_te, {WGRAD: True}):
+        assert found["started"] == found["waiting"] and found["started"]
+        assert found["order, started"] == [
+            *("dispatch starts", "dispatch ends", "experts"),
+            *("combine starts", "gradient of fc", "gradient of fc", "combine ends"),
+        ]
+        started, before = found["said"]
+        assert started.endswith("run next to the backward of one")
+        assert before.endswith("run before the backward of a dispatch, because this buffer cannot start a call")
+
+
+def patched(group: Any, name: str, more: dict[str, Any]) -> dict[str, Any]:
+    with mock.patch(name, lambda *_: True):
+        return overlapped(group, 1, more)
 
 
 class Stop(RuntimeError):
@@ -191,11 +215,17 @@ def test_an_exception_between_start_and_end_leaves_nothing(where: str, left: str
         ({}, None),
         ({"moe_shared_expert_overlap": True}, "moe_shared_expert_overlap"),
         ({"overlap_moe_expert_parallel_comm": True}, "overlap_moe_expert_parallel_comm"),
-        ({"moe_shared_expert_overlap": True, "overlap_dispatch_backward_with_experts_wgrad": True}, None),
+        ({"overlap_dispatch_backward_with_experts_wgrad": True}, "overlap_dispatch_backward_with_experts_wgrad"),
+        (
+            {"moe_shared_expert_overlap": True, "overlap_dispatch_backward_with_experts_wgrad": True},
+            "moe_shared_expert_overlap",
+        ),
     ],
 )
 def test_when_megatron_has_something_to_run_in_between(fields: dict[str, bool], expected: str | None) -> None:
     names = ("moe_shared_expert_overlap", "overlap_moe_expert_parallel_comm")
     config = types.SimpleNamespace(**dict.fromkeys(names, False) | fields)
-    manager: Any = types.SimpleNamespace(config=config)
+    manager: Any = types.SimpleNamespace(config=config, starts=True)
     assert managers.ExpandedManager._overlap(manager) == expected
+    manager.starts = False
+    assert managers.ExpandedManager._overlap(manager) is None
