@@ -154,6 +154,7 @@ def linear(
     last: bool,
     activation: tuple[torch.Tensor, torch.Tensor] | None = None,
     main_grad: torch.Tensor | None = None,
+    delayed: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Multiply each row by its own expert's weights.
 
@@ -168,21 +169,36 @@ def linear(
             autograd gets none, as with Megatron's `gradient_accumulation_fusion`. Where `w` has the attribute
             `overwrite_main_grad` (TransformerEngine's and Megatron-FSDP's name), true in the forward, the gradient
             replaces what is there. None = the gradient goes to autograd.
+        delayed: Backward does not compute the gradient of `w`, but appends a token [0] here, whose own backward
+            (`run_delayed`) does. None = it computes it, at once or as `groups.rows_node` says.
 
     Returns:
         [P, N].
     """
-    later = token = None
-    if groups.rows_node is not None and w.requires_grad and torch.is_grad_enabled():
+    fused = None if main_grad is None else (w, main_grad, getattr(w, "overwrite_main_grad", False))
+    later = leave = token = None
+    if (groups.rows_node is not None or delayed is not None) and w.requires_grad and torch.is_grad_enabled():
         later = _Later()
-        token = _WeightGrad.apply(later, w)
-        order(token, groups.rows_node - 1)
-    return _Linear.apply(x, w, groups, multiply, last, main_grad, later, token, *(activation or ()))
+        token, w = _WeightGrad.apply(later, w), w.detach()
+        if delayed is not None:
+            leave, token = functools.partial(delayed.append, token), token.detach().requires_grad_()
+        else:
+            assert groups.rows_node is not None
+            order(token, groups.rows_node - 1)
+    return _Linear.apply(x, w, groups, multiply, last, fused, later, leave, token, *(activation or ()))
+
+
+def run_delayed(delayed: list[torch.Tensor]) -> None:
+    """Compute the weight gradients that backwards have left to do, and empty the list. Hooks on them run now."""
+    tokens = list(delayed)
+    delayed.clear()
+    if tokens:
+        torch.autograd.backward(tokens, [torch.empty_like(token) for token in tokens])
 
 
 @dataclass
 class _Later:
-    """The gradient of a weight that is computed after the linear's backward has run.
+    """The gradient of a weight that is computed after the linear's backward has run, by a node of its own.
 
     Attributes:
         compute: Returns [L, N, K], or None if it has added it to `main_grad`.
@@ -224,6 +240,7 @@ class _LinearContext(Context, Protocol):
     last: bool
     fused: _Fused | None
     later: _Later | None
+    leave: Callable[[], None] | None  # leaves `later` to `run_delayed`
 
 
 class _Linear(torch.autograd.Function):
@@ -238,8 +255,9 @@ class _Linear(torch.autograd.Function):
         groups: Groups,
         multiply: Gemm,
         last: bool,
-        main_grad: torch.Tensor | None,
+        fused: _Fused | None,
         later: _Later | None,
+        leave: Callable[[], None] | None,
         token: torch.Tensor | None,
         *activation: torch.Tensor,
     ) -> torch.Tensor:
@@ -247,9 +265,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(w, groups.ends, *(activation or (x,)))
         ctx.groups, ctx.gemm, ctx.last, ctx.later = groups, multiply, last, later
         # Keeps the parameter: saved-tensor hooks (activation offload) may return a copy without its attributes.
-        ctx.fused = None
-        if main_grad is not None:
-            ctx.fused = w, main_grad, getattr(w, "overwrite_main_grad", False)
+        ctx.fused, ctx.leave = fused, leave
         y = multiply.forward(x, w, groups)
         return _kernels(y).zero_tail_(y, groups.used) if last else y
 
@@ -264,16 +280,18 @@ class _Linear(torch.autograd.Function):
             if not ctx.last:
                 grad_x = _kernels(grad_x).zero_tail_(grad_x, groups.used)
         grad_token = None
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1] or ctx.later is not None:
             compute = functools.partial(_weight_grad, grad, kept, groups, ctx.gemm, ctx.fused)
             if ctx.later is None:
                 grad_w = compute()
             else:
                 ctx.later.compute, grad_token = compute, grad.new_empty(0)
+                if ctx.leave is not None:
+                    ctx.leave()
         return (
             grad_x,  # x
             grad_w,  # w: None if it comes later
-            *[None] * 5,  # groups, gemm, last, main_grad, later
+            *[None] * 6,  # groups, gemm, last, fused, later, leave
             grad_token,  # token
             *[None] * (len(kept) if len(kept) > 1 else 0),  # activation: its gradient flows through x
         )

@@ -29,7 +29,7 @@ from megatron_ep_v2.errors import SettingsError
 from megatron_ep_v2.experts import redundant
 from megatron_ep_v2.experts.gemm import Gemm, gemm
 from megatron_ep_v2.experts.groups import Groups
-from megatron_ep_v2.experts.mlp import linear, run_experts
+from megatron_ep_v2.experts.mlp import linear, run_delayed, run_experts
 from megatron_ep_v2.experts.redundant import ReplicaLinear, Replicas, run_with_replicas
 from megatron_ep_v2.megatron.copies import deepcopy_sharing_groups, refuse_to_pickle_groups, shallow_copy
 from megatron_ep_v2.megatron.expert_checkpoint import ExpertShards, Offset, check_format, drop_extra_states
@@ -127,8 +127,9 @@ class Experts(MegatronModule):  # type: ignore[misc]
         )
 
     def backward_dw(self) -> None:
-        """Do nothing: backward computes the weights' gradients, next to the dispatch's backward where that is started
-        (`Groups.rows_node`)."""
+        """Compute the weights' gradients that backward has left (`delay_wgrad_compute`)."""
+        for module in (self.linear_fc2, self.linear_fc1):
+            run_delayed(module.delayed)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Offset, ...] = (), metadata: Mapping[str, object] | None = None
@@ -259,6 +260,8 @@ class StackedLinear(torch.nn.Module):
         self._own_groups = config.expert_model_parallel_size > 1 or config.tensor_model_parallel_size > 1
         self._mark()
         self.fuse_wgrad_accumulation = config.gradient_accumulation_fusion
+        self.delayed: list[torch.Tensor] = []
+        self._delays = config.delay_wgrad_compute
         self._drawn_alike = config.use_cpu_initialization  # see `_random`
         self._register_load_state_dict_pre_hook(drop_extra_states, with_module=True)
 
@@ -301,7 +304,8 @@ class StackedLinear(torch.nn.Module):
         main_grad = getattr(self.weight, "main_grad", None) if self.fuse_wgrad_accumulation else None
         if replicas is not None:
             return redundant.linear(x, self.weight, multiply, activation, main_grad, replicas)
-        return linear(x, self.weight, groups, multiply, last, activation, main_grad)
+        delayed = self.delayed if self._delays else None
+        return linear(x, self.weight, groups, multiply, last, activation, main_grad, delayed)
 
     @torch.no_grad()
     def initialize(self, method: Callable[[torch.Tensor], object], first: int, number: int) -> None:
@@ -340,7 +344,6 @@ _NEEDED: dict[str, object] = {
     "moe_dispatch_fwd_dtype": "bf16",
     "moe_combine_bwd_dtype": "bf16",
     "use_transformer_engine_op_fuser": False,
-    "delay_wgrad_compute": False,
     "expert_gtp_weight_remat_size": 1,
     "cpu_offloading_weights": False,
     "init_model_with_meta_device": False,

@@ -14,7 +14,7 @@ import torch
 from megatron_ep_v2.errors import InputError
 from megatron_ep_v2.experts.gemm import GEMMS
 from megatron_ep_v2.experts.groups import Groups
-from megatron_ep_v2.experts.mlp import Weights, linear, run_experts
+from megatron_ep_v2.experts.mlp import Weights, linear, run_delayed, run_experts
 from megatron_ep_v2.kernels import wgrad
 from tests.helpers.compare import relative_error
 from tests.helpers.expert_rows import NAN, expert_rows, gradcheck_inputs, with_tail
@@ -235,9 +235,9 @@ def megatrons_hook(weight: torch.Tensor, seen: list[Any]) -> Any:
 @pytest.mark.parametrize("backend", ["sequential", "grouped"])
 @pytest.mark.parametrize("zero_out", [False, True])
 @pytest.mark.parametrize("buffer", [torch.float32, None], ids=["fp32", "the weights' own"])
-@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("when", ["at once", "after the rows", "delayed"])
 def test_two_micro_batches_are_in_main_grad(
-    backend: str, zero_out: bool, buffer: torch.dtype | None, later: bool
+    backend: str, zero_out: bool, buffer: torch.dtype | None, when: str
 ) -> None:
     b = expert_rows([3, 0, 5, 1], dtype=torch.bfloat16)
     weight = torch.nn.Parameter(b.w1.clone())
@@ -253,8 +253,13 @@ def test_two_micro_batches_are_in_main_grad(
         x = (b.x * micro_batch).requires_grad_()
         rows = from_a_node(x, seen)
         grad = torch.ones(len(x), weight.shape[1], dtype=x.dtype)
-        groups = after(groups, rows) if later else groups
-        linear(rows, weight, groups, GEMMS[backend], True, None, weight.main_grad).backward(grad)  # type: ignore[attr-defined]
+        groups = after(groups, rows) if when == "after the rows" else groups
+        delayed: list[torch.Tensor] | None = [] if when == "delayed" else None
+        main_grad: torch.Tensor = weight.main_grad  # type: ignore[attr-defined]
+        linear(rows, weight, groups, GEMMS[backend], True, None, main_grad, delayed).backward(grad)
+        if delayed is not None:
+            assert seen[-1] == "rows"
+            run_delayed(delayed)
         wanted = exact(wanted.to(started.dtype), grad, x.detach(), groups.ends)
         grad_x.append(x.grad)
     tolerance = 1e-6 if buffer else 2.0**-8
@@ -262,7 +267,7 @@ def test_two_micro_batches_are_in_main_grad(
     assert (wanted - started.double()).norm() > 1
     assert torch.equal(weight.main_grad[1], started[1]), "the expert without rows"  # type: ignore[attr-defined]
     expected = {"shape": tuple(weight.shape), "zero": True, "bytes": 1, "added": True}
-    assert seen == 2 * (["rows", expected] if later else [expected, "rows"])
+    assert seen == 2 * ([expected, "rows"] if when == "at once" else ["rows", expected])
     assert weight.grad is None and node is not None
     plain = b.x.clone().requires_grad_()
     linear(plain, weight.detach(), groups, GEMMS[backend], True).backward(grad)
@@ -280,15 +285,19 @@ def test_a_gradient_that_is_there_already_stays() -> None:
     assert (weight.grad == 3).all() and weight.grad_added_to_main_grad is True  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("later", [False, True])
-def test_without_a_buffer_autograd_gets_the_gradient(later: bool) -> None:
+@pytest.mark.parametrize("when", ["at once", "after the rows", "delayed"])
+def test_without_a_buffer_autograd_gets_the_gradient(when: str) -> None:
     b, seen = expert_rows([3, 4]), list[str]()
     weight = torch.nn.Parameter(b.w1.clone())
     weight.register_post_accumulate_grad_hook(lambda _: seen.append("weight"))
     groups, rows = Groups.from_counts(torch.tensor(b.sizes), b.x), from_a_node(b.x.requires_grad_(), seen)
-    y = linear(rows, weight, after(groups, rows) if later else groups, GEMMS["sequential"], True)
+    groups = after(groups, rows) if when == "after the rows" else groups
+    delayed = list[torch.Tensor]()
+    y = linear(rows, weight, groups, GEMMS["sequential"], True, delayed=delayed if when == "delayed" else None)
     y.backward(torch.ones_like(y))
-    assert seen == (["rows", "weight"] if later else ["weight", "rows"])
+    assert len(delayed) == (when == "delayed") and (weight.grad is None) == (when == "delayed")
+    run_delayed(delayed)
+    assert not delayed and seen == (["weight", "rows"] if when == "at once" else ["rows", "weight"])
     wanted = exact(torch.zeros_like(weight), torch.ones_like(y), b.x, groups.ends)
     assert weight.grad is not None and relative_error(weight.grad, wanted) <= 1e-6
     assert not hasattr(weight, "grad_added_to_main_grad")

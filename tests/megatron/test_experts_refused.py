@@ -79,7 +79,6 @@ OTHERS: dict[str, Any] = {
     "moe_dispatch_fwd_dtype": "fp8",
     "moe_combine_bwd_dtype": "fp8",
     "use_transformer_engine_op_fuser": True,
-    "delay_wgrad_compute": True,
     "expert_gtp_weight_remat_size": 2,
     "cpu_offloading_weights": True,
     "init_model_with_meta_device": True,

@@ -39,6 +39,7 @@ BOUND = {
     *(("fused_a2a", name) for name in ("FusedDispatch", "FusedCombine")),
     *((module, "destroy_process_group") for module in ("distributed", "distributed_c10d")),
     ("MoEFlexTokenDispatcher", "dispatch_preprocess"),
+    ("MoEFlexTokenDispatcher", "combine_postprocess"),
     ("MoETokenDispatcher", "__init__"),
     ("CheckpointFunction", "forward"),
     *((owner.__name__, name) for owner, name in STEPS),

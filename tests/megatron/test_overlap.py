@@ -22,6 +22,7 @@ from qwen3_moe.presets import PRESETS
 
 from megatron_ep_v2.device_checks import read_all
 from megatron_ep_v2.megatron import binding, symbols
+from megatron_ep_v2.megatron.experts import StackedLinear
 from megatron_ep_v2.megatron.qwen3_moe.model import build_model, named_parameters
 from tests.helpers.compare import relative_error
 from tests.helpers.harness import run_ranks
@@ -117,7 +118,8 @@ def compare(
 
     Args:
         keep_rows: False = with the rule by which Megatron itself frees.
-        order: The configuration has `overlap_moe_expert_parallel_comm` while the plan runs; emptied before.
+        order: The configuration has `overlap_moe_expert_parallel_comm` and `delay_wgrad_compute` while the plan runs;
+            emptied before, and weight gradients of this package's experts are noted.
     """
     mode: dict[str, Any] = {"sync_free": True} if layout == "sync-free" else {"layout": layout}
     options = Options(shape=SHAPE, recipe=RECIPE, dtype="fp32", experts=experts)
@@ -139,10 +141,14 @@ def compare(
 
         wanted = results(one_after_the_other(model, batches, grad))
         if order is not None:
-            order.clear()
             for module in model.modules():
                 if isinstance(module, MoELayer):
                     patch.setattr(module.config, "overlap_moe_expert_parallel_comm", True)
+                    patch.setattr(module.config, "delay_wgrad_compute", True)
+                if isinstance(module, StackedLinear):
+                    module._delays = True
+                    module.weight.register_hook(lambda _: order.append("gradient"))
+            order.clear()
         with plan_on_the_cpu() as freed:
             found = results(planned(model, batches, grad))
         assert all(tensor.norm() > 0 for tensor in wanted.values())
@@ -205,4 +211,7 @@ def test_a_dispatch_is_started_in_its_node_and_its_rows_are_waited_for_later(exp
         assert len(starts) == LAYERS * MICRO_BATCHES
         alone, overlapping = starts[:LAYERS], starts[LAYERS:]
         assert {order[i + 1] for i in alone} == {"dispatch ends"}
-        assert {tuple(order[i + 1 : i + 3]) for i in overlapping} == {("weight gradients", "dispatch ends")}
+        grads = ["gradient"] * 2 if experts == "grouped" else []
+        wanted = ["weight gradients", *grads, "dispatch ends"]
+        assert all(order[i + 1 : i + 1 + len(wanted)] == wanted for i in overlapping)
+        assert order.count("gradient") == len(grads) * LAYERS * MICRO_BATCHES
