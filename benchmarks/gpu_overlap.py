@@ -2,7 +2,10 @@
 
     shared   a stack of MoE layers with shared experts: `moe_shared_expert_overlap` off and on
     1f1b     a GPT of MoE layers, several micro-batches: one after the other, and by Megatron's 1F1B plan, which runs
-             one micro-batch's forward next to another's backward
+             one micro-batch's forward next to another's backward; then with `delay_wgrad_compute`
+
+With "on" and "delayed" every call waits. Where the buffer can start calls (DeepEP 2.5), the last row is "started": the
+same as the one before it, with calls that are started as this package does by itself.
 
 Exposed: some kernel of deep_ep runs and no other kernel does, in a profiler's trace of one step; a kernel that waits
 for a late rank counts as running. Times are CUDA events, medians over repeats of the slowest rank; shares are the worst
@@ -20,6 +23,7 @@ hardware queues is the environment's: CUDA_DEVICE_MAX_CONNECTIONS=1 before the c
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,11 +38,13 @@ from megatron_ep_v2.bench.exposed import profiled
 from megatron_ep_v2.bench.rows import ratio
 from megatron_ep_v2.bench.runner import Row, Run, main
 from megatron_ep_v2.bench.timing import summarise
+from megatron_ep_v2.buffers.pool import buffers
 
 HIDDEN, FFN, EXPERTS, TOPK = 2048, 768, 128, 8  # Qwen3-30B-A3B
 SHARED_FFN = 4096  # Qwen3 has no shared expert: as much work for a token as its 8 chosen ones have, rounded down
 HEADS, VOCABULARY, SEQUENCE = 16, 32768, 4096
 
+STARTED = "started"
 Step = Callable[[], dict[str, torch.Tensor]]
 
 
@@ -72,7 +78,7 @@ def measure(run: Run) -> Iterator[list[Row]]:
 
 def line(row: Row) -> str:
     return (
-        f"{row['case']:<7} overlap {row['overlap']:<4} {row['microseconds']:>8.0f} us {row['ratio']:.3f}"
+        f"{row['case']:<7} overlap {row['overlap']:<7} {row['microseconds']:>8.0f} us {row['ratio']:.3f}"
         f"  deep_ep {row['communication_us']:>7.0f} us, exposed {row['exposed_us']:>7.0f} us:"
         f" {row['exposed_share']:.1%} of the step, {row['covered']:.1%} covered"
     )
@@ -137,7 +143,8 @@ def _shared(options: argparse.Namespace, device: torch.device) -> dict[str, Step
     plain, overlapped = build(False), build(True)
     overlapped.load_state_dict(plain.state_dict())
 
-    def step(layers: torch.nn.ModuleList) -> dict[str, torch.Tensor]:
+    def step(layers: torch.nn.ModuleList, starts: bool = False) -> dict[str, torch.Tensor]:
+        _start_calls(layers, starts)
         layers.zero_grad(set_to_none=True)
         x = hidden.detach().requires_grad_()
         y = x
@@ -147,7 +154,7 @@ def _shared(options: argparse.Namespace, device: torch.device) -> dict[str, Step
         assert x.grad is not None
         return {"output": y.detach(), "gradient": x.grad}
 
-    return {"off": lambda: step(plain), "on": lambda: step(overlapped)}
+    return {"off": lambda: step(plain), "on": lambda: step(overlapped), STARTED: lambda: step(overlapped, True)}
 
 
 def _one_forward_one_backward(options: argparse.Namespace, device: torch.device) -> dict[str, Step]:
@@ -160,18 +167,24 @@ def _one_forward_one_backward(options: argparse.Namespace, device: torch.device)
     from megatron_ep_v2.megatron.experts import use_experts
 
     set_streams()
-    config = _config(options.layers)
-    block = get_gpt_decoder_block_spec(config=config, use_transformer_engine=True)
-    if options.experts == "grouped":
-        for layer in block.layer_specs:
-            use_experts(layer, "grouped")
-    model = GPTModel(
-        config=config,
-        transformer_layer_spec=block,
-        vocab_size=VOCABULARY,
-        max_sequence_length=SEQUENCE,
-        position_embedding_type="rope",
-    ).to(device)
+
+    def build(**more: object) -> Any:
+        config = _config(options.layers, **more)
+        block = get_gpt_decoder_block_spec(config=config, use_transformer_engine=True)
+        if options.experts == "grouped":
+            for layer in block.layer_specs:
+                use_experts(layer, "grouped")
+        return GPTModel(
+            config=config,
+            transformer_layer_spec=block,
+            vocab_size=VOCABULARY,
+            max_sequence_length=SEQUENCE,
+            position_embedding_type="rope",
+        ).to(device)
+
+    model, delaying = build(), build(overlap_moe_expert_parallel_comm=True, delay_wgrad_compute=True)
+    delaying.load_state_dict(model.state_dict())
+    _add_up_delayed(delaying)
     generator = torch.Generator().manual_seed(dist.get_rank())
     shape = options.tokens // SEQUENCE, SEQUENCE
     positions = torch.arange(SEQUENCE, device=device).expand(shape)
@@ -184,8 +197,9 @@ def _one_forward_one_backward(options: argparse.Namespace, device: torch.device)
         for _ in range(options.micro_batches)
     ]
 
-    def gradients(losses: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    def gradients(model: Any, losses: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        found = [getattr(parameter, "main_grad", parameter.grad) for parameter in model.parameters()]
+        grads = [grad for grad in found if grad is not None]
         norm = torch.stack([grad.double().norm() for grad in grads]).norm()
         return {"loss": torch.stack([loss.detach().double().mean() for loss in losses]), "gradient norm": norm}
 
@@ -195,10 +209,14 @@ def _one_forward_one_backward(options: argparse.Namespace, device: torch.device)
         for batch in batches:
             losses.append(model(**batch))
             losses[-1].backward(torch.ones_like(losses[-1]))
-        return gradients(losses)
+        return gradients(model, losses)
 
-    def planned() -> dict[str, torch.Tensor]:
+    def planned(model: Any, starts: bool = False) -> dict[str, torch.Tensor]:
+        _start_calls(model, starts)
         model.zero_grad(set_to_none=True)
+        for parameter in model.parameters():
+            if hasattr(parameter, "main_grad"):
+                parameter.main_grad.zero_()
         run, losses, previous = TransformerModelChunkSchedulePlan.run, [], None
         for batch in batches:
             plan = model.build_schedule_plan(**batch)
@@ -206,9 +224,38 @@ def _one_forward_one_backward(options: argparse.Namespace, device: torch.device)
             losses.append(loss.detach())
             previous = plan
         run(None, previous, b_grad=torch.ones_like(losses[-1]))
-        return gradients(losses)
+        return gradients(model, losses)
 
-    return {"off": one_after_the_other, "on": planned}
+    return {
+        "off": one_after_the_other,
+        "on": lambda: planned(model),
+        "delayed": lambda: planned(delaying),
+        STARTED: lambda: planned(delaying, True),
+    }
+
+
+def _add_up_delayed(model: torch.nn.Module) -> None:
+    """Do what Megatron's DDP does: TransformerEngine's delayed gradients replace those of the micro-batch before."""
+
+    def add(parameter: torch.nn.Parameter) -> None:
+        assert parameter.grad is not None
+        parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
+        parameter.grad = None
+
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if getattr(parameter, "skip_backward_post_hook", False):
+                parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
+                hooks: Any = module
+                hooks.register_wgrad_accumulation_and_reduce_hooks(functools.partial(add, parameter))
+
+
+def _start_calls(model: torch.nn.Module, starts: bool) -> None:
+    """Whether the model's layers start calls, where their buffer can."""
+    for module in model.modules():
+        manager = getattr(getattr(module, "token_dispatcher", None), "_comm_manager", None)
+        if manager is not None:
+            manager.starts = starts
 
 
 CASES: dict[str, Callable[[argparse.Namespace, torch.device], dict[str, Step]]] = {
@@ -220,6 +267,9 @@ CASES: dict[str, Callable[[argparse.Namespace, torch.device], dict[str, Step]]] 
 def _measure(case: str, run: Run) -> list[Row]:
     options = run.options
     steps = CASES[case](options, run.device)
+    steps["off"]()  # builds the buffer
+    if options.layout != "expanded" or not all(buffer.defers for buffer in buffers()):
+        del steps[STARTED]
     run.require_equal(steps, "off", 2e-2)
     times = run.time_alone(steps)
     rows = []
