@@ -27,7 +27,7 @@ from megatron_ep_v2.buffers.deep_ep import memory_left_as_it_is
 from megatron_ep_v2.buffers.elastic import ElasticBuffer
 from megatron_ep_v2.buffers.pending import Pending, Starter
 from megatron_ep_v2.buffers.redundancy import carve, check_one_host, check_prefetch, check_reduce, slot_bytes
-from megatron_ep_v2.errors import InputError, SettingsError, UnavailableError
+from megatron_ep_v2.errors import ClosedError, InputError, SettingsError, UnavailableError
 from megatron_ep_v2.probe import load_class
 from megatron_ep_v2.settings import Settings
 
@@ -145,7 +145,15 @@ class EPBuffer(Starter, ElasticBuffer):
         return _Event(call(*moved, num_sms=self._transfer_sms))
 
     def destroy(self) -> None:
-        """See `ElasticBuffer.destroy`. The slots are gone with it."""
+        """See `ElasticBuffer.destroy`. The slots are gone with it, and the rows of a call that nobody has waited for."""
+        started, self._started = self._started, None
+        if started is not None:
+            started.give_up(
+                ClosedError(
+                    f"this {self.carrier.label} was destroyed before a call that it had started was waited for",
+                    fix="finish forward and backward before destroy_buffers()",
+                )
+            )
         self._slots = self._region = None
         super().destroy()
 

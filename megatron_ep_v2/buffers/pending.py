@@ -45,6 +45,11 @@ class Pending(Generic[T]):
             if started_on is not None and started_on != stream:
                 _record(self._result[0], started_on)  # later calls with the handle come from there
 
+    def give_up(self, error: BaseException) -> None:
+        """Raise an error in `wait`, instead of finishing the call. Changes nothing once it is finished."""
+        if self._finish is not None:
+            self._finish, self._error = None, error
+
     def follow(self) -> bool:
         """Let the current stream wait for the end of the call, once finished. Returns whether it had to."""
         if self._finished_on is None:

@@ -261,18 +261,23 @@ class StartingBuffer(FakeBuffer):
     log: list[str]
 
     def dispatch(self, x: Any, *, defer_epilogue: bool = False, **named: Any) -> Any:
-        self.log.append("started" if defer_epilogue else "dispatch")
-        if not defer_epilogue:
-            return x, None, None, HANDLE, None
-        assert named["async_with_compute_stream"] and named["do_expand"] and named["do_cpu_sync"]
-        return types.SimpleNamespace(current_stream_wait=lambda: self.log.append("waited") or (x, None, None, HANDLE))
+        assert not defer_epilogue or (
+            named["do_expand"] and named["do_cpu_sync"] is (None if named["handle"] else True)
+        )
+        return self._call("dispatch", defer_epilogue, (x, None, None, HANDLE), **named)
 
-    def combine(self, x: Any, *_: Any, **__: Any) -> Any:
-        self.log.append("combine")
-        return x, None, None
+    def combine(self, x: Any, *_: Any, defer_epilogue: bool = False, **named: Any) -> Any:
+        return self._call("combine", defer_epilogue, (x, None), **named)
+
+    def _call(self, name: str, defer: bool, answer: tuple[Any, ...], **named: Any) -> Any:
+        self.log.append(f"{name} starts" if defer else name)
+        if not defer:
+            return *answer, None
+        assert named["async_with_compute_stream"]
+        return types.SimpleNamespace(current_stream_wait=lambda: self.log.append(f"{name} ends") or answer)
 
 
-def test_a_started_dispatch_is_waited_for_before_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_started_call_is_waited_for_before_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(elastic, "load_class", lambda name: StartingBuffer)
     log: list[str] = []
     monkeypatch.setattr(StartingBuffer, "log", log, raising=False)
@@ -281,17 +286,27 @@ def test_a_started_dispatch_is_waited_for_before_the_next_call(monkeypatch: pyte
     buffer = make(ep.EPBuffer)
     x, topk_idx = torch.zeros(3, 256, dtype=torch.bfloat16), torch.tensor([[0, 1]] * 3)
     given: dict[str, Any] = {"topk_idx": topk_idx, "num_experts": 4, "do_expand": True}
+    cached: dict[str, Any] = {"handle": HANDLE, "do_expand": HANDLE.do_expand}
 
     pending = buffer.start_dispatch(x, **given)
-    assert log == ["started"]
-    assert pending.wait()[:4] == (x, None, None, HANDLE) and log == ["started", "waited"]
+    assert log == ["dispatch starts"]
+    assert pending.wait()[:4] == (x, None, None, HANDLE) and log == ["dispatch starts", "dispatch ends"]
+    log.clear()
 
-    one = buffer.start_dispatch(x, **given)
-    other = buffer.start_dispatch(x, **given)
-    buffer.combine(torch.zeros(3, 256, dtype=torch.bfloat16), HANDLE)
-    assert log[2:] == ["started", "waited", "started", "waited", "combine"]
-    assert one.wait()[3] is HANDLE and other.wait()[3] is HANDLE and len(log) == 7
-    buffer.start_dispatch(x, **given)
-    buffer.dispatch(x, **given)
-    assert log[7:] == ["started", "waited", "dispatch"]
+    started = [buffer.start_combine(x, HANDLE), buffer.start_dispatch(x, **given)]
+    buffer.combine(x, HANDLE)
+    assert log == ["combine starts", "combine ends", "dispatch starts", "dispatch ends", "combine"]
+    assert started[0].wait()[:2] == (x, None) and started[1].wait()[3] is HANDLE and len(log) == 5
+    log.clear()
+    buffer.start_dispatch(x[:1], **cached)
+    buffer.start_combine(x, HANDLE)
+    buffer.dispatch(x[:1], **cached)
+    assert log == ["dispatch starts", "dispatch ends", "combine starts", "combine ends", "dispatch"]
     assert [kind.defers for kind in KINDS] == [False, True]
+
+    lost = buffer.start_combine(x, HANDLE)
+    monkeypatch.setattr(elastic, "everyone_arrives", lambda *_: False)
+    buffer.destroy()
+    with pytest.raises(ClosedError, match="destroyed before"):
+        lost.wait()
+    assert log[5:] == ["combine starts"]
