@@ -145,7 +145,7 @@ class EPBuffer(Starter, ElasticBuffer):
         return _Event(call(*moved, num_sms=self._transfer_sms))
 
     def destroy(self) -> None:
-        """See `ElasticBuffer.destroy`. The slots are gone with it, and the rows of a call that nobody has waited for."""
+        """See `ElasticBuffer.destroy`. The slots are gone with it, and the rows of a call that was not waited for."""
         started, self._started = self._started, None
         if started is not None:
             started.give_up(

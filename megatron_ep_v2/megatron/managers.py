@@ -304,13 +304,14 @@ class ExpandedManager(CompactManager):
         refuse_capture()
         self.token_probs, self._alignment = self._probs_in_fp32(), self._expert_alignment()
         self._started = self._combining = None  # of a forward that has raised in between
+        selections, num_experts = self._selections(hidden_states)
         overlap = self._overlap()
         if overlap:
             self._started = started = start_dispatch(
                 hidden_states,
-                self.token_indices,
+                selections,
                 self.token_probs,
-                self.num_experts,
+                num_experts,
                 self.group,
                 expert_alignment=self._alignment,
                 keep_indices=True,
@@ -322,9 +323,9 @@ class ExpandedManager(CompactManager):
                 return _before_the_end(started.token)
         hidden_states, _, self.dispatched_probs, tokens_per_expert, self.handle = fused_dispatch(
             hidden_states,
-            self.token_indices,
+            selections,
             self.token_probs,
-            self.num_experts,
+            num_experts,
             self.group,
             async_finish=async_finish,
             allocate_on_comm_stream=allocate_on_comm_stream,
@@ -336,6 +337,10 @@ class ExpandedManager(CompactManager):
         self._count(tokens_per_expert)
         return hidden_states
 
+    def _selections(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """What is dispatched: [T, K] int64 expert ids, and how many experts they are of."""
+        return self.token_indices, self.num_experts
+
     def _overlap(self) -> str | None:
         """Megatron's option by which something can run next to this dispatch or its backward; None = there is none."""
         if not self.starts:
@@ -346,6 +351,7 @@ class ExpandedManager(CompactManager):
         return "the layer is recomputed" if recompute.in_checkpoint() else "this buffer cannot start a call"
 
     def _count(self, tokens_per_expert: torch.Tensor) -> None:
+        """Set `tokens_per_expert`, from the counts of a dispatch that is there, with `handle`."""
         self.tokens_per_expert = tokens_per_expert
         unpadded = self.handle.num_unaligned_recv_tokens_per_expert  # on the device
         self.expert_load.add(tokens_per_expert if self._alignment == 1 or unpadded is None else unpadded)
@@ -383,9 +389,10 @@ class ExpandedManager(CompactManager):
             hidden_states, self.dispatched_probs, counts, self.handle = finish_dispatch(
                 started, hidden_states, self.dispatched_probs
             )
-            if started.next_to_experts and hidden_states.grad_fn is not None:
-                counts.rows_node = hidden_states.grad_fn._sequence_nr()  # type: ignore[attr-defined]
             self._count(counts)
+            if started.next_to_experts and hidden_states.grad_fn is not None:
+                node = hidden_states.grad_fn
+                self.tokens_per_expert.rows_node = node._sequence_nr()  # type: ignore[attr-defined]
         probs = self.dispatched_probs
         return hidden_states, probs.double() if self.router_dtype == "fp64" else probs
 

@@ -21,9 +21,8 @@ from megatron_ep_v2.buffers.contract import Redundancy
 from megatron_ep_v2.buffers.groups import registered
 from megatron_ep_v2.errors import InputError, SettingsError
 from megatron_ep_v2.experts.redundant import Replicas
-from megatron_ep_v2.fused_a2a import fused_dispatch
 from megatron_ep_v2.megatron.expert_load import ExpertLoad
-from megatron_ep_v2.megatron.managers import ExpandedManager, refuse_capture, say_overlap
+from megatron_ep_v2.megatron.managers import ExpandedManager
 
 _OFF = "unset MCORE_DEEPEP_V2_REDUNDANT_EXPERTS"
 
@@ -54,6 +53,9 @@ class RedundantManager(ExpandedManager):
         SettingsError: The layer is built for something that redundant experts do not go with.
     """
 
+    _placed: _Placed | None = None  # until the dispatch is there
+    _plans: bool  # and no recompute repeats it
+
     def __init__(self, *args: object, **kwargs: object):
         super().__init__(*args, **kwargs)
         config = self.config
@@ -70,54 +72,33 @@ class RedundantManager(ExpandedManager):
         self._num_physical = ranks * (self.num_local_experts + self.num_slots)
         self.expert_load = ExpertLoad(self.group, self.num_local_experts, moves=True)
 
-    def dispatch(
-        self, hidden_states: torch.Tensor, async_finish: bool = False, allocate_on_comm_stream: bool = False
-    ) -> torch.Tensor:
-        """Send [T, H]; receive [P, H] sorted by this rank's physical experts.
-
-        Sets `dispatched_probs` [P] fp32 and `handle` as `ExpandedManager` does. `tokens_per_expert` is [L] int64 on the
-        CPU if no rank has a replica; else [L + R], with the attribute `replicas` (`experts.redundant.Replicas`).
-
-        Raises:
-            EPError: See `CompactManager.dispatch`.
-        """
-        self._check_installed()
-        refuse_capture()
-        if overlap := self._overlap():
-            say_overlap(overlap, "redundant experts are planned first")
-        self.token_probs, alignment = self._probs_in_fp32(), self._expert_alignment()
-        buffer: Any = self._buffer(hidden_states)
+    def _selections(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Plan the dispatch, without a wait on the host, and translate the selections. A recomputed dispatch repeats
+        the routing of the first run, and so its plan."""
+        self._check_buffer(hidden_states)
         first = recompute.coming()
-        # A recomputed dispatch repeats the routing of the first run, and so its plan.
-        placed: _Placed = self._plan() if first is None else vars(first)["placed"]
-        physical = placed.physical if first is None else self._follow(placed)
-        hidden_states, _, self.dispatched_probs, counts, self.handle = fused_dispatch(
-            hidden_states,
-            physical,
-            self.token_probs,
-            self._num_physical,
-            self.group,
-            async_finish=async_finish,
-            allocate_on_comm_stream=allocate_on_comm_stream,
-            do_expand=True,
-            expert_alignment=alignment,
-            keep_indices=True,
-        )
-        assert counts is not None  # known, because this dispatch waits
+        self._placed = placed = self._plan() if first is None else vars(first)["placed"]
+        self._plans = first is None
+        return (placed.physical if first is None else self._follow(placed)), self._num_physical
+
+    def _count(self, tokens_per_expert: torch.Tensor) -> None:
+        """Set `tokens_per_expert`: [L] int64 on the CPU if no rank has a replica; else [L + R], with the attribute
+        `replicas` (`experts.redundant.Replicas`)."""
+        placed, self._placed = self._placed, None
+        assert placed is not None  # of `_selections`
         if recompute.runs_first():
             vars(self.handle)["placed"] = placed
-        if first is None:
+        if self._plans:
             self.expert_load.add(placed.load)
         if placed.arrived is not None:
             placed.arrived.synchronize()  # it has, as the dispatch's own counts came after it
+        self._replicas = None
         if bool((placed.mapping >= 0).any()):
-            buffer = vars(self.handle).get("carrier", buffer)
-            self._replicas = counts.replicas = Replicas(buffer, placed.mapping)  # type: ignore[attr-defined]
-            self.tokens_per_expert = counts
+            self._replicas = Replicas(vars(self.handle)["carrier"], placed.mapping)
+            tokens_per_expert.replicas = self._replicas  # type: ignore[attr-defined]
+            self.tokens_per_expert = tokens_per_expert
         else:
-            self._replicas = None
-            self.tokens_per_expert = counts[: self.num_local_experts]
-        return hidden_states
+            self.tokens_per_expert = tokens_per_expert[: self.num_local_experts]
 
     def combine(
         self, hidden_states: torch.Tensor, async_finish: bool = False, allocate_on_comm_stream: bool = False
@@ -138,8 +119,8 @@ class RedundantManager(ExpandedManager):
             )
         return super().combine(hidden_states, async_finish, allocate_on_comm_stream)
 
-    def _buffer(self, hidden_states: torch.Tensor) -> Any:
-        """The group's buffer, with replica slots for this layer's experts; built by the first layer."""
+    def _check_buffer(self, hidden_states: torch.Tensor) -> None:
+        """Check that the group's buffer has replica slots for this layer's experts. The first layer builds it."""
         buffer: Any = pool.find(self.group) or pool.get_buffer(
             self.group,
             hidden_states,
@@ -155,7 +136,6 @@ class RedundantManager(ExpandedManager):
                 needed=f"{self._redundancy}: one size of experts for all MoE layers of a group",
                 fix=f"megatron_ep_v2.destroy_buffers() on all ranks between two models, or {_OFF}",
             )
-        return buffer
 
     def _plan(self) -> _Placed:
         """Plan this dispatch. Collective."""

@@ -20,6 +20,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.reference import ReferenceBuffer
 from megatron_ep_v2.megatron import managers
+from tests.helpers import redundant_layer
 from tests.helpers.harness import run_ranks
 from tests.helpers.megatron_layer import hidden_states, make_layer, process_groups, step
 from tests.helpers.moe_features import SHARED, WHOLE_LAYER
@@ -159,6 +160,35 @@ def test_weight_gradients_next_to_the_backward_of_the_dispatch_without_a_shared_
 def patched(group: Any, name: str, more: dict[str, Any]) -> dict[str, Any]:
     with mock.patch(name, lambda *_: True):
         return overlapped(group, 1, more)
+
+
+def with_redundant_experts(group: Any) -> dict[str, Any]:
+    """Results with and without a start, the order of the former, and the transfers of experts in both."""
+    found: dict[str, Any] = {}
+    with process_groups(), shared_expert_on_the_cpu(), in_one_memory() as order:
+        topk_idx = redundant_layer.routing("zipf", CPU, group.rank(), 40 - 3 * group.rank())
+        x, grad = redundant_layer.inputs(CPU, len(topk_idx))
+        for name, defers in (("started", True), ("waiting", False)):
+            with mock.patch.object(ReferenceBuffer, "defers", defers), redundant_layer.watched() as seen:
+                layer = redundant_layer.build(CPU, "grouped", topk_idx, 1, **OVERLAPPED)
+                order.clear()
+                note(layer, order)
+                found[name] = as_bytes(redundant_layer.step(layer, x, grad))
+            found[f"order, {name}"], found[f"transfers, {name}"] = list(order), (seen.calls, seen.mappings)
+    return found
+
+
+@with_overlap
+def test_a_dispatch_with_redundant_experts_is_planned_and_then_started() -> None:
+    for found in run_ranks(2, with_redundant_experts):
+        assert found["started"] == found["waiting"] and found["started"]
+        calls, _ = found["transfers, started"]
+        assert found["transfers, started"] == found["transfers, waiting"] and "reduce_grads" in calls
+        order = found["order, started"]
+        assert order[: len(FORWARD)] == FORWARD
+        assert [each for each in order[len(FORWARD) :] if each != "gradient of fc"] == [
+            each for each in BACKWARD if each != "gradient of fc"
+        ]
 
 
 class Stop(RuntimeError):
