@@ -97,15 +97,17 @@ _OVERLAPS = {
 
 
 @functools.cache
-def say_overlap(option: str, not_started: str | None) -> None:
+def say_overlap(option: str, not_started: str | None, waits: bool = True) -> None:
     """Log once which kind of overlap is in force.
 
     Args:
         option: SHARED, PLAN or WGRAD.
         not_started: Why a dispatch is not started; None = it is.
+        waits: Whether the host waits in one that is not.
     """
-    started, waits = _OVERLAPS[option]
-    logger.info("%s: %s", option, started if not_started is None else f"{waits}, because {not_started}")
+    started, before = _OVERLAPS[option]
+    before = before if waits else "dispatches are not started"
+    logger.info("%s: %s", option, started if not_started is None else f"{before}, because {not_started}")
 
 
 def follow_deterministic_mode(config: TransformerConfig, group: ProcessGroup) -> None:
@@ -167,8 +169,10 @@ class CompactManager(_MegatronsManager):  # type: ignore[misc]
 
     Attributes:
         expert_load: Tokens that this rank's experts received in this layer.
+        starts: False: calls wait, as where the buffer cannot start one. For comparisons.
     """
 
+    starts = True
     token_probs: torch.Tensor
     tokens_per_expert: torch.Tensor
     handle: Any  # of the buffer, or of `sync_free`; None after the combine
@@ -222,6 +226,8 @@ class CompactManager(_MegatronsManager):  # type: ignore[misc]
         """
         self._check_installed()
         refuse_capture()
+        if overlap := self._overlap():
+            say_overlap(overlap, "the layout is compact")
         rows: torch.Tensor = super().dispatch(hidden_states, async_finish, allocate_on_comm_stream)
         self.expert_load.add(self.tokens_per_expert)
         return rows
@@ -233,6 +239,12 @@ class CompactManager(_MegatronsManager):  # type: ignore[misc]
         self._check_installed()
         combined: torch.Tensor = super().combine(hidden_states, async_finish, allocate_on_comm_stream)
         return combined
+
+    def _overlap(self) -> str | None:
+        """Megatron's option by which something can run next to this dispatch or its backward; None = there is none."""
+        if not self.starts:
+            return None
+        return next((option for option in (PLAN, SHARED, WGRAD) if getattr(self.config, option, False)), None)
 
     def _check_installed(self) -> None:
         """Check that the installation has not changed. Cheap, because it runs before every dispatch and combine. All
@@ -278,12 +290,7 @@ class ExpandedManager(CompactManager):
       host launches the other micro-batch's work before it waits for the counts.
     - With `overlap_dispatch_backward_with_experts_wgrad`: the dispatch, for its backward, next to which these experts'
       weight gradients run.
-
-    Attributes:
-        starts: False: calls wait, as where the buffer cannot start one. For comparisons.
     """
-
-    starts = True
 
     _started: StartedDispatch | None = None
     _combining: StartedCombine | None = None
@@ -340,12 +347,6 @@ class ExpandedManager(CompactManager):
     def _selections(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, int]:
         """What is dispatched: [T, K] int64 expert ids, and how many experts they are of."""
         return self.token_indices, self.num_experts
-
-    def _overlap(self) -> str | None:
-        """Megatron's option by which something can run next to this dispatch or its backward; None = there is none."""
-        if not self.starts:
-            return None
-        return next((option for option in (PLAN, SHARED, WGRAD) if getattr(self.config, option, False)), None)
 
     def _why_not_started(self) -> str:
         return "the layer is recomputed" if recompute.in_checkpoint() else "this buffer cannot start a call"
@@ -471,6 +472,8 @@ class SyncFreeManager(ExpandedManager):
             EPError: See `CompactManager.dispatch` and `sync_free_dispatch`.
         """
         self._check_installed()
+        if overlap := self._overlap():
+            say_overlap(overlap, "the host does not wait in sync-free mode", waits=False)
         self.token_probs = self._probs_in_fp32()
         hidden_states, self.dispatched_probs, counts, self.handle = sync_free_dispatch(
             hidden_states,

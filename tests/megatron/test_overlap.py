@@ -217,3 +217,4 @@ def test_a_dispatch_is_started_in_its_node_and_its_rows_are_waited_for_later(exp
         wanted = ["weight gradients", *grads, "dispatch ends"]
         assert all(order[i + 1 : i + 1 + len(wanted)] == wanted for i in overlapping)
         assert order.count("gradient") == len(grads) * LAYERS * MICRO_BATCHES
+        assert not any("combine" in each for each in order), "a backward that starts earlier would hold the dispatch up"

@@ -79,7 +79,7 @@ def as_bytes(results: dict[str, torch.Tensor]) -> dict[str, bytes]:
     return {name: value.double().numpy().tobytes() for name, value in results.items()}
 
 
-def overlapped(group: Any, micro_batches: int, more: dict[str, Any]) -> dict[str, Any]:
+def overlapped(group: Any, micro_batches: int, more: dict[str, Any], layout: str = "expanded") -> dict[str, Any]:
     """Results with calls that are started, and with the waits in them; the order of the former, and of the latter's
     weight gradients; what is logged."""
     found: dict[str, Any] = {"said": []}
@@ -91,7 +91,7 @@ def overlapped(group: Any, micro_batches: int, more: dict[str, Any]) -> dict[str
         hidden = hidden_states(CPU, CPU.tokens - 5 * group.rank(), 1)
         for name, defers in (("started", True), ("waiting", False)):
             with mock.patch.object(ReferenceBuffer, "defers", defers):
-                layer = make_layer(CPU, "flex", "expanded", "grouped", **more)
+                layer = make_layer(CPU, "flex", layout, "grouped", **more)
                 order.clear()
                 note(layer, order)
                 found[name] = as_bytes(step(layer, hidden, micro_batches))
@@ -157,6 +157,18 @@ def test_weight_gradients_next_to_the_backward_of_the_dispatch_without_a_shared_
         assert before.endswith("run before the backward of a dispatch, because this buffer cannot start a call")
 
 
+@with_overlap
+@pytest.mark.parametrize(
+    ("layout", "why"), [("compact", "the layout is compact"), ("sync-free", "the host does not wait in sync-free mode")]
+)
+def test_other_layouts_start_nothing_and_say_so(layout: str, why: str) -> None:
+    for found in run_ranks(2, overlapped, 1, OVERLAPPED, layout):
+        assert found["started"] == found["waiting"] and found["started"]
+        assert not any("start" in each for each in found["order, started"])
+        (said,) = found["said"]
+        assert said.endswith(why) and said.count("the host") == 1
+
+
 def patched(group: Any, name: str, more: dict[str, Any]) -> dict[str, Any]:
     with mock.patch(name, lambda *_: True):
         return overlapped(group, 1, more)
@@ -196,8 +208,8 @@ class Stop(RuntimeError):
 
 
 def fail_in_between(group: Any, where: str) -> tuple[bool, list[str], list[str], bool]:
-    """Whether the layer's next step is right; what was raised; calls that had no end by then; and whether the call that
-    was in flight is gone."""
+    """Whether the layer's next steps are right; what was raised; the last call by then; and whether the one that was in
+    flight is gone."""
     with process_groups(), shared_expert_on_the_cpu(), in_one_memory() as order:
         hidden = hidden_states(CPU, CPU.tokens, 1)
         layer = make_layer(CPU, "flex", "expanded", "grouped", **OVERLAPPED)
@@ -219,9 +231,12 @@ def fail_in_between(group: Any, where: str) -> tuple[bool, list[str], list[str],
         buffer: Any = pool.find(layer.token_dispatcher._comm_manager.group)
         started = weakref.ref(buffer._started) if getattr(buffer, "_started", None) else lambda: None
         layer.shared_experts._overlap_state = type(layer.shared_experts._overlap_state).IDLE
-        found = as_bytes(step(layer, hidden))
+        same = []
+        for starts in (False, True):  # a call that waits must not take what the other one has left
+            layer.token_dispatcher._comm_manager.starts = starts
+            same.append(as_bytes(step(layer, hidden)) == wanted)
         gc.collect()
-        return found == wanted, raised, left[-1:], started() is None
+        return all(same), raised, left[-1:], started() is None
 
 
 @with_overlap
