@@ -301,6 +301,13 @@ class StackedLinear(torch.nn.Module):
             )
         if x is None or groups is None or multiply is None:
             return self.weight
+        if self.delayed:
+            raise SettingsError(
+                "weight gradients of the last backward were left for backward_dw(), which was not called",
+                found="delay_wgrad_compute=True",
+                needed="Megatron's 1F1B plan, which calls it; or gradients in backward",
+                fix="drop --delay-wgrad-compute, or call backward_dw() of the MoE layers after each backward",
+            )
         main_grad = getattr(self.weight, "main_grad", None) if self.fuse_wgrad_accumulation else None
         if replicas is not None:
             return redundant.linear(x, self.weight, multiply, activation, main_grad, replicas)

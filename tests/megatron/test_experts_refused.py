@@ -100,9 +100,22 @@ def test_a_field_of_other_experts_is_refused_by_name(name: str) -> None:
 
 @in_this_process
 def test_every_field_that_matters_is_tried() -> None:
-    assert OTHERS.keys() == _NEEDED.keys() and len(FIELDS) >= 17
+    assert OTHERS.keys() == _NEEDED.keys() and len(FIELDS) >= 16
     output, bias = experts()(torch.zeros(3, 64), torch.tensor([1, 0, 2, 0]), torch.ones(3))
     assert output.shape == (3, 64) and bias is None, "the configuration that the others differ from"
+
+
+@in_this_process
+def test_delayed_weight_gradients_that_were_not_asked_for_are_noticed() -> None:
+    """A loop of its own that does not call backward_dw() would train without them."""
+    ours = experts({"delay_wgrad_compute": True})
+    rows = torch.ones(3, 64, requires_grad=True), torch.tensor([1, 0, 2, 0]), torch.ones(3)
+    ours(*rows)[0].sum().backward()
+    assert ours.linear_fc1.weight.grad is None and rows[0].grad is not None
+    assert_report(attempt(lambda: ours(*rows)), SettingsError, "delay_wgrad_compute", "backward_dw()")
+    ours.backward_dw()
+    assert ours.linear_fc1.weight.grad is not None and ours.linear_fc2.weight.grad is not None
+    ours(*rows)
 
 
 @in_this_process
