@@ -20,6 +20,7 @@ from pathlib import Path
 
 from compare_training import load, plot, said, write_rows
 
+import megatron_ep_v2
 from megatron_ep_v2.bench.report import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,6 +37,10 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=8, help="of the corpus; default 8")
     parser.add_argument("--exponent", type=float, default=2.5, help="of their frequencies; default 2.5")
     options, of_example = parser.parse_known_args()
+    if (here := Path(megatron_ep_v2.__file__).resolve().parents[1]) != ROOT:  # its runs take the package of this tree
+        raise SystemExit(
+            f"megatron_ep_v2 is imported from {here}, so the header would name another commit: PYTHONPATH=."
+        )
     header = environment(f"python benchmarks/redundant_training.py {' '.join(sys.argv[1:])}")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
