@@ -54,7 +54,7 @@ def main() -> None:
             out = folder / str(slots)
             _python("-m", "megatron_ep_v2", "train", *shared, *(more if slots else []), "--out", str(out))
             runs.append(load(f"{slots} replica slots" if slots else "without redundant experts", out))
-    for run in runs:  # no place on this machine
+    for run in runs:  # not where it lay on this machine
         run["summary"]["data"] = run["summary"]["data"].replace(str(corpus), corpus.name)
     write_rows(options.out, header, runs)
     print("\n".join(said(runs)))
