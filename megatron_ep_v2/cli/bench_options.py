@@ -44,6 +44,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error("--hot-experts is for --step with --overload")
     if options.redundant_experts and (options.tune or not options.step):
         parser.error("--redundant-experts needs whole training steps: --step without --tune")
+    if options.redundant_experts and len(options.sms) > 1:
+        parser.error("--redundant-experts takes one number of --sms")
     if options.balance_min_rows and not options.redundant_experts:
         parser.error("--balance-min-rows is for --redundant-experts")
     if options.redundant_experts and not on_gpu:

@@ -147,6 +147,7 @@ def test_a_wrong_result_gets_no_time() -> None:
         (["--step", "--tune", "--redundant-experts", "1"], "needs whole training steps"),
         (["--step", "--redundant-experts", "1", "--variants", "alltoall"], "nothing here takes replica slots"),
         (["--step", "--redundant-experts", "1", "--expert-backends", "megatron"], "experts megatron"),
+        (["--step", "--redundant-experts", "1", "--sms", "8,16"], "takes one number of --sms"),
         (["--step", "--balance-min-rows", "1"], "is for --redundant-experts"),
         (["--step", "--hot-experts", "1"], "--step with --overload"),
         (["--step", "--overload", "1.5", "--hot-experts", "1", "--ranks", "2"], "on one rank, 1 of its experts"),
