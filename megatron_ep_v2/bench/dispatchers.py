@@ -8,6 +8,9 @@ from megatron_ep_v2.bench.layer import Groups, OurBuffer, named_results
 from megatron_ep_v2.bench.shapes import Batch, Shape
 from megatron_ep_v2.bench.variants import Variant, make_dispatchers
 from megatron_ep_v2.buffers.carriers import CARRIERS
+from megatron_ep_v2.buffers.contract import BufferSpec
+from megatron_ep_v2.buffers.redundancy import slot_bytes
+from megatron_ep_v2.settings import Settings
 
 # Rows received by the busiest rank, as a multiple of the mean, get this much room in buffers of a fixed size.
 _HEADROOM = 1.05
@@ -46,11 +49,16 @@ class DispatcherSet:
         self.sms = sms
         self.backend = variant.backend if variant.kind == "flex" else ""
         fixed_sms = variant.buffer is not None and CARRIERS[variant.buffer].fixed_sms
-        group = groups.get((variant.buffer or "megatron", sms if fixed_sms else None))
+        kind = variant.buffer or "megatron"
+        if variant.redundant_experts:  # a buffer of its own
+            kind = f"{kind}, {variant.redundant_experts} replica slots"
+        group = groups.get((kind, sms if fixed_sms else None))
         self.ours = OurBuffer(variant, sms, group, tokens) if variant.buffer else None
         config: dict[str, object] = {}
         if self.ours is None and sms is not None:
             config[standalone.sms_field(variant.backend)] = sms
+        if variant.redundant_experts:
+            config["moe_ffn_hidden_size"] = shape.expert_ffn
         if variant.backend == "ncclep":
             config["moe_expert_rank_capacity_factor"] = _HEADROOM * load
         self.dispatchers, self._bindings = make_dispatchers(
@@ -76,6 +84,21 @@ class DispatcherSet:
     def buffer_bytes(self) -> int | None:
         buffer = self.ours.live if self.ours else None
         return buffer.num_bytes if buffer else None
+
+    @property
+    def settings(self) -> Settings:
+        """Those of this package in force while it runs."""
+        assert self.ours is not None
+        return self.ours.settings
+
+    @property
+    def slot_bytes(self) -> int:
+        """Memory of the replica slots; 0 without."""
+        buffer = self.ours.live if self.ours else None
+        if buffer is None:
+            return 0
+        spec: BufferSpec = vars(buffer)["spec"]
+        return slot_bytes(spec.redundancy) if spec.redundancy else 0
 
     def enter(self) -> None:
         from megatron_ep_v2.megatron.standalone import fused_a2a, token_dispatcher

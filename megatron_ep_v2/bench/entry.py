@@ -10,7 +10,7 @@ from typing import Generic, Protocol, TypeVar
 import torch.distributed as dist
 
 from megatron_ep_v2.bench.rows import Row
-from megatron_ep_v2.bench.variants import SYNC_FREE_EXPERTS, Variant
+from megatron_ep_v2.bench.variants import REDUNDANT_EXPERTS, SYNC_FREE_EXPERTS, Variant
 from megatron_ep_v2.errors import CaptureError
 
 # What a library that is missing, too old or misused here was seen to raise.
@@ -80,6 +80,7 @@ def entries_of(
         for count in (sms if variant.takes_sms else (None,))
         for kind in experts
         if not variant.sync_free or kind in SYNC_FREE_EXPERTS
+        if not variant.redundant_experts or kind in REDUNDANT_EXPERTS
     ]
 
 

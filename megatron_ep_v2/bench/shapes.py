@@ -131,7 +131,9 @@ def even_scores(tokens: int, experts: int, generator: torch.Generator) -> torch.
     return -torch.rand(tokens, experts, generator=generator).clamp(min=1e-9).log()
 
 
-def overloaded(scores: torch.Tensor, topk: int, overload: float, ranks: int) -> torch.Tensor:
+def overloaded(
+    scores: torch.Tensor, topk: int, overload: float, ranks: int, hot_experts: int | None = None
+) -> torch.Tensor:
     """Scale the scores of the first rank's experts, so that it is sent `overload` times the mean of the ranks, to the
     selection. The other experts stay equally likely.
 
@@ -139,16 +141,17 @@ def overloaded(scores: torch.Tensor, topk: int, overload: float, ranks: int) -> 
         scores: [T, E] of `even_scores`.
         topk: K, how many of the smallest a token selects.
         overload: From 1 to `most_overload`.
+        hot_experts: Scale so many of the first rank's experts; None = all.
 
     Returns:
         [T, E] fp64.
     """
     scores, local = scores.double(), scores.shape[1] // ranks
-    wanted = round(overload * len(scores) * topk / ranks)
+    wanted, hot = round(overload * len(scores) * topk / ranks), min(hot_experts or local, local)
     low, high = 1e-14, 1e14  # of the factor: the smaller, the more it is sent; bisected on a logarithmic scale
     for _ in range(80):
         factor = (low * high) ** 0.5
-        scaled = torch.cat((scores[:, :local] * factor, scores[:, local:]), dim=1)
+        scaled = torch.cat((scores[:, :hot] * factor, scores[:, hot:]), dim=1)
         sent = int((scaled.topk(topk, dim=1, largest=False, sorted=False).indices < local).sum())
         if sent == wanted:
             break
@@ -156,9 +159,13 @@ def overloaded(scores: torch.Tensor, topk: int, overload: float, ranks: int) -> 
     return scaled
 
 
-def most_overload(shape: Shape, ranks: int) -> float:
-    """With every selection that a token can have on one rank."""
-    return ranks * min(shape.topk, shape.experts // ranks) / shape.topk
+def most_overload(shape: Shape, ranks: int, hot_experts: int | None = None) -> float:
+    """With every selection that a token can have on one rank; or of so many of its experts, and its even share of the
+    others."""
+    local = shape.experts // ranks
+    hot = min(hot_experts or local, local)
+    others = max(0, shape.topk - hot) * (local - hot) / (shape.experts - hot) if local > hot else 0.0
+    return ranks * (min(shape.topk, hot) + others) / shape.topk
 
 
 def pairs_sent(topk_idx: torch.Tensor, num_experts: int, ranks: int) -> torch.Tensor:

@@ -21,6 +21,7 @@ _FUSED = {"moe_permute_fusion": True}
 # Whose experts run in a whole training step: Megatron's own, the same on TransformerEngine's op fuser, this package's.
 EXPERT_BACKENDS = ("megatron", "megatron-opfuser", "grouped", "deepgemm", "sequential")
 SYNC_FREE_EXPERTS = ("grouped", "deepgemm")  # that take their counts on the device and do not wait for them
+REDUNDANT_EXPERTS = ("grouped", "sequential")  # that run rows of replica slots
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class Variant:
         config: More fields of TransformerConfig.
         takes_sms: `--sms` makes one row for each SM count.
         graph: Forward and backward of a whole training step are replayed from one CUDA graph.
+        redundant_experts: Replica slots of each rank; only in whole training steps, with the experts of
+            `REDUNDANT_EXPERTS`.
+        balance_min_rows: The setting of that name; None = its default.
     """
 
     name: str
@@ -46,6 +50,8 @@ class Variant:
     config: Mapping[str, object] = field(default_factory=dict)
     takes_sms: bool = True
     graph: bool = False
+    redundant_experts: int = 0
+    balance_min_rows: int | None = None
 
     @property
     def sync_free(self) -> bool:
@@ -53,10 +59,28 @@ class Variant:
         return self.layout == "sync-free"
 
     @property
-    def installed_with(self) -> dict[str, str | bool]:
+    def can_be_redundant(self) -> bool:
+        """Whether it takes replica slots."""
+        expanded = self.layout == "expanded" and self.kind == "flex"
+        return expanded and self.buffer is not None and CARRIERS[self.buffer].moves_experts
+
+    def with_replica_slots(self, number: int, min_rows: int | None) -> Variant:
+        """The same with so many on each rank; 0 = itself."""
+        if not number:
+            return self
+        name = f"{self.name}+redundant-{number}"
+        return replace(self, name=name, redundant_experts=number, balance_min_rows=min_rows)
+
+    @property
+    def installed_with(self) -> dict[str, str | bool | int]:
         """The settings of `install()` for it."""
         assert self.buffer and self.layout
-        return {"buffer": self.buffer, **({"sync_free": True} if self.sync_free else {"layout": self.layout})}
+        more: dict[str, str | bool | int] = {"sync_free": True} if self.sync_free else {"layout": self.layout}
+        if self.redundant_experts:  # whatever the experts: only that they run replicas is asked of this setting here
+            more |= {"redundant_experts": self.redundant_experts, "experts": "sequential"}
+        if self.balance_min_rows is not None:
+            more["balance_min_rows"] = self.balance_min_rows
+        return {"buffer": self.buffer, **more}
 
 
 def _ours(kind: str = "flex") -> Iterator[Variant]:

@@ -20,7 +20,7 @@ from megatron_ep_v2.bench.rows import Row
 from megatron_ep_v2.bench.session import session
 from megatron_ep_v2.bench.shapes import PRESETS, Shape, most_overload
 from megatron_ep_v2.bench.table import Point, measure_table
-from megatron_ep_v2.bench.variants import SYNC_FREE_EXPERTS, VARIANTS, Variant
+from megatron_ep_v2.bench.variants import REDUNDANT_EXPERTS, SYNC_FREE_EXPERTS, VARIANTS, Variant
 from megatron_ep_v2.buffers.carriers import CARRIERS, REFERENCE
 from megatron_ep_v2.cli.bench_options import parse
 from megatron_ep_v2.errors import EPError, SettingsError
@@ -122,13 +122,15 @@ def _shape(name: str, options: argparse.Namespace, num_ranks: int) -> Shape:
             needed="experts a multiple of the ranks, and at least top-k of them",
             fix="choose another shape or number of ranks",
         )
-    if options.overload and max(options.overload) > most_overload(shape, num_ranks):
+    most = most_overload(shape, num_ranks, options.hot_experts)
+    if options.overload and max(options.overload) > most:
         raise SettingsError(
             "a rank cannot receive so much",
             found=f"--overload {max(options.overload)}",
-            needed=f"at most {most_overload(shape, num_ranks):g} with top-{shape.topk} of {shape.experts} experts on "
-            f"{num_ranks} ranks: every token's selections, as far as they fit, on one rank",
-            fix="a smaller --overload, or more ranks",
+            needed=f"at most {most:g} with top-{shape.topk} of {shape.experts} experts on "
+            f"{num_ranks} ranks: every token's selections, as far as they fit, on one rank"
+            + (f", {options.hot_experts} of its experts" if options.hot_experts else ""),
+            fix="a smaller --overload, or more ranks" + (" or --hot-experts" if options.hot_experts else ""),
         )
     return shape
 
@@ -141,6 +143,8 @@ def _variants(options: argparse.Namespace) -> list[Variant]:
     def fits(variant: Variant) -> bool:
         if variant.kind == "raw" and (whole_step or (on_gpu and variant.buffer == REFERENCE)):
             return False
+        if options.redundant_experts:
+            return variant.can_be_redundant and (variant.buffer == REFERENCE) != on_gpu
         if variant.sync_free:
             return options.step and not options.tune and not set(SYNC_FREE_EXPERTS).isdisjoint(options.expert_backends)
         if whole_step and on_gpu and variant.buffer == REFERENCE:
@@ -183,4 +187,25 @@ def _variants(options: argparse.Namespace) -> list[Variant]:
             f"{' or '.join(SYNC_FREE_EXPERTS)} experts",
             fix="leave --layout out, or name other --variants",
         )
-    return kept
+    return _with_replica_slots(kept, options) if options.redundant_experts else kept
+
+
+def _with_replica_slots(variants: Sequence[Variant], options: argparse.Namespace) -> list[Variant]:
+    """Each variant as it is, and after it with each number of replica slots, where it takes them."""
+    if not any(variant.can_be_redundant for variant in variants) or not set(REDUNDANT_EXPERTS).intersection(
+        options.expert_backends
+    ):
+        raise SettingsError(
+            "nothing here takes replica slots",
+            found=f"variants {', '.join(variant.name for variant in variants) or 'none'}; "
+            f"experts {', '.join(options.expert_backends)}",
+            needed=f"{' or '.join(name for name, variant in VARIANTS.items() if variant.can_be_redundant)}, with "
+            f"{' or '.join(REDUNDANT_EXPERTS)} experts",
+            fix="leave --variants and --expert-backends out",
+        )
+    numbers = sorted({0, *options.redundant_experts})
+    return [
+        variant.with_replica_slots(number, options.balance_min_rows)
+        for variant in variants
+        for number in (numbers if variant.can_be_redundant else [0])
+    ]

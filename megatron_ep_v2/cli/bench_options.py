@@ -31,6 +31,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     options.repeats = options.repeats or (10 if whole_step or not on_gpu else 30)
     options.sms = options.sms or (_SMS_TO_TUNE if options.tune else (None,))
     options.tokens = options.tokens or ([4096] if on_gpu else [512])
+    if options.redundant_experts:
+        options.expert_backends = options.expert_backends or ["grouped"]
     options.expert_backends = options.expert_backends or (["megatron"] if options.tune else ["megatron", "grouped"])
     if whole_step and len(options.tokens) > 1:
         parser.error("--step and --tune take one number of --tokens")
@@ -38,6 +40,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error("--overload forces the routing: it takes no --routing")
     if options.overload and options.tune:
         parser.error("--tune takes no --overload")
+    if options.hot_experts and not (options.overload and options.step):
+        parser.error("--hot-experts is for --step with --overload")
+    if options.redundant_experts and (options.tune or not options.step):
+        parser.error("--redundant-experts needs whole training steps: --step without --tune")
+    if options.redundant_experts and len(options.sms) > 1:
+        parser.error("--redundant-experts takes one number of --sms")
+    if options.balance_min_rows and not options.redundant_experts:
+        parser.error("--balance-min-rows is for --redundant-experts")
+    if options.redundant_experts and not on_gpu:
+        options.balance_min_rows = options.balance_min_rows or 1  # so that a rehearsal's few rows are planned
     return options
 
 
@@ -123,6 +135,26 @@ def _parser() -> argparse.ArgumentParser:
         dest="optimizer",
         action="store_false",
         help="forward, backward and reduction alone, without the memory of masters and moments",
+    )
+    step.add_argument(
+        "--redundant-experts",
+        nargs="+",
+        type=int,
+        choices=range(9),
+        metavar="N",
+        help="replica slots of each rank, a row for each number, and one without; what they give, over --overload",
+    )
+    step.add_argument(
+        "--hot-experts",
+        type=_positive,
+        metavar="N",
+        help="with --overload: so many of the busiest rank's experts are busy; default all of them alike",
+    )
+    step.add_argument(
+        "--balance-min-rows",
+        type=_positive,
+        metavar="N",
+        help="the fewest rows for which a copy is planned; default the setting's, on the CPU 1",
     )
     step.add_argument("--layers", type=_positive, metavar="N", help="default the preset's, or as many as fit")
     step.add_argument("--micro-batches", type=_positive, default=1, metavar="N", help="of --tokens each; default 1")

@@ -24,6 +24,7 @@ from megatron_ep_v2.bench.step.advice import advice, step_table
 from megatron_ep_v2.bench.step.forced import force_overload
 from megatron_ep_v2.bench.step.measure import measure_steps
 from megatron_ep_v2.bench.step.model import layers_that_fit, model_options, with_layers
+from megatron_ep_v2.bench.step.replicas import what_replicas_give
 from megatron_ep_v2.bench.variants import Variant
 from megatron_ep_v2.megatron.qwen3_moe.expert_kinds import owner
 from megatron_ep_v2.megatron.qwen3_moe.options import ModelShape
@@ -79,7 +80,7 @@ def _measure(
             model = with_layers(model, _default_layers(shape, model.shape, options, ranks, device))
         trainer = Trainer(model, device, options.optimizer)
         if overload:
-            force_overload(trainer, overload)
+            force_overload(trainer, overload, options.hot_experts)
         measured = measure_steps(
             entries_of(variants, options.sms, options.expert_backends),
             shape,
@@ -92,7 +93,8 @@ def _measure(
             else None,
         )
         del trainer
-        measured = [row | {"overload": overload, **({"routing": "forced"} if overload else {})} for row in measured]
+        about = {"overload": overload, "hot_experts": options.hot_experts}
+        measured = [row | about | ({"routing": "forced"} if overload else {}) for row in measured]
         gc.collect()  # hooks of the model hold it in a circle, and the next one needs its memory
         rows += measured
         megatron_ep_v2.destroy_buffers()
@@ -105,6 +107,8 @@ def _measure(
                 report.write_rows(options.out, header, rows)
     summary = report.summary(rows)
     if main:
+        if text := what_replicas_give(rows):
+            print(text, end="\n\n")
         print(report.noise_warning(summary), end="")
         print(json.dumps({"environment": header, "rows": rows, "summary": summary}))
     return 1 if summary["wrong"] else 0

@@ -21,8 +21,10 @@ from megatron_ep_v2.bench.shapes import (
     PRESETS,
     ROUTINGS,
     Shape,
+    even_scores,
     make_batch,
     most_overload,
+    overloaded,
     pairs_sent,
     rank_load,
     wire_pairs,
@@ -141,6 +143,14 @@ def test_a_wrong_result_gets_no_time() -> None:
         (["--step", "--variants", "sync-free", "--expert-backends", "megatron"], "needed: grouped or deepgemm"),
         (["--overload", "2", "--routing", "zipf"], "takes no --routing"),
         (["--overload", "2", "--tune"], "takes no --overload"),
+        (["--redundant-experts", "1"], "needs whole training steps"),
+        (["--step", "--tune", "--redundant-experts", "1"], "needs whole training steps"),
+        (["--step", "--redundant-experts", "1", "--variants", "alltoall"], "nothing here takes replica slots"),
+        (["--step", "--redundant-experts", "1", "--expert-backends", "megatron"], "experts megatron"),
+        (["--step", "--redundant-experts", "1", "--sms", "8,16"], "takes one number of --sms"),
+        (["--step", "--balance-min-rows", "1"], "is for --redundant-experts"),
+        (["--step", "--hot-experts", "1"], "--step with --overload"),
+        (["--step", "--overload", "1.5", "--hot-experts", "1", "--ranks", "2"], "on one rank, 1 of its experts"),
     ],
 )
 def test_options_that_do_not_fit(arguments: list[str], message: str) -> None:
@@ -187,6 +197,21 @@ def test_a_forced_overload_is_met_on_every_rank(overload: float, topk: int) -> N
         assert received[0] == round(overload * tokens * topk / ranks)
         rest = (tokens * topk - received[0]) / 3
         assert all(abs(other - rest) < 5 * (rest**0.5) + 1 for other in received[1:])
+
+
+def test_a_forced_overload_of_few_experts() -> None:
+    """By two of the first rank's four; its others are selected as those of other ranks are."""
+    ranks, topk, tokens, experts = 4, 3, 4000, 16
+    shape = Shape("small", 32, experts, topk, 1)
+    assert most_overload(shape, ranks, 2) == pytest.approx(4 * (2 + 2 / 14) / 3)
+    assert most_overload(shape, ranks, 4) == most_overload(shape, ranks) == 4.0
+    scores = even_scores(tokens, experts, torch.Generator().manual_seed(0))
+    chosen = overloaded(scores, topk, 1.8, ranks, 2).topk(topk, dim=1, largest=False).indices
+    counts = torch.bincount(chosen.flatten(), minlength=experts).double()
+    assert counts[:4].sum() == round(1.8 * tokens * topk / ranks)
+    assert counts[:2].min() > 3 * counts[2:4].max()
+    others = counts[2:].mean()
+    assert float((counts[2:] - others).abs().max()) < 5 * float(others) ** 0.5
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import torch
 from megatron_ep_v2.bench.step.advice import advice, what_bounds, what_experts_give
 from megatron_ep_v2.bench.step.forced import _forced
 from megatron_ep_v2.bench.step.model import layers_that_fit, step_flops
+from megatron_ep_v2.bench.step.replicas import CALLS, what_replicas_give
 from megatron_ep_v2.bench.step.sections import Stopwatch, Watched
 from megatron_ep_v2.cli.bench_options import parse
 from megatron_ep_v2.megatron.qwen3_moe.expert_kinds import owner
@@ -96,6 +97,80 @@ def test_whole_steps_with_a_forced_overload() -> None:
     assert "forced routing: busiest expert" in done.stdout and "busiest rank 1.50 x" in done.stdout
 
 
+@pytest.mark.slow
+def test_whole_steps_with_redundant_experts(tmp_path: Path) -> None:
+    """Two experts of the first of two ranks are busy, in two layers; steps are those without them, and each call of a
+    layer has its time."""
+    out = tmp_path / "rows.jsonl"
+    done = bench(
+        *(*SMALL, "--experts", "8", "--step", "--overload", "1.0", "1.3", "--redundant-experts", "1", "2"),
+        *("--hot-experts", "2", "--out", str(out)),
+        ranks=2,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = document(done)["rows"]
+    names = ["reference-expanded", "reference-expanded+redundant-1", "reference-expanded+redundant-2"]
+    assert [(row["overload"], row["variant"]) for row in rows] == [(x, name) for x in (1.0, 1.3) for name in names]
+    for number, row in enumerate(rows):
+        slots, busy = number % 3, number > 2
+        assert row["status"] == "ok" and row["redundant_experts"] == slots and row["hot_experts"] == 2
+        assert max(row["relative_l2"].values()) < 1e-5  # loss and gradient norm, against those without
+        assert row["busiest_rank_load"] == pytest.approx(row["overload"], abs=0.02)
+        assert row["received_overload"] < 1.02 if slots and busy else row["received_overload"] >= 1.0
+        # Slots in fp32: fc1 [2 * 64, 128] and fc2 [128, 64], weights and gradients.
+        assert row["replica_slots_mib"] == round(slots * 2 * 4 * 3 * 64 * 128 / 2**20, 2)
+        planned = {"prefetch", "return"} if slots and busy else set()
+        timed = {name for name in CALLS if row.get(f"{name}_us")}
+        assert timed == ({"counts", "plan", "map"} | planned if slots else set())
+        assert all(row[f"{name}_p20_us"] <= row[f"{name}_us"] <= row[f"{name}_p80_us"] for name in timed)
+        assert row.get("replicas", 0) > 0 if planned else not row.get("replicas")
+    assert rows[3]["received_overload"] == pytest.approx(1.3, abs=0.02)
+    assert "redundant experts, custom, reference-expanded, grouped experts:" in done.stdout
+    assert "  2 slots: " in done.stdout
+    assert len(out.read_text().splitlines()) == 1 + len(rows)
+
+
+def steps(times: dict[int, dict[float, float]]) -> list[dict[str, Any]]:
+    """Rows of steps: by replica slots and overload, milliseconds."""
+    return [
+        row(f"ep-expanded+redundant-{slots}" if slots else "ep-expanded", 0, ms)
+        | {"shape": "tiny", "redundant_experts": slots, "overload": x, "received_overload": x, "replica_slots_mib": 9.0}
+        for slots, by_overload in times.items()
+        for x, ms in by_overload.items()
+    ]
+
+
+def test_what_redundant_experts_give() -> None:
+    rows = steps(
+        {
+            0: {1.0: 100.0, 1.5: 120.0, 2.0: 140.0},
+            1: {1.0: 101.0, 1.5: 118.0, 2.0: 130.0},
+            2: {1.0: 104.0, 1.5: 124.0, 2.0: 144.0},
+            3: {1.0: 100.0, 1.5: 110.0, 2.0: 100.0},
+        }
+    )
+    rows[3] |= {"plan_us": 12.0, "replicas": 4}
+    lines = what_replicas_give([*rows, {"variant": "compact", "status": "unavailable"}]).splitlines()
+    assert lines[0] == "redundant experts, tiny, ep-expanded, megatron experts:"
+    assert [line.split()[:2] for line in lines[2:6]] == [["1", "0"], ["1", "1"], ["1", "2"], ["1", "3"]]
+    cells = [line.split() for line in lines[2:14]]
+    # 20 ms are lost at 1.5 and 40 at 2: of these 2 and 10, -4 and -4, 10 and 40 come back.
+    assert [cell[7] for cell in cells] == ["-"] * 5 + ["10", "-20", "50", "-", "25", "-10", "100"]
+    assert cells[1][6] == "1.010" and cells[0][6] == "-"
+    assert cells[1][3] == "4" and cells[1][9] == "12"
+    # Between 1 and 1.5 one slot goes from 1 ms lost to 2 ms won.
+    assert lines[14:] == [
+        "  1 slot: pay from an overload of 1.17, between those measured",
+        "  2 slots: do not pay at overload 2, the largest here",
+        "  3 slots: pay at each overload here, from 1",
+    ]
+    assert what_replicas_give(rows[:3]) == ""
+    one = steps({0: {1.5: 3.0}, 1: {1.5: 2.0}})
+    assert what_replicas_give(one).splitlines()[-1] == "  1 slot: two values of --overload say from which they pay"
+    noise = {0: {1.0: 5.0, 1.5: 5.0, 2.0: 5.0}, 1: {1.0: 4.0, 1.5: 6.0, 2.0: 3.0}}  # ms lost: -1, 1, -2
+    assert "pay from an overload of 1.67" in what_replicas_give(steps(noise))
+
+
 def test_forced_logits_have_the_routers_gradient() -> None:
     weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(0), requires_grad=True)
     values = torch.arange(18.0).view(3, 6)
@@ -108,6 +183,7 @@ def test_forced_logits_have_the_routers_gradient() -> None:
 def test_kinds_of_experts_unless_asked_for() -> None:
     assert parse(["--step"]).expert_backends == ["megatron", "grouped"]
     assert parse(["--tune"]).expert_backends == parse(["--step", "--tune"]).expert_backends == ["megatron"]
+    assert parse(["--step", "--redundant-experts", "1"]).expert_backends == ["grouped"]
     assert owner(["megatron"]) == "megatron"  # as Megatron stores them, where there is nothing to share
 
 

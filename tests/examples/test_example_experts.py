@@ -45,7 +45,8 @@ def test_redundant_experts_learn_the_same_with_less_overload(tmp_path: Path) -> 
         rows = [json.loads(line) for line in (folder / "out" / "metrics.jsonl").read_text().splitlines()]
         overloads[slots] = [row["overload_mean"] for row in rows]
     for (_, ours, norm), (_, theirs, their_norm) in zip(found["2"], found["0"], strict=True):
-        assert abs(ours - theirs) < 1e-4 * theirs and abs(norm - their_norm) < 1e-3 * their_norm
+        # A replica's gradient is a small part of the norm: if it gets lost, that changes by some 1e-4.
+        assert abs(ours - theirs) < 1e-6 * theirs and abs(norm - their_norm) < 1e-6 * their_norm
     assert max(overloads["2"]) < 1.1 < max(overloads["0"])
     # What is recorded for what-if is what the router said, before replicas; the first step's routing is that of R = 0.
     first = [(tmp_path / slots / "out" / "expert_load.jsonl").read_text().splitlines()[0] for slots in ("0", "2")]

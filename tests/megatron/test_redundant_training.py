@@ -137,4 +137,4 @@ def test_checkpoints_are_the_same_and_continue_each_other(tmp_path: Path) -> Non
     for found in run_ranks(2, checkpointed, tmp_path):
         for what in ("parameters", "keys", "stored"):
             assert found[f"{what} 0"] == found[f"{what} 2"] and len(found[f"{what} 0"]) > 10
-        assert max(*found["to 0"], *found["to 2"]) < 1e-5
+        assert max(*found["to 0"], *found["to 2"]) < 1e-6  # gradients that get lost change more

@@ -21,6 +21,7 @@ from megatron_ep_v2.bench.progress import Progress
 from megatron_ep_v2.bench.rows import Row
 from megatron_ep_v2.bench.shapes import DTYPES, Shape
 from megatron_ep_v2.bench.step.model import FORMULA, step_flops
+from megatron_ep_v2.bench.step.replicas import cost_of_calls
 from megatron_ep_v2.bench.step.sections import Stopwatch, Watched
 from megatron_ep_v2.megatron.qwen3_moe.expert_kinds import ExpertSet
 from megatron_ep_v2.megatron.qwen3_moe.options import TrainerOptions
@@ -47,6 +48,7 @@ class Times:
         dispatch, combine: Percent of the step, mean over ranks; NaN in a graph.
         capture: Seconds on the host; NaN without a graph.
         activity: Of this rank's GPU in one step; None on a CPU.
+        replicas: Fields of `cost_of_calls`; None without replica slots.
     """
 
     step: list[float]
@@ -55,6 +57,7 @@ class Times:
     combine: float
     capture: float
     activity: Activity | None
+    replicas: Row | None
 
 
 class Stepper:
@@ -140,8 +143,13 @@ def measure_steps(
     rows = []
     for entry in without_repetitions(entries):
         row = _common(shape.name, trainer, ranks, repeats, len(batches), first) | entry.described()
+        stats = taken.get(entry.label)
+        row["redundant_experts"] = entry.variant.redundant_experts
+        row["received_overload"] = round(stats.overload.mean().item(), 3) if stats else None
         if id(entry) in times:
             row |= _measured(times[id(entry)], tokens * ranks, flops)
+            assert entry.layer is not None
+            row["replica_slots_mib"] = round(entry.layer.dispatchers.slot_bytes / 2**20, 2)
         rows.append(row)
     alltoall = [
         row["step_ms"]
@@ -230,6 +238,12 @@ def _take_times(
         steppers, lambda key: within(steppers[key], take), repeats, device, after_round=progress.round
     )
     peaks, shares = each(take_memory), each(take_shares)
+    replicas: dict[int, Row] = {}
+    for entry in entries:
+        if entry.layer and entry.variant.redundant_experts:
+            replicas[id(entry)] = within(
+                entry.layer, lambda s: cost_of_calls(s.dispatchers, s.trainer, s.step, repeats, device)
+            )
     activities: dict[int, Activity] = {}
     if device.type == "cuda":
         for entry in entries:
@@ -244,6 +258,7 @@ def _take_times(
             combine=shares[key][1],
             capture=next((s.graph.captures[-1].seconds for s in (steppers[key],) if s.graph), math.nan),
             activity=activities.get(key),
+            replicas=replicas.get(key),
         )
         for key, by_kind in times.items()
     }
@@ -269,6 +284,7 @@ def _measured(times: Times, tokens: int, flops_per_rank: int) -> Row:
         "capture_ms": None if math.isnan(times.capture) else round(times.capture * 1e3, 1),
         "peak_memory_mib": None if math.isnan(peak) else round(peak / 2**20, 1),
         "noise": step.noise,
+        **(times.replicas or {}),
     }
 
 
