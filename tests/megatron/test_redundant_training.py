@@ -18,6 +18,7 @@ from tests.helpers.megatron_layer import process_groups
 from tests.helpers.megatron_training import Job, Setup, on_cpu
 from tests.helpers.redundant_layer import watched
 from tests.helpers.shapes import Split
+from tests.helpers.stacks import on_one_stack
 
 PLANS = (("balance_min_rows", 1), ("balance_from_percent", 100))
 
@@ -45,15 +46,15 @@ def apart(one: Any, other: Any) -> dict[str, float]:
     }
 
 
-def compared(group: Any, setups: list[Setup], steps: int) -> list[dict[str, Any]]:
-    """For each setup and R = 1, 2: what is apart from R = 0 after these steps of 2 micro-batches, EP 2."""
+def compared(group: Any, setups: list[Setup], steps: int, numbers: tuple[int, ...] = (1, 2)) -> list[dict[str, Any]]:
+    """For each setup and number of slots: what is apart from no slots after these steps of 2 micro-batches, EP 2."""
     found = []
     with on_cpu(), process_groups(Split(1, 2)):
         assert parallel_state.get_expert_data_parallel_world_size() == group.size() // 2
         for setup in setups:
             wanted = train(with_slots(setup, 0), steps)
             assert not wanted[2]
-            for slots in (1, 2):
+            for slots in numbers:
                 ours = train(with_slots(setup, slots), steps)
                 found.append(apart(ours, wanted) | {"transfers": len(ours[2]), "losses": [loss for loss, _ in ours[0]]})
     return found
@@ -68,9 +69,12 @@ SETUPS = {
 }
 
 
+STEPS = 6
+
+
 def assert_alike(by_rank: list[list[dict[str, Any]]], steps: int, number: int) -> None:
     for found in by_rank:
-        assert len(found) == 2 * number
+        assert len(found) == number
         for each in found:
             assert each["transfers"] > steps  # of 2 layers and 2 micro-batches some are planned
             assert len({round(loss, 4) for loss in each["losses"]}) > steps // 2  # it trains, on batches of its own
@@ -78,15 +82,22 @@ def assert_alike(by_rank: list[list[dict[str, Any]]], steps: int, number: int) -
 
 
 @pytest.mark.slow
-def test_a_few_steps_without_overlap() -> None:
-    assert_alike(run_ranks(2, compared, [SETUPS["grouped, fused"]], 8), 8, 1)
+def test_a_few_steps_without_data_parallelism() -> None:
+    assert_alike(run_ranks(2, compared, [SETUPS["grouped, fused"]], STEPS), STEPS, 2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ddp", "overlapped, fused", "overlapped"])
-def test_fifty_steps_are_those_without_them(name: str) -> None:
+def test_a_few_steps_are_those_without_them() -> None:
     """Gradient accumulation over 2 micro-batches, clipping, EP 2 x expert data parallel 2."""
-    assert_alike(run_ranks(4, compared, [SETUPS[name]], 50), 50, 1)
+    setups = [SETUPS[name] for name in ("ddp", "overlapped", "overlapped, fused")]
+    assert_alike(run_ranks(4, compared, setups, STEPS), STEPS, 6)
+
+
+@pytest.mark.slow
+@on_one_stack
+def test_fifty_steps_are_those_without_them() -> None:
+    """Nothing adds up over many of them."""
+    assert_alike(run_ranks(4, compared, [SETUPS["overlapped, fused"]], 50, (2,)), 50, 1)
 
 
 def not_gathered(group: Any) -> dict[str, float]:
