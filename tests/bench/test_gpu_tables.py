@@ -217,7 +217,7 @@ def test_the_plot_shows_the_runs_of_all_environments(tmp_path: Path) -> None:
     assert cpu.endswith(f"\ncpu/some={tmp_path}/cpu/train-some\n")
 
 
-def test_the_table_names_files_and_options_that_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_names_files_and_options_that_there_are(tmp_path: Path) -> None:
     """Of each part in either form. Whether it runs, `--cpu` shows."""
     for here in (HERE, CPU):
         options = argparse.Namespace(results=tmp_path, ranks=None, budget=1)
