@@ -148,9 +148,9 @@ PARTS = [
     Part("overlap-1f1b", "Micro-batches next to each other by Megatron's 1F1B plan",
          OVERLAP + "--cases 1f1b --tokens 16384", **QUEUES),
     gpu_tests("graphs", "Steps in CUDA graphs, sync-free layers, started dispatches",
-              "test_step_graph.py test_sync_free.py test_started_gpu.py"),
-    gpu_tests("layers", "Each feature next to alltoall, recomputation, repeats bit by bit, 8-bit rows",
-              "test_moe_layer_gpu.py test_recompute.py test_deterministic.py test_fp8.py"),
+              "test_step_graph.py test_megatron_graphs.py test_sync_free.py test_started_gpu.py"),
+    gpu_tests("layers", "Each feature next to alltoall, redundant experts, recomputation, repeats bit by bit, fp8",
+              "test_moe_layer_gpu.py test_redundant_gpu.py test_recompute.py test_deterministic.py test_fp8.py"),
 ]
 # fmt: on
 
