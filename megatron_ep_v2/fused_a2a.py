@@ -6,18 +6,7 @@ Names and signatures are those of `megatron.core.transformer.moe.fused_a2a`, so 
     dispatch  x, probs  -> rows    combine(grad rows, topk_weights=grad probs)
     combine   rows      -> y       cached dispatch(grad y, handle)
 
-Both can be started before their rows are asked for, where the buffer goes on without a wait (`start_dispatch`,
-`start_combine`): what is queued in between, such as a shared expert, runs next to the transfer and to the wait for the
-counts. Such a call is two nodes of the autograd graph, and so is its gradient's: the node that finishes the call in the
-forward starts the other one in the backward, and the node that started it finishes that. What lies between them in the
-order of the backward, such as the shared expert's own and the experts' weight gradients, runs next to it.
-
-    start_dispatch x, probs -> token      finish: grad x, grad probs
-    finish_dispatch   token -> rows       start:  combine(grad rows, topk_weights=grad probs)
-    start_combine      rows -> token      finish: grad rows
-    finish_combine    token -> y          start:  cached dispatch(grad y, handle)
-
-A token has no elements: it only connects the two nodes.
+`started_a2a` has the same calls in two halves, a start and a wait.
 
 One handle per layer and micro-batch, held only by the two autograd contexts that need it. The buffer is looked up once,
 in forward, and kept on the context.
@@ -35,19 +24,16 @@ before the communication has finished. Events and `record_stream` would cost tim
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import Any, Protocol
 
 import torch
 from torch.distributed import ProcessGroup
 
 from megatron_ep_v2 import recompute, settings
 from megatron_ep_v2.buffers import pool
-from megatron_ep_v2.buffers.contract import Buffer, Combined, DeferringBuffer, Dispatched, Handle, Payload
-from megatron_ep_v2.buffers.pending import Pending
+from megatron_ep_v2.buffers.contract import Buffer, Dispatched, Handle, Payload
 from megatron_ep_v2.buffers.pool import get_buffer
 from megatron_ep_v2.gradients import (
-    Context,
     HandleContext,
     InputGrads,
     Routings,
@@ -76,80 +62,13 @@ def __getattr__(name: str) -> bool:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-Forward = TypeVar("Forward")
-Backward = TypeVar("Backward")
-
-
-@dataclass(eq=False)
-class _InFlight(Generic[Forward, Backward]):
-    """What the two nodes of a started call share. Has no tensor of the graph, which would keep itself alive.
-
-    Attributes:
-        buffer: Of the call.
-        pending: The forward's call.
-        grads: The backward's, once it has been started.
-    """
-
-    buffer: DeferringBuffer
-    pending: Pending[Forward]
-    grads: Pending[Backward] | None = None
-
-    def take_grads(self) -> Backward:
-        """Wait for the backward's call."""
-        grads, self.grads = self.grads, None
-        assert grads is not None  # the other node has started it
-        return grads.wait()
-
-
-@dataclass(frozen=True, eq=False)
-class StartedDispatch:
-    """A dispatch whose rows the host has not asked for yet. Its inputs must not change until then.
-
-    Attributes:
-        token, probs_token: [0], of the dtypes of rows and probabilities; see the module's docstring.
-        next_to_experts: See `start_dispatch`.
-        call: In flight.
-    """
-
-    token: torch.Tensor
-    probs_token: torch.Tensor
-    next_to_experts: bool
-    call: _InFlight[Dispatched, Combined]
-
-
-@dataclass(frozen=True, eq=False)
-class StartedCombine:
-    """A combine whose sums the host has not asked for yet. Its rows must not change until then.
-
-    Attributes:
-        token: [0], of the rows' dtype; see the module's docstring.
-        handle: Of the dispatch.
-        call: In flight.
-    """
-
-    token: torch.Tensor
-    handle: Handle
-    call: _InFlight[Combined, Dispatched]
-
-
-class _CombineContext(HandleContext, Protocol):
+class CombineContext(HandleContext, Protocol):
     buffer: Buffer | None  # None once the backward has run
 
 
-class _DispatchContext(_CombineContext, Protocol):
+class DispatchContext(CombineContext, Protocol):
     rows: tuple[torch.Size, torch.dtype, torch.device]  # of recv_x
     probs: tuple[torch.Size, torch.dtype, torch.device]  # of recv_probs
-
-
-class _StartContext(Context, Protocol):
-    call: Any  # the _InFlight of both nodes; None once the backward has run
-
-
-class _FinishDispatchContext(_DispatchContext, _StartContext, Protocol):
-    next_to_experts: bool
-
-
-class _FinishCombineContext(_CombineContext, _StartContext, Protocol): ...
 
 
 class FusedDispatch(torch.autograd.Function):
@@ -157,7 +76,7 @@ class FusedDispatch(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: _DispatchContext,
+        ctx: DispatchContext,
         x: torch.Tensor,
         token_indices: torch.Tensor,
         token_probs: torch.Tensor,
@@ -204,18 +123,18 @@ class FusedDispatch(torch.autograd.Function):
             )
         if active.reuse_recompute_handle:
             recompute.note(buffer, dispatched[3], sent_probs)
-        return _received(ctx, x.dtype, buffer, dispatched, routings)
+        return received_rows(ctx, x.dtype, buffer, dispatched, routings)
 
     @staticmethod
     @first_order(linear=True)
     def backward(
-        ctx: _DispatchContext,
+        ctx: DispatchContext,
         grad_rows: torch.Tensor | None,
         _idx: None,
         grad_probs: torch.Tensor | None,
         _handle: None,
     ) -> InputGrads:
-        buffer, handle, routings = _taken(ctx)
+        buffer, handle, routings = take_saved(ctx)
         grads = whole_gradient(grad_rows, *ctx.rows), handle, whole_gradient(grad_probs, *ctx.probs)
         grad_x, grad_token_probs, _ = buffer.combine(*grads, num_sms=handle.num_sms)
         if routings is not None:
@@ -234,14 +153,14 @@ class FusedCombine(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: _CombineContext,
+        ctx: CombineContext,
         x: torch.Tensor,
         group: ProcessGroup,
         handle: Handle,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> tuple[torch.Tensor, None]:
-        buffer = _buffer_of(handle, group, x)
+        buffer = buffer_of(handle, group, x)
         combined_x, _, _ = buffer.combine(x, handle, num_sms=handle.num_sms)
         ctx.buffer = buffer
         share_handle(ctx, handle)
@@ -249,17 +168,17 @@ class FusedCombine(torch.autograd.Function):
 
     @staticmethod
     @first_order(linear=True)
-    def backward(ctx: _CombineContext, grad: torch.Tensor, _event: None) -> InputGrads:
-        buffer, handle, _ = _taken(ctx)
-        payload, arguments = _grads_to_send(grad, handle)
+    def backward(ctx: CombineContext, grad: torch.Tensor, _event: None) -> InputGrads:
+        buffer, handle, _ = take_saved(ctx)
+        payload, arguments = grads_to_send(grad, handle)
         return (
-            _grads_received(buffer.dispatch(payload, **arguments), grad.dtype),  # x
+            received_grads(buffer.dispatch(payload, **arguments), grad.dtype),  # x
             *[None] * 4,  # group, handle, async_finish, allocate_on_comm_stream
         )
 
 
-def _received(
-    ctx: _DispatchContext,
+def received_rows(
+    ctx: DispatchContext,
     dtype: torch.dtype,
     buffer: Buffer,
     dispatched: Dispatched,
@@ -277,7 +196,7 @@ def _received(
     return recv_x, recv_idx, recv_probs, handle
 
 
-def _taken(ctx: _CombineContext) -> tuple[Buffer, Handle, Routings | None]:
+def take_saved(ctx: CombineContext) -> tuple[Buffer, Handle, Routings | None]:
     """In a backward: buffer, handle and routings. The context drops them."""
     handle, routings = take_handle(ctx)
     buffer, ctx.buffer = ctx.buffer, None  # an output that the user keeps must not keep it
@@ -285,13 +204,13 @@ def _taken(ctx: _CombineContext) -> tuple[Buffer, Handle, Routings | None]:
     return buffer, handle, routings
 
 
-def _buffer_of(handle: Handle, group: ProcessGroup, rows: torch.Tensor) -> Buffer:
+def buffer_of(handle: Handle, group: ProcessGroup, rows: torch.Tensor) -> Buffer:
     """The handle's own buffer: the group's may be a newer one, which does not know the handle."""
     buffer: Buffer | None = getattr(handle, "carrier", None) or pool.find(group)
     return buffer or get_buffer(group, rows, handle.topk_idx, handle.num_experts)
 
 
-def _grads_to_send(grad: torch.Tensor, handle: Handle) -> tuple[Payload, dict[str, Any]]:
+def grads_to_send(grad: torch.Tensor, handle: Handle) -> tuple[Payload, dict[str, Any]]:
     """The payload of a combine's backward, and the arguments of its dispatch."""
     return to_wire(grad.contiguous(), settings.active().grad_dispatch_dtype), {
         "handle": handle,
@@ -301,7 +220,7 @@ def _grads_to_send(grad: torch.Tensor, handle: Handle) -> tuple[Payload, dict[st
     }
 
 
-def _grads_received(dispatched: Dispatched, dtype: torch.dtype) -> torch.Tensor:
+def received_grads(dispatched: Dispatched, dtype: torch.dtype) -> torch.Tensor:
     """The gradient of the rows that were combined."""
     received, _, _, handle, _ = dispatched
     rows = from_wire(received, settings.active().grad_dispatch_dtype, dtype)
@@ -350,7 +269,7 @@ def fused_dispatch(
         EPError: See `pool.get` and the buffer's own `dispatch`.
     """
     if settings.active().deterministic:
-        (token_indices, token_probs), keep_indices = _in_expert_order(token_indices, token_probs), True
+        (token_indices, token_probs), keep_indices = in_expert_order(token_indices, token_probs), True
     recv_x, recv_idx, recv_probs, handle = FusedDispatch.apply(
         x.contiguous(),
         token_indices.contiguous(),
@@ -364,16 +283,16 @@ def fused_dispatch(
         do_cpu_sync,
         keep_indices,
     )
-    return recv_x, recv_idx, recv_probs, _counts(handle) if do_cpu_sync else None, handle
+    return recv_x, recv_idx, recv_probs, counts_of(handle) if do_cpu_sync else None, handle
 
 
-def _counts(handle: Handle) -> torch.Tensor:
+def counts_of(handle: Handle) -> torch.Tensor:
     """[L] int64 on the CPU."""
     # Not torch.tensor(list), which takes three times as long and would delay the experts' first kernel.
     return torch.frombuffer(array("q", handle.num_recv_tokens_per_expert_list), dtype=torch.int64)
 
 
-def _in_expert_order(token_indices: torch.Tensor, token_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def in_expert_order(token_indices: torch.Tensor, token_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """deep_ep sums a token's selections in column order, Megatron's unpermute in expert order."""
     token_indices, order = token_indices.sort(dim=1, stable=True)
     return token_indices, token_probs.gather(1, order)
@@ -409,210 +328,3 @@ def set_deepep_num_sms(num_sms: int) -> None:
     """
     if num_sms != MEGATRON_DEFAULT_NUM_SMS:
         settings.offer("num_sms", num_sms, "Megatron's SM count")
-
-
-# ------------------------------------------------------------------------------------------------------- started calls
-
-
-def start_dispatch(
-    x: torch.Tensor,
-    token_indices: torch.Tensor,
-    token_probs: torch.Tensor,
-    num_experts: int,
-    group: ProcessGroup,
-    *,
-    expert_alignment: int = 1,
-    keep_indices: bool = False,
-    next_to_experts: bool = True,
-) -> StartedDispatch | None:
-    """Start a `fused_dispatch` in the expanded layout, for `finish_dispatch`. Arguments as there.
-
-    Args:
-        next_to_experts: Start the backward when it has the gradients of the rows. False: run it as a whole where it
-            would finish, for a schedule that runs the part of the graph before `finish_dispatch` when it chooses.
-
-    Returns:
-        None if nothing was started: the buffer has no such call, or a checkpoint keeps or replays the handle.
-
-    Raises:
-        EPError: See `fused_dispatch`.
-    """
-    active = settings.active()
-    if recompute.in_checkpoint():
-        return None
-    x, token_probs = x.contiguous(), token_probs.contiguous()
-    buffer = pool.find(group) or get_buffer(group, x, token_indices, num_experts, token_probs)
-    if not buffer.defers:
-        return None
-    if active.deterministic:
-        token_indices, token_probs = _in_expert_order(token_indices, token_probs)
-    elif not keep_indices and buffer.keeps_topk_idx:
-        token_indices = token_indices.clone()
-    deferring = cast(DeferringBuffer, buffer)
-    with torch.no_grad():
-        pending = deferring.start_dispatch(
-            to_wire(x, active.dispatch_dtype),
-            topk_idx=token_indices.contiguous(),
-            topk_weights=token_probs,
-            num_experts=num_experts,
-            expert_alignment=expert_alignment,
-            do_expand=True,
-            do_zero_padding=expert_alignment > 1,
-        )
-    call: _InFlight[Dispatched, Combined] = _InFlight(deferring, pending)
-    token, probs_token = _StartDispatch.apply(call, x, token_probs)
-    return StartedDispatch(token, probs_token, next_to_experts, call)
-
-
-def finish_dispatch(
-    started: StartedDispatch, token: torch.Tensor | None = None, probs_token: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, Handle]:
-    """Wait for a started dispatch.
-
-    Args:
-        token, probs_token: Those of `started`, or what has become of them; None = those of `started`.
-
-    Returns:
-        `(recv_x, recv_probs, tokens_per_expert, handle)`: [P, H], [P] fp32, [L] int64 on the CPU.
-
-    Raises:
-        EPError: See `fused_dispatch`.
-    """
-    recv_x, recv_probs, handle = _FinishDispatch.apply(
-        started.call,
-        started.next_to_experts,
-        started.token if token is None else token,
-        started.probs_token if probs_token is None else probs_token,
-    )
-    return recv_x, recv_probs, _counts(handle), handle
-
-
-def start_combine(x: torch.Tensor, group: ProcessGroup, handle: Handle) -> StartedCombine | None:
-    """Start a `fused_combine`, for `finish_combine`. Arguments as there.
-
-    Returns:
-        None if nothing was started: the buffer has no such call, or a checkpoint runs.
-
-    Raises:
-        EPError: See `fused_combine`.
-    """
-    x = x.contiguous()
-    buffer = _buffer_of(handle, group, x)
-    if recompute.in_checkpoint() or not buffer.defers:
-        return None
-    deferring = cast(DeferringBuffer, buffer)
-    call: _InFlight[Combined, Dispatched] = _InFlight(
-        deferring, deferring.start_combine(x.detach(), handle, num_sms=handle.num_sms)
-    )
-    return StartedCombine(_StartCombine.apply(call, x), handle, call)
-
-
-def finish_combine(started: StartedCombine) -> torch.Tensor:
-    """Wait for a started combine; returns [T, H]."""
-    return _FinishCombine.apply(started.call, started.handle, started.token)
-
-
-def _call(ctx: _StartContext) -> _InFlight[Any, Any]:
-    """In a backward: the call. The context drops it, as `_taken` does the buffer."""
-    call: _InFlight[Any, Any] = ctx.call
-    ctx.call = None
-    return call
-
-
-class _StartDispatch(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: _StartContext, call: _InFlight[Dispatched, Combined], x: torch.Tensor, token_probs: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.call = call
-        return x.new_empty(0), token_probs.new_empty(0)
-
-    @staticmethod
-    @first_order(linear=True)
-    def backward(ctx: _StartContext, _token: torch.Tensor, _probs: torch.Tensor) -> InputGrads:
-        grad_x, grad_token_probs, _ = _call(ctx).take_grads()
-        return (
-            None,  # call
-            grad_x,  # x
-            grad_token_probs,  # token_probs
-        )
-
-
-class _FinishDispatch(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: _FinishDispatchContext,
-        call: _InFlight[Dispatched, Combined],
-        next_to_experts: bool,
-        token: torch.Tensor,
-        probs_token: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, Handle]:
-        ctx.call, ctx.next_to_experts = call, next_to_experts
-        recv_x, _, recv_probs, handle = _received(ctx, token.dtype, call.buffer, call.pending.wait(), None)
-        return recv_x, recv_probs, handle
-
-    @staticmethod
-    @first_order(linear=True)
-    def backward(
-        ctx: _FinishDispatchContext, grad_rows: torch.Tensor | None, grad_probs: torch.Tensor | None, _handle: None
-    ) -> InputGrads:
-        _, handle, _ = _taken(ctx)
-        call, rows = _call(ctx), whole_gradient(grad_rows, *ctx.rows)
-        grads = rows, handle, whole_gradient(grad_probs, *ctx.probs)
-        if ctx.next_to_experts:
-            call.grads = call.buffer.start_combine(*grads, num_sms=handle.num_sms)
-        else:
-            call.grads = Pending(lambda: _on_this_stream(call.buffer, grads))
-        return (
-            None,  # call
-            None,  # next_to_experts
-            rows.new_empty(0),  # token
-            grads[2].new_empty(0),  # probs_token
-        )
-
-
-def _on_this_stream(buffer: Buffer, grads: tuple[torch.Tensor, Handle, torch.Tensor]) -> Combined:
-    """A dispatch's backward, with gradients that another stream has made, before which this one has waited."""
-    rows, handle, probs = grads
-    if rows.is_cuda:
-        for each in (rows, probs):
-            each.record_stream(torch.cuda.current_stream())
-    return buffer.combine(rows, handle, probs, num_sms=handle.num_sms)
-
-
-class _StartCombine(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: _StartContext, call: _InFlight[Combined, Dispatched], x: torch.Tensor) -> torch.Tensor:
-        ctx.call = call
-        return x.new_empty(0)
-
-    @staticmethod
-    @first_order(linear=True)
-    def backward(ctx: _StartContext, token: torch.Tensor) -> InputGrads:
-        return (
-            None,  # call
-            _grads_received(_call(ctx).take_grads(), token.dtype),  # x
-        )
-
-
-class _FinishCombine(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: _FinishCombineContext, call: _InFlight[Combined, Dispatched], handle: Handle, token: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.call, ctx.buffer = call, call.buffer
-        share_handle(ctx, handle)
-        return call.pending.wait()[0]
-
-    @staticmethod
-    @first_order(linear=True)
-    def backward(ctx: _FinishCombineContext, grad: torch.Tensor) -> InputGrads:
-        _, handle, _ = _taken(ctx)
-        payload, arguments = _grads_to_send(grad, handle)
-        call = _call(ctx)
-        call.grads = call.buffer.start_dispatch(payload, **arguments)
-        return (
-            None,  # call
-            None,  # handle
-            grad.new_empty(0),  # token
-        )

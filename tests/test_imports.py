@@ -33,6 +33,7 @@ LEVELS = [
     {"buffers", "buffers.*"},
     {"recompute", "layouts", "layouts.*", "balance", "balance.*"},
     {"fused_a2a", "watchdog.stragglers", "experts", "experts.*"},
+    {"started_a2a"},
     {"sync_free", "serving", "serving.*"},
     {"megatron", "megatron.*"},
     {"", "auto", "experts.module"},  # the package's __init__, and an old name

@@ -11,15 +11,9 @@ import torch
 from megatron_ep_v2.errors import EPError
 from megatron_ep_v2.experts.groups import Groups
 from megatron_ep_v2.experts.mlp import swiglu_experts
-from megatron_ep_v2.fused_a2a import (
-    finish_combine,
-    finish_dispatch,
-    fused_combine,
-    fused_dispatch,
-    start_combine,
-    start_dispatch,
-)
+from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 from megatron_ep_v2.layouts import gather_rows, gather_weights, place_contiguous, reduce_rows
+from megatron_ep_v2.started_a2a import finish_combine, finish_dispatch, start_combine, start_dispatch
 from tests.helpers.harness import isolated, run_ranks
 
 TOPK_IDX = torch.tensor([[0, 3], [2, 1], [1, 3], [3, 0], [0, 2], [2, 3]])

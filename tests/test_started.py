@@ -19,15 +19,9 @@ from megatron_ep_v2.buffers.growing import GrowingBuffer
 from megatron_ep_v2.buffers.pending import Pending, Starter
 from megatron_ep_v2.buffers.reference import ReferenceBuffer
 from megatron_ep_v2.errors import EPError
-from megatron_ep_v2.fused_a2a import (
-    finish_combine,
-    finish_dispatch,
-    fused_combine,
-    fused_dispatch,
-    start_combine,
-    start_dispatch,
-)
+from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 from megatron_ep_v2.recompute import Replayed
+from megatron_ep_v2.started_a2a import finish_combine, finish_dispatch, start_combine, start_dispatch
 from tests.helpers.cases import SMALL, make_batch
 from tests.helpers.harness import isolated, run_ranks
 from tests.helpers.one_memory import Finishing, OneMemory, in_one_memory

@@ -24,21 +24,20 @@ from torch.distributed import ProcessGroup
 from megatron_ep_v2 import recompute, settings
 from megatron_ep_v2.buffers import capacity, pool
 from megatron_ep_v2.errors import ClosedError, SettingsError
-from megatron_ep_v2.fused_a2a import (
-    StartedCombine,
-    StartedDispatch,
-    finish_combine,
-    finish_dispatch,
-    fused_dispatch,
-    set_deepep_num_sms,
-    start_combine,
-    start_dispatch,
-)
+from megatron_ep_v2.fused_a2a import fused_dispatch, set_deepep_num_sms
 from megatron_ep_v2.gradients import order
 from megatron_ep_v2.kernels.topk import top_k
 from megatron_ep_v2.megatron.copies import deepcopy_sharing_groups, refuse_to_pickle_groups, shallow_copy
 from megatron_ep_v2.megatron.expert_load import ExpertLoad
 from megatron_ep_v2.megatron.symbols import MANAGER
+from megatron_ep_v2.started_a2a import (
+    StartedCombine,
+    StartedDispatch,
+    finish_combine,
+    finish_dispatch,
+    start_combine,
+    start_dispatch,
+)
 from megatron_ep_v2.sync_free import sync_free_combine, sync_free_dispatch
 from megatron_ep_v2.wire.formats import dtype_of_recipe
 
@@ -282,7 +281,7 @@ class CompactManager(_MegatronsManager):  # type: ignore[misc]
 class ExpandedManager(CompactManager):
     """Megatron's manager without a permutation: the dispatch sorts rows by expert.
 
-    Where the buffer can, calls are only started (`fused_a2a`), and finished when their rows are wanted:
+    Where the buffer can, calls are only started (`started_a2a`), and finished when their rows are wanted:
 
     - With a shared expert next to the communication (`moe_shared_expert_overlap`): dispatch and combine, forward and
       backward. Megatron launches the shared expert in between, and these experts' weight gradients run there, too.

@@ -13,15 +13,9 @@ from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.experts.gemm import GEMMS
 from megatron_ep_v2.experts.groups import Groups
 from megatron_ep_v2.experts.mlp import WeightedSwiglu, linear
-from megatron_ep_v2.fused_a2a import (
-    finish_combine,
-    finish_dispatch,
-    fused_combine,
-    fused_dispatch,
-    start_combine,
-    start_dispatch,
-)
+from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 from megatron_ep_v2.gpus import gpu_ranks
+from megatron_ep_v2.started_a2a import finish_combine, finish_dispatch, start_combine, start_dispatch
 from tests.helpers.carriers import buffer_class, v2_carrier
 from tests.helpers.harness import isolated, run_ranks
 from tests.helpers.progress import say
