@@ -17,6 +17,7 @@ hardware queues is the environment's: CUDA_DEVICE_MAX_CONNECTIONS=1 before the c
 (benchmarks/results/README.md):
 
     torchrun --nproc-per-node 4 benchmarks/gpu_overlap.py --cases shared --tokens 32768 --experts grouped
+    ... --cases shared --tokens 16384 --experts grouped --shape deepseek-v3 --experts-per-rank 32 --sms 0 16 24 32
     torchrun --nproc-per-node 4 benchmarks/gpu_overlap.py --cases 1f1b --tokens 16384 --experts grouped
 """
 
@@ -26,6 +27,7 @@ import argparse
 import functools
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +39,13 @@ import megatron_ep_v2
 from megatron_ep_v2.bench.exposed import profiled
 from megatron_ep_v2.bench.rows import ratio
 from megatron_ep_v2.bench.runner import Row, Run, main
+from megatron_ep_v2.bench.shapes import PRESETS, Shape
 from megatron_ep_v2.bench.timing import summarise
 from megatron_ep_v2.buffers.pool import buffers
 
-HIDDEN, FFN, EXPERTS, TOPK = 2048, 768, 128, 8  # Qwen3-30B-A3B
-SHARED_FFN = 4096  # Qwen3 has no shared expert: as much work for a token as its 8 chosen ones have, rounded down
+# Of the shared expert. DeepSeek-V3 has one, as wide as the others; Qwen3 has none: as much work for a token as its 8
+# chosen ones have, rounded down.
+SHARED_FFN = {"qwen3-30b-a3b": 4096, "qwen3-235b-a22b": 8192, "deepseek-v3": 2048}
 HEADS, VOCABULARY, SEQUENCE = 16, 32768, 4096
 
 STARTED = "started"
@@ -53,6 +57,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layout", choices=("compact", "expanded", "sync-free"), default="expanded")
     parser.add_argument("--experts", choices=("te", "grouped"), default="te", help="TEGroupedMLP, or torch's GEMM")
     parser.add_argument("--tokens", type=_tokens, default=4096, help="tokens of a micro-batch, a multiple of 4096")
+    parser.add_argument("--shape", choices=SHARED_FFN, default="qwen3-30b-a3b", help="of the MoE layers")
+    parser.add_argument("--experts-per-rank", type=int, metavar="N", help="instead of the shape's own number")
+    parser.add_argument(
+        "--sms", nargs="+", type=int, default=[0], metavar="N", help="of dispatch and combine; 0 = auto"
+    )
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--micro-batches", type=int, default=3)
     parser.add_argument("--traces", type=Path, help="folder for rank 0's traces of the profiled steps")
@@ -70,31 +79,45 @@ def measure(run: Run) -> Iterator[list[Row]]:
     layout = run.options.layout
     mode: dict[str, bool | str] = {"sync_free": True} if layout == "sync-free" else {"layout": layout}
     with model_parallel(run.ranks, seed=1):
-        megatron_ep_v2.install(buffer=run.buffer, num_max_tokens_per_rank=run.options.tokens, **mode)
+        for sms in run.options.sms:
+            megatron_ep_v2.install(buffer=run.buffer, num_max_tokens_per_rank=run.options.tokens, num_sms=sms, **mode)
+            for case in run.options.cases:
+                yield _measure(case, sms, run)
+            megatron_ep_v2.destroy_buffers()
+            megatron_ep_v2.uninstall()
+    if len(run.options.sms) > 1 and run.rank == 0:
         for case in run.options.cases:
-            yield _measure(case, run)
-        megatron_ep_v2.uninstall()
+            rows = [row for row in run.rows if row["case"] == case]
+            best = min(rows, key=lambda row: row["microseconds"])
+            print(f"{case}: shortest with {best['sms'] or 'automatic'} SMs, overlap {best['overlap']}", flush=True)
 
 
 def line(row: Row) -> str:
     return (
-        f"{row['case']:<7} overlap {row['overlap']:<7} {row['microseconds']:>8.0f} us {row['ratio']:.3f}"
+        f"{row['case']:<7} {row['sms']:>3} SMs  overlap {row['overlap']:<7} {row['microseconds']:>8.0f} us"
+        f" {row['ratio']:.3f}"
         f"  deep_ep {row['communication_us']:>7.0f} us, exposed {row['exposed_us']:>7.0f} us:"
         f" {row['exposed_share']:.1%} of the step, {row['covered']:.1%} covered"
     )
 
 
-def _config(layers: int, **more: object) -> Any:
+def _shape(options: argparse.Namespace) -> Shape:
+    """With as many experts as were asked for."""
+    shape, local = PRESETS[options.shape], options.experts_per_rank
+    return replace(shape, experts=local * dist.get_world_size()) if local else shape
+
+
+def _config(shape: Shape, layers: int, **more: object) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     return TransformerConfig(
         num_layers=layers,
-        hidden_size=HIDDEN,
+        hidden_size=shape.hidden,
         num_attention_heads=HEADS,
         num_query_groups=4,
         kv_channels=128,
-        ffn_hidden_size=FFN,
-        moe_ffn_hidden_size=FFN,
+        ffn_hidden_size=shape.expert_ffn,
+        moe_ffn_hidden_size=shape.expert_ffn,
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
@@ -103,8 +126,8 @@ def _config(layers: int, **more: object) -> Any:
         attention_dropout=0.0,
         bf16=True,
         params_dtype=torch.bfloat16,
-        num_moe_experts=EXPERTS,
-        moe_router_topk=TOPK,
+        num_moe_experts=shape.experts,
+        moe_router_topk=shape.topk,
         moe_router_dtype="fp32",
         moe_router_load_balancing_type="none",
         moe_grouped_gemm=True,
@@ -124,9 +147,12 @@ def _shared(options: argparse.Namespace, device: torch.device) -> dict[str, Step
 
     from megatron_ep_v2.megatron.experts import use_experts
 
+    shape = _shape(options)
+
     def build(overlap: bool) -> torch.nn.ModuleList:
-        config = _config(1, moe_shared_expert_intermediate_size=SHARED_FFN, moe_shared_expert_overlap=overlap)
-        layer_spec = get_gpt_layer_with_transformer_engine_spec(num_experts=EXPERTS, moe_grouped_gemm=True)
+        width = SHARED_FFN[shape.name]
+        config = _config(shape, 1, moe_shared_expert_intermediate_size=width, moe_shared_expert_overlap=overlap)
+        layer_spec = get_gpt_layer_with_transformer_engine_spec(num_experts=shape.experts, moe_grouped_gemm=True)
         if options.experts == "grouped":
             use_experts(layer_spec, "grouped")
         spec = layer_spec.submodules.mlp
@@ -138,8 +164,8 @@ def _shared(options: argparse.Namespace, device: torch.device) -> dict[str, Step
         return torch.nn.ModuleList(made).to(device)
 
     generator = torch.Generator(device).manual_seed(dist.get_rank())
-    hidden = torch.randn(options.tokens, 1, HIDDEN, generator=generator, device=device).bfloat16()
-    grad = torch.randn(options.tokens, 1, HIDDEN, generator=generator, device=device).bfloat16()
+    hidden = torch.randn(options.tokens, 1, shape.hidden, generator=generator, device=device).bfloat16()
+    grad = torch.randn(options.tokens, 1, shape.hidden, generator=generator, device=device).bfloat16()
     plain, overlapped = build(False), build(True)
     overlapped.load_state_dict(plain.state_dict())
 
@@ -169,7 +195,7 @@ def _one_forward_one_backward(options: argparse.Namespace, device: torch.device)
     set_streams()
 
     def build(**more: object) -> Any:
-        config = _config(options.layers, **more)
+        config = _config(_shape(options), options.layers, **more)
         block = get_gpt_decoder_block_spec(config=config, use_transformer_engine=True)
         if options.experts == "grouped":
             for layer in block.layer_specs:
@@ -264,7 +290,7 @@ CASES: dict[str, Callable[[argparse.Namespace, torch.device], dict[str, Step]]] 
 }
 
 
-def _measure(case: str, run: Run) -> list[Row]:
+def _measure(case: str, sms: int, run: Run) -> list[Row]:
     options = run.options
     steps = CASES[case](options, run.device)
     steps["off"]()  # builds the buffer
@@ -274,7 +300,9 @@ def _measure(case: str, run: Run) -> list[Row]:
     times = run.time_alone(steps)
     rows = []
     for overlap, step in steps.items():
-        trace = options.traces / f"{case}_overlap_{overlap}.json.gz" if options.traces and run.rank == 0 else None
+        trace = (
+            options.traces / f"{case}_{sms}_sms_overlap_{overlap}.json.gz" if options.traces and run.rank == 0 else None
+        )
         shares = profiled(step, trace)
         values = torch.tensor([shares.step, shares.communication, shares.exposed], device=run.device).double()
         by_rank = values.new_empty(run.ranks, 3)
@@ -283,6 +311,9 @@ def _measure(case: str, run: Run) -> list[Row]:
         rows.append(
             {
                 "case": case,
+                "shape": options.shape,
+                "experts_per_rank": _shape(options).experts // run.ranks,
+                "sms": sms,
                 "overlap": overlap,
                 "layout": options.layout,
                 "experts": options.experts,
