@@ -119,6 +119,9 @@ PARTS = [
          TINY_STEPS + "--variants alltoall {ours}expanded {ours}sync-free", **MODEL),
     Part("overlap", "Shared experts next to dispatch and combine: off, on, and with dispatches that are started",
          OVERLAP + "--cases shared --tokens 32768", **QUEUES),
+    Part("overlap-v3", "The same at DeepSeek-V3's shape, by the number of SMs",
+         OVERLAP + "--cases shared --shape deepseek-v3 --experts-per-rank 32 --layers 2 --tokens 16384 --sms 0 24 32",
+         **QUEUES),
     Part("overload", "What one rank's overload costs, and what redundant experts bring back of it",
          STEPS + "--layers 4 --variants {ours}expanded --expert-backends grouped --overload 1.0 1.5 2.0 "
          "--redundant-experts 0 2 4",
