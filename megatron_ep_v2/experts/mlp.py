@@ -167,7 +167,7 @@ def linear(
         activation: h [P, 2 * K] and probs [P], from which backward computes `x` again; None = save `x`.
         main_grad: [L, N, K], fp32 or w's dtype. Backward adds the gradient of `w` to it, accumulated in fp32, and
             autograd gets none, as with Megatron's `gradient_accumulation_fusion`. Where `w` has the attribute
-            `overwrite_main_grad` (TransformerEngine's and Megatron-FSDP's name), true in the forward, the gradient
+            `overwrite_main_grad` (TransformerEngine's and Megatron-FSDP's name), true when the gradient is computed, it
             replaces what is there. None = the gradient goes to autograd.
         delayed: Backward does not compute the gradient of `w`, but appends a token [0] here, whose own backward
             (`run_delayed`) does. None = it computes it, at once or as `groups.rows_node` says.
@@ -175,7 +175,7 @@ def linear(
     Returns:
         [P, N].
     """
-    fused = None if main_grad is None else (w, main_grad, getattr(w, "overwrite_main_grad", False))
+    fused = None if main_grad is None else (w, main_grad)
     later = leave = token = None
     if (groups.rows_node is not None or delayed is not None) and w.requires_grad and torch.is_grad_enabled():
         later = _Later()
@@ -231,7 +231,7 @@ class _WeightGrad(torch.autograd.Function):
         )
 
 
-_Fused: TypeAlias = tuple[torch.Tensor, torch.Tensor, bool]  # the parameter, its main_grad, and whether to replace it
+_Fused: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # the parameter and its main_grad
 
 
 class _LinearContext(Context, Protocol):
@@ -304,10 +304,16 @@ def _weight_grad(
     x = kept[0] if len(kept) == 1 else _kernels(grad).forward(*kept, groups.used)
     if fused is None:
         return multiply.wgrad(grad, x, groups)
-    parameter, main_grad, overwrite = fused
-    wgrad.add_(main_grad, grad, x, groups.ends, overwrite)
+    parameter, main_grad = fused
+    wgrad.add_(main_grad, grad, x, groups.ends, overwrites(parameter))
     mark_added(parameter)
     return None
+
+
+def overwrites(parameter: torch.Tensor) -> bool:
+    """Whether a gradient replaces what is in `main_grad`. Not asked for in the forward: of several micro-batches that
+    are in flight, only the first backward's may."""
+    return bool(getattr(parameter, "overwrite_main_grad", False))
 
 
 def mark_added(parameter: torch.Tensor) -> None:

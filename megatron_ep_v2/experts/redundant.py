@@ -24,7 +24,7 @@ from megatron_ep_v2.errors import InputError, SettingsError
 from megatron_ep_v2.experts import mlp
 from megatron_ep_v2.experts.gemm import Gemm, gemm
 from megatron_ep_v2.experts.groups import Groups
-from megatron_ep_v2.experts.mlp import WeightedSwiglu, mark_added
+from megatron_ep_v2.experts.mlp import WeightedSwiglu, mark_added, overwrites
 from megatron_ep_v2.gradients import Context, InputGrads, first_order
 from megatron_ep_v2.kernels import swiglu, wgrad
 from megatron_ep_v2.kernels.select import kernels_for
@@ -239,7 +239,7 @@ def linear(
 class _LinearContext(Context, Protocol):
     gemm: Gemm
     parameter: torch.Tensor
-    fused: tuple[torch.Tensor, bool] | None  # main_grad, and whether to replace it
+    fused: torch.Tensor | None  # main_grad
     replicas: ReplicaLinear
 
 
@@ -258,9 +258,7 @@ class _RedundantLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         x, fetched, parts = x.contiguous(), replicas.fetched, replicas.parts
         ctx.save_for_backward(w, parts.groups.ends, fetched.replicas.mapping, *(activation or (x,)))
-        ctx.gemm, ctx.parameter, ctx.replicas, ctx.fused = multiply, w, replicas, None
-        if main_grad is not None:
-            ctx.fused = main_grad, getattr(w, "overwrite_main_grad", False)
+        ctx.gemm, ctx.parameter, ctx.replicas, ctx.fused = multiply, w, replicas, main_grad
         y = multiply.forward(x, w, parts.masters)
         fetched.wait()
         if parts.first < len(x):
@@ -285,8 +283,7 @@ class _RedundantLinear(torch.autograd.Function):
             slot_grads = fetched.slots.grads[replicas.number]
             wgrad.add_(slot_grads, grad[first:], x[first:], parts.replicas.ends, overwrite=True)
             if ctx.fused is not None:  # before the transfer, which adds to the same numbers
-                main_grad, overwrite = ctx.fused
-                wgrad.add_(main_grad, grad, x, parts.masters.ends, overwrite)
+                wgrad.add_(ctx.fused, grad, x, parts.masters.ends, overwrites(ctx.parameter))
             home = _Home(fetched, replicas.number, ctx.parameter, ctx.fused is not None)
             if ctx.fused is None:
                 grad_w = ctx.gemm.wgrad(grad, x, parts.masters)
@@ -321,7 +318,7 @@ class _Home:
     def __init__(self, fetched: _Fetched, number: int, parameter: torch.Tensor, fused: bool):
         slot_grads, self._is_home = fetched.slots.grads[number], fetched.is_home()
         main_grad: torch.Tensor | None = getattr(parameter, "main_grad", None)
-        if main_grad is not None and not fused and getattr(parameter, "overwrite_main_grad", False):
+        if main_grad is not None and not fused and overwrites(parameter):
             main_grad = None  # the hook that replaces it next would lose what is added now
         self._fused_into = main_grad if fused else None
         self._apart: torch.Tensor | None = None  # what arrives, if not added to main_grad

@@ -16,6 +16,7 @@ from megatron_ep_v2.experts.gemm import GEMMS
 from megatron_ep_v2.experts.groups import Groups
 from megatron_ep_v2.experts.mlp import Weights, linear, run_delayed, run_experts
 from megatron_ep_v2.kernels import wgrad
+from megatron_ep_v2.megatron.qwen3_moe.optimizer import collect_gradient
 from tests.helpers.compare import relative_error
 from tests.helpers.expert_rows import NAN, expert_rows, gradcheck_inputs, with_tail
 from tests.helpers.interpreter import child, needs_triton
@@ -272,6 +273,26 @@ def test_two_micro_batches_are_in_main_grad(
     plain = b.x.clone().requires_grad_()
     linear(plain, weight.detach(), groups, GEMMS[backend], True).backward(grad)
     assert torch.equal(grad_x[0], plain.grad), "the rows' gradient is that of a backward without a buffer"
+
+
+@pytest.mark.parametrize("when", ["at once", "after the rows", "delayed"])
+def test_of_two_micro_batches_in_flight_only_the_first_gradient_replaces_what_is_there(when: str) -> None:
+    b = expert_rows([3, 0, 5, 1])
+    weight, into = torch.nn.Parameter(b.w1.clone()), torch.full_like(b.w1, NAN)
+    collect_gradient(weight, into)
+    weight.overwrite_main_grad = True  # type: ignore[attr-defined]
+    outputs, delayed = list[torch.Tensor](), list[torch.Tensor]()
+    for micro_batch in (1, 2):
+        rows = from_a_node((b.x * micro_batch).requires_grad_(), [])
+        groups = Groups.from_counts(torch.tensor(b.sizes), rows)
+        groups = after(groups, rows) if when == "after the rows" else groups
+        leave = delayed if when == "delayed" else None
+        outputs.append(linear(rows, weight, groups, GEMMS["grouped"], True, None, into, leave))
+    for y in outputs:
+        y.backward(torch.ones_like(y))
+        run_delayed(delayed)
+    wanted = exact(torch.zeros_like(weight), torch.ones_like(outputs[0]), 3 * b.x, groups.ends)
+    assert relative_error(into, wanted) <= 1e-6
 
 
 def test_a_gradient_that_is_there_already_stays() -> None:

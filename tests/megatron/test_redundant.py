@@ -348,8 +348,7 @@ def into(group: Any) -> dict[str, dict[str, float]]:
                         collect_gradient(linear.weight, start)
                         linear.weight.overwrite_main_grad = overwrite
                         collected[f"experts.linear_{name}.weight"] = start
-                    for _ in range(2):
-                        y = layer(x)[0]
+                    for y in [layer(x)[0] for _ in range(2)]:  # both in flight, as in a pipeline
                         y.backward(grad)
                     errors = {name: difference(g.float(), 2 * wanted[name]) for name, g in collected.items()}
                     found[f"fused={fused}, {dtype}, overwrite={overwrite}"] = errors
