@@ -3,16 +3,20 @@ SequentialMLP."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
+from megatron_ep_v2.megatron import managers
 from megatron_ep_v2.megatron.experts import Experts, StackedLinear
 from tests.helpers.harness import run_ranks
 from tests.helpers.megatron_layer import hidden_states, make_layer, process_groups
 from tests.helpers.megatron_training import Job, Setup, on_cpu
+from tests.helpers.one_memory import in_one_memory
 from tests.helpers.shapes import CPU, Split
 
 STEPS = 5
@@ -63,6 +67,52 @@ def test_training_is_that_of_megatrons_experts(overlap: bool) -> None:
                 assert norm > 1e-4 and weight > 1e-4
             else:
                 assert max(loss, norm, weight) < 1e-5, f"{setup}: loss {loss:.1e}, norm {norm:.1e}, weight {weight:.1e}"
+
+
+def delay(experts: list[Experts], patch: pytest.MonkeyPatch) -> None:
+    """Ask for the weight gradients when a backward has ended, as Megatron's 1F1B plan does."""
+    theirs = torch.Tensor.backward
+
+    def backward(loss: torch.Tensor, *args: Any, **more: Any) -> None:
+        theirs(loss, *args, **more)
+        for each in reversed(experts):
+            each.backward_dw()
+
+    patch.setattr(torch.Tensor, "backward", backward)
+    for linear in (linear for each in experts for linear in (each.linear_fc1, each.linear_fc2)):
+        linear._delays = True
+
+
+def of_their_own(group: Any) -> dict[str, bool]:
+    """How weight gradients are computed -> whether losses, norms and weights are those of the first way, bit by bit,
+    where Megatron reduces gradients as soon as a parameter's hook has run. EP 2 x expert data parallel 2."""
+    found, wanted = {}, None
+    with on_cpu(), process_groups(Split(1, 2)), in_one_memory() as order:
+        for way in ("at once", "next to the dispatch's backward", "delayed"):
+            job = Job(Setup(experts="grouped", fusion=True, overlap=True))
+            experts = [module for module in job.model.modules() if isinstance(module, Experts)]
+            for layer in (module for module in job.model.modules() if isinstance(module, MoELayer)):
+                manager: Any = layer.token_dispatcher._comm_manager
+                manager.config = copy.copy(manager.config)
+                setattr(manager.config, managers.WGRAD, way.startswith("next"))
+            order.clear()
+            with pytest.MonkeyPatch.context() as patch:
+                if way == "delayed":
+                    delay(experts, patch)
+                steps = [job.step() for _ in range(2)]
+            result = steps, job.weights()
+            if wanted is None:
+                wanted = result
+            assert ("combine starts" in order) == way.startswith("next")
+            same = all(torch.equal(weight, wanted[1][name]) for name, weight in result[1].items())
+            found[way] = same and steps == wanted[0] and steps[0] != steps[1]
+    return found
+
+
+@pytest.mark.slow
+def test_weight_gradients_apart_from_the_rows_are_there_when_megatron_reduces_them() -> None:
+    for found in run_ranks(4, of_their_own):
+        assert len(found) == 3 and all(found.values()), found
 
 
 def layers(group: Any) -> dict[str, list[float]]:
