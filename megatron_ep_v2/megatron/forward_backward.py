@@ -68,20 +68,23 @@ def capturing() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
-# Of a model's first chunk: what all ranks have agreed on, by what this rank said.
+# Of a model's first chunk: what all ranks have agreed on, for calls that finalize the gradients and for others. Not by
+# what this rank said: where one rank never can, the others' answer changes alone, and they would vote without it.
 _agreed: weakref.WeakKeyDictionary[torch.nn.Module, dict[bool, bool]] = weakref.WeakKeyDictionary()
 
 
 def all_can_repeat(call: dict[str, Any]) -> bool:
     """Whether every rank of the model can repeat this call: only then do they read their checks after it. The first
-    call for a model is collective: a rank may hold a part that is not wrapped, such as a frozen encoder."""
+    call for a model of each kind, with gradients finalized or not, is collective: a rank may hold a part that is not
+    wrapped, such as a frozen encoder."""
     mine = can_repeat(call)
     if call.get("forward_only") or not parallel_state.model_parallel_is_initialized():
         return mine
-    answers = _agreed.setdefault(chunks_of(call)[0], {})
-    if mine not in answers:
-        answers[mine] = not device_checks.largest(not mine, *_ranks_of_the_model())
-    return answers[mine]
+    first = chunks_of(call)[0]
+    answers, finalizes = _agreed.setdefault(first, {}), get_model_config(first).finalize_model_grads_func is not None
+    if finalizes not in answers:
+        answers[finalizes] = not device_checks.largest(not mine, *_ranks_of_the_model())
+    return answers[finalizes]
 
 
 def _ranks_of_the_model() -> tuple[ProcessGroup, ProcessGroup]:

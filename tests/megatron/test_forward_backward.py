@@ -396,8 +396,8 @@ def test_a_repeated_steps_dispatches_are_kept_apart() -> None:
 
 
 def one_rank_cannot(group: Any) -> list[str]:
-    """Steps of a model whose part on rank 1 is not in Megatron's DDP, and of one that is everywhere: what each rank
-    reads, in order."""
+    """Steps of a model whose part on rank 1 is not in Megatron's DDP, and of one that is everywhere, with one step each
+    that does not finalize the gradients: what each rank reads, in order."""
     read: list[str] = []
 
     def chunk(wrapped: bool) -> torch.nn.Module:
@@ -411,7 +411,8 @@ def one_rank_cannot(group: Any) -> list[str]:
     schedule = forward_backward.repeating(lambda **_: None)
     with process_groups(), mock.patch.object(forward_backward, "read_together", lambda: read.append("read")):
         for model in (chunk(group.rank() == 0), chunk(True)):
-            for _ in range(2):
+            for finalizes in (print, print, None, print):
+                model.config.finalize_model_grads_func = finalizes  # type: ignore[union-attr]
                 schedule(model=model, data_iterator=None, forward_only=False)
             read.append("next")
     return read
@@ -419,4 +420,4 @@ def one_rank_cannot(group: Any) -> list[str]:
 
 def test_ranks_read_after_a_schedule_together_or_not_at_all() -> None:
     """Else the one that reads would wait in a collective for the one that does not."""
-    assert run_ranks(2, one_rank_cannot) == [["next", "read", "read", "next"]] * 2
+    assert run_ranks(2, one_rank_cannot) == [["next", "read", "read", "read", "next"]] * 2
