@@ -90,7 +90,11 @@ class EPBuffer(Starter, ElasticBuffer):
         return {"lb_allocation_plan_or_num_bytes": memory}
 
     def start_dispatch(self, x: Payload, **arguments: Any) -> Pending[Dispatched]:
-        """See `contract.DeferringBuffer.start_dispatch`. Raises as `dispatch`. deep_ep's event keeps the inputs."""
+        """See `contract.DeferringBuffer.start_dispatch`. Raises as `dispatch`.
+
+        deep_ep records its stream on the inputs, so that their memory is not reused while it reads them; with
+        EP_AVOID_RECORD_STREAM=1 its event keeps them until the call is finished.
+        """
         event = self.dispatch(x, **arguments, async_with_compute_stream=True, defer_epilogue=True)
         return self._start(lambda: (*memory_left_as_it_is(event.current_stream_wait)(), event))
 
@@ -102,7 +106,7 @@ class EPBuffer(Starter, ElasticBuffer):
         *,
         num_sms: int = 0,
     ) -> Pending[Combined]:
-        """See `contract.DeferringBuffer.start_combine`. Raises as `combine`. deep_ep's event keeps the inputs."""
+        """See `contract.DeferringBuffer.start_combine`. Raises as `combine`. Inputs as in `start_dispatch`."""
         event: Any = self.combine(
             x, handle, topk_weights, num_sms=num_sms, async_with_compute_stream=True, defer_epilogue=True
         )
