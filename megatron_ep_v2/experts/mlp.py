@@ -284,6 +284,12 @@ class _Linear(torch.autograd.Function):
             compute = functools.partial(_weight_grad, grad, kept, groups, ctx.gemm, ctx.fused)
             if ctx.later is None:
                 grad_w = compute()
+            elif ctx.later.compute is not None:
+                raise InputError(
+                    "a second backward of one forward, and the first one's weight gradients are not computed yet",
+                    needed="one backward, or the weight gradients in between",
+                    fix="call backward_dw() after each backward, or run the experts without delay_wgrad_compute",
+                )
             else:
                 ctx.later.compute, grad_token = compute, grad.new_empty(0)
                 if ctx.leave is not None:

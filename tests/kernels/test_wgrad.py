@@ -324,6 +324,17 @@ def test_without_a_buffer_autograd_gets_the_gradient(when: str) -> None:
     assert not hasattr(weight, "grad_added_to_main_grad")
 
 
+def test_a_second_backward_before_the_delayed_gradients_is_refused() -> None:
+    """The gradients of the first would be lost."""
+    b, delayed = expert_rows([3, 4]), list[torch.Tensor]()
+    weight = torch.nn.Parameter(b.w1.clone())
+    groups = Groups.from_counts(torch.tensor(b.sizes), b.x)
+    y = linear(b.x.requires_grad_(), weight, groups, GEMMS["sequential"], True, delayed=delayed)
+    y.backward(torch.ones_like(y), retain_graph=True)
+    with pytest.raises(InputError, match="a second backward"):
+        y.backward(torch.ones_like(y))
+
+
 # ----------------------------------------------------------------------------------------------- activation recomputed
 
 
