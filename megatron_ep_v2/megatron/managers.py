@@ -574,8 +574,9 @@ _FIRST = torch.iinfo(torch.int).max
 
 
 def _before_the_end(token: torch.Tensor) -> torch.Tensor:
-    """The token of a started dispatch, with a node of its own. Megatron gives the shared expert's backward the number
-    before that node's, which is higher than that of the node at which the communication ends."""
+    """The token of a started dispatch, with a node of its own. Megatron (`SharedExpertMLP.linear_fc1_forward_and_act`)
+    gives the shared expert's backward the number before that node's, which is higher than that of the node at which the
+    communication ends."""
     seen = token.view_as(token)
     if token.grad_fn is not None:
         order(seen, token.grad_fn._sequence_nr() + 2)
