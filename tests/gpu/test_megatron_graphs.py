@@ -28,7 +28,8 @@ from megatron.core.transformer.moe.router import TopKRouter
 import megatron_ep_v2
 from megatron_ep_v2.gpus import gpu_ranks
 from megatron_ep_v2.megatron.qwen3_moe import model as example
-from megatron_ep_v2.megatron.qwen3_moe.options import ModelShape, Recipe, TrainerOptions
+from megatron_ep_v2.megatron.qwen3_moe.options import TrainerOptions
+from tests.gpu.test_step_graph import RECIPE, SHAPE, TOKENS
 from tests.helpers.carriers import v2_carrier
 from tests.helpers.harness import isolated, run_ranks
 from tests.helpers.megatron_layer import process_groups
@@ -36,20 +37,7 @@ from tests.helpers.progress import say
 from tests.helpers.reports import log_records
 
 RANKS = gpu_ranks()
-TOKENS, MICRO_BATCHES, WARM_UP = 128, 2, 3
-SHAPE = ModelShape(
-    num_layers=2,
-    hidden_size=512,
-    num_attention_heads=4,
-    num_query_groups=2,
-    kv_channels=128,
-    ffn_hidden_size=1024,
-    moe_ffn_hidden_size=256,
-    num_experts=4 * max(RANKS, 2),
-    topk=4,
-    seq_length=TOKENS,
-)
-RECIPE = Recipe(steps=1000, global_batch_size=RANKS, micro_batch_size=1, lr=1e-3, min_lr=1e-4, warmup_steps=10)
+MICRO_BATCHES, WARM_UP = 2, 3
 # In these steps all tokens go to the experts of rank 0: more rows than its graph has.
 SKEWED = {8, 9, 16}
 STEPS = 24
