@@ -85,6 +85,7 @@ def overlapped(group: Any, micro_batches: int, more: dict[str, Any], layout: str
     found: dict[str, Any] = {"said": []}
     handler = logging.Handler()
     handler.emit = lambda record: found["said"].append(record.getMessage())  # type: ignore[method-assign]
+    managers.say_overlap.cache_clear()  # an earlier job of this process may have said it
     managers.logger.addHandler(handler)
     managers.logger.setLevel(logging.INFO)
     with process_groups(), shared_expert_on_the_cpu(), in_one_memory() as order:
