@@ -376,7 +376,7 @@ def _bindings(modules: dict[str, ModuleType], layout: str, experts: str, redunda
         for name in ("fused_dispatch", "fused_combine", "set_deepep_num_sms"):
             ours.append((module, name, getattr(fused_a2a, name)))
     # Imported here because it imports Megatron, whose symbols have been checked now.
-    from megatron_ep_v2.megatron import managers
+    from megatron_ep_v2.megatron import dispatcher_functions, managers
 
     manager = managers.BY_LAYOUT[layout]
     if redundant_experts:
@@ -386,12 +386,18 @@ def _bindings(modules: dict[str, ModuleType], layout: str, experts: str, redunda
     ours.append((modules[TOKEN_DISPATCHER], MANAGER, manager))
     ours.append((managers, "installed", managers.Installed(layout, experts, redundant_experts)))
     flex = modules[TOKEN_DISPATCHER].MoEFlexTokenDispatcher
-    ours.append((flex, "dispatch_preprocess", managers.preprocess(flex.dispatch_preprocess)))
-    ours.append((flex, "combine_postprocess", managers.postprocess(flex.combine_postprocess)))
+    ours.append((flex, "dispatch_preprocess", dispatcher_functions.preprocess(flex.dispatch_preprocess)))
+    ours.append((flex, "combine_postprocess", dispatcher_functions.postprocess(flex.combine_postprocess)))
     any_dispatcher = modules[TOKEN_DISPATCHER].MoETokenDispatcher
     ours.append((any_dispatcher, "__init__", dispatchers.noting(any_dispatcher.__init__)))
     if layout != "compact":
-        ours.append((modules[SCHEDULE], "should_free_input", managers.keep_rows(modules[SCHEDULE].should_free_input)))
+        ours.append(
+            (
+                modules[SCHEDULE],
+                "should_free_input",
+                dispatcher_functions.keep_rows(modules[SCHEDULE].should_free_input),
+            )
+        )
     for function in checkpoints(modules):
         ours.append((function, "forward", recompute.wrapped(function.forward)))
     ours += optimizer_step.bindings(modules)

@@ -12,9 +12,8 @@ import functools
 import logging
 import math
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeAlias
+from typing import Any, NoReturn
 
 import torch
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -33,7 +32,6 @@ from megatron_ep_v2.megatron.symbols import MANAGER
 from megatron_ep_v2.started_a2a import (
     StartedCombine,
     StartedDispatch,
-    finish_combine,
     finish_dispatch,
     start_combine,
     start_dispatch,
@@ -159,10 +157,10 @@ def refuse_capture() -> None:
         )
 
 
-_MegatronsManager: Any = getattr(token_dispatcher, MANAGER)
+MegatronsManager: Any = getattr(token_dispatcher, MANAGER)
 
 
-class CompactManager(_MegatronsManager):  # type: ignore[misc]
+class CompactManager(MegatronsManager):  # type: ignore[misc]
     """Megatron's manager. Also passes Megatron's configuration to the settings, counts the expert load, and checks that
     the layout and experts that it was built for are still installed.
 
@@ -276,6 +274,16 @@ class CompactManager(_MegatronsManager):  # type: ignore[misc]
             )
         self._follow_config()
         self._built_for = now
+
+
+def _before_the_end(token: torch.Tensor) -> torch.Tensor:
+    """The token of a started dispatch, with a node of its own. Megatron (`SharedExpertMLP.linear_fc1_forward_and_act`)
+    gives the shared expert's backward the number before that node's, which is higher than that of the node at which the
+    communication ends."""
+    seen = token.view_as(token)
+    if token.grad_fn is not None:
+        order(seen, token.grad_fn._sequence_nr() + 2)
+    return seen
 
 
 class ExpandedManager(CompactManager):
@@ -505,94 +513,3 @@ BY_LAYOUT: dict[str, type[CompactManager]] = {
     "expanded": ExpandedManager,
     "sync-free": SyncFreeManager,
 }
-
-
-# ------------------------------------------------------------------------------------- Megatron's functions around them
-
-
-_Preprocess: TypeAlias = Callable[..., tuple[torch.Tensor, torch.Tensor]]
-
-
-def preprocess(theirs: _Preprocess) -> _Preprocess:
-    """Replace `MoEFlexTokenDispatcher.dispatch_preprocess` by a shorter version for the managers of this package.
-
-    Megatron compiles its own, once per layer until torch's limit of recompilations: seconds at the first step and
-    guards at every later one, for reshapes and a top-k that compilation does not speed up. Without tensor parallelism
-    the reshapes cancel out.
-    """
-
-    @functools.wraps(theirs)
-    def dispatch_preprocess(
-        self: token_dispatcher.MoEFlexTokenDispatcher,
-        hidden_states: torch.Tensor,
-        routing_map: torch.Tensor,
-        probs: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        manager = self._comm_manager
-        if not isinstance(manager, CompactManager):
-            if type(manager) is _MegatronsManager:  # would call our functions, always with the compact layout
-                raise SettingsError(
-                    "this MoE layer was built before megatron_ep_v2.install()",
-                    found=f"Megatron's own {type(manager).__name__}; installed: {installed}",
-                    needed="install() before the model is built",
-                    fix="call install() earlier, or build the model again",
-                )
-            return theirs(self, hidden_states, routing_map, probs)
-        self.hidden_shape = hidden_states.shape
-        if self.tp_size > 1:
-            routing_map, probs = self._initialize_metadata(routing_map, probs)
-        manager.setup_metadata(routing_map, probs)
-        return hidden_states.view(-1, self.hidden_shape[-1]), manager.token_probs
-
-    return dispatch_preprocess
-
-
-def postprocess(theirs: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Replace `MoEFlexTokenDispatcher.combine_postprocess` where the combine was only started: the shared expert's
-    second linear is launched before its end is waited for."""
-
-    @functools.wraps(theirs)
-    def combine_postprocess(self: token_dispatcher.MoEFlexTokenDispatcher, hidden_states: torch.Tensor) -> torch.Tensor:
-        manager = self._comm_manager
-        started = manager.take_combine() if isinstance(manager, ExpandedManager) else None
-        if started is None:
-            return theirs(self, hidden_states)
-        shared = self.shared_experts
-        if shared is not None:
-            shared.linear_fc2_forward()
-            shared.post_forward_comm()
-        combined = finish_combine(started)
-        order(combined, _FIRST)  # the backward begins with the communication, as Megatron's does
-        if shared is not None:
-            combined += shared.get_output()
-        return combined.view(self.hidden_shape)
-
-    return combine_postprocess
-
-
-_FIRST = torch.iinfo(torch.int).max
-
-
-def _before_the_end(token: torch.Tensor) -> torch.Tensor:
-    """The token of a started dispatch, with a node of its own. Megatron (`SharedExpertMLP.linear_fc1_forward_and_act`)
-    gives the shared expert's backward the number before that node's, which is higher than that of the node at which the
-    communication ends."""
-    seen = token.view_as(token)
-    if token.grad_fn is not None:
-        order(seen, token.grad_fn._sequence_nr() + 2)
-    return seen
-
-
-def keep_rows(theirs: Callable[..., bool]) -> Callable[..., bool]:
-    """Replace `should_free_input` of Megatron's 1F1B schedule, for rows that go to the experts without a copy.
-
-    With backend "deepep" Megatron frees them once the experts have run, because its experts work on a permuted copy.
-    Here experts may save the rows themselves for backward; in an FP8 model too, where some layers stay in bf16.
-    """
-
-    @functools.wraps(theirs)
-    def should_free_input(name: str, is_moe: bool, config: TransformerConfig, *more: object, **named: object) -> bool:
-        ours = config.moe_token_dispatcher_type == "flex" and config.moe_flex_dispatcher_backend == "deepep"
-        return not (ours and name == "mlp") and theirs(name, is_moe, config, *more, **named)
-
-    return should_free_input

@@ -231,7 +231,7 @@ def test_a_replay_that_overflows_runs_again_and_is_captured_again() -> None:
 
 def test_graphs_of_a_part_of_each_layer() -> None:
     """Attention, router and preprocessing by TransformerEngine; dispatch, experts and combine outside. Not in the
-    compact layout, where Megatron adds up a token's rows in no fixed order."""
+    compact layout: without torch's deterministic mode Megatron adds a token's rows up by `scatter_add_`."""
     chosen = {"layout": "expanded"}
     graphs, eager = (run_ranks(RANKS, train, fields, chosen, backend="nccl") for fields in (PARTS, {}))
     assert_equal(graphs, eager)
