@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_ep_v2 import settings
-from megatron_ep_v2.buffers import pool, reference
+from megatron_ep_v2.buffers import pool, reference_header
 from megatron_ep_v2.errors import EPError, GroupMismatchError
 from megatron_ep_v2.fused_a2a import fused_combine, fused_dispatch
 from megatron_ep_v2.watchdog import client
@@ -38,14 +38,14 @@ class Stall:
     """One way to stall.
 
     Attributes:
-        act: What the culprit does, given a second process group of all ranks and a file, which is there when all have
-            reported; True = it then leaves out the layer.
+        act: What the culprit does, given a collective that the other ranks are not in and a file, which is there when
+            all have reported; True = it then leaves out the layer.
         words: What the reports must contain.
         reporters: The ranks that must report.
         survives: Whether the run goes on afterwards.
     """
 
-    act: Callable[[Any, Path], Any]
+    act: Callable[[Callable[[], None], Path], Any]
     words: tuple[str, ...]
     reporters: tuple[int, ...] = (0, 1, 3)
     survives: bool = False
@@ -58,12 +58,12 @@ def until(done: Callable[[], bool]) -> Iterator[None]:
         yield
 
 
-def oversleep(_side: Any, reports: Path) -> None:
+def oversleep(_elsewhere: Any, reports: Path) -> None:
     for _ in until(reports.exists):
         time.sleep(0.05)
 
 
-def hold_the_lock(_side: Any, reports: Path) -> None:
+def hold_the_lock(_elsewhere: Any, reports: Path) -> None:
     """Python's global lock, in C, so that no other thread of this process runs."""
     for _ in until(reports.exists):
         ctypes.PyDLL(None).usleep(200_000)
@@ -72,24 +72,24 @@ def hold_the_lock(_side: Any, reports: Path) -> None:
 WAKE = 'until [ -e "$0" ] || ! kill -0 $1; do sleep 0.1; done; kill -CONT $1'
 
 
-def be_stopped(_side: Any, reports: Path) -> None:
+def be_stopped(_elsewhere: Any, reports: Path) -> None:
     subprocess.Popen(["sh", "-c", WAKE, str(reports), str(os.getpid())], stderr=subprocess.DEVNULL)
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
-def leave(_side: Any, _reports: Path) -> None:
+def leave(_elsewhere: Any, _reports: Path) -> None:
     os._exit(0)
 
 
-def skip_the_layer(_side: Any, _reports: Path) -> bool:
+def skip_the_layer(_elsewhere: Any, _reports: Path) -> bool:
     return True
 
 
-def wait_elsewhere(side: Any, reports: Path) -> None:
-    """In a collective that the other ranks are not in, until its group's time limit at least."""
+def wait_elsewhere(elsewhere: Callable[[], None], reports: Path) -> None:
+    """In a collective that the other ranks are not in, until its time limit at least."""
     for _ in until(reports.exists):
         with contextlib.suppress(RuntimeError):
-            dist.barrier(side)
+            elsewhere()
         time.sleep(0.05)
 
 
@@ -155,9 +155,14 @@ def train(group: Any, name: str | None, seconds: int, pause: float, folder: str)
     """Three steps of three layers; the culprit stalls in the second. Returns the steps that it took."""
     with standard_error_in(Path(folder, str(group.rank()))), contextlib.ExitStack() as stack:
         if name == "skips a layer":  # with deep_ep, ranks do not see in a header that they are in different calls
-            stack.enter_context(mock.patch.object(reference, "compare_over_group"))
+            stack.enter_context(mock.patch.object(reference_header, "compare_over_group"))
         start(seconds)
-        side = dist.new_group(timeout=datetime.timedelta(seconds=pause))
+        side = dist.new_group()
+
+        def wait_alone() -> None:
+            # The limit is not new_group's: ranks that come to it late would run into it.
+            dist.barrier(side, async_op=True).wait(datetime.timedelta(seconds=pause))
+
         weight = torch.ones(HIDDEN, requires_grad=True)
         optimizer = torch.optim.SGD([weight], lr=0.1)
         for step in range(1, STEPS + 1):
@@ -165,7 +170,7 @@ def train(group: Any, name: str | None, seconds: int, pause: float, folder: str)
             for number in range(1, LAYERS + 1):
                 if name and (group.rank(), step, number) == (CULPRIT, STEP, LAYER):
                     Path(folder, "stalled").write_text(str(time.time()))
-                    if STALLS[name].act(side, Path(folder, "reported")):
+                    if STALLS[name].act(wait_alone, Path(folder, "reported")):
                         continue
                 y = layer(group, y)
             y.square().mean().backward()
@@ -199,9 +204,13 @@ def run(name: str | None, seconds: int, pause: float) -> Outcome:
         name: In STALLS.
         seconds: The watchdog's limit.
         pause: How long a collective waits that the culprit is alone in.
+
+    Raises:
+        RanksError: The ranks failed before the stall, or with none.
     """
     reported: list[float] = [float("inf")] * RANKS
     with tempfile.TemporaryDirectory() as folder:
+        stalled = Path(folder, "stalled")
         files = [Path(folder, str(rank)) for rank in range(RANKS)]
         for file in files:
             file.touch()
@@ -218,18 +227,21 @@ def run(name: str | None, seconds: int, pause: float) -> Outcome:
         observer = threading.Thread(target=observe)
         observer.start()
         try:
-            run_ranks(RANKS, train, name, seconds, pause, folder)
-            survived = True
-        except RanksError:
-            survived = False
-        finally:
+            try:
+                run_ranks(RANKS, train, name, seconds, pause, folder)
+                survived = True
+            except RanksError:
+                if not stalled.exists():
+                    raise
+                survived = False
             for _ in until(all_reported.exists):
                 time.sleep(0.1)
             time.sleep(0.5)  # for what should not be said
+        finally:
             over.set()
             observer.join()
-        stalled = float(Path(folder, "stalled").read_text()) if name else 0.0
-        return Outcome([file.read_text() for file in files], [at - stalled for at in reported], survived)
+        began = float(stalled.read_text()) if name else 0.0
+        return Outcome([file.read_text() for file in files], [at - began for at in reported], survived)
 
 
 @isolated
