@@ -1,24 +1,23 @@
-"""How much of dispatch and combine is exposed in whole steps, with Megatron's two ways to overlap them and without.
+"""How much of dispatch and combine is exposed in Megatron's 1F1B plan, which runs one micro-batch's forward next to
+another's backward. (Shared experts next to communication: `bench --step --overlap`.)
 
-    shared   a stack of MoE layers with shared experts: `moe_shared_expert_overlap` off and on
-    1f1b     a GPT of MoE layers, several micro-batches: one after the other, and by Megatron's 1F1B plan, which runs
-             one micro-batch's forward next to another's backward; then with `delay_wgrad_compute`
-
-With "on" and "delayed" every call waits. Where the buffer can start calls (DeepEP 2.5), the last row is "started": the
-same as the one before it, with calls that are started as this package does by itself.
+    off       a GPT of MoE layers, several micro-batches one after the other
+    on        by the plan; every call waits
+    delayed   the same with `delay_wgrad_compute`
+    started   the same with dispatches that are started, as this package does by itself on DeepEP 2.5
 
 Exposed: some kernel of deep_ep runs and no other kernel does, in a profiler's trace of one step; a kernel that waits
 for a late rank counts as running. Times are CUDA events, medians over repeats of the slowest rank; shares are the worst
-rank's. Results of both ways agree before anything is timed.
+rank's. Results of all ways agree before anything is timed.
 
 Overlap can save time where the GPU bounds the step, so with many tokens, and with experts that give the host less to
 launch (`--experts grouped`: torch's grouped GEMM; TransformerEngine's launch one GEMM an expert). The number of
-hardware queues is the environment's: CUDA_DEVICE_MAX_CONNECTIONS=1 before the command, or 32. As in the lab notebook
-(benchmarks/results/README.md):
+hardware queues is the environment's: CUDA_DEVICE_MAX_CONNECTIONS=1 before the command, or 32. deep_ep takes a stream of
+the highest priority by itself; `--high-priority` gives Megatron's communication stream, on which dispatch and combine
+nodes queue everything else, the same. As in the lab notebook (benchmarks/results/README.md):
 
-    torchrun --nproc-per-node 4 benchmarks/gpu_overlap.py --cases shared --tokens 32768 --experts grouped
-    ... --cases shared --tokens 16384 --experts grouped --shape deepseek-v3 --experts-per-rank 32 --sms 0 16 24 32
-    torchrun --nproc-per-node 4 benchmarks/gpu_overlap.py --cases 1f1b --tokens 16384 --experts grouped
+    torchrun --nproc-per-node 4 benchmarks/gpu_overlap.py --tokens 16384 --experts grouped
+    ... --tokens 16384 --experts grouped --shape deepseek-v3 --experts-per-rank 32 --layers 2 --sms 0 16 24 32
 """
 
 from __future__ import annotations
@@ -36,16 +35,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import megatron_ep_v2
-from megatron_ep_v2.bench.exposed import profiled
+from megatron_ep_v2.bench.exposed import activity, most_exposed
 from megatron_ep_v2.bench.rows import ratio
 from megatron_ep_v2.bench.runner import Row, Run, main
 from megatron_ep_v2.bench.shapes import PRESETS, Shape
 from megatron_ep_v2.bench.timing import summarise
 from megatron_ep_v2.buffers.pool import buffers
 
-# Of the shared expert. DeepSeek-V3 has one, as wide as the others; Qwen3 has none: as much work for a token as its 8
-# chosen ones have, rounded down.
-SHARED_FFN = {"qwen3-30b-a3b": 4096, "qwen3-235b-a22b": 8192, "deepseek-v3": 2048}
 HEADS, VOCABULARY, SEQUENCE = 16, 32768, 4096
 
 STARTED = "started"
@@ -53,15 +49,15 @@ Step = Callable[[], dict[str, torch.Tensor]]
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--layout", choices=("compact", "expanded", "sync-free"), default="expanded")
     parser.add_argument("--experts", choices=("te", "grouped"), default="te", help="TEGroupedMLP, or torch's GEMM")
     parser.add_argument("--tokens", type=_tokens, default=4096, help="tokens of a micro-batch, a multiple of 4096")
-    parser.add_argument("--shape", choices=SHARED_FFN, default="qwen3-30b-a3b", help="of the MoE layers")
+    parser.add_argument("--shape", choices=PRESETS, default="qwen3-30b-a3b", help="of the MoE layers")
     parser.add_argument("--experts-per-rank", type=int, metavar="N", help="instead of the shape's own number")
     parser.add_argument(
         "--sms", nargs="+", type=int, default=[0], metavar="N", help="of dispatch and combine; 0 = auto"
     )
+    parser.add_argument("--high-priority", action="store_true", help="of Megatron's communication stream")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--micro-batches", type=int, default=3)
     parser.add_argument("--traces", type=Path, help="folder for rank 0's traces of the profiled steps")
@@ -81,20 +77,17 @@ def measure(run: Run) -> Iterator[list[Row]]:
     with model_parallel(run.ranks, seed=1):
         for sms in run.options.sms:
             megatron_ep_v2.install(buffer=run.buffer, num_max_tokens_per_rank=run.options.tokens, num_sms=sms, **mode)
-            for case in run.options.cases:
-                yield _measure(case, sms, run)
+            yield _measure(sms, run)
             megatron_ep_v2.destroy_buffers()
             megatron_ep_v2.uninstall()
     if len(run.options.sms) > 1 and run.rank == 0:
-        for case in run.options.cases:
-            rows = [row for row in run.rows if row["case"] == case]
-            best = min(rows, key=lambda row: row["microseconds"])
-            print(f"{case}: shortest with {best['sms'] or 'automatic'} SMs, overlap {best['overlap']}", flush=True)
+        best = min(run.rows, key=lambda row: row["microseconds"])
+        print(f"shortest with {best['sms'] or 'automatic'} SMs, overlap {best['overlap']}", flush=True)
 
 
 def line(row: Row) -> str:
     return (
-        f"{row['case']:<7} {row['sms']:>3} SMs  overlap {row['overlap']:<7} {row['microseconds']:>8.0f} us"
+        f"{row['sms']:>3} SMs  overlap {row['overlap']:<7} {row['microseconds']:>8.0f} us"
         f" {row['ratio']:.3f}"
         f"  deep_ep {row['communication_us']:>7.0f} us, exposed {row['exposed_us']:>7.0f} us:"
         f" {row['exposed_share']:.1%} of the step, {row['covered']:.1%} covered"
@@ -140,49 +133,6 @@ def _config(shape: Shape, layers: int, **more: object) -> Any:
     )
 
 
-def _shared(options: argparse.Namespace, device: torch.device) -> dict[str, Step]:
-    """Layers with a residual connection, alike in both variants."""
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
-    from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-
-    from megatron_ep_v2.megatron.experts import use_experts
-
-    shape = _shape(options)
-
-    def build(overlap: bool) -> torch.nn.ModuleList:
-        width = SHARED_FFN[shape.name]
-        config = _config(shape, 1, moe_shared_expert_intermediate_size=width, moe_shared_expert_overlap=overlap)
-        layer_spec = get_gpt_layer_with_transformer_engine_spec(num_experts=shape.experts, moe_grouped_gemm=True)
-        if options.experts == "grouped":
-            use_experts(layer_spec, "grouped")
-        spec = layer_spec.submodules.mlp
-        layers = range(1, options.layers + 1)
-        if isinstance(spec, ModuleSpec):
-            made = [build_module(spec, config=config, layer_number=number) for number in layers]
-        else:
-            made = [spec(config=config, layer_number=number) for number in layers]
-        return torch.nn.ModuleList(made).to(device)
-
-    generator = torch.Generator(device).manual_seed(dist.get_rank())
-    hidden = torch.randn(options.tokens, 1, shape.hidden, generator=generator, device=device).bfloat16()
-    grad = torch.randn(options.tokens, 1, shape.hidden, generator=generator, device=device).bfloat16()
-    plain, overlapped = build(False), build(True)
-    overlapped.load_state_dict(plain.state_dict())
-
-    def step(layers: torch.nn.ModuleList, starts: bool = False) -> dict[str, torch.Tensor]:
-        _start_calls(layers, starts)
-        layers.zero_grad(set_to_none=True)
-        x = hidden.detach().requires_grad_()
-        y = x
-        for layer in layers:
-            y = y + layer(y)[0]
-        y.backward(grad)
-        assert x.grad is not None
-        return {"output": y.detach(), "gradient": x.grad}
-
-    return {"off": lambda: step(plain), "on": lambda: step(overlapped), STARTED: lambda: step(overlapped, True)}
-
-
 def _one_forward_one_backward(options: argparse.Namespace, device: torch.device) -> dict[str, Step]:
     """The same model and micro-batches, one after the other and by Megatron's plan."""
     from megatron.core.models.common.model_chunk_schedule_plan import TransformerModelChunkSchedulePlan
@@ -192,7 +142,7 @@ def _one_forward_one_backward(options: argparse.Namespace, device: torch.device)
 
     from megatron_ep_v2.megatron.experts import use_experts
 
-    set_streams()
+    set_streams(high_priority=options.high_priority)
 
     def build(**more: object) -> Any:
         config = _config(_shape(options), options.layers, **more)
@@ -284,15 +234,9 @@ def _start_calls(model: torch.nn.Module, starts: bool) -> None:
             manager.starts = starts
 
 
-CASES: dict[str, Callable[[argparse.Namespace, torch.device], dict[str, Step]]] = {
-    "shared": _shared,
-    "1f1b": _one_forward_one_backward,
-}
-
-
-def _measure(case: str, sms: int, run: Run) -> list[Row]:
+def _measure(sms: int, run: Run) -> list[Row]:
     options = run.options
-    steps = CASES[case](options, run.device)
+    steps = _one_forward_one_backward(options, run.device)
     steps["off"]()  # builds the buffer
     if options.layout != "expanded" or not all(buffer.defers for buffer in buffers()):
         del steps[STARTED]
@@ -300,17 +244,11 @@ def _measure(case: str, sms: int, run: Run) -> list[Row]:
     times = run.time_alone(steps)
     rows = []
     for overlap, step in steps.items():
-        trace = (
-            options.traces / f"{case}_{sms}_sms_overlap_{overlap}.json.gz" if options.traces and run.rank == 0 else None
-        )
-        shares = profiled(step, trace)
-        values = torch.tensor([shares.step, shares.communication, shares.exposed], device=run.device).double()
-        by_rank = values.new_empty(run.ranks, 3)
-        dist.all_gather(list(by_rank), values)
-        traced, communication, exposed = max(by_rank.tolist(), key=lambda row: row[2] / row[0])
+        trace = options.traces / f"{sms}_sms_{overlap}.json.gz" if options.traces and run.rank == 0 else None
+        found = most_exposed(activity(step, trace), run.device)
         rows.append(
             {
-                "case": case,
+                "case": "1f1b",
                 "shape": options.shape,
                 "experts_per_rank": _shape(options).experts // run.ranks,
                 "sms": sms,
@@ -324,11 +262,12 @@ def _measure(case: str, sms: int, run: Run) -> list[Row]:
                 "microseconds": round(summarise(times[overlap]).median, 1),
                 "ratio": ratio(times[overlap], times["off"]),
                 "repeats": options.repeats,
-                "traced_step_us": round(traced, 1),
-                "communication_us": round(communication, 1),
-                "exposed_us": round(exposed, 1),
-                "exposed_share": round(exposed / traced, 4),
-                "covered": round(max(0.0, 1 - exposed / communication), 4),
+                "high_priority": options.high_priority,
+                "traced_step_us": round(found.span, 1),
+                "communication_us": round(found.communication, 1),
+                "exposed_us": round(found.exposed, 1),
+                "exposed_share": round(found.share, 4),
+                "covered": round(max(0.0, 1 - found.exposed / found.communication), 4),
             }
         )
     return rows

@@ -82,7 +82,8 @@ LAYERS = BENCH + "--tokens 4096 --repeats 12 --shapes "
 STEPS = BENCH + "--step --shapes qwen3-30b-a3b --tokens 4096 --repeats 12 "
 TINY = BENCH + "--shapes custom --hidden 256 --experts 8 --topk 3 --tokens 64 --repeats 2 "
 TINY_STEPS = TINY + "--step --expert-ffn 64 --layers 1 "
-OVERLAP = "{python} benchmarks/gpu_overlap.py --ranks {ranks} --out {rows} --experts grouped "
+OVERLAP = BENCH + "--tune --overlap --shapes deepseek-v3 --experts-per-rank 32 --layers 2 --repeats 12 --no-optimizer "
+OVERLAP += "--variants {ours}expanded --expert-backends grouped "
 SOAK = "{python} benchmarks/gpu_soak.py --ranks {ranks} --out {rows} "
 TRAIN = "{python} -m megatron_ep_v2 train --nproc {ranks} --out {out} --eval-every 0 "
 # As the lab notebook's on 4 GPUs.
@@ -117,11 +118,11 @@ PARTS = [
     Part("step", "Whole steps: alltoall and expanded with TEGroupedMLP and grouped experts, and in a CUDA graph",
          STEPS + "--layers 4 --variants alltoall+fused-permute {ours}expanded {ours}sync-free+graph",
          TINY_STEPS + "--variants alltoall {ours}expanded {ours}sync-free", **MODEL),
-    Part("overlap", "Shared experts next to dispatch and combine: off, on, and with dispatches that are started",
-         OVERLAP + "--cases shared --tokens 32768", **QUEUES),
-    Part("overlap-v3", "The same at DeepSeek-V3's shape, by the number of SMs",
-         OVERLAP + "--cases shared --shape deepseek-v3 --experts-per-rank 32 --layers 2 --tokens 16384 --sms 0 24 32",
-         **QUEUES),
+    *(Part(f"overlap-{tokens}", "V3-like layers: shared experts next to communication; without, with, calls started",
+           OVERLAP + f"--tokens {tokens} --sms 0,24,32", **QUEUES)
+      for tokens in (16384, 4096)),
+    Part("overlap-1-queue", "The same where all streams share one hardware queue",
+         OVERLAP + "--tokens 16384", **MODEL | {"variables": {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}}),
     Part("overload", "What one rank's overload costs, and what redundant experts bring back of it",
          STEPS + "--layers 4 --variants {ours}expanded --expert-backends grouped --overload 1.0 1.5 2.0 "
          "--redundant-experts 0 2 4",
@@ -149,7 +150,7 @@ PARTS = [
     Part("step-deep", "Whole steps of as many layers as fit",
          STEPS + "--variants alltoall+fused-permute {ours}expanded", limit=420, **MODEL),
     Part("overlap-1f1b", "Micro-batches next to each other by Megatron's 1F1B plan",
-         OVERLAP + "--cases 1f1b --tokens 16384", **QUEUES),
+         "{python} benchmarks/gpu_overlap.py --ranks {ranks} --out {rows} --experts grouped --tokens 16384", **QUEUES),
     gpu_tests("graphs", "Steps in CUDA graphs, sync-free layers, started dispatches",
               "test_step_graph.py test_megatron_graphs.py test_sync_free.py test_started_gpu.py"),
     gpu_tests("layers", "Each feature next to alltoall, redundant experts, recomputation, repeats bit by bit, fp8",

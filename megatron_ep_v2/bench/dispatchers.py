@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 
 from megatron_ep_v2.bench.layer import Groups, OurBuffer, named_results
@@ -46,7 +49,7 @@ class DispatcherSet:
     ):
         from megatron_ep_v2.megatron import standalone
 
-        self.sms = sms
+        self.variant, self.sms = variant, sms
         self.backend = variant.backend if variant.kind == "flex" else ""
         fixed_sms = variant.buffer is not None and CARRIERS[variant.buffer].fixed_sms
         kind = variant.buffer or "megatron"
@@ -59,6 +62,8 @@ class DispatcherSet:
             config[standalone.sms_field(variant.backend)] = sms
         if variant.redundant_experts:
             config["moe_ffn_hidden_size"] = shape.expert_ffn
+        if variant.overlap:
+            config["moe_shared_expert_intermediate_size"] = shape.shared_ffn
         if variant.backend == "ncclep":
             config["moe_expert_rank_capacity_factor"] = _HEADROOM * load
         self.dispatchers, self._bindings = make_dispatchers(
@@ -75,6 +80,14 @@ class DispatcherSet:
         self._hybrid_buffers = groups.hybrid_buffers
         if variant.kind == "allgather":
             standalone.ensure_global_memory_buffer()
+
+    def run_shared_experts(self, layers: Sequence[Any]) -> None:
+        """Let the dispatchers run the shared experts of these layers (Megatron's MoELayer), if the variant overlaps."""
+        if self.variant.overlap:
+            for dispatcher, layer in zip(self.dispatchers, layers, strict=True):
+                dispatcher.set_shared_experts(layer.shared_experts)
+                if self.variant.waits:
+                    vars(dispatcher)["_comm_manager"].starts = False
 
     @property
     def num_sms(self) -> int | None:

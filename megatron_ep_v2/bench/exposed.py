@@ -9,40 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 Interval = tuple[float, float]
 NAME_CHARACTERS = 100  # of a kernel in a trace
 _LONGEST = 8  # kernels that `Activity` names
-
-
-@dataclass(frozen=True)
-class Share:
-    """Of one step on one GPU, in microseconds.
-
-    Attributes:
-        step: From the first kernel's start to the last one's end.
-        communication: Some kernel of deep_ep runs.
-        exposed: Some kernel of deep_ep runs, and no other kernel.
-    """
-
-    step: float
-    communication: float
-    exposed: float
-
-
-def profiled(run: Callable[[], object], trace: Path | None = None) -> Share:
-    """Run once under the profiler.
-
-    Args:
-        run: Whatever it queues is waited for.
-        trace: Write its kernels to this file (.json.gz), a line for each stream, for https://ui.perfetto.dev.
-    """
-    kernels = [event for event in _device_events(run) if not event.name.startswith(("Memcpy", "Memset"))]
-    if trace:
-        write_trace(trace, [(event.name, event.device_resource_id, *_times(event)) for event in kernels])
-    return share((event.name, _times(event)) for event in kernels)
 
 
 @dataclass(frozen=True)
@@ -53,6 +26,8 @@ class Activity:
         span: From the start of the first kernel or copy to the end of the last one.
         idle: Of the span, while nothing runs. Where the host launches each kernel, the profiler makes it longer.
         computing: See `computing`.
+        communication: Some kernel of deep_ep runs. It may only wait for another rank.
+        exposed: Some kernel of deep_ep runs, and no other kernel; a copy hides nothing.
         launches: Kernels and copies.
         longest: Name -> time of all its launches together, of the kernels that take most.
     """
@@ -60,6 +35,8 @@ class Activity:
     span: float
     idle: float
     computing: float
+    communication: float
+    exposed: float
     launches: int
     longest: dict[str, float]
 
@@ -69,7 +46,8 @@ def activity(run: Callable[[], object], trace: Path | None = None) -> Activity:
 
     Args:
         run: Whatever it queues is waited for.
-        trace: As for `profiled`.
+        trace: Write its kernels and copies to this file (.json.gz), a line for each stream, for
+            https://ui.perfetto.dev.
     """
     events = _device_events(run)
     if trace:
@@ -85,11 +63,16 @@ def activity_of(events: Iterable[tuple[str, Interval]]) -> Activity:
         name = name[:NAME_CHARACTERS]
         by_name[name] = by_name.get(name, 0.0) + end - start
     span = max(end for _, (_, end) in events) - min(start for _, (start, _) in events) if events else 0.0
+    kernels = [(name, times) for name, times in events if not name.startswith(("Memcpy", "Memset"))]
+    communication = length(union(times for name, times in kernels if "deep_ep" in name))
+    others = length(union(times for name, times in kernels if "deep_ep" not in name))
     longest = sorted(by_name, key=lambda name: by_name[name], reverse=True)[:_LONGEST]
     return Activity(
         span=span,
         idle=span - length(union(times for _, times in events)),
         computing=computing(events),
+        communication=communication,
+        exposed=length(union(times for _, times in kernels)) - others,
         launches=len(events),
         longest={name: by_name[name] for name in longest},
     )
@@ -99,6 +82,28 @@ def computing(events: Iterable[tuple[str, Interval]]) -> float:
     """Microseconds in which the GPU computes or moves something. Communication is left out: its kernels wait for other
     ranks, whose hosts the profiler slows down, too."""
     return length(union(times for name, times in events if "deep_ep" not in name and "nccl" not in name))
+
+
+@dataclass(frozen=True)
+class Exposure:
+    """Of the rank with the largest exposed share of a run, in microseconds. Attributes as in `Activity`."""
+
+    span: float
+    communication: float
+    exposed: float
+
+    @property
+    def share(self) -> float:
+        """Of the run."""
+        return self.exposed / self.span if self.span else 0.0
+
+
+def most_exposed(mine: Activity, device: torch.device) -> Exposure:
+    """The same on every rank; collective."""
+    values = torch.tensor([mine.span, mine.communication, mine.exposed], device=device, dtype=torch.float64)
+    by_rank = values.new_empty(dist.get_world_size(), 3)
+    dist.all_gather(list(by_rank), values)
+    return max((Exposure(*row) for row in by_rank.tolist()), key=lambda each: each.share)
 
 
 def _device_events(run: Callable[[], object]) -> list[FunctionEvent]:
@@ -138,18 +143,6 @@ def write_trace(path: Path, kernels: Iterable[tuple[str, int, float, float]]) ->
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(gzip.compress(json.dumps({"traceEvents": [*names, *events]}).encode(), mtime=0))
-
-
-def share(kernels: Iterable[tuple[str, Interval]]) -> Share:
-    """From the names and times of kernels."""
-    kernels = list(kernels)
-    communication = union(times for name, times in kernels if "deep_ep" in name)
-    compute = union(times for name, times in kernels if "deep_ep" not in name)
-    everything = union(times for _, times in kernels)
-    both = length(communication) + length(compute) - length(everything)
-    total = length(communication)
-    step = everything[-1][1] - everything[0][0] if everything else 0.0
-    return Share(step=step, communication=total, exposed=total - both)
 
 
 def union(intervals: Iterable[Interval]) -> list[Interval]:

@@ -14,8 +14,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Shape:
-    """Of one MoE layer: hidden size, experts over all ranks, top-k, width of one expert; and how many such layers the
-    model has."""
+    """Of one MoE layer: hidden size, experts over all ranks, top-k, width of one expert, and of its shared experts
+    together (0 = it has none); and how many such layers the model has."""
 
     name: str
     hidden: int
@@ -23,6 +23,7 @@ class Shape:
     topk: int
     expert_ffn: int
     layers: int = 1
+    shared_ffn: int = 0
 
 
 PRESETS = {
@@ -30,7 +31,7 @@ PRESETS = {
     for shape in (
         Shape("qwen3-30b-a3b", 2048, 128, 8, 768, 48),
         Shape("qwen3-235b-a22b", 4096, 128, 8, 1536, 94),
-        Shape("deepseek-v3", 7168, 256, 8, 2048, 61),
+        Shape("deepseek-v3", 7168, 256, 8, 2048, 61, 2048),
         Shape("mixtral", 4096, 8, 2, 14336, 32),
     )
 }

@@ -40,6 +40,9 @@ class Variant:
         redundant_experts: Replica slots of each rank; only in whole training steps, with the experts of
             `REDUNDANT_EXPERTS`.
         balance_min_rows: The setting of that name; None = its default.
+        overlap: With shared experts next to dispatch and combine (`moe_shared_expert_overlap`); only in whole training
+            steps.
+        waits: With `overlap`: no call is started, as on a buffer that cannot.
     """
 
     name: str
@@ -52,6 +55,8 @@ class Variant:
     graph: bool = False
     redundant_experts: int = 0
     balance_min_rows: int | None = None
+    overlap: bool = False
+    waits: bool = False
 
     @property
     def sync_free(self) -> bool:
@@ -70,6 +75,22 @@ class Variant:
             return self
         name = f"{self.name}+redundant-{number}"
         return replace(self, name=name, redundant_experts=number, balance_min_rows=min_rows)
+
+    def with_overlap(self) -> list[Variant]:
+        """The same without and with shared experts next to communication; itself alone where they cannot be. Where
+        calls are started, between the two with calls that wait."""
+        if self.kind not in ("alltoall", "flex") or self.graph:
+            return [self]
+        starts = self.layout == "expanded" and self.buffer is not None and CARRIERS[self.buffer].starts_calls
+        config = {**self.config, "moe_shared_expert_overlap": True}
+        kinds = [("waiting-overlap", True)] if starts else []
+        return [
+            self,
+            *(
+                replace(self, name=f"{self.name}+{kind}", config=config, overlap=True, waits=waits)
+                for kind, waits in [*kinds, ("overlap", False)]
+            ),
+        ]
 
     @property
     def installed_with(self) -> dict[str, str | bool | int]:

@@ -24,6 +24,7 @@ class Carrier:
         requirement: What has to be installed, for errors.
         advantage: Why `buffer=auto` takes it, for the log.
         moves_experts: It carries weights and gradients of redundant experts.
+        starts_calls: It can start a dispatch or a combine and finish it later.
         fixed_sms: It is built for its SM count; else each call takes one.
         layouts: Layouts that it delivers; `layout=auto` takes the first. "sync-free": dispatches without a host wait.
         row_prefix: Goes before the layout in the names of the bench's rows; different for each carrier.
@@ -38,6 +39,7 @@ class Carrier:
     requirement: str
     advantage: str
     moves_experts: bool = False
+    starts_calls: bool = False
     fixed_sms: bool = False
     layouts: tuple[str, ...]
     row_prefix: str
@@ -61,6 +63,7 @@ CARRIERS: dict[str, Carrier] = {
             requirement="DeepEP 2.5 with EPBuffer",
             advantage="the newest generation is preferred",
             moves_experts=True,
+            starts_calls=True,
             layouts=("expanded", "compact", "sync-free"),
             row_prefix="ep-",
         ),
@@ -96,6 +99,7 @@ CARRIERS: dict[str, Carrier] = {
             requirement="torch.distributed",
             advantage="needs no GPU",
             moves_experts=True,
+            starts_calls=True,
             layouts=("expanded", "compact", "sync-free"),
             row_prefix="reference-",
         ),

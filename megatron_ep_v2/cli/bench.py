@@ -115,6 +115,14 @@ def _shape(name: str, options: argparse.Namespace, num_ranks: int) -> Shape:
         shape = Shape("custom", options.hidden, experts, options.topk, options.expert_ffn)
     else:
         raise SettingsError("--shapes custom needs a shape", fix="add --hidden, --experts and --topk")
+    shape = dataclasses.replace(
+        shape, shared_ffn=options.shared_expert_ffn or (shape.shared_ffn if options.overlap else 0)
+    )
+    if options.overlap and not shape.shared_ffn:
+        raise SettingsError(
+            f"the shape {name} has no shared experts that could run next to communication",
+            fix="add --shared-expert-ffn, or leave --overlap out",
+        )
     if shape.experts % num_ranks or shape.topk > shape.experts:
         raise SettingsError(
             f"the shape {name} does not fit {num_ranks} ranks",
@@ -187,6 +195,15 @@ def _variants(options: argparse.Namespace) -> list[Variant]:
             f"{' or '.join(SYNC_FREE_EXPERTS)} experts",
             fix="leave --layout out, or name other --variants",
         )
+    if options.overlap:
+        if not on_gpu:
+            raise SettingsError(
+                "shared experts cannot run next to communication here",
+                found="no GPU",
+                needed="a CUDA stream, on which Megatron runs them",
+                fix="leave --overlap out, or measure it on GPUs",
+            )
+        return [each for variant in kept for each in variant.with_overlap()]
     return _with_replica_slots(kept, options) if options.redundant_experts else kept
 
 

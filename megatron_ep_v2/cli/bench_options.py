@@ -46,6 +46,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         parser.error("--redundant-experts needs whole training steps: --step without --tune")
     if options.redundant_experts and len(options.sms) > 1:
         parser.error("--redundant-experts takes one number of --sms")
+    if (options.overlap or options.shared_expert_ffn) and not whole_step:
+        parser.error("--overlap and --shared-expert-ffn are for whole training steps: --step or --tune")
+    if options.overlap and options.redundant_experts:
+        parser.error("--overlap takes no --redundant-experts")
     if options.balance_min_rows and not options.redundant_experts:
         parser.error("--balance-min-rows is for --redundant-experts")
     if options.redundant_experts and not on_gpu:
@@ -155,6 +159,17 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive,
         metavar="N",
         help="the fewest rows for which a copy is planned; default the setting's, on the CPU 1",
+    )
+    step.add_argument(
+        "--shared-expert-ffn",
+        type=_positive,
+        metavar="N",
+        help="width of a layer's shared experts, together; default none, with --overlap the preset's",
+    )
+    step.add_argument(
+        "--overlap",
+        action="store_true",
+        help="a row more for each dispatcher that can run shared experts next to its communication (GPUs)",
     )
     step.add_argument("--layers", type=_positive, metavar="N", help="default the preset's, or as many as fit")
     step.add_argument("--micro-batches", type=_positive, default=1, metavar="N", help="of --tokens each; default 1")

@@ -75,6 +75,7 @@ def _measure(
             ranks=ranks,
             seed=options.seed,
             experts=owner(options.expert_backends),
+            overlap=options.overlap,
         )
         if not options.layers:
             model = with_layers(model, _default_layers(shape, model.shape, options, ranks, device))
@@ -122,5 +123,5 @@ def _default_layers(
         return min(shape.layers, _DEFAULT_LAYERS_ON_CPU)
     memory = torch.cuda.get_device_properties(device).total_memory
     size = _BYTES_PER_PARAMETER + (_BYTES_OF_OPTIMIZER if options.optimizer else 0)
-    fit = layers_that_fit(model, ranks, int(_SHARE_OF_MEMORY * memory / size))
+    fit = layers_that_fit(model, shape.shared_ffn, ranks, int(_SHARE_OF_MEMORY * memory / size))
     return min(shape.layers, fit)

@@ -211,7 +211,15 @@ def test_what_the_table_says_of_experts() -> None:
 
 def row(variant: str, num_sms: int, step_ms: float, noise: str = "") -> dict[str, Any]:
     layout = variant.partition("+")[0]
-    row = {"variant": variant, "layout": layout, "num_sms": num_sms, "step_ms": step_ms, "noise": noise}
+    row = {
+        "overlap": variant.endswith("overlap"),
+        "max_connections": "32",
+        "variant": variant,
+        "layout": layout,
+        "num_sms": num_sms,
+        "step_ms": step_ms,
+        "noise": noise,
+    }
     return row | {"expert_backend": "megatron", "status": "ok"}
 
 
@@ -237,6 +245,11 @@ def test_the_advice_is_the_best_row() -> None:
     lines = advice([row("compact+fused-permute", 24, 30.0, "it varies"), *rows]).splitlines()
     assert lines[-4] == "best: compact+fused-permute, 24 SMs, 30.00 ms a step (a noisy row)"
     assert lines[-1] == "and Megatron's --moe-permute-fusion"
+    lines = advice([row("compact+fused-permute+overlap", 24, 30.0), *rows]).splitlines()
+    assert lines[-2:] == [
+        "and Megatron's --moe-permute-fusion",
+        "and Megatron's --moe-shared-expert-overlap (measured with CUDA_DEVICE_MAX_CONNECTIONS=32)",
+    ]
 
 
 def test_the_work_of_a_step_against_a_count_of_the_models_own_parameters() -> None:
@@ -244,15 +257,18 @@ def test_the_work_of_a_step_against_a_count_of_the_models_own_parameters() -> No
     model = SHAPES["30b-a3b"]
     attention = 2048 * (32 * 128) * 2 + 2048 * (4 * 128) * 2
     active = 48 * (attention + 2048 * 128 + 8 * 3 * 2048 * 768) + 256 * 2048
-    assert step_flops(model, 10) == 10 * 3 * (2 * active + 48 * 2 * 4096 * 32 * 128)
+    flops = 10 * 3 * (2 * active + 48 * 2 * 4096 * 32 * 128)
+    assert step_flops(model, 0, 10) == flops
+    assert step_flops(model, 4096, 10) == flops + 10 * 3 * 2 * 48 * 3 * 2048 * 4096
     embeddings = 151936 * 2048
     assert active + 2 * embeddings == pytest.approx(3.3e9, rel=0.02)
     per_layer = attention + 2048 * 128 + 128 * 3 * 2048 * 768
     assert 48 * per_layer + 2 * embeddings == pytest.approx(30.5e9, rel=0.01)
     shared_by_8 = attention + 2048 * 128 + 16 * 3 * 2048 * 768
-    assert layers_that_fit(model, 8, 5 * shared_by_8 + 2 * 256 * 2048) == 5
-    assert layers_that_fit(model, 8, 5 * shared_by_8 + 2 * 256 * 2048 - 1) == 4
-    assert layers_that_fit(model, 8, 1) == 1
+    assert layers_that_fit(model, 0, 8, 5 * shared_by_8 + 2 * 256 * 2048) == 5
+    assert layers_that_fit(model, 0, 8, 5 * shared_by_8 + 2 * 256 * 2048 - 1) == 4
+    assert layers_that_fit(model, 0, 8, 1) == 1
+    assert layers_that_fit(model, 100, 8, 5 * (shared_by_8 + 3 * 2048 * 100) + 2 * 256 * 2048) == 5
 
 
 _now = 0.0  # seconds, of the clock that the next test puts in

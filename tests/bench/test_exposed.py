@@ -5,8 +5,20 @@ from __future__ import annotations
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
-from megatron_ep_v2.bench.exposed import Activity, Share, activity_of, computing, share, union, write_trace
+import torch
+
+from megatron_ep_v2.bench.exposed import (
+    Activity,
+    Exposure,
+    activity_of,
+    computing,
+    most_exposed,
+    union,
+    write_trace,
+)
+from tests.helpers.harness import run_ranks
 
 
 def test_what_overlaps_with_compute_is_not_exposed() -> None:
@@ -17,10 +29,12 @@ def test_what_overlaps_with_compute_is_not_exposed() -> None:
         ("gemm", (20.0, 28.0)),
         ("silu", (22.0, 26.0)),  # two at a time cover no more
         ("gemm", (50.0, 60.0)),
+        ("Memcpy DtoD", (10.0, 40.0)),  # hides nothing
     ]
-    assert share(kernels) == Share(step=60.0, communication=30.0, exposed=20.0)
-    assert share(kernels[:2]) == Share(step=30.0, communication=30.0, exposed=30.0)
-    assert share([]) == Share(step=0.0, communication=0.0, exposed=0.0)
+    found = activity_of(kernels)
+    assert (found.span, found.communication, found.exposed) == (60.0, 30.0, 20.0)
+    found = activity_of(kernels[:2])
+    assert (found.span, found.communication, found.exposed) == (30.0, 30.0, 30.0)
 
 
 def test_a_kernel_that_waits_for_another_rank_computes_nothing() -> None:
@@ -36,10 +50,21 @@ def test_a_kernel_that_waits_for_another_rank_computes_nothing() -> None:
 
 def test_a_gpu_is_idle_between_its_launches() -> None:
     launches = [("gemm", (10.0, 30.0)), ("silu", (20.0, 40.0)), ("nccl", (45.0, 60.0)), ("gemm", (70.0, 75.0))]
-    assert activity_of(launches) == Activity(
-        span=65.0, idle=15.0, computing=35.0, launches=4, longest={"gemm": 25.0, "silu": 20.0, "nccl": 15.0}
-    )
-    assert activity_of([]) == Activity(span=0.0, idle=0.0, computing=0.0, launches=0, longest={})
+    found = activity_of(launches)
+    assert (found.span, found.idle, found.computing, found.launches) == (65.0, 15.0, 35.0, 4)
+    assert found.longest == {"gemm": 25.0, "silu": 20.0, "nccl": 15.0}
+    assert activity_of([]) == Activity(0.0, 0.0, 0.0, 0.0, 0.0, 0, {})
+
+
+def of_the_most_exposed(group: Any) -> Exposure:
+    mine = [Activity(100.0, 0.0, 0.0, 50.0, 20.0, 3, {}), Activity(80.0, 0.0, 0.0, 30.0, 18.0, 3, {})]
+    return most_exposed(mine[group.rank()], torch.device("cpu"))
+
+
+def test_the_rank_with_the_largest_exposed_share_speaks_for_all() -> None:
+    assert run_ranks(2, of_the_most_exposed) == [Exposure(80.0, 30.0, 18.0)] * 2
+    assert Exposure(80.0, 30.0, 18.0).share == 0.225
+    assert Exposure(0.0, 0.0, 0.0).share == 0.0
 
 
 def test_intervals_that_touch_are_one() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_ep_v2 import settings
-from megatron_ep_v2.bench.exposed import profiled
+from megatron_ep_v2.bench.exposed import activity
 from megatron_ep_v2.fused_a2a import get_buffer
 from megatron_ep_v2.gpus import gpu_ranks
 from megatron_ep_v2.watchdog.watched_buffer import WatchedBuffer
@@ -55,8 +55,8 @@ def compute_during_calls(group: Any) -> dict[str, float]:
     found = {}
     for name, call in calls.items():
         run(call)  # compiled, and cuBLAS has its workspace on that stream
-        share = profiled(lambda call=call: run(call))  # type: ignore[misc]
-        found[name] = 1 - share.exposed / share.communication
+        ran = activity(lambda call=call: run(call))  # type: ignore[misc]
+        found[name] = 1 - ran.exposed / ran.communication
     return found
 
 

@@ -3,13 +3,10 @@ backward; equal results; and what an exception there leaves."""
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import inspect
 import logging
 import types
 import weakref
-from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
@@ -26,29 +23,10 @@ from tests.helpers.megatron_layer import hidden_states, make_layer, process_grou
 from tests.helpers.moe_features import SHARED, WHOLE_LAYER
 from tests.helpers.one_memory import in_one_memory
 from tests.helpers.shapes import CPU
-
-
-class NoStream:
-    """The CPU's one stream is in order by itself."""
-
-    def __init__(self, *_: Any, **__: Any):
-        self.wait_stream = self.wait_event = self.record = lambda *_: None
-
-
-@contextlib.contextmanager
-def shared_expert_on_the_cpu() -> Iterator[None]:
-    """What Megatron's shared expert next to communication needs of CUDA."""
-    names = dict.fromkeys(("Stream", "current_stream", "Event"), NoStream)
-    with mock.patch.multiple(torch.cuda, stream=lambda *_: contextlib.nullcontext(), **names):
-        yield
-
+from tests.helpers.shared_expert import shared_expert_on_the_cpu, with_overlap
 
 OVERLAPPED = {**SHARED, "moe_shared_expert_overlap": True}
 GATE = {"moe_shared_expert_gate": True}
-with_overlap = pytest.mark.skipif(
-    "alltoall or flex token dispatcher" not in inspect.getsource(TransformerConfig),
-    reason="this Megatron-Core has no shared expert next to the flex dispatcher (0.19 has)",
-)
 
 WGRAD = "overlap_dispatch_backward_with_experts_wgrad"
 with_wgrad = pytest.mark.skipif(

@@ -21,7 +21,9 @@ def step_table(rows: Sequence[Row]) -> str:
         busiest += f"busiest rank {first['busiest_rank_load']:.2f} x"
     text = [
         f"{first['shape']}: whole training step, {first['layers']} layers, hidden {first['hidden']}, "
-        f"top-{first['topk']} of {first['experts']} experts of width {first['expert_ffn']}, {first['dtype']}",
+        f"top-{first['topk']} of {first['experts']} experts of width {first['expert_ffn']}, "
+        + (f"shared experts of width {first['shared_expert_ffn']}, " if first["shared_expert_ffn"] else "")
+        + f"{first['dtype']}",
         f"{first['ranks']} ranks, {first['micro_batches']} micro-batch(es) of {first['tokens_per_rank']} tokens a rank"
         f"{busiest}" + ("" if first["optimizer"] else ", without the optimizer's update"),
         f"floating-point operations: {first['flops']}",
@@ -40,6 +42,7 @@ def step_table(rows: Sequence[Row]) -> str:
         "combine %": lambda row: or_dash(row["combine_percent"], ".1f"),
         "GPU busy %": lambda row: or_dash(row["gpu_busy_percent"], ".0f"),
         "idle %": lambda row: or_dash(row["gpu_idle_percent"], ".0f"),
+        "exposed %": lambda row: or_dash(row["exposed_percent"], ".1f"),
         "peak MiB": lambda row: or_dash(row["peak_memory_mib"], ".0f"),
         "": lambda row: "noisy" if row["noise"] else "",
     }
@@ -124,8 +127,13 @@ def advice(rows: Sequence[Row]) -> str:
     if best["num_sms"]:
         text.append(f"export {variable('num_sms')}={best['num_sms']}")
     text.append(f"export {variable('layout')}={best['layout']}")
-    if best["variant"].endswith("+fused-permute"):
+    if "+fused-permute" in best["variant"]:
         text.append("and Megatron's --moe-permute-fusion")
+    if best["overlap"]:
+        text.append(
+            "and Megatron's --moe-shared-expert-overlap (measured with "
+            f"CUDA_DEVICE_MAX_CONNECTIONS={best['max_connections']})"
+        )
     return "\n".join(text)
 
 

@@ -15,7 +15,7 @@ from megatron_ep_v2 import sync_free
 from megatron_ep_v2.bench import timing
 from megatron_ep_v2.bench.dispatchers import DispatcherSet
 from megatron_ep_v2.bench.entry import Entry, noted, without_repetitions
-from megatron_ep_v2.bench.exposed import Activity, activity
+from megatron_ep_v2.bench.exposed import Activity, Exposure, activity, most_exposed
 from megatron_ep_v2.bench.layer import Groups, within
 from megatron_ep_v2.bench.progress import Progress
 from megatron_ep_v2.bench.rows import Row
@@ -27,6 +27,7 @@ from megatron_ep_v2.megatron.qwen3_moe.expert_kinds import ExpertSet
 from megatron_ep_v2.megatron.qwen3_moe.options import TrainerOptions
 from megatron_ep_v2.megatron.qwen3_moe.step_graph import StepGraph
 from megatron_ep_v2.megatron.qwen3_moe.trainer import StepStats, Trainer
+from megatron_ep_v2.settings import shown_environment
 
 T = TypeVar("T")
 # Loss and gradient norm against alltoall's (or the first variant's), relative. In bf16 a token's last digits decide, in
@@ -48,6 +49,7 @@ class Times:
         dispatch, combine: Percent of the step, mean over ranks; NaN in a graph.
         capture: Seconds on the host; NaN without a graph.
         activity: Of this rank's GPU in one step; None on a CPU.
+        exposure: Of the same step, over the ranks.
         replicas: Fields of `cost_of_calls`; None without replica slots.
     """
 
@@ -57,6 +59,7 @@ class Times:
     combine: float
     capture: float
     activity: Activity | None
+    exposure: Exposure | None
     replicas: Row | None
 
 
@@ -72,6 +75,7 @@ class Stepper:
         graph: bool = False,
     ):
         self.dispatchers, self.experts, self.trainer, self.batches = dispatchers, experts, trainer, batches
+        self.overlaps = dispatchers.variant.overlap
         self.graph = StepGraph(trainer.accumulate, trainer.device) if graph else None
 
     @property
@@ -87,6 +91,7 @@ class Stepper:
         self.experts.enter()
         self.trainer.graph = self.graph
         for layer, dispatcher in zip(self.trainer.moe_layers, self.dispatchers.dispatchers, strict=True):
+            layer.shared_expert_overlap = self.overlaps
             layer.token_dispatcher = Watched(dispatcher, watch) if watch else dispatcher
 
     def leave(self) -> None:
@@ -139,12 +144,12 @@ def measure_steps(
     sync_free.fit()  # of the variants without a host wait; the routing stays the same
     times = _take_times(good, repeats, device, progress, traces)
     tokens = options.shape.seq_length * len(batches)
-    flops = step_flops(options.shape, tokens)
+    flops = step_flops(options.shape, options.shared_expert_ffn, tokens)
     rows = []
     for entry in without_repetitions(entries):
         row = _common(shape.name, trainer, ranks, repeats, len(batches), first) | entry.described()
         stats = taken.get(entry.label)
-        row["redundant_experts"] = entry.variant.redundant_experts
+        row |= {"redundant_experts": entry.variant.redundant_experts, "overlap": entry.variant.overlap}
         row["received_overload"] = round(stats.overload.mean().item(), 3) if stats else None
         if id(entry) in times:
             row |= _measured(times[id(entry)], tokens * ranks, flops)
@@ -188,6 +193,7 @@ def _build(
                 tokens=batches[0][:, 1:].numel(),
                 layers=len(owners),
             )
+            dispatchers.run_shared_experts(trainer.moe_layers)
             for entry in alike:
                 entry.layer = Stepper(dispatchers, experts[entry.experts], trainer, batches, alike[0].variant.graph)
 
@@ -245,11 +251,13 @@ def _take_times(
                 entry.layer, lambda s: cost_of_calls(s.dispatchers, s.trainer, s.step, repeats, device)
             )
     activities: dict[int, Activity] = {}
+    exposures: dict[int, Exposure] = {}
     if device.type == "cuda":
         for entry in entries:
             if entry.layer:
                 file = traces / f"{entry.label.replace(', ', '_').replace(' ', '_')}.json.gz" if traces else None
-                activities[id(entry)] = within(entry.layer, lambda stepper: activity(stepper.step, file))  # noqa: B023
+                found = within(entry.layer, lambda stepper: activity(stepper.step, file))  # noqa: B023
+                activities[id(entry)], exposures[id(entry)] = found, most_exposed(found, device)
     return {
         key: Times(
             step=by_kind["step"],
@@ -258,6 +266,7 @@ def _take_times(
             combine=shares[key][1],
             capture=next((s.graph.captures[-1].seconds for s in (steppers[key],) if s.graph), math.nan),
             activity=activities.get(key),
+            exposure=exposures.get(key),
             replicas=replicas.get(key),
         )
         for key, by_kind in times.items()
@@ -266,7 +275,7 @@ def _take_times(
 
 def _measured(times: Times, tokens: int, flops_per_rank: int) -> Row:
     step = timing.summarise(times.step)
-    peak, found = times.peak_memory, times.activity
+    peak, found, exposure = times.peak_memory, times.activity, times.exposure
     return {
         "step_ms": round(step.median / 1e3, 3),
         "step_p20_ms": round(step.p20 / 1e3, 3),
@@ -279,6 +288,9 @@ def _measured(times: Times, tokens: int, flops_per_rank: int) -> Row:
         "gpu_busy_percent": found and round(100 * found.computing / step.median, 1),
         "traced_step_ms": found and round(found.span / 1e3, 3),
         "gpu_idle_percent": found and round(100 * found.idle / found.span, 1),
+        "communication_ms": exposure and round(exposure.communication / 1e3, 3),
+        "exposed_ms": exposure and round(exposure.exposed / 1e3, 3),
+        "exposed_percent": exposure and round(100 * exposure.share, 1),
         "launches": found and found.launches,
         "longest_kernels_ms": found and {name: round(time / 1e3, 3) for name, time in found.longest.items()},
         "capture_ms": None if math.isnan(times.capture) else round(times.capture * 1e3, 1),
@@ -297,6 +309,8 @@ def _common(name: str, trainer: Trainer, ranks: int, repeats: int, micro_batches
         "experts": shape.num_experts,
         "topk": shape.topk,
         "expert_ffn": shape.moe_ffn_hidden_size,
+        "shared_expert_ffn": options.shared_expert_ffn,
+        "max_connections": shown_environment().get("CUDA_DEVICE_MAX_CONNECTIONS", "unset"),
         "vocabulary": shape.vocab_size,
         "tokens_per_rank": shape.seq_length,
         "micro_batches": micro_batches,

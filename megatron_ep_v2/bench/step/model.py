@@ -8,8 +8,8 @@ from megatron_ep_v2.bench.shapes import Shape
 from megatron_ep_v2.megatron.qwen3_moe.options import SHAPES, ModelShape, Recipe, TrainerOptions
 
 FORMULA = (
-    "3 x forward; forward per token = 2 x (active matrix parameters: attention, router, top-k experts, output head) "
-    "+ 2 x sequence length x heads x channels a layer (causal attention)"
+    "3 x forward; forward per token = 2 x (active matrix parameters: attention, router, top-k experts, shared experts, "
+    "output head) + 2 x sequence length x heads x channels a layer (causal attention)"
 )
 
 
@@ -25,11 +25,15 @@ def model_options(
     ranks: int,
     seed: int,
     experts: str,
+    overlap: bool = False,
 ) -> TrainerOptions:
     """The model of a preset of the bench: one sequence of `tokens` per rank and micro-batch.
 
     Qwen3's presets are its own. The others keep their MoE layer, with Qwen3's kind of attention: heads of 128
     channels, eight key/value heads at most. The learning rate is 0, so that the work stays the same.
+
+    Args:
+        overlap: Shared experts that can run next to communication (`moe_shared_expert_overlap`).
     """
     own = SHAPES.get(shape.name.removeprefix("qwen3-"))
     heads = max(1, shape.hidden // 128)
@@ -66,10 +70,13 @@ def model_options(
         shape=model,
         recipe=recipe,
         recompute=recompute,
-        dispatcher="allgather",  # of the model as it is built, where it needs nothing; the variants bring their own
+        # Of the model as it is built, where it needs least; the variants bring their own.
+        dispatcher="alltoall" if overlap else "allgather",
         experts=experts,
         dtype=dtype,
         seed=seed,
+        shared_expert_ffn=shape.shared_ffn,
+        shared_expert_overlap=overlap,
     )
 
 
@@ -78,22 +85,27 @@ def with_layers(options: TrainerOptions, layers: int) -> TrainerOptions:
     return dataclasses.replace(options, shape=dataclasses.replace(options.shape, num_layers=layers))
 
 
-def layers_that_fit(model: ModelShape, ranks: int, parameters: int) -> int:
+def layers_that_fit(model: ModelShape, shared_ffn: int, ranks: int, parameters: int) -> int:
     """Layers whose matrix parameters (the dense ones, and a rank's share of the experts) stay below a number."""
     expert = 3 * model.hidden_size * model.moe_ffn_hidden_size
-    per_layer = _attention(model) + model.hidden_size * model.num_experts + expert * model.num_experts // ranks
+    per_layer = _dense(model, shared_ffn) + expert * model.num_experts // ranks
     return max(1, (parameters - 2 * model.vocab_size * model.hidden_size) // per_layer)
 
 
-def step_flops(model: ModelShape, tokens: int) -> int:
-    """Floating-point operations of a forward and backward over `tokens` tokens; see `FORMULA`."""
+def step_flops(model: ModelShape, shared_ffn: int, tokens: int) -> int:
+    """Floating-point operations of a forward and backward over `tokens` tokens; see `FORMULA`.
+
+    Args:
+        shared_ffn: Width of a layer's shared experts, together.
+    """
     expert = 3 * model.hidden_size * model.moe_ffn_hidden_size
-    per_layer = _attention(model) + model.hidden_size * model.num_experts + model.topk * expert
+    per_layer = _dense(model, shared_ffn) + model.topk * expert
     matrices = model.num_layers * per_layer + model.vocab_size * model.hidden_size
     scores = model.num_layers * 2 * model.seq_length * model.num_attention_heads * model.kv_channels
     return 3 * tokens * (2 * matrices + scores)
 
 
-def _attention(model: ModelShape) -> int:
+def _dense(model: ModelShape, shared_ffn: int) -> int:
+    """Matrix parameters of a layer's attention, router and shared experts."""
     query, key = model.num_attention_heads * model.kv_channels, model.num_query_groups * model.kv_channels
-    return model.hidden_size * (2 * query + 2 * key)
+    return model.hidden_size * (2 * query + 2 * key + model.num_experts + 3 * shared_ffn)

@@ -73,6 +73,8 @@ def transformer_config(options: TrainerOptions, device: torch.device, world: int
         moe_flex_dispatcher_backend="deepep",
         moe_grouped_gemm=on_gpu and have_transformer_engine(),
         moe_permute_fusion=options.permute_fusion,
+        moe_shared_expert_intermediate_size=options.shared_expert_ffn or None,
+        moe_shared_expert_overlap=options.shared_expert_overlap,
         expert_model_parallel_size=world,
         bf16=dtype == torch.bfloat16,
         params_dtype=dtype,

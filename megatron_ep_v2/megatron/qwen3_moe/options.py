@@ -86,6 +86,8 @@ class TrainerOptions:
         permute_fusion: Megatron's `moe_permute_fusion` (CUDA only).
         experts: "megatron", or a key of `megatron_ep_v2.megatron.experts.EXPERTS`.
         cuda_graph: Forward, backward and reduction of a step in one CUDA graph (CUDA and sync-free mode only).
+        shared_expert_ffn: Width of a layer's shared experts, together; 0 = none, as Qwen3.
+        shared_expert_overlap: Megatron's `moe_shared_expert_overlap` (CUDA; up to 0.18 with alltoall only).
     """
 
     shape: ModelShape
@@ -97,6 +99,8 @@ class TrainerOptions:
     permute_fusion: bool = False
     experts: str = "megatron"
     cuda_graph: bool = False
+    shared_expert_ffn: int = 0
+    shared_expert_overlap: bool = False
 
     def micro_batch_size(self, world: int) -> int:
         """Sequences of one forward pass on one of `world` ranks."""

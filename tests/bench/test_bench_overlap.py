@@ -1,0 +1,138 @@
+"""`bench --step --overlap`: rows with shared experts next to communication, on the CPU's one stream."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
+
+from megatron_ep_v2.bench.entry import entries_of
+from megatron_ep_v2.bench.layer import Groups
+from megatron_ep_v2.bench.progress import Progress
+from megatron_ep_v2.bench.shapes import TINY
+from megatron_ep_v2.bench.step.measure import Stepper, measure_steps
+from megatron_ep_v2.bench.step.model import model_options
+from megatron_ep_v2.bench.variants import VARIANTS
+from megatron_ep_v2.buffers.carriers import CARRIERS
+from megatron_ep_v2.buffers.reference import ReferenceBuffer
+from megatron_ep_v2.cli.bench_options import parse
+from megatron_ep_v2.megatron.qwen3_moe.trainer import Trainer
+from megatron_ep_v2.megatron.standalone import model_parallel, on_cpu
+from tests.bench.test_bench import bench
+from tests.helpers.carriers import buffer_class
+from tests.helpers.harness import isolated, run_ranks
+from tests.helpers.shared_expert import shared_expert_on_the_cpu, with_overlap
+
+NAMES = ["alltoall", "reference-compact", "reference-expanded"]
+SHARED_FFN = 96
+
+
+@isolated
+def rows_of_steps(group: Any) -> tuple[list[dict[str, Any]], dict[str, set[tuple[int, int]]]]:
+    """The rows; and by variant what its steps have done: shared experts run by the dispatcher, dispatches started."""
+    shape = replace(TINY, shared_ffn=SHARED_FFN)
+    seen: Counter[str] = Counter()
+    done: dict[str, set[tuple[int, int]]] = {}
+    own_step, run, started = Stepper.step, SharedExpertMLP.pre_forward_comm, ReferenceBuffer.start_dispatch
+
+    def step(stepper: Stepper) -> Any:
+        seen.clear()
+        stats = own_step(stepper)
+        done.setdefault(stepper.dispatchers.variant.name, set()).add((seen["by the dispatcher"], seen["started"]))
+        return stats
+
+    def noted(name: str, function: Any) -> Any:
+        def call(*args: Any, **arguments: Any) -> Any:
+            seen[name] += 1
+            return function(*args, **arguments)
+
+        return call
+
+    with (
+        on_cpu(),
+        shared_expert_on_the_cpu(),
+        model_parallel(group.size(), 0),
+        mock.patch.object(Stepper, "step", step),
+        mock.patch.object(SharedExpertMLP, "pre_forward_comm", noted("by the dispatcher", run)),
+        mock.patch.object(ReferenceBuffer, "start_dispatch", noted("started", started)),
+    ):
+        options = model_options(
+            shape,
+            layers=2,
+            tokens=24,
+            vocab_size=64,
+            micro_batches=1,
+            dtype="fp32",
+            recompute=False,
+            ranks=group.size(),
+            seed=0,
+            experts="sequential",
+            overlap=True,
+        )
+        trainer = Trainer(options, torch.device("cpu"))
+        variants = [each for name in NAMES for each in VARIANTS[name].with_overlap()]
+        entries = entries_of(variants, (None,), ("sequential",))
+        rows = measure_steps(entries, shape, trainer, 2, Groups(), Progress(1, silent=True))
+    return rows, done
+
+
+@with_overlap
+@pytest.mark.slow
+def test_steps_with_shared_experts_next_to_communication() -> None:
+    rows, done = run_ranks(2, rows_of_steps)[0]
+    wanted = [(name, kind) for name in NAMES[:2] for kind in ("", "+overlap")]
+    wanted += [(NAMES[2], kind) for kind in ("", "+waiting-overlap", "+overlap")]
+    assert [row["variant"] for row in rows] == [name + kind for name, kind in wanted]
+    for row, (_, kind) in zip(rows, wanted, strict=True):
+        assert row["status"] == "ok", row["reason"]
+        assert row["step_ms"] > 0 and row["overlap"] == bool(kind) and row["shared_expert_ffn"] == SHARED_FFN
+        assert max(row["relative_l2"].values()) < 1e-5  # loss and gradient norm, against alltoall without overlap
+    layers, backwards = 2, 2  # a combine's backward is a dispatch
+    assert done == {
+        name + kind: {(layers if kind else 0, layers * backwards if name + kind == f"{NAMES[2]}+overlap" else 0)}
+        for name, kind in wanted
+    }
+
+
+def test_which_variants_can_overlap() -> None:
+    def names(name: str) -> list[str]:
+        return [variant.name for variant in VARIANTS[name].with_overlap()]
+
+    assert names("allgather") == ["allgather"] and names("raw-expanded") == ["raw-expanded"]
+    assert names("sync-free+graph") == ["sync-free+graph"]
+    assert names("expanded") == ["expanded", "expanded+overlap"]  # DeepEP 2.1 starts nothing
+    assert names("ep-compact") == ["ep-compact", "ep-compact+overlap"]
+    assert names("ep-expanded") == ["ep-expanded", "ep-expanded+waiting-overlap", "ep-expanded+overlap"]
+
+
+def test_the_table_of_carriers_says_which_buffer_starts_calls() -> None:
+    for carrier in CARRIERS.values():
+        assert buffer_class(carrier.name).defers == carrier.starts_calls
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--overlap"], "whole training steps: --step or --tune"),
+        (["--shared-expert-ffn", "64"], "whole training steps: --step or --tune"),
+        (["--step", "--overlap", "--redundant-experts", "1"], "--overlap takes no --redundant-experts"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_what_cannot_overlap_is_refused() -> None:
+    done = bench("--step", "--overlap", ranks=0)
+    assert done.returncode == 2 and "add --shared-expert-ffn" in done.stderr
+    done = bench("--step", "--overlap", "--shapes", "deepseek-v3", ranks=0)
+    assert done.returncode == 2 and "a CUDA stream" in done.stderr
