@@ -37,7 +37,12 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 MARK = "EP_GPU_TABLES"  # the folder of results, in the environment of all processes that a part starts
 GRACE = 10.0  # seconds to end after a signal
-CARRIERS = {"v2": "DeepEP 2.1 or 2.5", "legacy": "deep_ep's legacy Buffer", "hybridep": "HybridEP"}
+CARRIERS = {
+    "v2": "DeepEP 2.1 or 2.5",
+    "moves experts": "DeepEP 2.5",
+    "legacy": "deep_ep's legacy Buffer",
+    "hybridep": "HybridEP",
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Part:
         cpu: The same with tiny sizes, for two ranks of the CPU; "" = it has no such form.
         limit: Seconds after which it hangs.
         variables: Environment variables.
-        carrier: A key of `CARRIERS` that has to be installed; "" = nothing of DeepEP.
+        carrier: A key of `CARRIERS` that has to be there; "" = nothing of DeepEP.
         packages: Modules that have to be there on a GPU host.
         ranks: The fewest that it can use.
         times: Its figures are times, which mean nothing where ranks share a GPU.
@@ -79,7 +84,13 @@ def gpu_tests(name: str, answers: str, tests: str, **more: Any) -> Part:
 BENCH = "{python} -m megatron_ep_v2 bench --ranks {ranks} --out {rows} "
 SHAPES = {"30b": "qwen3-30b-a3b", "v3": "deepseek-v3", "235b": "qwen3-235b-a22b"}
 LAYERS = BENCH + "--tokens 4096 --repeats 12 --shapes "
-STEPS = BENCH + "--step --shapes qwen3-30b-a3b --tokens 4096 --repeats 12 "
+STEPS = BENCH + "--step --tokens 4096 --repeats 12 --shapes "
+# As many layers, and of DeepSeek-V3 experts, as leave room on two GPUs.
+MODELS = {
+    "30b": "qwen3-30b-a3b --layers 4",
+    "235b": "qwen3-235b-a22b --layers 2",
+    "v3": "deepseek-v3 --layers 2 --experts-per-rank 32",
+}
 TINY = BENCH + "--shapes custom --hidden 256 --experts 8 --topk 3 --tokens 64 --repeats 2 "
 TINY_STEPS = TINY + "--step --expert-ffn 64 --layers 1 "
 OVERLAP = BENCH + "--tune --overlap --shapes deepseek-v3 --experts-per-rank 32 --layers 2 --repeats 12 --no-optimizer "
@@ -115,19 +126,21 @@ PARTS = [
            LAYERS + shape + " --sms 0,24,32 --variants alltoall+fused-permute hybridep hybridep+fused-permute "
            "hybridep+permute-inside", times=True, carrier="hybridep")
       for short, shape in SHAPES.items()),
-    Part("step", "Whole steps: alltoall and expanded with TEGroupedMLP and grouped experts, and in a CUDA graph",
-         STEPS + "--layers 4 --variants alltoall+fused-permute {ours}expanded {ours}sync-free+graph",
-         TINY_STEPS + "--variants alltoall {ours}expanded {ours}sync-free", **MODEL),
+    *(Part(f"step-{short}", "Whole steps: alltoall, expanded, sync-free, in a CUDA graph; two kinds of experts",
+           STEPS + model + " --variants alltoall+fused-permute {ours}expanded {ours}sync-free {ours}sync-free+graph",
+           TINY_STEPS + "--variants alltoall {ours}expanded {ours}sync-free" if short == "30b" else "", **MODEL)
+      for short, model in MODELS.items()),
     *(Part(f"overlap-{tokens}", "V3-like layers: shared experts next to communication; without, with, calls started",
            OVERLAP + f"--tokens {tokens} --sms 0,24,32", **QUEUES)
       for tokens in (16384, 4096)),
     Part("overlap-1-queue", "The same where all streams share one hardware queue",
          OVERLAP + "--tokens 16384", **MODEL | {"variables": {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}}),
-    Part("overload", "What one rank's overload costs, and what redundant experts bring back of it",
-         STEPS + "--layers 4 --variants {ours}expanded --expert-backends grouped --overload 1.0 1.5 2.0 "
-         "--redundant-experts 0 2 4",
-         TINY_STEPS + "--variants {ours}expanded --expert-backends grouped --overload 1.0 1.5 --redundant-experts 0 1",
-         **MODEL),
+    *(Part(f"overload-{short}", "What one rank's overload costs, and what redundant experts bring back of it",
+           STEPS + MODELS[short] + " --experts-per-rank 16 --variants {ours}expanded --expert-backends grouped "
+           "--overload 1.0 1.2 1.5 2.0 --redundant-experts 1 2",
+           TINY_STEPS + "--variants {ours}expanded --expert-backends grouped --overload 1.0 1.5 --redundant-experts 1"
+           if short == "30b" else "", carrier="moves experts", **MODEL)
+      for short in ("30b", "235b")),
     gpu_tests("conformance", "All buffers, on all ranks and on fewer", "test_buffers.py test_fused.py"),
     gpu_tests("lifecycle", "Rounds of create and destroy, mismatches, ranks that fail", "test_lifecycle.py"),
     Part("megatron-tests", "Megatron's own TestFlexDispatcher, each pair of tensor and expert parallelism",
@@ -148,7 +161,7 @@ PARTS = [
     gpu_tests("stalls-fresh", "Ranks that exit or go another way, 20 of 20 times in new processes",
               "test_stalls.py -k 'not late_rank'", **STALLS),
     Part("step-deep", "Whole steps of as many layers as fit",
-         STEPS + "--variants alltoall+fused-permute {ours}expanded", limit=420, **MODEL),
+         STEPS + "qwen3-30b-a3b --variants alltoall+fused-permute {ours}expanded", limit=420, **MODEL),
     Part("overlap-1f1b", "Micro-batches next to each other by Megatron's 1F1B plan",
          "{python} benchmarks/gpu_overlap.py --ranks {ranks} --out {rows} --experts grouped --tokens 16384", **QUEUES),
     gpu_tests("graphs", "Steps in CUDA graphs, sync-free layers, started dispatches",
@@ -167,7 +180,7 @@ class Here:
         name: Of its folder.
         header: The environment header of rows.
         ranks, gpus: Ranks that the GPUs hold, and GPUs; on the CPU 2 and 0.
-        carriers: Those of `CARRIERS` that are installed; on the CPU "v2", as which the reference stands in.
+        carriers: Those of `CARRIERS` that are installed; on the CPU those that the reference stands in for.
         ours: Goes before a layout in the names of the bench's variants.
         packages: Modules that are there, of those that parts need.
     """
@@ -199,6 +212,7 @@ found, gpus = probe(), torch.cuda.device_count() if torch.cuda.is_available() el
 hybridep = hasattr(sys.modules.get("deep_ep"), "HybridEPBuffer")
 ours = CARRIERS[gpus and found.v2_carrier or REFERENCE]
 has = {"v2": found.v2_carrier or not gpus, "legacy": found.v2_carrier and found.have_deep_ep, "hybridep": hybridep}
+has["moves experts"] = ours.moves_experts and (found.v2_carrier or not gpus)
 name = f"deepep-{ours.generation}" if ours.is_v2 else "hybridep" if hybridep else "without-deepep"
 print(json.dumps({
     "name": name if gpus else "cpu", "header": report.environment(""), "ranks": gpu_ranks() if gpus else 2,
