@@ -1,4 +1,4 @@
-"""When a step is captured and replayed, with a stand-in for CUDA's graphs: a replay runs the function again on the
+"""When a step is captured and replayed, with stand-ins for CUDA's graphs: a replay runs the function again on the
 inputs of the capture. tests/gpu/test_step_graph.py has the real ones."""
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import torch
 from megatron_ep_v2 import sync_free
 from megatron_ep_v2.bench.entry import noted
 from megatron_ep_v2.errors import CaptureError
-from megatron_ep_v2.megatron.qwen3_moe.step_graph import StepGraph
+from megatron_ep_v2.megatron.qwen3_moe.options import ModelShape
+from megatron_ep_v2.megatron.qwen3_moe.step_graph import Capture, StepGraph
+from tests.helpers.graphed_steps import Place, every_kind
+from tests.helpers.harness import isolated, run_ranks
 
 
 class Recorder:
@@ -101,3 +104,51 @@ def test_other_room_for_rows_is_captured_again(steps: Any) -> None:
         rooms[0] = room
         graph.run(batch(4))
     assert function.calls == ["eager", "capture", "replay", "eager", "capture", "replay", "replay", "eager"]
+
+
+SHAPE = ModelShape(
+    num_layers=2,
+    hidden_size=64,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=16,
+    ffn_hidden_size=128,
+    moe_ffn_hidden_size=32,
+    num_experts=0,  # follows from the ranks
+    topk=4,
+    seq_length=32,
+)
+
+
+class Replayed:
+    """Runs the function of a StepGraph again."""
+
+    def __init__(self, graph: StepGraph):
+        self.graph = graph
+
+    def replay(self) -> None:
+        self.graph._result = self.graph.function(self.graph._inputs)
+
+
+def capture(self: StepGraph, micro_batches: Any) -> Replayed:
+    self._inputs = [torch.empty_like(tokens) for tokens in micro_batches]
+    self.captures.append(Capture(seconds=0.0, pool_bytes=0))
+    self._result = torch.zeros(())
+    return Replayed(self)
+
+
+@isolated
+def steps_of_every_kind(group: Any, graph: bool) -> dict[str, Any]:
+    place = Place(SHAPE, {"buffer": "reference", "reference_strict": False}, "cpu", "fp32")
+    with mock.patch.object(StepGraph, "_capture", capture):
+        return every_kind(group, place, graph, False)
+
+
+@pytest.mark.slow
+def test_replayed_steps_of_the_trainer_are_eager_steps() -> None:
+    """With overflows, accumulation, an evaluation and a checkpoint between them."""
+    for by_graph, wanted in zip(run_ranks(2, steps_of_every_kind, True), run_ranks(2, steps_of_every_kind, False)):
+        assert by_graph["repeated in the graph"] == wanted["repeated in the graph"] >= 1
+        assert by_graph["losses"] == wanted["losses"] and len(wanted["losses"]) == 39
+        assert all(torch.equal(by_graph["weights"][name], value) for name, value in wanted["weights"].items())
+        assert by_graph["captures"] >= 6 and wanted["captures"] == 0
