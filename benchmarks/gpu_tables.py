@@ -164,8 +164,9 @@ PARTS = [
          STEPS + "qwen3-30b-a3b --variants alltoall+fused-permute {ours}expanded", limit=420, **MODEL),
     Part("overlap-1f1b", "Micro-batches next to each other by Megatron's 1F1B plan",
          "{python} benchmarks/gpu_overlap.py --ranks {ranks} --out {rows} --experts grouped --tokens 16384", **QUEUES),
-    gpu_tests("graphs", "Steps in CUDA graphs, sync-free layers, started dispatches",
-              "test_step_graph.py test_megatron_graphs.py test_sync_free.py test_started_gpu.py"),
+    gpu_tests("started", "Calls that are started and finished later", "test_started_gpu.py"),
+    gpu_tests("step-graph", "The example's step in a CUDA graph, bit for bit", "test_step_graph.py"),
+    gpu_tests("graphs", "Megatron's CUDA graphs, and sync-free layers in one", "test_megatron_graphs.py test_sync_free.py"),
     gpu_tests("layers", "Each feature next to alltoall, redundant experts, recomputation, repeats bit by bit, fp8",
               "test_moe_layer_gpu.py test_redundant_gpu.py test_recompute.py test_deterministic.py test_fp8.py"),
 ]
