@@ -166,7 +166,7 @@ PARTS = [
          "{python} benchmarks/gpu_overlap.py --ranks {ranks} --out {rows} --experts grouped --tokens 16384", **QUEUES),
     gpu_tests("started", "Calls that are started and finished later", "test_started_gpu.py"),
     gpu_tests("step-graph", "The example's step in a CUDA graph, bit for bit", "test_step_graph.py"),
-    gpu_tests("graphs", "Megatron's CUDA graphs, and sync-free layers in one", "test_megatron_graphs.py test_sync_free.py"),
+    gpu_tests("graphs", "Megatron's CUDA graphs, sync-free layers in one", "test_megatron_graphs.py test_sync_free.py"),
     gpu_tests("layers", "Each feature next to alltoall, redundant experts, recomputation, repeats bit by bit, fp8",
               "test_moe_layer_gpu.py test_redundant_gpu.py test_recompute.py test_deterministic.py test_fp8.py"),
 ]
