@@ -46,11 +46,6 @@ class Plan:
     home_rows: torch.Tensor
     before: torch.Tensor
 
-    @property
-    def num_physical(self) -> int:
-        """P * (L + R): `num_experts` of a dispatch to physical ids."""
-        return len(self.home_rows) + self.experts.numel()
-
     def rank_rows(self) -> torch.Tensor:
         """[P] int64, rows that each rank receives."""
         return self.home_rows.view(len(self.experts), -1).sum(dim=1) + self.rows.sum(dim=1)

@@ -49,12 +49,12 @@ def test_what_every_plan_keeps() -> None:
             assert len(set(used)) == len(used) and all(expert // local != rank for expert in used), case.name
             assert held == used + [-1] * (case.num_slots - len(used)), "slots are filled from the first on"
             assert all((n >= case.min_rows) == (expert >= 0) for expert, n in zip(held, rows, strict=True)), case.name
-        received = torch.zeros(found.num_physical, dtype=torch.int64)
+        received = torch.zeros(ranks * stride, dtype=torch.int64)
         for rank, topk_idx in enumerate(case.topk_idx):
             mapped = map_selections(topk_idx, found, rank)
             chosen = topk_idx >= 0
             assert mapped.shape == topk_idx.shape and mapped.dtype == torch.int64
-            assert ((mapped >= 0) == chosen).all() and (mapped < found.num_physical).all()
+            assert ((mapped >= 0) == chosen).all() and (mapped < ranks * stride).all()
             of_slots = found.experts.flatten().tolist()
             for logical, physical in zip(topk_idx[chosen].tolist(), mapped[chosen].tolist(), strict=True):
                 where, number = divmod(physical, stride)
@@ -166,8 +166,8 @@ def dispatch_to_replicas(group: Any) -> Any:
     torch.distributed.all_gather(counts, mine, group=group)
     found = plan(torch.stack(counts), 2, min_rows=5)
     mapped = map_selections(topk_idx, found, group.rank())
-    weights = torch.ones(tokens, 3)
-    rows = fused_dispatch(torch.randn(tokens, 8), mapped, weights, found.num_physical, group, do_expand=True)[3]
+    weights, physical = torch.ones(tokens, 3), experts + 2 * group.size()
+    rows = fused_dispatch(torch.randn(tokens, 8), mapped, weights, physical, group, do_expand=True)[3]
     return found.experts.tolist(), found.rank_rows().tolist(), found.rows[group.rank()].tolist(), rows.tolist()
 
 
