@@ -11,6 +11,7 @@ from itertools import accumulate
 import torch
 
 from megatron_ep_v2.errors import InputError
+from megatron_ep_v2.experts.counts import row_info
 from megatron_ep_v2.layouts.places import CONTIGUOUS_ALIGNMENT, Places
 
 
@@ -46,20 +47,17 @@ class Groups:
         """Groups from the counts that Megatron passes to its experts. No host wait.
 
         Args:
-            tokens_per_expert: [L] integers. On the CPU with rows on a GPU, their sum must be P; else P at most. On the
-                device, an attribute `alignment` says that each is a multiple of it, and `ends`, [L] int32, has their
-                running sum. An attribute `rows_node` is that of `Groups`.
+            tokens_per_expert: [L] integers. On the CPU with rows on a GPU, their sum must be P; else P at most. With
+                a `RowInfo` or without.
             rows: [P, H].
 
         Raises:
             InputError: The counts do not fit the rows, if that is known without a wait.
         """
-        num_rows = rows.shape[0]
+        num_rows, info = rows.shape[0], row_info(tokens_per_expert)
         if tokens_per_expert.device == rows.device and not rows.is_cpu:
-            alignment, ends = getattr(tokens_per_expert, "alignment", 1), getattr(tokens_per_expert, "ends", None)
-            if ends is None:
-                ends = tokens_per_expert.cumsum(0).to(torch.int32)
-            return cls(ends=ends, sizes=None, alignment=alignment, used=ends[-1], num_rows=num_rows)
+            ends = tokens_per_expert.cumsum(0).to(torch.int32) if info.ends is None else info.ends
+            return cls(ends=ends, sizes=None, alignment=info.alignment, used=ends[-1], num_rows=num_rows)
         sizes = tuple(tokens_per_expert.long().tolist())  # .long() gives plain tensors: CountsOnDevice.tolist() raises
         used = sum(sizes)
         if used > num_rows or (used < num_rows and rows.is_cuda):
@@ -74,8 +72,7 @@ class Groups:
             ends = ends.to(rows.device, non_blocking=True)  # the driver stages it: no wait, and the source may be freed
         tail = ends[-1] if used < num_rows else None
         alignment = math.gcd(CONTIGUOUS_ALIGNMENT, *sizes)  # as far as a backend may ask for
-        node: int | None = getattr(tokens_per_expert, "rows_node", None)
-        return cls(ends=ends, sizes=sizes, alignment=alignment, used=tail, num_rows=num_rows, rows_node=node)
+        return cls(ends=ends, sizes=sizes, alignment=alignment, used=tail, num_rows=num_rows, rows_node=info.rows_node)
 
     def of_run(self, ends: torch.Tensor) -> Groups:
         """These groups with the `ends` saved with the rows of a backward. Under a checkpoint without reentry they come

@@ -19,30 +19,16 @@ from typing import Protocol
 
 import torch
 
-from megatron_ep_v2.buffers.contract import RedundantBuffer, Slots, Transfer
+from megatron_ep_v2.buffers.contract import Slots, Transfer
 from megatron_ep_v2.errors import InputError, SettingsError
 from megatron_ep_v2.experts import mlp
+from megatron_ep_v2.experts.counts import Replicas
 from megatron_ep_v2.experts.gemm import Gemm, gemm
 from megatron_ep_v2.experts.groups import Groups
 from megatron_ep_v2.experts.mlp import WeightedSwiglu, mark_added, overwrites
 from megatron_ep_v2.gradients import Context, InputGrads, first_order
 from megatron_ep_v2.kernels import swiglu, wgrad
 from megatron_ep_v2.kernels.select import kernels_for
-
-
-@dataclass
-class Replicas:
-    """Replicas of one dispatch, as its manager planned them.
-
-    Attributes:
-        buffer: Of the dispatch.
-        mapping: [P, R] int32 on the CPU, see `contract.RedundantBuffer`.
-        ran: Whether experts have run them.
-    """
-
-    buffer: RedundantBuffer
-    mapping: torch.Tensor
-    ran: bool = False
 
 
 class Linear(mlp.Linear, Protocol):

@@ -27,10 +27,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ep_v2.errors import SettingsError
 from megatron_ep_v2.experts import redundant
+from megatron_ep_v2.experts.counts import Replicas, row_info
 from megatron_ep_v2.experts.gemm import Gemm, gemm
 from megatron_ep_v2.experts.groups import Groups
 from megatron_ep_v2.experts.mlp import linear, run_delayed, run_experts
-from megatron_ep_v2.experts.redundant import ReplicaLinear, Replicas, run_with_replicas
+from megatron_ep_v2.experts.redundant import ReplicaLinear, run_with_replicas
 from megatron_ep_v2.megatron.copies import deepcopy_sharing_groups, refuse_to_pickle_groups, shallow_copy
 from megatron_ep_v2.megatron.expert_checkpoint import ExpertShards, Offset, check_format, drop_extra_states
 from megatron_ep_v2.megatron.symbols import Binding, Owner
@@ -97,16 +98,15 @@ class Experts(MegatronModule):  # type: ignore[misc]
         Args:
             permuted_local_hidden_states: [P, H], sorted by local expert.
             tokens_per_expert: [L] integers, rows of each expert, padding counted. On the CPU they add up to P; on the
-                GPU to P at most, and the host does not wait for them (the sequential experts do). With an attribute
-                `replicas`, a `redundant.Replicas`: [L + R] on the CPU, R replica slots. With `rows_node`, the weights'
-                gradients are computed after that node's backward, see `Groups`.
+                GPU to P at most, and the host does not wait for them (the sequential experts do). They may carry a
+                `RowInfo`; with its `replicas` they are [L + R], on the CPU.
             permuted_probs: [P].
 
         Returns:
             [P, H] weighted by the probabilities, and None: no bias.
         """
         groups = Groups.from_counts(tokens_per_expert, permuted_local_hidden_states)
-        replicas: Replicas | None = getattr(tokens_per_expert, "replicas", None)
+        replicas = row_info(tokens_per_expert).replicas
         if replicas is not None:
             return self._with_replicas(permuted_local_hidden_states, permuted_probs, groups, replicas), None
         return self.on_groups(permuted_local_hidden_states, permuted_probs, groups), None

@@ -12,8 +12,8 @@ import functools
 import logging
 import math
 import weakref
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
@@ -23,6 +23,7 @@ from torch.distributed import ProcessGroup
 from megatron_ep_v2 import recompute, settings
 from megatron_ep_v2.buffers import capacity, pool
 from megatron_ep_v2.errors import ClosedError, SettingsError
+from megatron_ep_v2.experts.counts import CountsOnDevice, RowInfo, attach, row_info
 from megatron_ep_v2.fused_a2a import fused_dispatch, set_deepep_num_sms
 from megatron_ep_v2.gradients import order
 from megatron_ep_v2.kernels.topk import top_k
@@ -399,8 +400,8 @@ class ExpandedManager(CompactManager):
             )
             self._count(counts)
             if started.next_to_experts and hidden_states.grad_fn is not None:
-                node = hidden_states.grad_fn
-                self.tokens_per_expert.rows_node = node._sequence_nr()  # type: ignore[attr-defined]
+                info = replace(row_info(self.tokens_per_expert), rows_node=hidden_states.grad_fn._sequence_nr())
+                attach(self.tokens_per_expert, info)
         probs = self.dispatched_probs
         return hidden_states, probs.double() if self.router_dtype == "fp64" else probs
 
@@ -430,35 +431,6 @@ class ExpandedManager(CompactManager):
 
 
 # ------------------------------------------------------------------------------------------- without a wait on the host
-
-
-class CountsOnDevice(torch.Tensor):
-    """Counts that must stay on the device. Results computed from them are plain tensors.
-
-    Attributes:
-        alignment: Each count is a multiple of it, which tells experts that the rows are padded.
-        ends: [L] int32, their running sum.
-    """
-
-    alignment: int
-    ends: torch.Tensor
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    def __deepcopy__(self, memo: dict[int, object]) -> CountsOnDevice:
-        """Copy for a copy of the layer; torch's own deepcopy needs operations that return the subclass."""
-        copied = self.clone().as_subclass(CountsOnDevice)
-        copied.alignment, copied.ends = self.alignment, self.ends.clone()
-        return copied
-
-    def tolist(self) -> NoReturn:
-        """Raise: Megatron's own experts call this and would wait for the device."""
-        raise SettingsError(
-            "these experts want tokens_per_expert on the host, where sync-free mode does not bring it",
-            found="a call of tokens_per_expert.tolist(), as in TEGroupedMLP and SequentialMLP",
-            needed="experts that take the counts on the device",
-            fix="set MCORE_DEEPEP_V2_EXPERTS=grouped before the model is built, or leave MCORE_DEEPEP_V2_SYNC_FREE off",
-        )
 
 
 class SyncFreeManager(ExpandedManager):
@@ -492,9 +464,8 @@ class SyncFreeManager(ExpandedManager):
             keep_indices=True,
             load_on=self.expert_load.load_on,
         )
-        on_device, places = counts.as_subclass(CountsOnDevice), self.handle.places
-        on_device.alignment, on_device.ends = places.alignment, places.ends
-        self.tokens_per_expert = on_device
+        self.tokens_per_expert, places = counts.as_subclass(CountsOnDevice), self.handle.places
+        attach(self.tokens_per_expert, RowInfo(alignment=places.alignment, ends=places.ends))
         return hidden_states
 
     def combine(

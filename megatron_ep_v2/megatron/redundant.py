@@ -20,7 +20,7 @@ from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.contract import Redundancy
 from megatron_ep_v2.buffers.groups import registered
 from megatron_ep_v2.errors import InputError, SettingsError
-from megatron_ep_v2.experts.redundant import Replicas
+from megatron_ep_v2.experts.counts import Replicas, RowInfo, attach
 from megatron_ep_v2.megatron.expert_load import ExpertLoad
 from megatron_ep_v2.megatron.managers import ExpandedManager
 
@@ -82,8 +82,7 @@ class RedundantManager(ExpandedManager):
         return (placed.physical if first is None else self._follow(placed)), self._num_physical
 
     def _count(self, tokens_per_expert: torch.Tensor) -> None:
-        """Set `tokens_per_expert`: [L] int64 on the CPU if no rank has a replica; else [L + R], with the attribute
-        `replicas` (`experts.redundant.Replicas`)."""
+        """Set `tokens_per_expert`: [L] int64 on the CPU if no rank has a replica; else [L + R], with `Replicas`."""
         placed, self._placed = self._placed, None
         assert placed is not None  # of `_selections`
         if recompute.runs_first():
@@ -95,7 +94,7 @@ class RedundantManager(ExpandedManager):
         self._replicas = None
         if bool((placed.mapping >= 0).any()):
             self._replicas = Replicas(vars(self.handle)["carrier"], placed.mapping)
-            tokens_per_expert.replicas = self._replicas  # type: ignore[attr-defined]
+            attach(tokens_per_expert, RowInfo(replicas=self._replicas))
             self.tokens_per_expert = tokens_per_expert
         else:
             self.tokens_per_expert = tokens_per_expert[: self.num_local_experts]
@@ -113,7 +112,7 @@ class RedundantManager(ExpandedManager):
         if replicas is not None and not replicas.ran:
             raise SettingsError(
                 "rows of redundant experts came back from experts that cannot run them",
-                found="experts that did not read tokens_per_expert.replicas",
+                found="experts that did not read what tokens_per_expert carries (RowInfo.replicas)",
                 needed="the experts of megatron_ep_v2.megatron.experts in every MoE layer",
                 fix=f"set MCORE_DEEPEP_V2_EXPERTS=grouped before the model is built, or {_OFF}",
             )

@@ -10,6 +10,7 @@ import torch
 
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
+from megatron_ep_v2.experts.counts import RowInfo, attach
 from megatron_ep_v2.experts.gemm import GEMMS
 from megatron_ep_v2.experts.groups import Groups
 from megatron_ep_v2.experts.mlp import WeightedSwiglu, linear
@@ -119,7 +120,7 @@ def weight_gradients(group: Any) -> dict[str, bool]:
             assert dispatching is not None
             rows, row_probs, counts, handle = finish_dispatch(dispatching)
             assert rows.grad_fn is not None
-            counts.rows_node = rows.grad_fn._sequence_nr()  # type: ignore[attr-defined]
+            attach(counts, RowInfo(rows_node=rows.grad_fn._sequence_nr()))
         else:
             rows, _, row_probs, maybe_counts, handle = fused_dispatch(*given, do_expand=True)
             assert maybe_counts is not None
