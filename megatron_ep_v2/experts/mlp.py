@@ -175,17 +175,11 @@ def linear(
     Returns:
         [P, N].
     """
-    fused = None if main_grad is None else (w, main_grad)
-    later = leave = token = None
+    fused, later, token = None if main_grad is None else (w, main_grad), None, None
     if (groups.rows_node is not None or delayed is not None) and w.requires_grad and torch.is_grad_enabled():
-        later = _Later()
-        token, w = _WeightGrad.apply(later, w), w.detach()
-        if delayed is not None:
-            leave, token = functools.partial(delayed.append, token), token.detach().requires_grad_()
-        else:
-            assert groups.rows_node is not None
-            order(token, groups.rows_node - 1)
-    return _Linear.apply(x, w, groups, multiply, last, fused, later, leave, token, *(activation or ()))
+        later, w = _Later(w, groups.rows_node, delayed), w.detach()
+        token = later.token
+    return _Linear.apply(x, w, groups, multiply, last, fused, later, token, *(activation or ()))
 
 
 def run_delayed(delayed: list[torch.Tensor]) -> None:
@@ -196,19 +190,42 @@ def run_delayed(delayed: list[torch.Tensor]) -> None:
         torch.autograd.backward(tokens, [torch.empty_like(token) for token in tokens])
 
 
-@dataclass
 class _Later:
     """The gradient of a weight that is computed after the linear's backward has run, by a node of its own.
 
+    Args:
+        w: The weight.
+        rows_node, delayed: See `Groups` and `linear`; `delayed` wins.
+
     Attributes:
-        compute: Returns [L, N, K], or None if it has added it to `main_grad`.
+        token: [0], an input of the linear. Its backward is the node, or nothing if the gradient is delayed.
     """
 
-    compute: Callable[[], torch.Tensor | None] | None = None
+    def __init__(self, w: torch.Tensor, rows_node: int | None, delayed: list[torch.Tensor] | None):
+        self._of_node, self._delayed = _WeightGrad.apply(w), delayed
+        self.token: torch.Tensor = self._of_node
+        if delayed is not None:
+            self.token = self._of_node.detach().requires_grad_()
+        else:
+            assert rows_node is not None
+            order(self.token, rows_node - 1)
+
+    def leave(self, compute: Callable[[], torch.Tensor | None]) -> None:
+        """Leave the gradient to the node: `compute` returns [L, N, K], or None if it has added it to `main_grad`."""
+        node: _WeightGradContext = self._of_node.grad_fn
+        if node.compute is not None:
+            raise InputError(
+                "a second backward of one forward, and the first one's weight gradients are not computed yet",
+                needed="one backward, or the weight gradients in between",
+                fix="call backward_dw() after each backward, or run the experts without delay_wgrad_compute",
+            )
+        node.compute = compute
+        if self._delayed is not None:
+            self._delayed.append(self._of_node)
 
 
 class _WeightGradContext(Context, Protocol):
-    later: _Later
+    compute: Callable[[], torch.Tensor | None] | None  # None = left by no backward, or done
 
 
 class _WeightGrad(torch.autograd.Function):
@@ -216,19 +233,16 @@ class _WeightGrad(torch.autograd.Function):
     no elements: it only connects the node with that of the linear."""
 
     @staticmethod
-    def forward(ctx: _WeightGradContext, later: _Later, w: torch.Tensor) -> torch.Tensor:
-        ctx.later = later
+    def forward(ctx: _WeightGradContext, w: torch.Tensor) -> torch.Tensor:
+        ctx.compute = None
         return w.new_empty(0)
 
     @staticmethod
     @first_order(linear=True)
     def backward(ctx: _WeightGradContext, _token: torch.Tensor) -> InputGrads:
-        compute, ctx.later.compute = ctx.later.compute, None
+        compute, ctx.compute = ctx.compute, None
         assert compute is not None  # of the linear's backward
-        return (
-            None,  # later
-            compute(),  # w
-        )
+        return (compute(),)  # w
 
 
 _Fused: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # the parameter and its main_grad
@@ -240,7 +254,6 @@ class _LinearContext(Context, Protocol):
     last: bool
     fused: _Fused | None
     later: _Later | None
-    leave: Callable[[], None] | None  # leaves `later` to `run_delayed`
 
 
 class _Linear(torch.autograd.Function):
@@ -257,15 +270,13 @@ class _Linear(torch.autograd.Function):
         last: bool,
         fused: _Fused | None,
         later: _Later | None,
-        leave: Callable[[], None] | None,
         token: torch.Tensor | None,
         *activation: torch.Tensor,
     ) -> torch.Tensor:
         x = x.contiguous()
         ctx.save_for_backward(w, groups.ends, *(activation or (x,)))
         ctx.groups, ctx.gemm, ctx.last, ctx.later = groups, multiply, last, later
-        # Keeps the parameter: saved-tensor hooks (activation offload) may return a copy without its attributes.
-        ctx.fused, ctx.leave = fused, leave
+        ctx.fused = fused  # with the parameter: saved-tensor hooks (offload) may return a copy without its attributes
         y = multiply.forward(x, w, groups)
         return _kernels(y).zero_tail_(y, groups.used) if last else y
 
@@ -284,20 +295,13 @@ class _Linear(torch.autograd.Function):
             compute = functools.partial(_weight_grad, grad, kept, groups, ctx.gemm, ctx.fused)
             if ctx.later is None:
                 grad_w = compute()
-            elif ctx.later.compute is not None:
-                raise InputError(
-                    "a second backward of one forward, and the first one's weight gradients are not computed yet",
-                    needed="one backward, or the weight gradients in between",
-                    fix="call backward_dw() after each backward, or run the experts without delay_wgrad_compute",
-                )
             else:
-                ctx.later.compute, grad_token = compute, grad.new_empty(0)
-                if ctx.leave is not None:
-                    ctx.leave()
+                ctx.later.leave(compute)
+                grad_token = grad.new_empty(0)
         return (
             grad_x,  # x
             grad_w,  # w: None if it comes later
-            *[None] * 6,  # groups, gemm, last, fused, later, leave
+            *[None] * 5,  # groups, gemm, last, fused, later
             grad_token,  # token
             *[None] * (len(kept) if len(kept) > 1 else 0),  # activation: its gradient flows through x
         )
