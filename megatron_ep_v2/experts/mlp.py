@@ -13,7 +13,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, TypeVar
 
 import torch
 
@@ -26,9 +26,14 @@ from megatron_ep_v2.kernels.select import kernels_for
 from megatron_ep_v2.layouts.places import place_contiguous, rows_that_fit
 from megatron_ep_v2.layouts.rows import gather_with_weights, reduce_rows
 
+Rows = TypeVar("Rows", contravariant=True)
 
-class Linear(Protocol):
-    """Interface of a linear layer of several experts: `Weights`, or a module that owns its weights."""
+
+class Linear(Protocol[Rows]):
+    """Interface of a linear layer of several experts: `Weights`, or a module that owns its weights.
+
+    Rows: What it takes for `groups`: `Groups`, or `redundant.ReplicaRows`.
+    """
 
     @property
     def weight(self) -> torch.Tensor:
@@ -37,7 +42,7 @@ class Linear(Protocol):
     def __call__(
         self,
         x: torch.Tensor,
-        groups: Groups,
+        groups: Rows,
         multiply: Gemm,
         last: bool,
         activation: tuple[torch.Tensor, torch.Tensor] | None = None,
@@ -87,8 +92,8 @@ def swiglu_experts(
 def run_experts(
     x: torch.Tensor,
     probs: torch.Tensor,
-    fc1: Linear,
-    fc2: Linear,
+    fc1: Linear[Groups],
+    fc2: Linear[Groups],
     groups: Groups,
     backend: str,
     recompute_activation: bool = False,
@@ -125,8 +130,8 @@ def run_experts(
 def _padded(
     x: torch.Tensor,
     probs: torch.Tensor,
-    fc1: Linear,
-    fc2: Linear,
+    fc1: Linear[Groups],
+    fc2: Linear[Groups],
     groups: Groups,
     backend: str,
     alignment: int,

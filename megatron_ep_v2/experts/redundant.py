@@ -21,28 +21,13 @@ import torch
 
 from megatron_ep_v2.buffers.contract import Slots, Transfer
 from megatron_ep_v2.errors import InputError, SettingsError
-from megatron_ep_v2.experts import mlp
 from megatron_ep_v2.experts.counts import Replicas
 from megatron_ep_v2.experts.gemm import Gemm, gemm
 from megatron_ep_v2.experts.groups import Groups
-from megatron_ep_v2.experts.mlp import WeightedSwiglu, mark_added, overwrites
+from megatron_ep_v2.experts.mlp import Linear, WeightedSwiglu, mark_added, overwrites
 from megatron_ep_v2.gradients import Context, InputGrads, first_order
 from megatron_ep_v2.kernels import swiglu, wgrad
 from megatron_ep_v2.kernels.select import kernels_for
-
-
-class Linear(mlp.Linear, Protocol):
-    """Interface of a linear layer whose experts have replicas: `mlp.Linear` with one argument more."""
-
-    def __call__(
-        self,
-        x: torch.Tensor,
-        groups: Groups,
-        multiply: Gemm,
-        last: bool,
-        activation: tuple[torch.Tensor, torch.Tensor] | None = None,
-        replicas: ReplicaLinear | None = None,
-    ) -> torch.Tensor: ...
 
 
 class _Fetched:
@@ -54,7 +39,7 @@ class _Fetched:
         weights: Of the linears, [L, N, K] each.
     """
 
-    def __init__(self, replicas: Replicas, layer: tuple[Linear, ...], weights: tuple[torch.Tensor, ...]):
+    def __init__(self, replicas: Replicas, layer: tuple[Linear[ReplicaRows], ...], weights: tuple[torch.Tensor, ...]):
         self.replicas, self.weights = replicas, weights
         self.slots: Slots = replicas.buffer.slots()
         self._layer = weakref.ref(layer[0])
@@ -98,50 +83,45 @@ class _Fetched:
 
 
 @dataclass(frozen=True)
-class ReplicaLinear:
-    """What one linear needs of its replicas.
-
-    Attributes:
-        fetched: Of the layer.
-        number: Of the linear: 0 or 1.
-        parts: The rows.
-    """
-
-    fetched: _Fetched
-    number: int
-    parts: _Parts
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """Rows of masters and of replicas.
+class ReplicaRows:
+    """Rows of masters and of replicas, for one linear.
 
     Attributes:
         groups: Of all rows [P], L + R groups.
         masters: L groups; num_rows is P, the replicas' rows being unowned here.
         first: The first row of a replica.
         replicas: R groups of rows `first` to P.
+        fetched: The replicas' weights.
+        number: Of the linear: 0 or 1.
     """
 
     groups: Groups
     masters: Groups
     first: int
     replicas: Groups
+    fetched: _Fetched
+    number: int
 
     @classmethod
-    def of(cls, groups: Groups, local: int) -> _Parts:
-        sizes, ends = groups.host_sizes, groups.ends
+    def of(cls, groups: Groups, fetched: _Fetched, number: int) -> ReplicaRows:
+        sizes, ends, local = groups.host_sizes, groups.ends, len(fetched.weights[0])
         first = sum(sizes[:local])
-        of_masters = replace(groups, ends=ends[:local], sizes=sizes[:local], used=ends[local - 1])
-        of_replicas = replace(groups, ends=ends[local:] - first, sizes=sizes[local:], num_rows=groups.num_rows - first)
-        return cls(groups, of_masters, first, of_replicas)
+        masters = replace(groups, ends=ends[:local], sizes=sizes[:local], used=ends[local - 1])
+        replicas = replace(groups, ends=ends[local:] - first, sizes=sizes[local:], num_rows=groups.num_rows - first)
+        return cls(groups, masters, first, replicas, fetched, number)
+
+    def of_run(self, ends: torch.Tensor, mapping: torch.Tensor) -> ReplicaRows:
+        """The same for what was saved with the rows of a backward; see `Groups.of_run`."""
+        groups, fetched = self.groups.of_run(ends), self.fetched.of_run(mapping)
+        same = groups is self.groups and fetched is self.fetched
+        return self if same else ReplicaRows.of(groups, fetched, self.number)
 
 
 def run_with_replicas(
     x: torch.Tensor,
     probs: torch.Tensor,
-    fc1: Linear,
-    fc2: Linear,
+    fc1: Linear[ReplicaRows],
+    fc2: Linear[ReplicaRows],
     groups: Groups,
     replicas: Replicas,
     backend: str,
@@ -189,44 +169,32 @@ def run_with_replicas(
             needed=f"a multiple of {chosen.alignment}",
             fix="set MCORE_DEEPEP_V2_EXPERTS=grouped, or sequential",
         )
-    fetched, parts = _Fetched(replicas, (fc1, fc2), (w1, w2)), _Parts.of(groups, local)
-    fetched.begin()
+    rows = ReplicaRows.of(groups, _Fetched(replicas, (fc1, fc2), (w1, w2)), 0)
+    rows.fetched.begin()
     replicas.ran = True
-    h = fc1(x, groups, chosen, False, None, ReplicaLinear(fetched, 0, parts))
+    h = fc1(x, rows, chosen, False)
     activated = WeightedSwiglu.apply(h, probs, None)
-    activation = (h, probs) if recompute_activation else None
-    return fc2(activated, groups, chosen, True, activation, ReplicaLinear(fetched, 1, parts))
+    return fc2(activated, replace(rows, number=1), chosen, True, (h, probs) if recompute_activation else None)
 
 
 def linear(
     x: torch.Tensor,
     w: torch.Tensor,
+    rows: ReplicaRows,
     multiply: Gemm,
     activation: tuple[torch.Tensor, torch.Tensor] | None,
     main_grad: torch.Tensor | None,
-    replicas: ReplicaLinear,
 ) -> torch.Tensor:
-    """`mlp.linear` with the replicas of one linear.
-
-    Args:
-        x: [P, K], masters' rows first.
-        w: [L, N, K], the masters'.
-        multiply: The backend.
-        activation, main_grad: As in `mlp.linear`. Without `main_grad` here, what other ranks' replicas add goes to the
-            parameter's own `main_grad` if it has one of the slots' dtype, and the rest to autograd.
-        replicas: Of this linear.
-
-    Returns:
-        [P, N].
-    """
-    return _RedundantLinear.apply(x, w, multiply, main_grad, replicas, *(activation or ()))
+    """`mlp.linear` for rows of masters, whose weights are `w`, and of replicas. Without `main_grad`, what other ranks'
+    replicas add goes to the parameter's own `main_grad` if it has one of the slots' dtype, and the rest to autograd."""
+    return _RedundantLinear.apply(x, w, rows, multiply, main_grad, *(activation or ()))
 
 
 class _LinearContext(Context, Protocol):
     gemm: Gemm
     parameter: torch.Tensor
     fused: torch.Tensor | None  # main_grad
-    replicas: ReplicaLinear
+    rows: ReplicaRows
 
 
 class _RedundantLinear(torch.autograd.Function):
@@ -237,48 +205,46 @@ class _RedundantLinear(torch.autograd.Function):
         ctx: _LinearContext,
         x: torch.Tensor,
         w: torch.Tensor,
+        rows: ReplicaRows,
         multiply: Gemm,
         main_grad: torch.Tensor | None,
-        replicas: ReplicaLinear,
         *activation: torch.Tensor,
     ) -> torch.Tensor:
-        x, fetched, parts = x.contiguous(), replicas.fetched, replicas.parts
-        ctx.save_for_backward(w, parts.groups.ends, fetched.replicas.mapping, *(activation or (x,)))
-        ctx.gemm, ctx.parameter, ctx.replicas, ctx.fused = multiply, w, replicas, main_grad
-        y = multiply.forward(x, w, parts.masters)
+        x, fetched = x.contiguous(), rows.fetched
+        ctx.save_for_backward(w, rows.groups.ends, fetched.replicas.mapping, *(activation or (x,)))
+        ctx.gemm, ctx.parameter, ctx.rows, ctx.fused = multiply, w, rows, main_grad
+        y = multiply.forward(x, w, rows.masters)
         fetched.wait()
-        if parts.first < len(x):
-            weights = fetched.slots.weights[replicas.number]
-            y[parts.first :] = multiply.forward(x[parts.first :], weights, parts.replicas)
+        if rows.first < len(x):
+            weights = fetched.slots.weights[rows.number]
+            y[rows.first :] = multiply.forward(x[rows.first :], weights, rows.replicas)
         return y
 
     @staticmethod
     @first_order()
     def backward(ctx: _LinearContext, grad: torch.Tensor) -> InputGrads:
         w, ends, mapping, *kept = ctx.saved_tensors
-        replicas, parts = ctx.replicas, ctx.replicas.parts
-        if ends is not parts.groups.ends:
-            parts = _Parts.of(parts.groups.of_run(ends), len(w))
-        fetched, first = replicas.fetched.of_run(mapping), parts.first
+        rows = ctx.rows.of_run(ends, mapping)
+        fetched, first = rows.fetched, rows.first
         grad, grad_x, grad_w = grad.contiguous(), None, None
         if ctx.needs_input_grad[0]:
             fetched.begin_again()
         home = None
         if ctx.needs_input_grad[1]:
             x = kept[0] if len(kept) == 1 else kernels_for(grad, swiglu, "experts").forward(*kept, None)
-            slot_grads = fetched.slots.grads[replicas.number]
-            wgrad.add_(slot_grads, grad[first:], x[first:], parts.replicas.ends, overwrite=True)
+            slot_grads = fetched.slots.grads[rows.number]
+            wgrad.add_(slot_grads, grad[first:], x[first:], rows.replicas.ends, overwrite=True)
             if ctx.fused is not None:  # before the transfer, which adds to the same numbers
-                wgrad.add_(ctx.fused, grad, x, parts.masters.ends, overwrites(ctx.parameter))
-            home = _Home(fetched, replicas.number, ctx.parameter, ctx.fused is not None)
+                wgrad.add_(ctx.fused, grad, x, rows.masters.ends, overwrites(ctx.parameter))
+            home = _Home(fetched, rows.number, ctx.parameter, ctx.fused is not None)
             if ctx.fused is None:
-                grad_w = ctx.gemm.wgrad(grad, x, parts.masters)
+                grad_w = ctx.gemm.wgrad(grad, x, rows.masters)
         if ctx.needs_input_grad[0]:
-            grad_x = ctx.gemm.dgrad(grad, w, parts.masters)
+            grad_x = ctx.gemm.dgrad(grad, w, rows.masters)
             fetched.wait()
             if first < len(grad):
-                weights = fetched.slots.weights[replicas.number]
-                grad_x[first:] = ctx.gemm.dgrad(grad[first:], weights, parts.replicas)
+                weights = fetched.slots.weights[rows.number]
+                grad_x[first:] = ctx.gemm.dgrad(grad[first:], weights, rows.replicas)
         if home is not None:
             grad_w = home.add_to(grad_w)
             if ctx.fused is not None:
@@ -286,7 +252,7 @@ class _RedundantLinear(torch.autograd.Function):
         return (
             grad_x,  # x
             grad_w,  # w
-            *[None] * 3,  # gemm, main_grad, replicas
+            *[None] * 3,  # rows, multiply, main_grad
             *[None] * (len(kept) if len(kept) > 1 else 0),  # activation: its gradient flows through x
         )
 

@@ -31,7 +31,7 @@ from megatron_ep_v2.experts.counts import Replicas, row_info
 from megatron_ep_v2.experts.gemm import Gemm, gemm
 from megatron_ep_v2.experts.groups import Groups
 from megatron_ep_v2.experts.mlp import linear, run_delayed, run_experts
-from megatron_ep_v2.experts.redundant import ReplicaLinear, run_with_replicas
+from megatron_ep_v2.experts.redundant import ReplicaRows, run_with_replicas
 from megatron_ep_v2.megatron.copies import deepcopy_sharing_groups, refuse_to_pickle_groups, shallow_copy
 from megatron_ep_v2.megatron.expert_checkpoint import ExpertShards, Offset, check_format, drop_extra_states
 from megatron_ep_v2.megatron.symbols import Binding, Owner
@@ -284,11 +284,10 @@ class StackedLinear(torch.nn.Module):
     def forward(
         self,
         x: torch.Tensor | None,
-        groups: Groups | None = None,
+        groups: Groups | ReplicaRows | None = None,
         multiply: Gemm | None = None,
         last: bool = False,
         activation: tuple[torch.Tensor, torch.Tensor] | None = None,
-        replicas: ReplicaLinear | None = None,
     ) -> torch.Tensor:
         """See `mlp.linear`, and `redundant.linear` with replicas. Called as a module, so that forward pre-hooks run:
         DDP gathers the weight in one. Without rows, only these run, and the weight is returned."""
@@ -309,8 +308,8 @@ class StackedLinear(torch.nn.Module):
                 fix="drop --delay-wgrad-compute, or call backward_dw() of the MoE layers after each backward",
             )
         main_grad = getattr(self.weight, "main_grad", None) if self.fuse_wgrad_accumulation else None
-        if replicas is not None:
-            return redundant.linear(x, self.weight, multiply, activation, main_grad, replicas)
+        if isinstance(groups, ReplicaRows):
+            return redundant.linear(x, self.weight, groups, multiply, activation, main_grad)
         delayed = self.delayed if self._delays else None
         return linear(x, self.weight, groups, multiply, last, activation, main_grad, delayed)
 
