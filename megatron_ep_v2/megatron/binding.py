@@ -29,6 +29,7 @@ from megatron_ep_v2.experts.gemm import gemm
 from megatron_ep_v2.generations import install_command
 from megatron_ep_v2.megatron import dispatchers, optimizer_step
 from megatron_ep_v2.megatron.symbols import (
+    DDP,
     DIST_CHECKPOINTING,
     FORWARD_BACKWARD,
     FULL_GRAPH,
@@ -407,8 +408,9 @@ def _bindings(modules: dict[str, ModuleType], layout: str, experts: str, redunda
 
 
 def _bindings_of_experts(version: str, experts: str) -> list[Binding]:
-    """Bindings that build the experts and keep optimizer states of different kinds apart. With Megatron's own experts
-    the latter are bound if the symbols exist, because a checkpoint of ours may be loaded into them."""
+    """Bindings that build the experts, zero their delayed gradients, and keep optimizer states of different kinds
+    apart. With Megatron's own experts all but the first are bound if the symbols exist: a layer spec may name ours, and
+    a checkpoint of ours may be loaded into theirs."""
     try:
         modules = find_expert_symbols(version)
     except SeamError as error:
@@ -420,11 +422,13 @@ def _bindings_of_experts(version: str, experts: str) -> list[Binding]:
     from megatron_ep_v2.megatron import experts as experts_module
 
     optimizer, loader = modules[OPTIMIZER].DistributedOptimizer, modules[DIST_CHECKPOINTING]
+    ddp = modules[DDP].DistributedDataParallel
     by_number, whole = "sharded_param_state_dp_reshardable", "sharded_param_state_dp_zero"
     ours: list[Binding] = [
         (optimizer, by_number, expert_checkpoint.mark_buffers(getattr(optimizer, by_number))),
         (optimizer, whole, expert_checkpoint.refuse_whole_buffers(getattr(optimizer, whole))),
         (loader, "load", expert_checkpoint.explain_load(loader.load)),
+        (ddp, "zero_grad_buffer", experts_module.dropping_delayed(ddp.zero_grad_buffer)),
         *experts_module.bindings(),
     ]
     if experts != "megatron":

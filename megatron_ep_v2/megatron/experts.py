@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import importlib
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
@@ -24,6 +25,7 @@ from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, get_exper
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import ModuleSpec, import_module
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from megatron_ep_v2.errors import SettingsError
 from megatron_ep_v2.experts import redundant
@@ -248,6 +250,9 @@ class StackedLinear(torch.nn.Module):
     `tensor_model_parallel`, because each rank of the tensor-parallel group has different experts, which all count in
     the gradient's norm (megatron-core 0.16 skips what it takes for copies on all ranks but the first; 0.19 does not).
     And this package's mark `stacked_experts`, by which checkpoints distinguish it from Megatron's experts.
+
+    Attributes:
+        delayed: Weight gradients that backwards have left for `Experts.backward_dw` (`mlp.linear`).
     """
 
     def __init__(self, config: TransformerConfig, num_local_experts: int, out_features: int, in_features: int):
@@ -262,6 +267,8 @@ class StackedLinear(torch.nn.Module):
         self.fuse_wgrad_accumulation = config.gradient_accumulation_fusion
         self.delayed: list[torch.Tensor] = []
         self._delays = config.delay_wgrad_compute
+        _stacked.add(self)
+        _hook_into_optimizers()
         self._drawn_alike = config.use_cpu_initialization  # see `_random`
         self._register_load_state_dict_pre_hook(drop_extra_states, with_module=True)
 
@@ -280,6 +287,7 @@ class StackedLinear(torch.nn.Module):
         """Mark the weight of a copy: torch copies a parameter without its attributes."""
         super().__setstate__(state)
         self._mark()
+        _stacked.add(self)
 
     def forward(
         self,
@@ -300,13 +308,8 @@ class StackedLinear(torch.nn.Module):
             )
         if x is None or groups is None or multiply is None:
             return self.weight
-        if self.delayed:
-            raise SettingsError(
-                "weight gradients of the last backward were left for backward_dw(), which was not called",
-                found="delay_wgrad_compute=True",
-                needed="Megatron's 1F1B plan, which calls it; or gradients in backward",
-                fix="drop --delay-wgrad-compute, or call backward_dw() of the MoE layers after each backward",
-            )
+        if self.delayed and torch.is_grad_enabled():  # an evaluation adds to no gradient
+            raise _left("the next forward")
         main_grad = getattr(self.weight, "main_grad", None) if self.fuse_wgrad_accumulation else None
         if isinstance(groups, ReplicaRows):
             return redundant.linear(x, self.weight, groups, multiply, activation, main_grad)
@@ -319,6 +322,54 @@ class StackedLinear(torch.nn.Module):
         for expert in range(number) if self._drawn_alike else range(first, first + len(self.weight)):
             here = 0 <= expert - first < len(self.weight)
             method(self.weight[expert - first] if here else torch.empty_like(self.weight[0]))
+
+
+# ------------------------------------------------------------------------------------------- delayed weight gradients
+
+_stacked: weakref.WeakSet[StackedLinear] = weakref.WeakSet()  # that are alive
+
+
+def drop_delayed(model: torch.nn.Module) -> None:
+    """Drop the weight gradients that backwards of a model have left for `backward_dw()`: those of a step that was given
+    up, whose gradients are zeroed. `zero_grad_buffer()` of Megatron's DDP calls this."""
+    if any(linear.delayed for linear in _stacked):
+        for module in model.modules():
+            if isinstance(module, StackedLinear):
+                module.delayed.clear()
+
+
+def dropping_delayed(zero_grad_buffer: Callable[[torch.nn.Module], None]) -> Callable[[torch.nn.Module], None]:
+    """Wrap `DistributedDataParallel.zero_grad_buffer` to zero the delayed gradients, too."""
+
+    @functools.wraps(zero_grad_buffer)
+    def zero(self: torch.nn.Module) -> None:
+        drop_delayed(self)
+        zero_grad_buffer(self)
+
+    return zero
+
+
+@functools.cache
+def _hook_into_optimizers() -> None:
+    """Register the hook once."""
+    register_optimizer_step_pre_hook(_before_step)
+
+
+def _before_step(*_: object) -> None:
+    """Before any optimizer's step, which would lose delayed gradients. No schedule leaves some at its end."""
+    if any(linear.delayed for linear in _stacked):
+        raise _left("an optimizer's step")
+
+
+def _left(before: str) -> SettingsError:
+    return SettingsError(
+        f"weight gradients were left for backward_dw(), which was not called before {before}",
+        found="delay_wgrad_compute=True; a loop that does not call it, or an error before the call",
+        needed="Megatron's 1F1B plan, which calls it; after an error, gradients that are zeroed before the next step",
+        fix="after an error: zero_grad_buffer() of Megatron's DistributedDataParallel, or, without that, "
+        "megatron_ep_v2.megatron.experts.drop_delayed(model). Else drop --delay-wgrad-compute, or call backward_dw() "
+        "of the MoE layers after each backward",
+    )
 
 
 def _random(config: TransformerConfig) -> contextlib.AbstractContextManager[object]:

@@ -30,6 +30,7 @@ CHECKPOINT = "megatron.core.tensor_parallel.random"
 MOE_LAYER = "megatron.core.transformer.moe.moe_layer"
 OPTIMIZER = "megatron.core.optimizer.distrib_optimizer"
 OPTIMIZERS = "megatron.core.optimizer.optimizer"
+DDP = "megatron.core.distributed.distributed_data_parallel"
 DIST_CHECKPOINTING = "megatron.core.dist_checkpointing"
 TE_CHECKPOINT = "transformer_engine.pytorch.distributed"
 SCHEDULE = "megatron.core ... schedule"  # key of the module of SCHEDULES that decides what 1F1B frees
@@ -83,6 +84,7 @@ _EXPERT_SYMBOLS: dict[str, dict[str, tuple[str, ...]]] = {
         "DistributedOptimizer.sharded_param_state_dp_zero": ("model_sharded_state_dict", "is_loading", "metadata"),
     },
     DIST_CHECKPOINTING: {"load": ("sharded_state_dict", "checkpoint_dir")},
+    DDP: {"DistributedDataParallel.zero_grad_buffer": ()},
 }
 # Required symbols for repeating a step in sync-free mode; further parameters may follow. `get_forward_backward_func`
 # looks the schedules up in their module when it is called.
