@@ -40,6 +40,11 @@ class CallLog:
         cells[ENTERED] = number
         return number
 
+    def wait(self) -> None:
+        """The host waits for the last call, which it has started and left."""
+        self.cells[THREAD] = threading.get_ident()
+        self.cells[LEFT] = self.cells[ENTERED] - 1
+
     def retract(self) -> None:
         """Remove the last call, which was refused before it began."""
         self.cells[ENTERED] -= 1

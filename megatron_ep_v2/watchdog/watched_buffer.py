@@ -107,7 +107,7 @@ class WatchedBuffer(Starter):
         return answer
 
     def start_dispatch(self, x: Payload, **arguments: Any) -> Pending[Dispatched]:
-        """See `contract.DeferringBuffer.start_dispatch`. Logged as one dispatch, from here to its end."""
+        """See `contract.DeferringBuffer.start_dispatch`. Logged as one dispatch."""
         rows, handle = x[0] if isinstance(x, tuple) else x, arguments.get("handle")
         start = cast(DeferringBuffer, self.buffer).start_dispatch
         if handle is not None:
@@ -120,7 +120,7 @@ class WatchedBuffer(Starter):
     def start_combine(
         self, x: torch.Tensor, handle: Handle, topk_weights: torch.Tensor | None = None, **arguments: Any
     ) -> Pending[Combined]:
-        """See `contract.DeferringBuffer.start_combine`. Logged as one combine, from here to its end."""
+        """See `contract.DeferringBuffer.start_combine`. Logged as one combine."""
         start = cast(DeferringBuffer, self.buffer).start_combine
         kind = FORWARD_COMBINE if topk_weights is None else BACKWARD_OF_DISPATCH
         return self._logged(kind, _moe_call(handle), x, lambda: start(x, handle, topk_weights, **arguments))
@@ -133,8 +133,12 @@ class WatchedBuffer(Starter):
         start: Callable[[], Pending[T]],
         first: bool = False,
     ) -> Pending[T]:
-        """A call that is started and logged. first: A dispatch without a handle, at whose end the host has waited for
-        the counts."""
+        """A call that is started and logged: it is under way while it is started and while it is waited for. What the
+        host does in between, however long, keeps no rank waiting; and it may never wait, after an error.
+
+        Args:
+            first: A dispatch without a handle, at whose end the host has waited for the counts.
+        """
         self._finish_started()
         watch = self.watch
         clock = watch.clock or watch.set_clock(rows, self.buffer.comm_stream)
@@ -144,8 +148,10 @@ class WatchedBuffer(Starter):
         except BaseException as error:
             watch.fail(error)
             raise
+        watch.leave()
 
         def finish() -> T:
+            watch.call_log.wait()  # of this call: every other one finishes it first
             try:
                 answer = pending.wait()
             except BaseException as error:

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import megatron_ep_v2
 from megatron_ep_v2 import settings
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.reference import ReferenceBuffer
+from megatron_ep_v2.started_a2a import finish_combine, finish_dispatch, start_combine, start_dispatch
 from tests.helpers import stalls
+from tests.helpers.cases import SMALL, make_batch
 from tests.helpers.harness import HANG, isolated, run_ranks
 from tests.helpers.stacks import on_one_stack
 from tests.helpers.stalls import CULPRIT, HEAD, RANKS, STALLS, layer, rows, standard_error_in, start, until
@@ -140,6 +143,40 @@ def pause_everywhere(group: Any, folder: str) -> list[bool]:
 def test_no_report_of_a_run_in_which_no_rank_is_late(tmp_path: Path) -> None:
     assert run_ranks(RANKS, pause_everywhere, str(tmp_path)) == [[True, True]] * RANKS
     assert [file.read_text() for file in tmp_path.iterdir()] == [""] * RANKS
+
+
+@isolated
+def give_up(group: Any, folder: str) -> list[bool]:
+    """An error between the start of a call and its wait, and a long pause after it, on all ranks, as where a training
+    loop skips a batch and saves a checkpoint; whether the next step is right; and then such an error at the end."""
+    batch = make_batch(SMALL, group.rank())
+    given = (batch.x.double(), batch.topk_idx, batch.topk_weights.double(), SMALL.experts, group)
+    with standard_error_in(Path(folder, str(group.rank()))):
+        start(LIMIT, num_max_tokens_per_rank=64)
+        found = []
+        for give_up in ("dispatch", "combine", ""):
+            started = start_dispatch(*given)
+            assert started is not None
+            if give_up == "dispatch":
+                time.sleep(LIMIT + 0.5)
+                continue
+            rows, _, _, handle = finish_dispatch(started)
+            combining = start_combine(rows, group, handle)
+            assert combining is not None
+            if give_up == "combine":
+                time.sleep(LIMIT + 0.5)
+                continue
+            times = (batch.topk_idx >= 0).sum(dim=1, keepdim=True)
+            found.append(torch.allclose(finish_combine(combining), times * given[0]))
+        start_dispatch(*given)
+        pool.destroy_buffers()
+    return found
+
+
+@pytest.mark.slow
+def test_no_report_of_a_call_that_was_started_and_given_up(tmp_path: Path) -> None:
+    assert run_ranks(2, give_up, str(tmp_path)) == [[True]] * 2
+    assert [file.read_text() for file in tmp_path.iterdir()] == [""] * 2
 
 
 @isolated

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ep_v2.errors import UnavailableError
+from megatron_ep_v2.buffers.pending import Pending
+from megatron_ep_v2.errors import ClosedError, UnavailableError
 from megatron_ep_v2.watchdog import completion, watched_buffer
 from megatron_ep_v2.watchdog.call_log import (
     DONE,
@@ -67,6 +68,73 @@ def test_a_sync_free_dispatch_has_not_finished_when_it_was_left(record: CallLog)
     assert record.pending() == number
     record.cells[DONE] = number
     assert record.pending() == 0
+
+
+class Started:
+    """A buffer whose call has arrived at the other ranks when it is started, and is asked what is pending whenever it
+    runs. log: Of its rank."""
+
+    comm_stream = None
+
+    def __init__(self, log: CallLog):
+        self.log, self.seen, self.error = log, list[int](), None
+
+    def _run(self) -> Any:
+        self.seen.append(self.log.pending())
+        if self.error is not None:
+            raise self.error
+        return "rows", None, None, SimpleNamespace(), None
+
+    def start_dispatch(self, *_: Any, **__: Any) -> Pending[Any]:
+        self.seen.append(self.log.pending())
+        return Pending(self._run)
+
+    start_combine = start_dispatch
+
+    def combine(self, *_: Any, **__: Any) -> Any:
+        return self._run()
+
+
+def watched_by(log: CallLog, buffer: Any) -> watched_buffer.WatchedBuffer:
+    rank = object.__new__(watched_buffer.Watch)
+    rank.clock, rank.call_log, rank.step, rank.moe_calls = completion.HostClock(), log, 1, 0
+    return watched_buffer.WatchedBuffer(buffer, rank)
+
+
+CALLS = {
+    "dispatch": lambda watched: watched.start_dispatch(torch.zeros(3, 4)),
+    "cached dispatch": lambda watched: watched.start_dispatch(torch.zeros(3, 4), handle=SimpleNamespace()),
+    "combine": lambda watched: watched.start_combine(torch.zeros(3, 4), SimpleNamespace()),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_started_call_is_pending_while_it_is_started_and_while_it_is_waited_for(name: str, record: CallLog) -> None:
+    """In between the host is busy with something else, or has given the step up: no rank waits for that."""
+    buffer = Started(record)
+    pending = CALLS[name](watched_by(record, buffer))
+    assert record.pending() == 0 and record.cells[ENTERED] == 1
+    pending.wait()
+    assert buffer.seen == [1, 1] and record.pending() == 0 and record.cells[LEFT] == 1
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_the_next_call_finishes_a_started_one_and_then_begins(name: str, record: CallLog) -> None:
+    buffer = Started(record)
+    watched = watched_by(record, buffer)
+    CALLS[name](watched)
+    watched.combine(torch.zeros(3, 4), SimpleNamespace())  # type: ignore[arg-type]
+    assert buffer.seen == [1, 1, 2] and record.pending() == 0 and record.cells[LEFT] == record.cells[ENTERED] == 2
+
+
+def test_a_started_call_that_was_refused_at_its_end_was_none(record: CallLog) -> None:
+    """As after `destroy_buffers()`."""
+    buffer = Started(record)
+    pending = CALLS["dispatch"](watched_by(record, buffer))
+    buffer.error = ClosedError("destroyed")
+    with pytest.raises(ClosedError):
+        pending.wait()
+    assert record.pending() == record.cells[ENTERED] == record.cells[LEFT] == 0
 
 
 class Driver:
