@@ -322,7 +322,8 @@ class RedundantBuffer(Buffer, Protocol):
 
         Args:
             slots: Of this buffer.
-            weights: For each linear [L, *shape], contiguous, of the slots' dtype: this rank's own experts.
+            weights: For each linear [L, *shape], contiguous, of the slots' dtype, from a multiple of 16 bytes on: this
+                rank's own experts.
             mapping: [P, R] int32 on the CPU, see above.
         """
 
@@ -331,6 +332,6 @@ class RedundantBuffer(Buffer, Protocol):
 
         Args:
             slot_grads: One of the slots' `grads`, of this buffer.
-            grads: [L, *shape], contiguous, of the same dtype: added to in place.
+            grads: [L, *shape], contiguous, of the same dtype, from a multiple of 16 bytes on: added to in place.
             mapping: [P, R] int32 on the CPU, see above.
         """

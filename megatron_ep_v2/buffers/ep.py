@@ -26,7 +26,14 @@ from megatron_ep_v2.buffers.contract import (
 from megatron_ep_v2.buffers.deep_ep import memory_left_as_it_is
 from megatron_ep_v2.buffers.elastic import ElasticBuffer
 from megatron_ep_v2.buffers.pending import Pending, Starter
-from megatron_ep_v2.buffers.redundancy import carve, check_one_host, check_prefetch, check_reduce, slot_bytes
+from megatron_ep_v2.buffers.redundancy import (
+    ALIGNMENT,
+    carve,
+    check_one_host,
+    check_prefetch,
+    check_reduce,
+    slot_bytes,
+)
 from megatron_ep_v2.errors import ClosedError, InputError, SettingsError, UnavailableError
 from megatron_ep_v2.probe import load_class
 from megatron_ep_v2.settings import Settings
@@ -78,11 +85,11 @@ class EPBuffer(Starter, ElasticBuffer):
         check_one_host(hosts)
         for shape in redundancy.shapes:
             size = torch.Size(shape).numel() * redundancy.dtype.itemsize
-            if size % 16:  # deep_ep 2.5.0: csrc/buffers/ep.hpp, lb_prefetch_weights
+            if size % ALIGNMENT:  # deep_ep 2.5.0: csrc/buffers/ep.hpp, lb_prefetch_weights
                 raise InputError(
                     "DeepEP does not move experts of this size",
                     found=f"{size} bytes in a weight {shape} of {redundancy.dtype}",
-                    needed="a multiple of 16",
+                    needed=f"a multiple of {ALIGNMENT}",
                     fix="change --moe-ffn-hidden-size, or unset MCORE_DEEPEP_V2_REDUNDANT_EXPERTS",
                 )
         memory = load_class(self.carrier.name, "BufferAllocator")()

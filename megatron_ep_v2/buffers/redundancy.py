@@ -19,6 +19,7 @@ from megatron_ep_v2.errors import InputError, SettingsError
 
 VARIABLE = "MCORE_DEEPEP_V2_REDUNDANT_EXPERTS"
 OFF = f"unset {VARIABLE}"
+ALIGNMENT = 16  # bytes: what DeepEP 2.5's kernels copy and add at a time
 
 
 class Replica(NamedTuple):
@@ -120,6 +121,7 @@ def check_prefetch(
             "one params_dtype for all MoE layers of a group",
             fix=f"give the model's config the dtype of its weights (params_dtype), or {OFF}",
         )
+    _check_aligned(group, "weights", weights)
     check_mapping(group, redundancy, mapping)
 
 
@@ -142,7 +144,26 @@ def check_reduce(
             needed=f"{slot_grads.dtype} {shape}, contiguous, on {slot_grads.device}",
             fix="pass the gradients of this rank's own experts in the slots' dtype",
         )
+    _check_aligned(group, "gradients", [grads])
     check_mapping(group, redundancy, mapping)
+
+
+def _check_aligned(group: ProcessGroup, what: str, tensors: Sequence[torch.Tensor]) -> None:
+    """Refuse views into a flat buffer that begin between two multiples of ALIGNMENT."""
+    odd = [f"{tuple(t.shape)} begins {t.data_ptr() % ALIGNMENT} bytes after one" for t in tensors if not is_aligned(t)]
+    if odd:
+        raise InputError(
+            f"rank {group.rank()}: these {what} do not begin where DeepEP can copy them",
+            found=", ".join(odd),
+            needed=f"memory that begins at a multiple of {ALIGNMENT} bytes, as torch's own does, and as the views into "
+            "the buffers of Megatron's distributed optimizer do",
+            fix=f"align each parameter in the flat buffer to {ALIGNMENT} bytes, or give each its own memory; or {OFF}",
+        )
+
+
+def is_aligned(tensor: torch.Tensor) -> bool:
+    """Whether DeepEP's kernels can copy it or add to it."""
+    return tensor.data_ptr() % ALIGNMENT == 0
 
 
 def _check_own(group: ProcessGroup, own: bool) -> None:

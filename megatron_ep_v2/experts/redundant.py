@@ -20,6 +20,7 @@ from typing import Protocol
 import torch
 
 from megatron_ep_v2.buffers.contract import Slots, Transfer
+from megatron_ep_v2.buffers.redundancy import is_aligned
 from megatron_ep_v2.errors import InputError, SettingsError
 from megatron_ep_v2.experts.counts import Replicas
 from megatron_ep_v2.experts.gemm import Gemm, gemm
@@ -274,9 +275,9 @@ class _Home:
             main_grad = None  # the hook that replaces it next would lose what is added now
         self._fused_into = main_grad if fused else None
         self._apart: torch.Tensor | None = None  # what arrives, if not added to main_grad
-        # DeepEP's kernel adds 16 bytes at a time; Megatron's DDP aligns gradients for its distributed optimizer alone.
+        # Megatron's DDP aligns gradients for its distributed optimizer alone.
         fits = main_grad is not None and main_grad.dtype == slot_grads.dtype and main_grad.is_contiguous()
-        if main_grad is not None and fits and main_grad.data_ptr() % 16 == 0:
+        if main_grad is not None and fits and is_aligned(main_grad):
             target = main_grad.view(parameter.shape)
         else:
             make = torch.zeros if self._is_home else torch.empty  # nothing arrives on other ranks

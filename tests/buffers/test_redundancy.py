@@ -105,6 +105,8 @@ WRONG: dict[str, Callable[[Any, list[torch.Tensor], torch.Tensor, int], Any]] = 
     "weights": lambda b, w, m, r: b.prefetch_weights(b.slots(), [w[1], w[0]], m),
     "one weight": lambda b, w, m, r: b.prefetch_weights(b.slots(), w[:1], m),
     "strided": lambda b, w, m, r: b.prefetch_weights(b.slots(), [w[0], w[1].mT.contiguous().mT], m),
+    "unaligned weights": lambda b, w, m, r: b.prefetch_weights(b.slots(), [w[0], shifted(w[1])], m),
+    "unaligned gradients": lambda b, w, m, r: b.reduce_grads(b.slots().grads[0], shifted(w[0]), m),
     "slots": lambda b, w, m, r: b.prefetch_weights(ReferenceBuffer(b.group, spec()).slots(), w, m),
     "slot of gradients": lambda b, w, m, r: b.reduce_grads(b.slots().grads[0].clone(), w[0], m),
     "gradients": lambda b, w, m, r: b.reduce_grads(b.slots().grads[0], w[1], m),
@@ -118,10 +120,18 @@ SAYS = {
     "weights": ("(2, 4, 3)", "(2, 6, 4)"),
     "one weight": ("torch.float32 (2, 6, 4)", "(2, 4, 3)"),
     "strided": ("strides (12, 1, 4)", "contiguous"),
+    "unaligned weights": ("(2, 4, 3) begins 4 bytes after one", "a multiple of 16 bytes"),
+    "unaligned gradients": ("(2, 6, 4) begins 4 bytes after one", "a multiple of 16 bytes"),
     "slots": ("not in this buffer's memory", "slots()"),
     "slot of gradients": ("not in this buffer's memory", "slots()"),
     "gradients": ("(2, 4, 3)", "(2, 6, 4)"),
 }
+
+
+def shifted(tensor: torch.Tensor) -> torch.Tensor:
+    """The same in a flat buffer, one element after its beginning."""
+    flat = torch.cat([tensor.new_zeros(1), tensor.flatten()])
+    return flat[1:].view(tensor.shape)
 
 
 def changed(mapping: torch.Tensor, rank: int, slot: int, expert: int) -> torch.Tensor:
@@ -136,7 +146,7 @@ def refused(group: Any) -> dict[str, Report]:
     buffer, mapping = ReferenceBuffer(group, spec()), torch.tensor(MAPPING, dtype=torch.int32)
     weights = [own(rank, linear, 0, torch.float32) for linear in range(2)]
     for name, call in WRONG.items():
-        good = name not in ("no such expert", "slot of gradients", "gradients")
+        good = name not in ("no such expert", "slot of gradients", "gradients", "unaligned gradients")
 
         def right(good: bool = good) -> Any:
             if good:
@@ -299,6 +309,11 @@ def test_what_deep_ep_does_not_check_is_refused_before_it_is_called() -> None:
     ):
         assert_report(attempt(lambda wrong=wrong: buffer.prefetch_weights(slots, WEIGHTS, wrong)), InputError, word)
         assert_report(attempt(lambda wrong=wrong: buffer.reduce_grads(slots.grads[0], grads, wrong)), InputError, word)
+    odd = [WEIGHTS[0], shifted(WEIGHTS[1])]
+    report = attempt(lambda: buffer.prefetch_weights(slots, odd, ON_TWO))
+    assert_report(report, InputError, "(2, 4, 4) begins 2 bytes after one", "flat buffer")
+    report = attempt(lambda: buffer.reduce_grads(slots.grads[0], shifted(grads), ON_TWO))
+    assert_report(report, InputError, "(2, 8, 4) begins 4 bytes after one")
     other = make(ep.EPBuffer).slots()
     assert_report(attempt(lambda: buffer.prefetch_weights(other, WEIGHTS, ON_TWO)), InputError, "not in this buffer's")
     assert_report(attempt(lambda: buffer.reduce_grads(other.grads[0], grads, ON_TWO)), InputError, "not in this")
