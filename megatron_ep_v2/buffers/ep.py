@@ -93,7 +93,8 @@ class EPBuffer(Starter, ElasticBuffer):
                     fix="change --moe-ffn-hidden-size, or unset MCORE_DEEPEP_V2_REDUNDANT_EXPERTS",
                 )
         memory = load_class(self.carrier.name, "BufferAllocator")()
-        self._region = memory.allocate((slot_bytes(redundancy),), torch.uint8)  # real once the buffer is built
+        with torch.inference_mode(False):  # see `carve`
+            self._region = memory.allocate((slot_bytes(redundancy),), torch.uint8)  # real once the buffer is built
         return {"lb_allocation_plan_or_num_bytes": memory}
 
     def start_dispatch(self, x: Payload, **arguments: Any) -> Pending[Dispatched]:

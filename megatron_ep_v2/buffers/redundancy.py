@@ -183,6 +183,7 @@ def slot_bytes(redundancy: Redundancy, alignment: int = 256) -> int:
     return sum(-(-size // alignment) * alignment for *_, size in _tensors(redundancy))
 
 
+@torch.inference_mode(False)  # else inference tensors, which training cannot write to
 def carve(redundancy: Redundancy, memory: torch.Tensor, alignment: int = 256) -> Slots:
     """Slots in `memory`, [slot_bytes or more] uint8."""
     found, start = [], 0

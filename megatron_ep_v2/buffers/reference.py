@@ -263,7 +263,8 @@ class ReferenceBuffer:
             redundancy = self._redundancy()
             on_gpu = "nccl" in dist.get_backend(self.group)
             device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-            memory = torch.empty(slot_bytes(redundancy), dtype=torch.uint8, device=device)
+            with torch.inference_mode(False):  # see `carve`
+                memory = torch.empty(slot_bytes(redundancy), dtype=torch.uint8, device=device)
             self._slots = carve(redundancy, memory)
             for slot in (*self._slots.weights, *self._slots.grads):
                 slot.fill_(float("nan"))

@@ -291,6 +291,13 @@ def test_deep_ep_gets_slots_of_its_region_and_flat_gradients() -> None:
     assert buffer._buffer.sms == {8}
 
 
+def test_a_buffer_that_an_evaluation_builds_has_slots_for_training() -> None:
+    with torch.inference_mode():
+        buffer = make(ep.EPBuffer)
+        slots = buffer.slots()
+    assert not any(tensor.is_inference() for tensor in (*slots.weights, *slots.grads))
+
+
 def test_where_nvidia_smi_does_not_know_nvlink_deep_ep_gets_an_sm_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeBuffer, "transfer_sms", 0)
     buffer = make(ep.EPBuffer)

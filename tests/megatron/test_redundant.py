@@ -394,6 +394,24 @@ def test_a_main_grad_that_is_not_aligned_is_not_given_to_the_kernel() -> None:
         assert error < 1e-5 and offsets == [0, 0]
 
 
+def evaluated_first(group: Any) -> float:
+    """The largest difference of a step after an evaluation in inference mode, which has built the buffer, to R = 0."""
+    topk_idx = torch.tensor([[3, 5, 6] if token % 4 == 0 else [0, 1, 2] for token in range(40 - group.rank())])
+    shape = replace(CPU, hidden=16, ffn=8)
+    x, grad = inputs(shape, len(topk_idx))
+    with process_groups():
+        wanted = step(build(shape, "grouped", topk_idx, 0), x, grad)
+        layer = build(shape, "grouped", topk_idx, 2)
+        with torch.inference_mode():
+            layer(x)
+        found = step(layer, x, grad)
+    return max(difference(found[name], value) for name, value in wanted.items())
+
+
+def test_training_after_an_evaluation_in_inference_mode() -> None:
+    assert max(run_ranks(2, evaluated_first)) < 1e-5
+
+
 def logged(group: Any) -> list[list[str]]:
     """Kinds of a step's calls in the watchdog's record, and what is there after a refused transfer."""
     topk_idx = torch.tensor([[0, 1, 2]] * 9)
