@@ -14,14 +14,14 @@ import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.reference import ReferenceBuffer
+from megatron_ep_v2.errors import GroupMismatchError
 from megatron_ep_v2.megatron import managers
 from tests.helpers import redundant_layer
 from tests.helpers.harness import run_ranks
 from tests.helpers.megatron_layer import hidden_states, make_layer, process_groups, step
 from tests.helpers.moe_features import SHARED, WHOLE_LAYER
-from tests.helpers.one_memory import in_one_memory
+from tests.helpers.one_memory import OneMemory, in_one_memory
 from tests.helpers.shapes import CPU
 from tests.helpers.shared_expert import shared_expert_on_the_cpu, with_overlap
 
@@ -186,51 +186,105 @@ class Stop(RuntimeError):
     """What a test raises between start and end."""
 
 
-def fail_in_between(group: Any, where: str) -> tuple[bool, list[str], list[str], bool]:
-    """Whether the layer's next steps are right; what was raised; the last call by then; and whether the one that was in
-    flight is gone."""
+@contextlib.contextmanager
+def failing(layer: Any, where: str) -> Iterator[None]:
+    """The shared expert raises `Stop` where it runs next to a call."""
+
+    def fail(*_: Any) -> None:
+        raise Stop(where)
+
+    part, number = where.split(", fc")
+    linear = getattr(layer.shared_experts, f"linear_fc{number}")
+    hook = linear.register_forward_hook(fail) if part == "forward" else linear.weight.register_hook(fail)
+    try:
+        yield
+    finally:
+        hook.remove()
+        layer.shared_experts._overlap_state = type(layer.shared_experts._overlap_state).IDLE  # of Megatron's own checks
+
+
+@contextlib.contextmanager
+def brought() -> Iterator[list[weakref.ref[Any]]]:
+    """What goes into calls that are started in here and what they bring: tensors, handles, and the calls."""
+    found: list[weakref.ref[Any]] = []
+    theirs = OneMemory._bring
+
+    def noting(self: Any, name: str, x: Any, answer: Any) -> Any:
+        pending = theirs(self, name, x, answer)
+        found.extend(weakref.ref(each) for each in (x, *answer, pending) if each is not None)
+        return pending
+
+    with mock.patch.object(OneMemory, "_bring", noting):
+        yield found
+
+
+def fail_in_between(group: Any, where: str) -> tuple[list[bool], list[str], list[str], int]:
+    """Whether the layer's next steps are right; what was raised; the last call by then; and how much of what was in
+    flight then is left after those steps."""
     with process_groups(), shared_expert_on_the_cpu(), in_one_memory() as order:
         hidden = hidden_states(CPU, CPU.tokens, 1)
         layer = make_layer(CPU, "flex", "expanded", "grouped", **OVERLAPPED)
         wanted, raised = as_bytes(step(layer, hidden)), []
         order.clear()
-
-        def fail(*_: Any) -> None:
-            raise Stop(where)
-
-        part, number = where.split(", fc")
-        linear = getattr(layer.shared_experts, f"linear_fc{number}")
-        hook = linear.register_forward_hook(fail) if part == "forward" else linear.weight.register_hook(fail)
-        try:
-            step(layer, hidden)
-        except RuntimeError as error:
-            raised.append(str(error))
-        hook.remove()
-        left = list(order)
-        buffer: Any = pool.find(layer.token_dispatcher._comm_manager.group)
-        started = weakref.ref(buffer._started) if getattr(buffer, "_started", None) else lambda: None
-        layer.shared_experts._overlap_state = type(layer.shared_experts._overlap_state).IDLE
-        same = []
+        with failing(layer, where), brought() as in_flight:
+            try:
+                step(layer, hidden)
+            except RuntimeError as error:
+                raised.append(str(error))
+        assert len(in_flight) >= 4
+        left, same = order[-1:], []
         for starts in (False, True):  # a call that waits must not take what the other one has left
             layer.token_dispatcher._comm_manager.starts = starts
             same.append(as_bytes(step(layer, hidden)) == wanted)
         gc.collect()
-        return all(same), raised, left[-1:], started() is None
+        return same, raised, left, sum(each() is not None for each in in_flight)
+
+
+WHERE = {
+    "forward, fc1": "dispatch starts",
+    "forward, fc2": "combine starts",
+    "backward, fc2": "cached dispatch starts",
+    "backward, fc1": "combine starts",
+}
 
 
 @with_overlap
-@pytest.mark.parametrize(
-    ("where", "left"),
-    [
-        ("forward, fc1", "dispatch starts"),
-        ("forward, fc2", "combine starts"),
-        ("backward, fc2", "cached dispatch starts"),
-        ("backward, fc1", "combine starts"),
-    ],
-)
+@pytest.mark.parametrize(("where", "left"), WHERE.items())
 def test_an_exception_between_start_and_end_leaves_nothing(where: str, left: str) -> None:
-    for same, raised, last, gone in run_ranks(2, fail_in_between, where):
-        assert same and raised == [where] and last == [left] and gone
+    for same, raised, last, kept in run_ranks(2, fail_in_between, where):
+        assert all(same) and raised == [where] and last == [left] and kept == 0
+
+
+def fail_alone(group: Any, where: str) -> list[str]:
+    """What becomes of two steps, until an error of the buffer, where rank 1 alone fails in the first one between start
+    and end, and goes on."""
+    with process_groups(), shared_expert_on_the_cpu(), in_one_memory():
+        hidden = hidden_states(CPU, CPU.tokens, 1)
+        layer = make_layer(CPU, "flex", "expanded", "grouped", **OVERLAPPED)
+        wanted, said = as_bytes(step(layer, hidden)), []
+        for fails in (group.rank() == 1, False):
+            try:
+                with failing(layer, where) if fails else contextlib.nullcontext():
+                    said.append("right" if as_bytes(step(layer, hidden)) == wanted else "wrong")
+            except Stop:
+                said.append("stopped")
+            except GroupMismatchError as error:
+                return [*said, str(error)]
+        return said
+
+
+@with_overlap
+@pytest.mark.parametrize("where", WHERE)
+def test_a_rank_that_fails_alone_and_goes_on_is_named(where: str) -> None:
+    """After the last call of a backward was started, no rank waits for it any more."""
+    mine, its = run_ranks(2, fail_alone, where)
+    if where == "backward, fc1":
+        assert (mine, its) == (["right", "right"], ["stopped", "right"])
+        return
+    (text,), (first, other_text) = mine, its
+    assert first == "stopped"
+    for said in (text, other_text):
+        assert "disagree about" in said and "call: rank 1 has dispatch; the others have" in said
 
 
 @pytest.mark.parametrize(

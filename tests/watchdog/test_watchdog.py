@@ -97,6 +97,36 @@ def test_a_rank_that_waits_with_pythons_lock_still_reports(tmp_path: Path) -> No
 
 
 @isolated
+def fail_alone(group: Any, folder: str) -> str:
+    """Rank 1 fails between the start of a dispatch and its wait, and does not go on; what rank 0 says, which waits in
+    its combine."""
+    file = Path(folder, str(group.rank()))
+    batch = make_batch(SMALL, group.rank())
+    with standard_error_in(file):
+        start(1, num_max_tokens_per_rank=64)
+        started = start_dispatch(batch.x.double(), batch.topk_idx, batch.topk_weights.double(), SMALL.experts, group)
+        assert started is not None
+        if group.rank() == 1:
+            for _ in until(lambda: "stack, newest" in Path(folder, "0").read_text()):
+                time.sleep(0.05)
+        rows, _, _, handle = finish_dispatch(started)
+        combining = start_combine(rows, group, handle)
+        assert combining is not None
+        finish_combine(combining)
+        pool.destroy_buffers()
+    return file.read_text()
+
+
+def test_a_rank_that_fails_between_start_and_wait_is_named(tmp_path: Path) -> None:
+    for rank in range(2):
+        (tmp_path / str(rank)).touch()
+    waiting, failed = run_ranks(2, fail_alone, str(tmp_path))
+    assert "rank 0: forward combine has not finished for" in waiting and "goes on after" in waiting
+    assert "rank 1 has not arrived" in waiting and "after forward dispatch (step 1, MoE call 1" in waiting
+    assert "in fail_alone" in waiting and HEAD not in failed
+
+
+@isolated
 def arrive_late(group: Any) -> str:
     said: list[str] = []
     handler = logging.Handler()
