@@ -251,7 +251,8 @@ class Watch:
         if isinstance(error, EPError):  # refused, and the error says why
             self.call_log.retract()
             return
-        if isinstance(error, RuntimeError):  # a lost connection or deep_ep's time-out: neither names a rank
+        # A lost connection or deep_ep's time-out, which name no rank. No rank keeps this one from its memory.
+        if isinstance(error, RuntimeError) and not isinstance(error, torch.cuda.OutOfMemoryError):
             self.client.report_failure(error)
         self.leave()
 

@@ -137,6 +137,31 @@ def test_a_started_call_that_was_refused_at_its_end_was_none(record: CallLog) ->
     assert record.pending() == record.cells[ENTERED] == record.cells[LEFT] == 0
 
 
+FAILURES = {
+    RuntimeError("Connection closed by peer"): True,
+    torch.OutOfMemoryError("CUDA out of memory"): False,
+}
+
+
+@pytest.mark.parametrize(("error", "reported"), FAILURES.items(), ids=lambda value: type(value).__name__)
+@pytest.mark.parametrize("name", [*CALLS, "waiting combine"])
+def test_a_call_without_memory_is_not_reported_as_one_that_waits_for_a_rank(
+    name: str, error: Exception, reported: bool, record: CallLog
+) -> None:
+    """Nor is the call still under way then."""
+    buffer, said = Started(record), []
+    watched = watched_by(record, buffer)
+    watched.watch.client = SimpleNamespace(report_failure=said.append)  # type: ignore[assignment]
+    buffer.error = error
+    with pytest.raises(type(error)):
+        if name in CALLS:
+            CALLS[name](watched).wait()
+        else:
+            watched.combine(torch.zeros(3, 4), SimpleNamespace())  # type: ignore[arg-type]
+    assert said == ([error] if reported else [])
+    assert record.pending() == 0 and record.cells[ENTERED] == record.cells[LEFT] == 1
+
+
 class Driver:
     """Instead of CUDA, and of the one function of it that is loaded: does the copies, keeps what is queued, and
     answers with the code that it is given.
