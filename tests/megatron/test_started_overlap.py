@@ -3,10 +3,12 @@ backward; equal results; and what an exception there leaves."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import types
 import weakref
+from collections.abc import Iterator
 from typing import Any
 from unittest import mock
 
