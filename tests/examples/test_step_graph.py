@@ -114,7 +114,7 @@ SHAPE = ModelShape(
     kv_channels=16,
     ffn_hidden_size=128,
     moe_ffn_hidden_size=32,
-    num_experts=0,  # follows from the ranks
+    num_experts=0,  # see `for_ranks`
     topk=4,
     seq_length=32,
 )

@@ -29,14 +29,16 @@ import megatron_ep_v2
 from megatron_ep_v2.gpus import gpu_ranks
 from megatron_ep_v2.megatron.qwen3_moe import model as example
 from megatron_ep_v2.megatron.qwen3_moe.options import TrainerOptions
-from tests.gpu.test_step_graph import RECIPE, SHAPE, TOKENS
 from tests.helpers.carriers import v2_carrier
+from tests.helpers.graphed_steps import GPU_SHAPE, for_ranks, recipe
 from tests.helpers.harness import isolated, run_ranks
 from tests.helpers.megatron_layer import process_groups
 from tests.helpers.progress import say
 from tests.helpers.reports import log_records
 
 RANKS = gpu_ranks()
+SHAPE = for_ranks(GPU_SHAPE, RANKS)
+TOKENS = SHAPE.seq_length
 MICRO_BATCHES, WARM_UP = 2, 3
 # In these steps all tokens go to the experts of rank 0: more rows than its graph has.
 SKEWED = {8, 9, 16}
@@ -72,7 +74,7 @@ class Job:
 
     def __init__(self, fields: dict[str, Any], rank: int, size: int):
         device = torch.device("cuda", torch.cuda.current_device())
-        options = TrainerOptions(shape=SHAPE, recipe=RECIPE, dtype="bf16", experts="grouped")
+        options = TrainerOptions(shape=SHAPE, recipe=recipe(RANKS), dtype="bf16", experts="grouped")
         theirs = example.transformer_config
         with mock.patch.object(
             example,

@@ -10,30 +10,17 @@ import pytest
 import torch
 
 from megatron_ep_v2.gpus import gpu_ranks
-from megatron_ep_v2.megatron.qwen3_moe.options import ModelShape
 from tests.helpers.carriers import v2_carrier
-from tests.helpers.graphed_steps import Place, every_kind, many
+from tests.helpers.graphed_steps import GPU_SHAPE, Place, every_kind, many
 from tests.helpers.harness import run_ranks
 
 RANKS = gpu_ranks()
-SHAPE = ModelShape(
-    num_layers=2,
-    hidden_size=512,
-    num_attention_heads=4,
-    num_query_groups=2,
-    kv_channels=128,
-    ffn_hidden_size=1024,
-    moe_ffn_hidden_size=256,
-    num_experts=0,  # follows from the ranks
-    topk=4,
-    seq_length=128,
-)
 
 pytestmark = pytest.mark.usefixtures("transformer_engine")
 
 
 def here() -> Place:
-    return Place(SHAPE, {"buffer": v2_carrier()}, "cuda", "bf16")
+    return Place(GPU_SHAPE, {"buffer": v2_carrier()}, "cuda", "bf16")
 
 
 @functools.cache

@@ -21,6 +21,28 @@ from tests.helpers.megatron_layer import process_groups
 from tests.helpers.progress import say
 
 T = TypeVar("T")
+GPU_SHAPE = ModelShape(
+    num_layers=2,
+    hidden_size=512,
+    num_attention_heads=4,
+    num_query_groups=2,
+    kv_channels=128,
+    ffn_hidden_size=1024,
+    moe_ffn_hidden_size=256,
+    num_experts=0,  # see `for_ranks`
+    topk=4,
+    seq_length=128,
+)
+
+
+def for_ranks(shape: ModelShape, ranks: int) -> ModelShape:
+    """With as many experts on a rank as a token selects, so that all of a token's can be on one."""
+    return replace(shape, num_experts=shape.topk * max(ranks, 2))
+
+
+def recipe(ranks: int) -> Recipe:
+    """One micro-batch of one sequence on each rank."""
+    return Recipe(steps=1000, global_batch_size=ranks, micro_batch_size=1, lr=1e-3, min_lr=1e-4, warmup_steps=10)
 
 
 @dataclass(frozen=True)
@@ -28,7 +50,7 @@ class Place:
     """Where the steps run.
 
     Attributes:
-        shape: With as many experts on a rank as a token selects, so that all of a token's can be on one.
+        shape: See `for_ranks`.
         settings: Of `install()`.
         device: "cuda" (the process' current GPU) or "cpu".
         dtype: Of the model.
@@ -92,12 +114,13 @@ def _biased(theirs: Callable[[torch.Tensor], torch.Tensor], bias: torch.Tensor) 
 @contextlib.contextmanager
 def run(group: Any, place: Place, graph: bool, **settings: Any) -> Iterator[Run]:
     """A trainer in sync-free mode, its steps in a graph or not."""
-    shape, ranks = replace(place.shape, num_experts=place.shape.topk * max(group.size(), 2)), group.size()
-    recipe = Recipe(steps=1000, global_batch_size=ranks, micro_batch_size=1, lr=1e-3, min_lr=1e-4, warmup_steps=10)
+    shape = for_ranks(place.shape, group.size())
     chosen = {**place.settings, **settings, "num_max_tokens_per_rank": shape.seq_length}
     with process_groups():
         megatron_ep_v2.install(sync_free=True, experts="grouped", **chosen)
-        options = TrainerOptions(shape=shape, recipe=recipe, dtype=place.dtype, experts="grouped", cuda_graph=graph)
+        options = TrainerOptions(
+            shape=shape, recipe=recipe(group.size()), dtype=place.dtype, experts="grouped", cuda_graph=graph
+        )
         device = torch.device(place.device, torch.cuda.current_device() if place.device == "cuda" else None)
         yield Run(group.rank(), Trainer(options, device))
         megatron_ep_v2.destroy_buffers()

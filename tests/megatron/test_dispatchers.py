@@ -16,7 +16,7 @@ from megatron.core.transformer.moe import token_dispatcher
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
 import megatron_ep_v2
-from megatron_ep_v2.megatron import optimizer_step
+from megatron_ep_v2.megatron import dispatchers, managers, optimizer_step
 from tests.helpers.harness import run_ranks
 from tests.helpers.megatron_layer import process_groups, transformer_config
 from tests.helpers.megatron_training import Job, Setup, on_cpu
@@ -34,6 +34,12 @@ def take(records: list[logging.LogRecord]) -> list[str]:
     said = [record.getMessage() for record in records if record.levelno == logging.WARNING]
     records.clear()
     return [message for message in said if "no MoE layer" in message]
+
+
+def forget_models() -> None:
+    """Those that an earlier test left in this process: hooks of Megatron's DDP keep them for good."""
+    managers.managers.clear()
+    dispatchers.forget()
 
 
 def dispatcher(kind: str, backend: str = "deepep", ranks: int = 2) -> Any:
@@ -86,6 +92,7 @@ class Manager:
 
 def step_with_each(group: Any) -> dict[str, Any]:
     """For each of JOBS: what the first and the second training step warn of, and the status after them."""
+    forget_models()
     found = {}
     step = mock.Mock(return_value="stepped")
     with (
@@ -95,7 +102,7 @@ def step_with_each(group: Any) -> dict[str, Any]:
         mock.patch.object(token_dispatcher, "_HybridEPManager", Manager),
     ):
         for name, (layers, _, _) in JOBS.items():
-            gc.collect()  # what an earlier test left in reference cycles
+            gc.collect()  # what the job before left in reference cycles
             megatron_ep_v2.install(buffer="reference")
             kept = [dispatcher(*layer) for layer in layers]
             bound = optimizer_step.deciding_first(step)
@@ -139,7 +146,7 @@ def test_the_first_step_warns_where_none_dispatches_and_one_was_meant_to() -> No
 
 def train_alone(group: Any) -> tuple[list[str], str]:
     """Experts on one rank have nothing to dispatch, whatever Megatron calls it."""
-    gc.collect()
+    forget_models()
     with on_cpu(), process_groups(Split(1, 1)), log_records() as seen:
         job = Job(Setup(distributed=False))
         job.step()
@@ -152,7 +159,7 @@ def test_one_rank_has_nothing_to_dispatch() -> None:
 
 def step_of_megatrons_optimizer(group: Any) -> list[list[str]]:
     """Megatron's own optimizer, as all frameworks make it: what two steps warn of."""
-    gc.collect()
+    forget_models()
     with on_cpu(), process_groups(Split(1, 2)), log_records() as seen:
         megatron_ep_v2.install(buffer="reference")
         kept = dispatcher("alltoall")
