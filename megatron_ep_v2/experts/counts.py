@@ -6,7 +6,6 @@ it, which the result of an operation on the tensor does not have.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -69,12 +68,6 @@ class CountsOnDevice(torch.Tensor):
     """Counts that must stay on the device. Results computed from them are plain tensors."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    def __deepcopy__(self, memo: dict[int, object]) -> CountsOnDevice:
-        """Copy for a copy of the layer; torch's own deepcopy needs operations that return the subclass."""
-        copied = self.clone().as_subclass(CountsOnDevice)
-        attach(copied, copy.deepcopy(row_info(self), memo))
-        return copied
 
     def tolist(self) -> NoReturn:
         """Raise: Megatron's own experts call this and would wait for the device."""

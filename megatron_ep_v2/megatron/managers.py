@@ -388,8 +388,10 @@ class ExpandedManager(CompactManager):
 
     def _forget(self) -> None:
         """Drop the tensors after the combine. Else this step's autograd graph lives until the next step, whose nodes
-        may run in another stream: an error if the next step is captured into a CUDA graph."""
-        self.handle = self.token_probs = self.token_indices = self.dispatched_probs = None  # type: ignore[assignment]
+        may run in another stream: an error if the next step is captured into a CUDA graph. And what the counts carry
+        would be copied with a copy of the layer, replicas with their buffer."""
+        self.handle = self.token_probs = self.token_indices = None  # type: ignore[assignment]
+        self.dispatched_probs = self.tokens_per_expert = None  # type: ignore[assignment]
 
     def get_permuted_hidden_states_by_experts(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the rows unchanged, once they are there, and their probabilities in the router's dtype."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -410,6 +412,26 @@ def evaluated_first(group: Any) -> float:
 
 def test_training_after_an_evaluation_in_inference_mode() -> None:
     assert max(run_ranks(2, evaluated_first)) < 1e-5
+
+
+def buffer_left(group: Any) -> bool:
+    """Whether the buffer with its slots is alive after a step with replicas, once it is destroyed."""
+    topk_idx = torch.tensor([[0, 1, 2]] * 9)
+    with process_groups():
+        install("sequential", 1)
+        layer = add_layer(CPU, "sequential", topk_idx)
+        with watched() as seen:
+            step(layer, *inputs(CPU, 9))
+        assert "reduce_grads" in seen.calls
+        buffer = weakref.ref(pool.buffers()[0])
+        megatron_ep_v2.destroy_buffers()
+        gc.collect()
+        return buffer() is not None
+
+
+def test_a_layer_keeps_no_buffer_between_steps() -> None:
+    """It would keep the slots' memory after `destroy_buffers()`, and a copy of the layer would copy the buffer."""
+    assert run_ranks(2, buffer_left) == [False] * 2
 
 
 def logged(group: Any) -> list[list[str]]:
