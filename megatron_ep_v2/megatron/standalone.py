@@ -21,6 +21,7 @@ from megatron_ep_v2.megatron.symbols import Binding
 
 __all__ = [
     "Dispatcher",
+    "begin_again",
     "ensure_global_memory_buffer",
     "fused_a2a",
     "make_dispatchers",
@@ -116,6 +117,15 @@ def make_dispatchers(
     groups.ep = groups.tp_ep = group
     groups.tp = groups.expt_tp = alone
     return [classes[kind](num_local, local, TransformerConfig(**values | config), groups) for _ in range(count)]
+
+
+def begin_again(shared_experts: torch.nn.Module) -> None:
+    """Let Megatron's shared experts run next to communication after a forward that has raised in between: forget how
+    far that was (0.19 asks for it at each step of the next one), and its tensors."""
+    own = vars(shared_experts)
+    own.update({name: None for name in own if name.startswith("cached_")})
+    if "_overlap_state" in own:
+        own["_overlap_state"] = type(own["_overlap_state"]).IDLE
 
 
 def sms_field(backend: str) -> str:

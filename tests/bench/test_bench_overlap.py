@@ -21,6 +21,7 @@ from megatron_ep_v2.bench.variants import VARIANTS
 from megatron_ep_v2.buffers.carriers import CARRIERS
 from megatron_ep_v2.buffers.reference import ReferenceBuffer
 from megatron_ep_v2.cli.bench_options import parse
+from megatron_ep_v2.megatron.experts import Experts
 from megatron_ep_v2.megatron.qwen3_moe.trainer import Trainer
 from megatron_ep_v2.megatron.standalone import model_parallel, on_cpu
 from tests.bench.test_bench import bench
@@ -32,10 +33,32 @@ NAMES = ["alltoall", "reference-compact", "reference-expanded"]
 SHARED_FFN = 96
 
 
+def steps_of(group: Any, names: list[str]) -> list[dict[str, Any]]:
+    """Rows of two layers, on the CPU."""
+    shape = replace(TINY, shared_ffn=SHARED_FFN)
+    with on_cpu(), shared_expert_on_the_cpu(), model_parallel(group.size(), 0):
+        options = model_options(
+            shape,
+            layers=2,
+            tokens=24,
+            vocab_size=64,
+            micro_batches=1,
+            dtype="fp32",
+            recompute=False,
+            ranks=group.size(),
+            seed=0,
+            experts="sequential",
+            overlap=True,
+        )
+        trainer = Trainer(options, torch.device("cpu"))
+        variants = [each for name in names for each in VARIANTS[name].with_overlap()]
+        entries = entries_of(variants, (None,), ("sequential",))
+        return measure_steps(entries, shape, trainer, 2, Groups(), Progress(1, silent=True))
+
+
 @isolated
 def rows_of_steps(group: Any) -> tuple[list[dict[str, Any]], dict[str, set[tuple[int, int]]]]:
     """The rows; and by variant what its steps have done: shared experts run by the dispatcher, dispatches started."""
-    shape = replace(TINY, shared_ffn=SHARED_FFN)
     seen: Counter[str] = Counter()
     done: dict[str, set[tuple[int, int]]] = {}
     own_step, run, started = Stepper.step, SharedExpertMLP.pre_forward_comm, ReferenceBuffer.start_dispatch
@@ -54,30 +77,11 @@ def rows_of_steps(group: Any) -> tuple[list[dict[str, Any]], dict[str, set[tuple
         return call
 
     with (
-        on_cpu(),
-        shared_expert_on_the_cpu(),
-        model_parallel(group.size(), 0),
         mock.patch.object(Stepper, "step", step),
         mock.patch.object(SharedExpertMLP, "pre_forward_comm", noted("by the dispatcher", run)),
         mock.patch.object(ReferenceBuffer, "start_dispatch", noted("started", started)),
     ):
-        options = model_options(
-            shape,
-            layers=2,
-            tokens=24,
-            vocab_size=64,
-            micro_batches=1,
-            dtype="fp32",
-            recompute=False,
-            ranks=group.size(),
-            seed=0,
-            experts="sequential",
-            overlap=True,
-        )
-        trainer = Trainer(options, torch.device("cpu"))
-        variants = [each for name in NAMES for each in VARIANTS[name].with_overlap()]
-        entries = entries_of(variants, (None,), ("sequential",))
-        rows = measure_steps(entries, shape, trainer, 2, Groups(), Progress(1, silent=True))
+        rows = steps_of(group, NAMES)
     return rows, done
 
 
@@ -97,6 +101,32 @@ def test_steps_with_shared_experts_next_to_communication() -> None:
         name + kind: {(layers if kind else 0, layers * backwards if name + kind == f"{NAMES[2]}+overlap" else 0)}
         for name, kind in wanted
     }
+
+
+@isolated
+def rows_after_a_failure(group: Any) -> dict[str, str]:
+    """By variant, why it is not ok, where the experts of one raise while the shared expert is under way."""
+    own_enter, own_forward, entered = Stepper.enter, Experts.forward, [""]
+
+    def enter(stepper: Stepper, *watch: Any) -> None:
+        entered[0] = stepper.dispatchers.variant.name
+        own_enter(stepper, *watch)
+
+    def forward(experts: Experts, *given: Any) -> Any:
+        if entered[0] == "alltoall+overlap":
+            raise RuntimeError("these experts cannot run here")
+        return own_forward(experts, *given)
+
+    with mock.patch.object(Stepper, "enter", enter), mock.patch.object(Experts, "forward", forward):
+        return {row["variant"]: row["reason"] for row in steps_of(group, ["alltoall", NAMES[2]])}
+
+
+@with_overlap
+@pytest.mark.slow
+def test_a_variant_that_fails_in_between_spoils_no_other() -> None:
+    reasons = run_ranks(2, rows_after_a_failure)[0]
+    assert "these experts cannot run here" in reasons.pop("alltoall+overlap")
+    assert reasons == dict.fromkeys(["alltoall", NAMES[2], f"{NAMES[2]}+waiting-overlap", f"{NAMES[2]}+overlap"], "")
 
 
 def test_which_variants_can_overlap() -> None:

@@ -27,6 +27,7 @@ from megatron_ep_v2.megatron.qwen3_moe.expert_kinds import ExpertSet
 from megatron_ep_v2.megatron.qwen3_moe.options import TrainerOptions
 from megatron_ep_v2.megatron.qwen3_moe.step_graph import StepGraph
 from megatron_ep_v2.megatron.qwen3_moe.trainer import StepStats, Trainer
+from megatron_ep_v2.megatron.standalone import begin_again
 from megatron_ep_v2.settings import shown_environment
 
 T = TypeVar("T")
@@ -92,6 +93,8 @@ class Stepper:
         self.trainer.graph = self.graph
         for layer, dispatcher in zip(self.trainer.moe_layers, self.dispatchers.dispatchers, strict=True):
             layer.shared_expert_overlap = self.overlaps
+            if self.overlaps:
+                begin_again(layer.shared_experts)
             layer.token_dispatcher = Watched(dispatcher, watch) if watch else dispatcher
 
     def leave(self) -> None:
