@@ -76,12 +76,17 @@ class Variant:
         name = f"{self.name}+redundant-{number}"
         return replace(self, name=name, redundant_experts=number, balance_min_rows=min_rows)
 
-    def with_overlap(self) -> list[Variant]:
+    def with_overlap(self, recompute: bool) -> list[Variant]:
         """The same without and with shared experts next to communication; itself alone where they cannot be. Where
-        calls are started, between the two with calls that wait."""
+        calls are started, between the two with calls that wait.
+
+        Args:
+            recompute: The layers are recomputed, in which no call is started.
+        """
         if self.kind not in ("alltoall", "flex") or self.graph:
             return [self]
-        starts = self.layout == "expanded" and self.buffer is not None and CARRIERS[self.buffer].starts_calls
+        can_start = self.layout == "expanded" and self.buffer is not None and CARRIERS[self.buffer].starts_calls
+        starts = can_start and not recompute
         config = {**self.config, "moe_shared_expert_overlap": True}
         kinds = [("waiting-overlap", True)] if starts else []
         return [

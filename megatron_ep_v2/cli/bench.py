@@ -203,7 +203,7 @@ def _variants(options: argparse.Namespace) -> list[Variant]:
                 needed="a CUDA stream, on which Megatron runs them",
                 fix="leave --overlap out, or measure it on GPUs",
             )
-        return [each for variant in kept for each in variant.with_overlap()]
+        return [each for variant in kept for each in variant.with_overlap(options.recompute)]
     return _with_replica_slots(kept, options) if options.redundant_experts else kept
 
 

@@ -206,6 +206,8 @@ def test_what_the_table_says_of_experts() -> None:
         "grouped experts: Megatron's own are faster here and should be kept, 1.20 x the tokens/s "
         "(alltoall, megatron experts; expanded)"
     ]
+    waiting = timed("expanded+waiting-overlap", "grouped", 10.0, "expanded")
+    assert what_experts_give([fused, waiting, ours]) == what_experts_give([fused, ours])
     assert what_experts_give([stock, missing]) == what_experts_give([ours]) == []
 
 
@@ -213,6 +215,7 @@ def row(variant: str, num_sms: int, step_ms: float, noise: str = "") -> dict[str
     layout = variant.partition("+")[0]
     row = {
         "overlap": variant.endswith("overlap"),
+        "waits": variant.endswith("waiting-overlap"),
         "max_connections": "32",
         "variant": variant,
         "layout": layout,
@@ -242,6 +245,7 @@ def test_the_advice_is_the_best_row() -> None:
     ]
     both = advice([*rows, row("expanded", 14, 39.0) | {"expert_backend": "grouped"}]).splitlines()
     assert "best: expanded, 14 SMs, grouped experts, 39.00 ms a step" in both
+    assert both[-1] == "export MCORE_DEEPEP_V2_EXPERTS=grouped"
     lines = advice([row("compact+fused-permute", 24, 30.0, "it varies"), *rows]).splitlines()
     assert lines[-4] == "best: compact+fused-permute, 24 SMs, 30.00 ms a step (a noisy row)"
     assert lines[-1] == "and Megatron's --moe-permute-fusion"
@@ -250,6 +254,11 @@ def test_the_advice_is_the_best_row() -> None:
         "and Megatron's --moe-permute-fusion",
         "and Megatron's --moe-shared-expert-overlap (measured with CUDA_DEVICE_MAX_CONNECTIONS=32)",
     ]
+    waiting = row("expanded+waiting-overlap", 14, 30.0)  # in the curve, but no setting gives it
+    lines = advice([*rows, waiting]).splitlines()
+    assert "expanded+waiting-overlap" in lines[4] and lines[5].startswith("best: expanded, 14 SMs")
+    assert lines[6] == "within 1% of it: expanded, 32 SMs"
+    assert advice([waiting]) == advice([]) == "nothing could be measured, so there is nothing to advise"
 
 
 def test_the_work_of_a_step_against_a_count_of_the_models_own_parameters() -> None:

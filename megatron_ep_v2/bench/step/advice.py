@@ -72,7 +72,7 @@ def _short(kernel: str) -> str:
 
 def what_experts_give(rows: Sequence[Row]) -> list[str]:
     """A line for each of this package's kinds of experts: its best row next to the best with Megatron's own."""
-    timed = sorted((row for row in rows if "step_ms" in row), key=lambda row: row["step_ms"])
+    timed = sorted((row for row in rows if "step_ms" in row and not row["waits"]), key=lambda row: row["step_ms"])
     megatron = [row for row in timed if row["expert_backend"].startswith("megatron")]
     ours = dict.fromkeys(row["expert_backend"] for row in rows if not row["expert_backend"].startswith("megatron"))
     lines = []
@@ -97,7 +97,8 @@ def what_experts_give(rows: Sequence[Row]) -> list[str]:
 
 
 def advice(rows: Sequence[Row]) -> str:
-    """The curve of this package's rows, a bar each, and the settings of the best: of the shortest median step.
+    """The curve of this package's rows, a bar each, and the settings of the best: of the shortest median step. Rows
+    with calls that wait where training starts them are for comparison: no setting gives them.
 
     Args:
         rows: Those with a `layout` are this package's.
@@ -106,7 +107,8 @@ def advice(rows: Sequence[Row]) -> str:
         (row for row in rows if "step_ms" in row and row["layout"]),
         key=lambda row: (row["variant"], row["expert_backend"], row["num_sms"] or 0),
     )
-    if not timed:
+    to_have = [row for row in timed if not row["waits"]]
+    if not to_have:
         return "nothing could be measured, so there is nothing to advise"
     longest = max(row["step_ms"] for row in timed)
     one_kind = len({row["expert_backend"] for row in timed}) == 1
@@ -118,8 +120,8 @@ def advice(rows: Sequence[Row]) -> str:
         text.append(
             f"  {names[id(row)]:<{width}}  {or_dash(row['num_sms'] or None, 'd'):>4}  {row['step_ms']:9.2f}  {bar}"
         )
-    best = min(timed, key=lambda row: row["step_ms"])
-    equal = [row for row in timed if row is not best and row["step_ms"] <= best["step_ms"] * (1 + _EQUAL)]
+    best = min(to_have, key=lambda row: row["step_ms"])
+    equal = [row for row in to_have if row is not best and row["step_ms"] <= best["step_ms"] * (1 + _EQUAL)]
     name = _name if one_kind else _with_experts
     text.append(f"best: {name(best)}, {best['step_ms']:.2f} ms a step" + (" (a noisy row)" if best["noise"] else ""))
     if equal:
@@ -127,6 +129,8 @@ def advice(rows: Sequence[Row]) -> str:
     if best["num_sms"]:
         text.append(f"export {variable('num_sms')}={best['num_sms']}")
     text.append(f"export {variable('layout')}={best['layout']}")
+    if not best["expert_backend"].startswith("megatron"):
+        text.append(f"export {variable('experts')}={best['expert_backend']}")
     if "+fused-permute" in best["variant"]:
         text.append("and Megatron's --moe-permute-fusion")
     if best["overlap"]:

@@ -152,7 +152,8 @@ def measure_steps(
     for entry in without_repetitions(entries):
         row = _common(shape.name, trainer, ranks, repeats, len(batches), first) | entry.described()
         stats = taken.get(entry.label)
-        row |= {"redundant_experts": entry.variant.redundant_experts, "overlap": entry.variant.overlap}
+        variant = entry.variant
+        row |= {"redundant_experts": variant.redundant_experts, "overlap": variant.overlap, "waits": variant.waits}
         row["received_overload"] = round(stats.overload.mean().item(), 3) if stats else None
         if id(entry) in times:
             row |= _measured(times[id(entry)], tokens * ranks, flops)
