@@ -188,11 +188,11 @@ def linear(
 
 
 def run_delayed(delayed: list[torch.Tensor]) -> None:
-    """Compute the weight gradients that backwards have left to do, and empty the list. Hooks on them run now."""
-    tokens = list(delayed)
-    delayed.clear()
-    if tokens:
-        torch.autograd.backward(tokens, [torch.empty_like(token) for token in tokens])
+    """Compute the weight gradients that backwards have left to do, and empty the list. Hooks on them run now. After an
+    error the list is as it was: some of the gradients are missing."""
+    if delayed:
+        torch.autograd.backward(delayed, [torch.empty_like(token) for token in delayed])
+        delayed.clear()
 
 
 class _Later:

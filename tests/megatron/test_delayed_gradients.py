@@ -82,7 +82,28 @@ def test_no_optimizer_steps_without_them() -> None:
 
 
 class OutOfMemory(RuntimeError):
-    """What a test raises between a backward and its weight gradients."""
+    """What a test raises between a backward and its weight gradients, or in these."""
+
+
+@in_this_process
+def test_no_optimizer_steps_after_an_error_among_them() -> None:
+    """The last one's is missing."""
+    ours = experts({"delay_wgrad_compute": True})
+    wanted = gradients(ours, 2.0)
+    optimizer = torch.optim.SGD(ours.parameters(), lr=1.0)
+
+    def fail(_: torch.Tensor) -> None:
+        raise OutOfMemory
+
+    given_up(ours, 1.0)
+    hook = ours.linear_fc1.weight.register_hook(fail)
+    with pytest.raises(OutOfMemory):
+        ours.backward_dw()
+    hook.remove()
+    assert_report(attempt(optimizer.step), SettingsError, "before an optimizer's step")
+    drop_delayed(ours)
+    ours.zero_grad()
+    assert all(map(torch.equal, gradients(ours, 2.0), wanted))
 
 
 def fail_once(patch: pytest.MonkeyPatch) -> None:
