@@ -142,7 +142,8 @@ def _one_forward_one_backward(options: argparse.Namespace, device: torch.device)
 
     from megatron_ep_v2.megatron.experts import use_experts
 
-    set_streams(high_priority=options.high_priority)
+    priority = torch.cuda.Stream.priority_range()[1] if options.high_priority else 0
+    set_streams(comm_stream=torch.cuda.Stream(device, priority=priority))  # 0.16 has no high_priority
 
     def build(**more: object) -> Any:
         config = _config(_shape(options), options.layers, **more)

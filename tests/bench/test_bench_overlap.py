@@ -129,6 +129,20 @@ def test_a_variant_that_fails_in_between_spoils_no_other() -> None:
     assert reasons == dict.fromkeys(["alltoall", NAMES[2], f"{NAMES[2]}+waiting-overlap", f"{NAMES[2]}+overlap"], "")
 
 
+@isolated
+def status_by_variant(group: Any) -> dict[str, tuple[str, str]]:
+    return {row["variant"]: (row["status"], row["reason"]) for row in steps_of(group, ["alltoall", NAMES[1]])}
+
+
+@pytest.mark.skipif(not with_overlap.args[0], reason="this Megatron-Core can do it with the flex dispatcher, too")
+@pytest.mark.slow
+def test_before_0_19_alltoall_alone_can_overlap() -> None:
+    found = run_ranks(2, status_by_variant)[0]
+    status, reason = found.pop(f"{NAMES[1]}+overlap")
+    assert status == "unavailable" and "only works with alltoall" in reason
+    assert found == dict.fromkeys(["alltoall", "alltoall+overlap", NAMES[1]], ("ok", ""))
+
+
 def test_which_variants_can_overlap() -> None:
     def names(name: str, recompute: bool = False) -> list[str]:
         return [variant.name for variant in VARIANTS[name].with_overlap(recompute)]
