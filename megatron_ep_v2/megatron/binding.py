@@ -418,7 +418,7 @@ def _bindings_of_experts(version: str, experts: str) -> list[Binding]:
             raise
         logger.info("failed loads of checkpoints with other experts than Megatron's will not be explained: %s", error)
         return []
-    from megatron_ep_v2.megatron import expert_checkpoint
+    from megatron_ep_v2.megatron import expert_checkpoint, stacked_linear
     from megatron_ep_v2.megatron import experts as experts_module
 
     optimizer, loader = modules[OPTIMIZER].DistributedOptimizer, modules[DIST_CHECKPOINTING]
@@ -428,7 +428,7 @@ def _bindings_of_experts(version: str, experts: str) -> list[Binding]:
         (optimizer, by_number, expert_checkpoint.mark_buffers(getattr(optimizer, by_number))),
         (optimizer, whole, expert_checkpoint.refuse_whole_buffers(getattr(optimizer, whole))),
         (loader, "load", expert_checkpoint.explain_load(loader.load)),
-        (ddp, "zero_grad_buffer", experts_module.dropping_delayed(ddp.zero_grad_buffer)),
+        (ddp, "zero_grad_buffer", stacked_linear.dropping_delayed(ddp.zero_grad_buffer)),
         *experts_module.bindings(),
     ]
     if experts != "megatron":

@@ -12,7 +12,6 @@ import torch
 
 from megatron_ep_v2 import settings, sync_free
 from megatron_ep_v2.bench.expert_layer import ExpertLayer, Sizes
-from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.device_checks import read_all
 from megatron_ep_v2.errors import LayoutOverflowError
 from megatron_ep_v2.gpus import gpu_ranks
@@ -21,6 +20,7 @@ from tests.helpers.carriers import v2_carrier
 from tests.helpers.compare import relative_errors
 from tests.helpers.harness import isolated, run_ranks
 from tests.helpers.megatron_layer import hidden_states, make_layer, process_groups, step
+from tests.helpers.poison import poison_tails
 from tests.helpers.progress import say
 from tests.helpers.shapes import GPU
 
@@ -48,33 +48,6 @@ def trace(step: Callable[[], object]) -> dict[str, Any]:
         if match
     ]
     return {"waits": found.waits, "dispatches": forms, "kernels": found.kernels.total()}
-
-
-class Poisoned:
-    """A buffer that writes NaN, and ids that look real, over everything past the received rows."""
-
-    def __init__(self, buffer: Any):
-        self.buffer = buffer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.buffer, name)
-
-    def dispatch(self, x: Any, **arguments: Any) -> Any:
-        rows, ids, weights, handle, event = self.buffer.dispatch(x, **arguments)
-        received = int(handle.psum_num_recv_tokens_per_scaleup_rank[-1])
-        if not handle.do_expand and received < len(rows):
-            rows[received:] = float("nan")
-            if ids is not None:
-                local = handle.num_experts // self.buffer.group.size()
-                ids[received:] = torch.arange(ids.shape[1], device=ids.device) % local
-            if weights is not None:
-                weights[received:] = float("nan")
-        return rows, ids, weights, handle, event
-
-
-def poison(group: Any) -> None:
-    """From now on, for this group's buffer."""
-    pool._pool[group] = Poisoned(pool._pool[group])
 
 
 @isolated
@@ -135,7 +108,7 @@ def layers(group: Any) -> dict[str, Any]:
     say("poison", group)
     layer.fill(4)
     clean = layer.step(layer.expanded)
-    poison(group)
+    poison_tails(group)
     found["poisoned"] = relative_errors(layer.step(layer.sync_free), clean)
     return found
 

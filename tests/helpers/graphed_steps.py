@@ -18,6 +18,7 @@ from megatron_ep_v2.megatron.qwen3_moe.options import ModelShape, Recipe, Traine
 from megatron_ep_v2.megatron.qwen3_moe.trainer import Trainer
 from tests.helpers.harness import isolated
 from tests.helpers.megatron_layer import process_groups
+from tests.helpers.poison import poison_tails
 from tests.helpers.progress import say
 
 T = TypeVar("T")
@@ -126,27 +127,6 @@ def run(group: Any, place: Place, graph: bool, **settings: Any) -> Iterator[Run]
         megatron_ep_v2.destroy_buffers()
 
 
-class Poisoned:
-    """A buffer that writes NaN, and ids that look real, over everything past the received rows, also in a replay."""
-
-    def __init__(self, buffer: Any):
-        self.buffer = buffer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.buffer, name)
-
-    def dispatch(self, x: Any, **arguments: Any) -> Any:
-        rows, ids, weights, handle, event = self.buffer.dispatch(x, **arguments)
-        if not handle.do_expand:
-            past = torch.arange(len(rows), device=rows.device) >= handle.psum_num_recv_tokens_per_scaleup_rank[-1]
-            rows.masked_fill_(past[:, None], float("nan"))
-            if ids is not None:
-                ids.masked_fill_(past[:, None], 0)
-            if weights is not None:
-                weights.masked_fill_(past[:, None], float("nan"))
-        return rows, ids, weights, handle, event
-
-
 @isolated
 def every_kind(group: Any, place: Place, graph: bool, poison: bool) -> dict[str, Any]:
     """Losses and weights of steps of every kind, and what the graph took."""
@@ -154,8 +134,7 @@ def every_kind(group: Any, place: Place, graph: bool, poison: bool) -> dict[str,
         say(f"graph={graph}: as many rows as the first steps need", group)
         job.steps(3)
         if poison:
-            owner = next(iter(pool._pool))
-            pool._pool[owner] = Poisoned(pool._pool[owner])
+            poison_tails(next(iter(pool._pool)))
         sync_free.fit(0)
         job.steps(6)
         before = job.repeated

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from megatron_ep_v2.errors import SettingsError
-from megatron_ep_v2.megatron.experts import Experts, drop_delayed
+from megatron_ep_v2.megatron.experts import Experts
+from megatron_ep_v2.megatron.stacked_linear import drop_delayed
 from tests.helpers.harness import run_ranks
 from tests.helpers.megatron_layer import process_groups
 from tests.helpers.megatron_names import clean

@@ -12,7 +12,8 @@ import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_ep_v2.megatron import managers
-from megatron_ep_v2.megatron.experts import Experts, StackedLinear
+from megatron_ep_v2.megatron.experts import Experts
+from megatron_ep_v2.megatron.stacked_linear import StackedLinear
 from tests.helpers.harness import run_ranks
 from tests.helpers.megatron_layer import hidden_states, make_layer, process_groups
 from tests.helpers.megatron_training import Job, Setup, on_cpu

@@ -22,8 +22,8 @@ from qwen3_moe.presets import PRESETS
 
 from megatron_ep_v2.device_checks import read_all
 from megatron_ep_v2.megatron import binding, symbols
-from megatron_ep_v2.megatron.experts import StackedLinear
 from megatron_ep_v2.megatron.qwen3_moe.model import build_model, named_parameters
+from megatron_ep_v2.megatron.stacked_linear import StackedLinear
 from tests.helpers.compare import relative_error
 from tests.helpers.harness import run_ranks
 from tests.helpers.megatron_layer import installed
