@@ -118,13 +118,13 @@ def drop_delayed(model: torch.nn.Module) -> None:
                 module.delayed.clear()
 
 
-def dropping_delayed(zero_grad_buffer: Callable[[torch.nn.Module], None]) -> Callable[[torch.nn.Module], None]:
+def dropping_delayed(zero_grad_buffer: Callable[..., None]) -> Callable[..., None]:
     """Wrap `DistributedDataParallel.zero_grad_buffer` to zero the delayed gradients, too."""
 
     @functools.wraps(zero_grad_buffer)
-    def zero(self: torch.nn.Module) -> None:
+    def zero(self: torch.nn.Module, *args: object, **kwargs: object) -> None:
         drop_delayed(self)
-        zero_grad_buffer(self)
+        zero_grad_buffer(self, *args, **kwargs)
 
     return zero
 
