@@ -86,16 +86,11 @@ class Variant:
         if self.kind not in ("alltoall", "flex") or self.graph:
             return [self]
         can_start = self.layout == "expanded" and self.buffer is not None and CARRIERS[self.buffer].starts_calls
-        starts = can_start and not recompute
         config = {**self.config, "moe_shared_expert_overlap": True}
-        kinds = [("waiting-overlap", True)] if starts else []
-        return [
-            self,
-            *(
-                replace(self, name=f"{self.name}+{kind}", config=config, overlap=True, waits=waits)
-                for kind, waits in [*kinds, ("overlap", False)]
-            ),
-        ]
+        overlapped = replace(self, name=f"{self.name}+overlap", config=config, overlap=True)
+        if recompute or not can_start:
+            return [self, overlapped]
+        return [self, replace(overlapped, name=f"{self.name}+waiting-overlap", waits=True), overlapped]
 
     @property
     def installed_with(self) -> dict[str, str | bool | int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -14,9 +15,8 @@ import torch
 from megatron_ep_v2 import sync_free
 from megatron_ep_v2.bench.entry import noted
 from megatron_ep_v2.errors import CaptureError
-from megatron_ep_v2.megatron.qwen3_moe.options import ModelShape
 from megatron_ep_v2.megatron.qwen3_moe.step_graph import Capture, StepGraph
-from tests.helpers.graphed_steps import Place, every_kind
+from tests.helpers.graphed_steps import GPU_SHAPE, Place, every_kind
 from tests.helpers.harness import isolated, run_ranks
 
 
@@ -106,18 +106,7 @@ def test_other_room_for_rows_is_captured_again(steps: Any) -> None:
     assert function.calls == ["eager", "capture", "replay", "eager", "capture", "replay", "replay", "eager"]
 
 
-SHAPE = ModelShape(
-    num_layers=2,
-    hidden_size=64,
-    num_attention_heads=4,
-    num_query_groups=2,
-    kv_channels=16,
-    ffn_hidden_size=128,
-    moe_ffn_hidden_size=32,
-    num_experts=0,  # see `for_ranks`
-    topk=4,
-    seq_length=32,
-)
+SHAPE = replace(GPU_SHAPE, hidden_size=64, kv_channels=16, ffn_hidden_size=128, moe_ffn_hidden_size=32, seq_length=32)
 
 
 class Replayed:

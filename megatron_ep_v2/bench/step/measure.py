@@ -76,7 +76,6 @@ class Stepper:
         graph: bool = False,
     ):
         self.dispatchers, self.experts, self.trainer, self.batches = dispatchers, experts, trainer, batches
-        self.overlaps = dispatchers.variant.overlap
         self.graph = StepGraph(trainer.accumulate, trainer.device) if graph else None
 
     @property
@@ -91,9 +90,10 @@ class Stepper:
         self.dispatchers.enter()
         self.experts.enter()
         self.trainer.graph = self.graph
+        overlap = self.dispatchers.variant.overlap
         for layer, dispatcher in zip(self.trainer.moe_layers, self.dispatchers.dispatchers, strict=True):
-            layer.shared_expert_overlap = self.overlaps
-            if self.overlaps:
+            layer.shared_expert_overlap = overlap
+            if overlap:
                 begin_again(layer.shared_experts)
             layer.token_dispatcher = Watched(dispatcher, watch) if watch else dispatcher
 
