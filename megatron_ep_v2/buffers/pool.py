@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from megatron_ep_v2 import device_checks
+from megatron_ep_v2 import device_checks, graphs
 from megatron_ep_v2 import settings as settings_module
 from megatron_ep_v2.buffers.capacity import Expected, check_stated, choose_capacity
 from megatron_ep_v2.buffers.carriers import CARRIERS
@@ -241,13 +241,15 @@ def buffers() -> list[Buffer]:
 
 
 def destroy_buffers(group: ProcessGroup | None = None) -> None:
-    """Destroy the buffers of a group (None or the world: all), newest first. A second call does nothing.
+    """Destroy the buffers of a group (None or the world: all), newest first, and before them all captured graphs that
+    this package keeps (see `graphs`). A second call does nothing.
 
     Must run before torch.distributed.destroy_process_group(); `install()` makes that automatic.
 
     Args:
         group: Process group, or one that forwards to it.
     """
+    graphs.drop_all()
     everything = group is None or group is dist.group.WORLD
     meant = (group, group and find_registered(group))
     for member in reversed([member for member in _pool if everything or any(member is each for each in meant)]):
@@ -267,6 +269,7 @@ def _drop_closed() -> None:
     """Drop the buffers of groups that were destroyed without our hook on `destroy_process_group`, and end their
     watchers. Not collective: the buffer of a closed group waits for no rank."""
     for group in [group for group in _pool if not is_registered(group)]:
+        graphs.drop_all()
         _destroy(group)
 
 
@@ -274,6 +277,7 @@ def _leave_to_parent() -> None:
     """In a forked child: drop the parent's buffers and watchers, so that neither `destroy_buffers` at exit nor a
     dispatch finds them. One reference to each is leaked, so that their destructors never run here, even at interpreter
     exit."""
+    graphs.forget_keepers()
     of_parent = list(_pool.values())
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(of_parent))
     leave_to_parent([*_pool, *(buffer.group for buffer in of_parent)])

@@ -472,7 +472,8 @@ def _bind(installation: _Installation, owner: Owner, name: str, ours: object) ->
 def _destroy_buffers_before(
     destroy_process_group: Callable[[ProcessGroup | None], None],
 ) -> Callable[[ProcessGroup | None], None]:
-    """Wrap `destroy_process_group` to destroy the group's buffers first: afterwards they could only hang or leak."""
+    """Wrap `destroy_process_group` to destroy the group's buffers and captured graphs first: afterwards they could only
+    hang or leak."""
 
     @functools.wraps(destroy_process_group)
     def destroy(group: ProcessGroup | None = None) -> None:

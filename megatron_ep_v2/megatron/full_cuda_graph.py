@@ -22,7 +22,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.full_cuda_graph import FullCudaGraphWrapper, StaticBufferLoader
 
-from megatron_ep_v2 import settings, sync_free
+from megatron_ep_v2 import graphs, settings, sync_free
 from megatron_ep_v2.device_checks import DeviceCheck
 from megatron_ep_v2.errors import InputError
 from megatron_ep_v2.megatron.forward_backward import all_can_repeat, chunks_of, run_until_it_fits
@@ -42,6 +42,7 @@ def bindings(module: ModuleType) -> list[Binding]:
         module: `megatron.core.full_cuda_graph`.
     """
     wrapper = module.FullCudaGraphWrapper
+    graphs.register(_KEEPER)
     return [(wrapper, "__call__", repeating(wrapper.__call__))]
 
 
@@ -84,6 +85,17 @@ def _drop_graph(stage: str) -> None:
         FullCudaGraphWrapper.cuda_graph[stage] = FullCudaGraphWrapper.result[stage] = None
         FullCudaGraphWrapper.curr_iteration[stage] = 0
         gc.collect()  # its memory, which the step that follows wants
+
+
+class _Keeper:
+    """Of the graphs of all stages, which Megatron keeps in the class until the process ends."""
+
+    def drop(self) -> None:
+        for stage in list(FullCudaGraphWrapper.cuda_graph):
+            _drop_graph(stage)
+
+
+_KEEPER = _Keeper()
 
 
 def _start_again(stage: str, sizes: tuple[Any, ...]) -> None:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_ep_v2 import graphs
 from megatron_ep_v2.serving.pair import Decode, PrepareFinalize
 
 
 class DecodeGraphs:
     """A decode layer for each bucket, captured once in a CUDA graph and replayed. On the CPU it runs without graphs.
+    They are dropped when buffers or process groups are destroyed (see `megatron_ep_v2.graphs`).
 
     Args:
         pair: Its `prepare_decode` and `finalize` are called around the experts.
@@ -28,6 +30,11 @@ class DecodeGraphs:
         slot: int = 0,
     ):
         self.pair, self.experts, self.slot, self.device = pair, experts, slot, torch.device(device)
+        self.drop()
+        graphs.register(self)
+
+    def drop(self) -> None:
+        """Forget the graphs; what needs one captures it again."""
         self._by_bucket: dict[int, _Captured] = {}
         self._last: torch.cuda.CUDAGraph | None = None  # the graphs share memory, because they never run concurrently
 

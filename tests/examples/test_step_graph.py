@@ -14,6 +14,7 @@ import torch
 
 from megatron_ep_v2 import sync_free
 from megatron_ep_v2.bench.entry import noted
+from megatron_ep_v2.buffers.pool import destroy_buffers
 from megatron_ep_v2.errors import CaptureError
 from megatron_ep_v2.megatron.qwen3_moe.step_graph import Capture, StepGraph
 from tests.helpers.graphed_steps import GPU_SHAPE, Place, every_kind
@@ -104,6 +105,16 @@ def test_other_room_for_rows_is_captured_again(steps: Any) -> None:
         rooms[0] = room
         graph.run(batch(4))
     assert function.calls == ["eager", "capture", "replay", "eager", "capture", "replay", "replay", "eager"]
+
+
+def test_the_graph_goes_with_the_buffers_that_it_uses(steps: Any) -> None:
+    function, graph, _ = steps
+    for _ in range(3):
+        graph.run(batch(4))
+    destroy_buffers()
+    assert graph._graph is graph._result is None
+    assert int(graph.run(batch(4))) == int(graph.run(batch(4))) == 4
+    assert function.calls == ["eager", "capture", "replay", "replay", "eager", "capture", "replay"]
 
 
 SHAPE = replace(GPU_SHAPE, hidden_size=64, kv_channels=16, ffn_hidden_size=128, moe_ffn_hidden_size=32, seq_length=32)

@@ -4,15 +4,19 @@ accumulation, other micro-batches, evaluations, a checkpoint, and steps that nee
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
+import megatron_ep_v2
 from megatron_ep_v2.gpus import gpu_ranks
+from megatron_ep_v2.megatron.qwen3_moe.step_graph import StepGraph
 from tests.helpers.carriers import v2_carrier
 from tests.helpers.graphed_steps import GPU_SHAPE, Place, every_kind, many
-from tests.helpers.harness import run_ranks
+from tests.helpers.harness import isolated, run_ranks
 
 RANKS = gpu_ranks()
 
@@ -48,6 +52,31 @@ def test_a_poisoned_tail_reaches_no_weight_of_a_replayed_step() -> None:
     for found, wanted in zip(poisoned, clean(True), strict=True):
         assert found["losses"] == wanted["losses"]
         assert all(torch.equal(found["weights"][name], value) for name, value in wanted["weights"].items())
+
+
+@isolated
+def destroy(group: Any) -> bool:
+    """A process group whose collective a graph holds, and the graph is kept."""
+    megatron_ep_v2.install(buffer=v2_carrier())
+    own, device = dist.new_group(), torch.device("cuda", torch.cuda.current_device())
+
+    def add_up(tokens: Sequence[torch.Tensor]) -> torch.Tensor:
+        result = tokens[0].clone()
+        dist.all_reduce(result, group=own)
+        return result
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        graph = StepGraph(add_up, device)
+        results = [int(graph.run([torch.tensor(number)])) for number in range(4)]
+    assert graph.captures and results == [number * group.size() for number in range(4)]
+    dist.destroy_process_group(own)
+    megatron_ep_v2.uninstall()
+    return graph._graph is None
+
+
+def test_a_process_group_whose_collectives_were_captured_can_be_destroyed() -> None:
+    """NCCL waits for every graph that holds one of them, without an end."""
+    assert all(run_ranks(RANKS, destroy, backend="nccl"))
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

@@ -234,6 +234,34 @@ def test_an_evaluation_that_overflows_in_a_replay_runs_again_eagerly() -> None:
         assert losses == eager
 
 
+def destroy_buffers(world: Any, graphed: bool) -> tuple[list[str], list[list[float]], bool]:
+    """What happens in seven steps, after four of which the buffers are destroyed, their losses, and whether the graph
+    that had been captured is gone."""
+    with on_cpu(), fake_cuda() as events, process_groups(Split(1, 2)):
+        training = Training(world, graphed)
+        happened, losses, gone = [], [], True
+        for number in range(7):
+            losses.append(training.step())
+            happened.append(" ".join(events))
+            events.clear()
+            if number == 3:
+                captured = theirs.FullCudaGraphWrapper.cuda_graph["training"]
+                alive = weakref.ref(captured) if graphed else lambda: None
+                del captured
+                megatron_ep_v2.destroy_buffers()
+                gone = alive() is None
+        return happened, losses, gone
+
+
+@pytest.mark.slow
+def test_a_graph_goes_with_the_buffers_that_it_uses() -> None:
+    wanted = run_ranks(4, destroy_buffers, False, env=SYNC_FREE)
+    found = run_ranks(4, destroy_buffers, True, env=SYNC_FREE)
+    for (happened, losses, gone), (_, eager, _) in zip(found, wanted, strict=True):
+        assert happened == ["eager", "eager", "capture replay", "replay", "eager", "eager", "capture replay"]
+        assert losses == eager and gone
+
+
 def refused(group: Any) -> dict[str, Report | None]:
     """Layout -> what a layer says that is captured."""
     found = {}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_ep_v2 import destroy_buffers, settings
-from megatron_ep_v2.errors import GroupMismatchError, InputError, PeerError, TokenCapacityError
+from megatron_ep_v2.errors import ClosedError, GroupMismatchError, InputError, PeerError, TokenCapacityError
 from megatron_ep_v2.serving import Decode, DecodeGraphs, Prefill, PrepareFinalize, bucket_of, buckets_up_to
 from tests.helpers.cases import Case, make_batch, make_batches
 from tests.helpers.compare import assert_close
@@ -118,6 +118,23 @@ def refusals(group: Any) -> dict[str, Any]:
         "mixed": attempt(lambda: pair.prepare_decode(x, ids, weights, bucket=4 if rank else 8)),
     }
     return found
+
+
+@isolated
+def after_the_end(group: Any) -> tuple[int, Report | None]:
+    """Graphs that are left after their buffer, and what the next call says."""
+    pair, rank = make_pair(group), group.rank()
+    graphs = DecodeGraphs(pair, lambda work: run_decode(work, 2 * rank), "cpu")
+    graphs(*given(CASE, rank), bucket=4)
+    destroy_buffers()
+    return len(graphs._by_bucket), attempt(lambda: graphs(*given(CASE, rank), bucket=4))
+
+
+def test_decode_in_a_graph_is_refused_after_its_buffer_was_destroyed() -> None:
+    """A replay would write to memory that is another's."""
+    for left, said in run_ranks(RANKS, after_the_end):
+        assert not left
+        assert_report(said, ClosedError, "was destroyed")
 
 
 @isolated

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_ep_v2 import sync_free
+from megatron_ep_v2 import graphs, sync_free
 from megatron_ep_v2.errors import CaptureError
 
 
@@ -31,6 +31,7 @@ class StepGraph:
     It runs eagerly, and captures at the next call, where the graph would not fit: at the first call, if the shapes of
     the micro-batches or their number have changed, and if sync-free mode has other room for rows, as after an overflow.
     What is compiled or loaded at a first call cannot be captured. All calls are in one stream, and not the default one.
+    The graph is dropped when buffers or process groups are destroyed (see `megatron_ep_v2.graphs`).
 
     Args:
         function: From micro-batches on the device to a tensor; must not wait for the device. It reads and writes the
@@ -44,6 +45,11 @@ class StepGraph:
     def __init__(self, function: Callable[[Sequence[torch.Tensor]], torch.Tensor], device: torch.device):
         self.function, self.device = function, device
         self.captures: list[Capture] = []
+        self.drop()
+        graphs.register(self)
+
+    def drop(self) -> None:
+        """Forget the graph: the next call runs eagerly."""
         self._fits: object = None  # what the last call has run with
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[torch.Tensor] = []
@@ -57,7 +63,8 @@ class StepGraph:
         """
         fits = [(tokens.shape, tokens.dtype) for tokens in micro_batches], sync_free.rooms()
         if fits != self._fits:
-            self._fits, self._graph, self._result, self._inputs = fits, None, None, []
+            self.drop()
+            self._fits = fits
             return self.function([tokens.to(self.device, non_blocking=True) for tokens in micro_batches])
         if self._graph is None:
             self._graph = self._capture(micro_batches)
