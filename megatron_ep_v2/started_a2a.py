@@ -22,7 +22,7 @@ from typing import Any, Generic, Protocol, TypeVar, cast
 import torch
 from torch.distributed import ProcessGroup
 
-from megatron_ep_v2 import recompute, settings
+from megatron_ep_v2 import recompute, settings, streams
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.contract import Buffer, Combined, DeferringBuffer, Dispatched, Handle
 from megatron_ep_v2.buffers.pending import Pending
@@ -268,9 +268,7 @@ class _FinishDispatch(torch.autograd.Function):
 def _on_this_stream(buffer: Buffer, grads: tuple[torch.Tensor, Handle, torch.Tensor]) -> Combined:
     """A dispatch's backward, with gradients that another stream has made, before which this one has waited."""
     rows, handle, probs = grads
-    if rows.is_cuda:
-        for each in (rows, probs):
-            each.record_stream(torch.cuda.current_stream())
+    streams.record([rows, probs])
     return buffer.combine(rows, handle, probs, num_sms=handle.num_sms)
 
 

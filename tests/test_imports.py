@@ -22,8 +22,9 @@ ROOT = Path(megatron_ep_v2.__file__).parent
 
 # A module may import those above it. Modules of one line may import each other, but not in a circle.
 LEVELS = [
-    {"errors", "graphs", "versions", "buffers.carriers", "buffers.pending", "wire.formats"},  # no torch
-    {"settings", "generations", "buffers.groups"},
+    {"errors", "graphs", "versions", "buffers.carriers", "wire.formats"},  # no torch
+    {"settings", "streams", "generations", "buffers.groups"},
+    {"buffers.pending"},
     {"cuda_toolkit", "gpus"},
     {"probe", "device_checks", "buffers.contract", "buffers.gin", "megatron.symbols"},
     {"gradients"},

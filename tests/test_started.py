@@ -13,7 +13,6 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from megatron_ep_v2 import settings
-from megatron_ep_v2.buffers import pending as pending_module
 from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.growing import GrowingBuffer
 from megatron_ep_v2.buffers.pending import Pending, Starter
@@ -186,11 +185,19 @@ class Mark:
         self.stream = stream
 
 
-class OnGpu:
-    """A result whose memory streams are noted for."""
+class OnGpu(torch.Tensor):
+    """A result that notes the streams which are recorded for its memory."""
 
-    def __init__(self) -> None:
-        self.recorded: list[Queue] = []
+    is_cuda = True
+    recorded: list[Queue]
+
+    def __new__(cls) -> OnGpu:
+        made = torch.empty(0).as_subclass(cls)
+        made.recorded = []
+        return made
+
+    def record_stream(self, stream: Any) -> None:
+        self.recorded.append(stream)
 
 
 class Calls(Starter):
@@ -205,7 +212,6 @@ def queues(monkeypatch: pytest.MonkeyPatch) -> tuple[Queue, Queue, Queue]:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: Queue.current)
     monkeypatch.setattr(torch.cuda, "Event", Mark)
-    monkeypatch.setattr(pending_module, "_record", lambda result, stream: result.recorded.append(stream))
     return Queue(), Queue(), Queue()
 
 

@@ -7,6 +7,8 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
+from megatron_ep_v2 import streams
+
 T = TypeVar("T")
 
 
@@ -43,7 +45,7 @@ class Pending(Generic[T]):
             event.record(stream)
             self._finished_on = stream, event
             if started_on is not None and started_on != stream:
-                _record(self._result[0], started_on)  # later calls with the handle come from there
+                streams.record(_tensors(self._result[0]), started_on)  # later calls with the handle come from there
 
     def give_up(self, error: BaseException) -> None:
         """Raise an error in `wait`, instead of finishing the call. Changes nothing once it is finished."""
@@ -72,7 +74,7 @@ class Pending(Generic[T]):
             raise self._error
         result = self._result.pop()
         if self.follow():
-            _record(result, torch.cuda.current_stream())
+            streams.record(_tensors(result))
         return result
 
 
@@ -99,17 +101,10 @@ def _current_stream() -> torch.cuda.Stream | None:
     return torch.cuda.current_stream() if torch.cuda.is_initialized() else None
 
 
-def _record(result: object, stream: torch.cuda.Stream) -> None:
-    """Keep the memory of a call's result until a stream has run what it has been given so far."""
-    for tensor in _tensors(result):
-        tensor.record_stream(stream)
-
-
 def _tensors(result: object) -> Iterator[torch.Tensor]:
-    """The tensors on a GPU in a tuple, and in the attributes of a handle there."""
+    """The tensors in a call's result, and in the attributes of a handle there."""
     if isinstance(result, torch.Tensor):
-        if result.is_cuda:
-            yield result
+        yield result
     elif isinstance(result, tuple):
         for each in result:
             yield from _tensors(each)

@@ -20,7 +20,7 @@ from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.distributed import ProcessGroup
 
-from megatron_ep_v2 import recompute, settings
+from megatron_ep_v2 import recompute, settings, streams
 from megatron_ep_v2.buffers import capacity, pool
 from megatron_ep_v2.errors import ClosedError, SettingsError
 from megatron_ep_v2.experts.counts import CountsOnDevice, RowInfo, attach, row_info
@@ -320,6 +320,8 @@ class ExpandedManager(CompactManager):
         self.token_probs, self._alignment = self._probs_in_fp32(), self._expert_alignment()
         self._started = self._combining = None  # of a forward that has raised in between
         selections, num_experts = self._selections(hidden_states)
+        if self._in_plan():
+            streams.record([selections])  # of the compute stream; DeepEP 2.5 reads them again in the last backward
         overlap = self._overlap()
         if overlap:
             self._started = started = start_dispatch(
@@ -351,6 +353,10 @@ class ExpandedManager(CompactManager):
         assert tokens_per_expert is not None  # known, because this dispatch waits
         self._count(tokens_per_expert)
         return hidden_states
+
+    def _in_plan(self) -> bool:
+        """Whether Megatron's 1F1B plan runs this layer: dispatch and combine on one stream, the experts on another."""
+        return bool(getattr(self.config, PLAN, False))
 
     def _selections(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, int]:
         """What is dispatched: [T, K] int64 expert ids, and how many experts they are of."""
@@ -396,6 +402,11 @@ class ExpandedManager(CompactManager):
     def get_permuted_hidden_states_by_experts(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the rows unchanged, once they are there, and their probabilities in the router's dtype."""
         started, self._started = self._started, None
+        if started is None and self._in_plan():
+            # Of the communication stream, which may have new rows in their memory before delayed weight gradients have
+            # read them: the plan drops its own references when the backward of the dispatch has been queued.
+            info = row_info(self.tokens_per_expert)
+            streams.record([hidden_states, self.dispatched_probs, self.tokens_per_expert, info.ends])
         if started is not None:
             hidden_states, self.dispatched_probs, counts, self.handle = finish_dispatch(
                 started, hidden_states, self.dispatched_probs
@@ -456,6 +467,8 @@ class SyncFreeManager(ExpandedManager):
         if overlap := self._overlap():
             say_overlap(overlap, "the host does not wait in sync-free mode", waits=False)
         self.token_probs = self._probs_in_fp32()
+        if self._in_plan():
+            streams.record([self.token_indices])  # as in the expanded layout
         hidden_states, self.dispatched_probs, counts, self.handle = sync_free_dispatch(
             hidden_states,
             self.token_indices,
