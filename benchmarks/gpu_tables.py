@@ -137,9 +137,9 @@ PARTS = [
          OVERLAP + "--tokens 16384", **MODEL | {"variables": {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}}),
     *(Part(f"overload-{short}", "What one rank's overload costs, and what redundant experts bring back of it",
            STEPS + MODELS[short] + " --experts-per-rank 16 --variants {ours}expanded --expert-backends grouped "
-           "--overload 1.0 1.2 1.5 2.0 --redundant-experts 1 2",
+           "--overload 1.0 1.2 1.5 2.0 --redundant-experts 1 2 8",
            TINY_STEPS + "--variants {ours}expanded --expert-backends grouped --overload 1.0 1.5 --redundant-experts 1"
-           if short == "30b" else "", carrier="moves experts", **MODEL)
+           if short == "30b" else "", carrier="moves experts", limit=420, **MODEL)
       for short in ("30b", "235b")),
     gpu_tests("conformance", "All buffers, on all ranks and on fewer", "test_buffers.py test_fused.py"),
     gpu_tests("lifecycle", "Rounds of create and destroy, mismatches, ranks that fail", "test_lifecycle.py"),
