@@ -4,6 +4,8 @@ where the tests on GPUs look for compiled kernels."""
 from __future__ import annotations
 
 import ctypes
+import itertools
+import math
 import os
 import re
 import time
@@ -16,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from tests.helpers import harness, jit
+from tests.helpers.compare import worst
 from tests.helpers.harness import HANG, RanksError, run_ranks
 from tests.helpers.stacks import on_one_stack
 
@@ -169,3 +172,8 @@ def test_compiled_kernels_are_found_in_the_cache_of_each_generation(
     found = {(kernel.kind, kernel.num_max_tokens_per_rank) for kernel in jit.compiled_kernels(2048, 128, 8)}
     assert found == {("dispatch", 64), ("combine_reduce_epilogue", 512)}
     assert not list(jit.compiled_kernels(2048, 64, 8))
+
+
+def test_the_worst_of_several_errors_is_nan_if_one_is() -> None:
+    assert worst([3.0, 1.0]) == 3.0
+    assert all(math.isnan(worst(errors)) for errors in itertools.permutations([0.0, math.nan, 1.0]))

@@ -26,6 +26,7 @@ from megatron_ep_v2.megatron.qwen3_moe.trainer import Trainer
 from megatron_ep_v2.megatron.standalone import model_parallel, on_cpu
 from tests.bench.test_bench import bench
 from tests.helpers.carriers import buffer_class
+from tests.helpers.compare import worst
 from tests.helpers.harness import isolated, run_ranks
 from tests.helpers.shared_expert import shared_expert_on_the_cpu, with_overlap
 
@@ -95,7 +96,7 @@ def test_steps_with_shared_experts_next_to_communication() -> None:
     for row, (_, kind) in zip(rows, wanted, strict=True):
         assert row["status"] == "ok", row["reason"]
         assert row["step_ms"] > 0 and row["overlap"] == bool(kind) and row["shared_expert_ffn"] == SHARED_FFN
-        assert max(row["relative_l2"].values()) < 1e-5  # loss and gradient norm, against alltoall without overlap
+        assert worst(row["relative_l2"].values()) < 1e-5  # loss and gradient norm, against alltoall without overlap
     layers, backwards = 2, 2  # a combine's backward is a dispatch
     assert done == {
         name + kind: {(layers if kind else 0, layers * backwards if name + kind == f"{NAMES[2]}+overlap" else 0)}

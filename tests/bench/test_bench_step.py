@@ -18,6 +18,7 @@ from megatron_ep_v2.cli.bench_options import parse
 from megatron_ep_v2.megatron.qwen3_moe.expert_kinds import owner
 from megatron_ep_v2.megatron.qwen3_moe.options import SHAPES
 from tests.bench.test_bench import bench, document
+from tests.helpers.compare import worst
 
 SMALL = ["--shapes", "custom", "--hidden", "128", "--topk", "3", "--expert-ffn", "64"]
 SMALL += ["--tokens", "48", "--layers", "2", "--repeats", "4", "--micro-batches", "2"]
@@ -32,7 +33,7 @@ def test_whole_steps_of_every_dispatcher_here_end_with_settings_to_copy(tmp_path
     assert set(timed) == {"alltoall", "allgather", "reference-compact", "reference-expanded"}
     assert "hybridep" in rows and not any(name.startswith("raw") for name in rows)
     for row in timed.values():
-        assert max(row["relative_l2"].values()) < 1e-5  # loss and gradient norm, against the first dispatcher's
+        assert worst(row["relative_l2"].values()) < 1e-5  # loss and gradient norm, against the first dispatcher's
         seconds = row["step_ms"] / 1e3
         assert row["tokens_per_second"] == pytest.approx(2 * 2 * 48 / seconds, rel=1e-2)
         assert row["tflops_per_rank"] > 0
@@ -65,7 +66,7 @@ def test_whole_steps_with_every_kind_of_experts() -> None:
     for names, row in rows.items():
         assert row["experts"] == 8 and row["optimizer"] is False
         if names in timed:
-            assert max(row["relative_l2"].values()) < 1e-5
+            assert worst(row["relative_l2"].values()) < 1e-5
             fastest = rows["alltoall", "megatron"]["step_ms"]  # of alltoall's with Megatron's experts, the only one
             assert row["ratio_to_alltoall"] == pytest.approx(row["step_ms"] / fastest, abs=1e-3)
         else:
@@ -114,7 +115,7 @@ def test_whole_steps_with_redundant_experts(tmp_path: Path) -> None:
     for number, row in enumerate(rows):
         slots, busy = number % 3, number > 2
         assert row["status"] == "ok" and row["redundant_experts"] == slots and row["hot_experts"] == 2
-        assert max(row["relative_l2"].values()) < 1e-5  # loss and gradient norm, against those without
+        assert worst(row["relative_l2"].values()) < 1e-5  # loss and gradient norm, against those without
         assert row["busiest_rank_load"] == pytest.approx(row["overload"], abs=0.02)
         assert row["received_overload"] < 1.02 if slots and busy else row["received_overload"] >= 1.0
         # Slots in fp32: fc1 [2 * 64, 128] and fc2 [128, 64], weights and gradients.

@@ -13,7 +13,7 @@ from qwen3_moe.presets import PRESETS
 
 from megatron_ep_v2.megatron.qwen3_moe import model, optimizer
 from megatron_ep_v2.megatron.qwen3_moe.trainer import Trainer
-from tests.helpers.compare import relative_error
+from tests.helpers.compare import relative_error, worst
 from tests.helpers.harness import run_ranks
 from tests.helpers.megatron_layer import installed
 from tests.helpers.shapes import Split
@@ -72,7 +72,7 @@ def test_gradients_are_the_same_where_the_gemm_adds_them(experts: str) -> None:
     for distances, calls, fused in run_ranks(RANKS, fused_and_not, experts):
         assert calls == 2 * 2 * SHAPE.num_layers * by_extension
         assert fused == [True, False]
-        assert max(distances.values()) < 1e-6, distances
+        assert worst(distances.values()) < 1e-6, distances
 
 
 def test_the_norm_by_pieces(monkeypatch: pytest.MonkeyPatch) -> None:

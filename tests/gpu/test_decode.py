@@ -47,8 +47,8 @@ def experts(group: Any, work: Decode) -> torch.Tensor:
 
 
 @isolated
-def decode(group: Any) -> dict[int, float]:
-    """Bucket -> the worst relative L2 error of three replays, with fewer tokens than the bucket holds on some ranks."""
+def decode(group: Any) -> dict[int, list[float]]:
+    """Bucket -> relative L2 errors of three replays, with fewer tokens than the bucket holds on some ranks."""
     settings.activate(settings.resolve(buffer=v2_carrier(), num_max_tokens_per_rank=MOST))
     pair = PrepareFinalize(
         group, hidden=GPU.hidden, num_experts=GPU.experts, num_topk=GPU.topk, max_prefill_tokens=MOST
@@ -58,9 +58,8 @@ def decode(group: Any) -> dict[int, float]:
         say(f"bucket {bucket}: compile and capture", group)
         graphs.capture([bucket])
     say("replays", group)
-    worst = {}
+    errors: dict[int, list[float]] = {bucket: [] for bucket in BUCKETS}
     for bucket in BUCKETS:
-        worst[bucket] = 0.0
         for turn in range(3):
             generator = torch.Generator("cuda").manual_seed(100 * turn + group.rank())
             tokens = max(0, bucket - (group.rank() + turn) % 3)
@@ -70,8 +69,8 @@ def decode(group: Any) -> dict[int, float]:
             y = graphs(x, topk_idx, weights, bucket=bucket)
             expected = x.double() * (weights * factor(topk_idx)).double().sum(dim=1, keepdim=True)
             if tokens:
-                worst[bucket] = max(worst[bucket], relative_error(y, expected))
-    return worst
+                errors[bucket].append(relative_error(y, expected))
+    return errors
 
 
 def kernels_of_decode() -> set[Kernel]:
@@ -83,9 +82,9 @@ def test_decode_replays_a_graph_for_each_bucket_and_compiles_one_kernel_of_each_
     before = kernels_of_decode()
     answers = run_ranks(RANKS, decode, backend="nccl")
     after = kernels_of_decode()
-    for rank, worst in enumerate(answers):
-        for bucket, error in worst.items():
-            assert error < TOLERANCE, f"rank {rank}, bucket {bucket}: relative L2 {error:.1e}"
+    for rank, by_bucket in enumerate(answers):
+        for bucket, errors in by_bucket.items():
+            assert all(error < TOLERANCE for error in errors), f"rank {rank}, bucket {bucket}: relative L2 {errors}"
     compiled = Counter((kernel.kind, kernel.num_max_tokens_per_rank) for kernel in after - before)
     print(f"{compiled.total()} kernels compiled for {len(BUCKETS)} buckets, {len(before)} were there: {dict(compiled)}")
     kinds = {(kernel.kind, kernel.num_max_tokens_per_rank) for kernel in after}

@@ -15,7 +15,7 @@ from megatron_ep_v2.errors import RoutingChangedError
 from megatron_ep_v2.gpus import gpu_ranks
 from tests.gpu.waits import traced
 from tests.helpers.carriers import buffer_class, v2_carrier
-from tests.helpers.compare import relative_errors
+from tests.helpers.compare import relative_errors, worst
 from tests.helpers.harness import run_ranks
 from tests.helpers.megatron_layer import build_layer, hidden_states, make_layer, process_groups, step, use_dispatcher
 from tests.helpers.moe_features import WHOLE_LAYER
@@ -94,7 +94,7 @@ def checkpoints_of_torch(group: Any) -> dict[str, float]:
             plain = train(None)
             for name, reentrant in {"again": None, "reentrant": True, "without reentry": False}.items():
                 actual = train(reentrant)
-                found[f"{layout}, {name}"] = max(relative_errors(actual, plain).values())
+                found[f"{layout}, {name}"] = worst(relative_errors(actual, plain).values())
     return found
 
 
@@ -107,7 +107,7 @@ def test_the_kernels_compare_routings_as_in_plain_loops() -> None:
 def test_torchs_checkpoint_is_right_by_itself() -> None:
     for rank, found in enumerate(run_ranks(RANKS, checkpoints_of_torch, backend="nccl")):
         print(f"rank {rank}: {found}")
-        assert max(found.values()) < 1.5e-2, found  # with the rows of another dispatch it is above 1
+        assert worst(found.values()) < 1.5e-2, found  # with the rows of another dispatch it is above 1
 
 
 def change(group: Any) -> tuple[str, bool]:

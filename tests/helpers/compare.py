@@ -40,6 +40,11 @@ def relative_errors(actual: dict[str, torch.Tensor], expected: dict[str, torch.T
     return {name: relative_error(actual[name], tensor) for name, tensor in expected.items()}
 
 
+def worst(values: Iterable[float]) -> float:
+    """The largest, and NaN if there is one, which fails every bound. Python's `max` may pass over a NaN."""
+    return torch.tensor(list(values), dtype=torch.float64).max().item()
+
+
 def assert_close(name: str, actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
     error = relative_error(actual, expected)
     assert error <= tolerance, f"{name}: relative L2 error {error:.3g}"
