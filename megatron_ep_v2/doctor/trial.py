@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import faulthandler
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -91,7 +92,8 @@ def _judge(found: Facts, ends: dict[int, str]) -> Check:
     if ends:
         whys = "; ".join(f"rank {rank}: {end}" for rank, end in ends.items())
         return Check("fail", f"{what}: {whys}", "no error on any rank", "read each rank's stderr, below", "trial")
-    one, worst = found["0"], max(error for each in found.values() for error in each["errors"].values())
+    errors = [error for each in found.values() for error in each["errors"].values()]
+    one, worst = found["0"], max(errors, key=lambda error: math.inf if math.isnan(error) else error)
     carrier = CARRIERS[MEGATRONS_OWN if one["buffer"] == "megatron" else one["buffer"]]
     text = f"{what}, {carrier.label}, {one['layout']}, {one['dtype']}: relative error {worst:.0e}"
     if worst <= one["tolerance"]:

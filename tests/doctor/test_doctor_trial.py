@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -161,3 +162,5 @@ def test_an_error_that_is_too_large_fails() -> None:
     assert trial._judge({"0": {**found, "errors": small}, "1": {**found, "errors": small}}, {}).status == "ok"
     check = trial._judge({"0": {**found, "errors": small}, "1": {**found, "errors": large}}, {})
     assert check.status == "fail" and "relative error 5e-01" in check.found and check.needed and check.fix
+    check = trial._judge({"0": {**found, "errors": {"output": 0.004, "gradient of x": math.nan}}}, {})
+    assert check.status == "fail" and "relative error nan" in check.found
