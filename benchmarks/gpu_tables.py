@@ -162,6 +162,8 @@ PARTS = [
               "test_stalls.py -k 'not late_rank'", **STALLS),
     Part("step-deep", "Whole steps of as many layers as fit",
          STEPS + "qwen3-30b-a3b --variants alltoall+fused-permute {ours}expanded", limit=420, **MODEL),
+    gpu_tests("plan", "Megatron's 1F1B plan: training as without it, also where a stream is late", "test_plan_gpu.py",
+              limit=420),
     Part("overlap-1f1b", "Micro-batches next to each other by Megatron's 1F1B plan",
          "{python} benchmarks/gpu_overlap.py --ranks {ranks} --out {rows} --experts grouped --tokens 16384", **QUEUES),
     gpu_tests("started", "Calls that are started and finished later", "test_started_gpu.py"),

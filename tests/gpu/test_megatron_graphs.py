@@ -7,30 +7,25 @@ import contextlib
 import functools
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from megatron.core import full_cuda_graph
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.num_microbatches_calculator import (
     destroy_num_microbatches_calculator,
     init_num_microbatches_calculator,
 )
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
 from megatron.core.transformer.moe.router import TopKRouter
 
 import megatron_ep_v2
 from megatron_ep_v2.gpus import gpu_ranks
-from megatron_ep_v2.megatron.qwen3_moe import model as example
-from megatron_ep_v2.megatron.qwen3_moe.options import TrainerOptions
 from tests.helpers.carriers import v2_carrier
-from tests.helpers.graphed_steps import GPU_SHAPE, for_ranks, recipe
+from tests.helpers.gpu_training import Job
+from tests.helpers.graphed_steps import GPU_SHAPE, for_ranks
 from tests.helpers.harness import isolated, run_ranks
 from tests.helpers.megatron_layer import process_groups
 from tests.helpers.progress import say
@@ -65,84 +60,30 @@ PARTS = {
 }
 
 
-class Job:
-    """A model in training as megatron.training sets it up.
+class GraphedJob(Job):
+    """With Megatron's graphs.
 
     Args:
         fields: WHOLE_STEP, PARTS, or nothing, of the model's configuration.
     """
 
     def __init__(self, fields: dict[str, Any], rank: int, size: int):
-        device = torch.device("cuda", torch.cuda.current_device())
-        options = TrainerOptions(shape=SHAPE, recipe=recipe(RANKS), dtype="bf16", experts="grouped")
-        theirs = example.transformer_config
-        with mock.patch.object(
-            example,
-            "transformer_config",
-            lambda *args: replace(theirs(*args), **BIAS, **fields),
-        ):
-            model = example.build_model(options, device, rank, size)
-        self.rank, self.model, self.config = rank, model, model.config
-        self.routers = [module for module in model.modules() if isinstance(module, TopKRouter)]
         # Where Megatron builds it, so that gradients end in the stream of the capture.
         stream = full_cuda_graph.get_shared_capture_stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.ddp = DistributedDataParallel(
-                model.config,
-                DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True),
-                model,
-            )
-        torch.cuda.current_stream().wait_stream(stream)
-        self.config.finalize_model_grads_func, self.config.no_sync_func = finalize_model_grads, self.ddp.no_sync
-        optimizer = OptimizerConfig(
-            optimizer="adam",
-            lr=1e-3,
-            weight_decay=0.01,
-            clip_grad=0.5,
-            bf16=True,
-            params_dtype=torch.bfloat16,
-            use_distributed_optimizer=True,
-        )
-        self.optimizer = get_megatron_optimizer(optimizer, [self.ddp])
-        schedule = get_forward_backward_func()
-        wrapper = full_cuda_graph.FullCudaGraphWrapper
-        self.run = wrapper(schedule, cuda_graph_warmup_steps=WARM_UP) if fields == WHOLE_STEP else schedule
+        super().__init__(SHAPE, BIAS | fields, rank, size, MICRO_BATCHES, stream)
+        self.routers = [module for module in self.model.modules() if isinstance(module, TopKRouter)]
+        if fields == WHOLE_STEP:
+            self.run = full_cuda_graph.FullCudaGraphWrapper(self.run, cuda_graph_warmup_steps=WARM_UP)
         self.parts = (
             TECudaGraphHelper([self.ddp], self.config, TOKENS, 1, [self.optimizer]) if fields == PARTS else None
         )
 
     def step(self, number: int) -> tuple[list[torch.Tensor], float]:
-        """This rank's losses and the gradient norm."""
         if self.parts is not None and number == WARM_UP:
             self.parts.create_cudagraphs()
         for router in self.routers:
             router.expert_bias[: SHAPE.topk] = 10.0 if number in SKEWED else 0.0
-        self.ddp.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        losses = self.run(
-            forward_step_func=forward_step,
-            data_iterator=iter([self.micro_batch(number, i) for i in range(MICRO_BATCHES)]),
-            model=[self.ddp],
-            num_microbatches=MICRO_BATCHES,
-            seq_length=TOKENS,
-            micro_batch_size=1,
-            forward_only=False,
-        )
-        good, norm, _ = self.optimizer.step()
-        assert good
-        return [loss["loss"].clone() for loss in losses], float(norm)
-
-    def micro_batch(self, step: int, i: int) -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed(1000 * step + 10 * i + self.rank)
-        return {"tokens": torch.randint(256, (1, TOKENS + 1), generator=generator).cuda()}
-
-
-def forward_step(data_iterator: Any, model: Any) -> tuple[torch.Tensor, Any]:
-    tokens = next(data_iterator)["tokens"]
-    positions = torch.arange(TOKENS, device="cuda")[None]
-    losses = model(tokens[:, :-1], positions, attention_mask=None, labels=tokens[:, 1:].contiguous())
-    return losses, lambda losses: (losses.float().mean(), {"loss": losses.detach().float().mean()})
+        return super().step(number)
 
 
 @contextlib.contextmanager
@@ -178,7 +119,7 @@ def train(group: Any, fields: dict[str, Any], chosen: dict[str, Any]) -> dict[st
             buffer=v2_carrier(), num_max_tokens_per_rank=TOKENS, experts="grouped", deterministic=True, **chosen
         )
         model_parallel_cuda_manual_seed(1, te_rng_tracker=True, force_reset_rng=True)  # whose states a graph can hold
-        job = Job(fields, group.rank(), group.size())
+        job = GraphedJob(fields, group.rank(), group.size())
         losses, norms = [], []
         for number in range(STEPS):
             loss, norm = job.step(number)
@@ -189,7 +130,7 @@ def train(group: Any, fields: dict[str, Any], chosen: dict[str, Any]) -> dict[st
         found = {
             "losses": losses,
             "norms": norms,
-            "weights": {name: value.detach().cpu() for name, value in job.model.named_parameters()},
+            "weights": job.weights(),
             "replays": len(replayed),
             "captures": len(set(map(id, replayed))),
             "repeats": sum("runs again" in r.getMessage() for r in records if r.levelno == logging.WARNING),
