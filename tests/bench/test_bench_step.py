@@ -328,11 +328,14 @@ def test_shares_are_of_dispatch_and_combine_forward_and_backward(monkeypatch: py
 def test_what_bounds_the_shortest_step() -> None:
     kernels = {"void deep_ep::elastic::dispatch_impl<true, 4>(int)": 2.04, "_add": 1.96}
     kernels["void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::(anonymous name"] = 1.0
+    kernels["_ZN7cutlass13device_kernelIN2at4cuda6detail25enable_3x_kernel_for_sm9xINS_4gemm6kernel13GemmUniversa"] = (
+        0.9
+    )
     traced = {"gpu_busy_percent": 93.2, "gpu_idle_percent": 1.4, "launches": 870, "longest_kernels_ms": kernels}
     rows = [row("expanded", 0, 60.0) | traced, row("sync-free+graph", 0, 40.0) | traced | {"expert_backend": "grouped"}]
     assert what_bounds([*rows, {"variant": "compact", "status": "unavailable"}]) == [
         "sync-free+graph, grouped experts: the GPU computes for 93 % of the step; in a traced one it has 870 launches "
         "and is idle for 1 %",
-        "  longest: 2.0 ms dispatch_impl, 2.0 ms _add, 1.0 ms multi_tensor_apply_kernel",
+        "  longest: 2.0 ms dispatch_impl, 2.0 ms _add, 1.0 ms multi_tensor_apply_kernel, 0.9 ms cutlass::device_kernel",
     ]
     assert what_bounds([row("expanded", 0, 60.0) | {"longest_kernels_ms": None}]) == []

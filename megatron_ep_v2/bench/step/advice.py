@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 
 from megatron_ep_v2.bench.report import aligned, or_dash, problems
 from megatron_ep_v2.bench.rows import Row
@@ -65,9 +66,20 @@ def what_bounds(rows: Sequence[Row]) -> list[str]:
 
 
 def _short(kernel: str) -> str:
-    """A kernel's name without its return type, namespaces and template arguments."""
+    """A kernel's name without its return type, namespaces and template arguments. One that the profiler has left
+    mangled, as CUTLASS' long ones, keeps its namespaces."""
+    if kernel.startswith("_ZN"):
+        return "::".join(_parts(kernel.removeprefix("_ZN")))
     name = kernel.replace("(anonymous namespace)::", "").split("<")[0].split("(")[0]
     return name.split()[-1].split("::")[-1]
+
+
+def _parts(mangled: str) -> Iterator[str]:
+    """The parts of a nested name in the Itanium C++ ABI, each of which follows its length; those before templates."""
+    while length := re.match(r"\d+", mangled):
+        end = length.end() + int(length[0])
+        yield mangled[length.end() : end]
+        mangled = mangled[end:]
 
 
 def what_experts_give(rows: Sequence[Row]) -> list[str]:
