@@ -213,7 +213,7 @@ class _Refused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Context, grad: torch.Tensor, *sources: torch.Tensor) -> torch.Tensor:
-        return grad.view_as(grad)
+        return grad.detach()  # a sparse one has no other view
 
     @staticmethod
     def backward(ctx: Context, *_: torch.Tensor | None) -> NoReturn:

@@ -171,9 +171,9 @@ def linear(
         last: Whether this is the second linear: it zeroes unowned rows of its output.
         activation: h [P, 2 * K] and probs [P], from which backward computes `x` again; None = save `x`.
         main_grad: [L, N, K], fp32 or w's dtype. Backward adds the gradient of `w` to it, accumulated in fp32, and
-            autograd gets none, as with Megatron's `gradient_accumulation_fusion`. Where `w` has the attribute
-            `overwrite_main_grad` (TransformerEngine's and Megatron-FSDP's name), true when the gradient is computed, it
-            replaces what is there. None = the gradient goes to autograd.
+            autograd gets zero (`mark_added`), as with Megatron's `gradient_accumulation_fusion`. Where `w` has the
+            attribute `overwrite_main_grad` (TransformerEngine's and Megatron-FSDP's name), true when the gradient is
+            computed, it replaces what is there. None = the gradient goes to autograd.
         delayed: Backward does not compute the gradient of `w`, but appends a token [0] here, whose own backward
             (`run_delayed`) does. None = it computes it, at once or as `groups.rows_node` says.
 
@@ -215,8 +215,8 @@ class _Later:
             assert rows_node is not None
             order(self.token, rows_node - 1)
 
-    def leave(self, compute: Callable[[], torch.Tensor | None]) -> None:
-        """Leave the gradient to the node: `compute` returns [L, N, K], or None if it has added it to `main_grad`."""
+    def leave(self, compute: Callable[[], torch.Tensor]) -> None:
+        """Leave the gradient to the node: `compute` returns it, [L, N, K]."""
         node: _WeightGradContext = self._of_node.grad_fn
         if node.compute is not None:
             raise InputError(
@@ -230,7 +230,7 @@ class _Later:
 
 
 class _WeightGradContext(Context, Protocol):
-    compute: Callable[[], torch.Tensor | None] | None  # None = left by no backward, or done
+    compute: Callable[[], torch.Tensor] | None  # None = left by no backward, or done
 
 
 class _WeightGrad(torch.autograd.Function):
@@ -314,15 +314,15 @@ class _Linear(torch.autograd.Function):
 
 def _weight_grad(
     grad: torch.Tensor, kept: list[torch.Tensor], groups: Groups, multiply: Gemm, fused: _Fused | None
-) -> torch.Tensor | None:
-    """The gradient of a weight, [L, N, K]; None if it was added to `main_grad`. kept: See `_Linear.forward`."""
+) -> torch.Tensor:
+    """The gradient of a weight for autograd, [L, N, K]: zero if it was added to `main_grad`. kept: See
+    `_Linear.forward`."""
     x = kept[0] if len(kept) == 1 else _kernels(grad).forward(*kept, groups.used)
     if fused is None:
         return multiply.wgrad(grad, x, groups)
     parameter, main_grad = fused
     wgrad.add_(main_grad, grad, x, groups.ends, overwrites(parameter))
-    mark_added(parameter)
-    return None
+    return mark_added(parameter)
 
 
 def overwrites(parameter: torch.Tensor) -> bool:
@@ -331,17 +331,15 @@ def overwrites(parameter: torch.Tensor) -> bool:
     return bool(getattr(parameter, "overwrite_main_grad", False))
 
 
-def mark_added(parameter: torch.Tensor) -> None:
-    """Mark for Megatron's DDP, whose hook runs next, that the gradient is in `main_grad`. The hook also requires a
-    `grad`: this one is zero, so that adding it changes nothing, and takes no memory."""
+def mark_added(parameter: torch.Tensor) -> torch.Tensor:
+    """Mark for Megatron's DDP, whose hook runs next, that the gradient is in `main_grad`. Returns what autograd gets
+    for it: a zero of the parameter's shape, sparse, so that it takes no memory and adding it changes nothing.
+
+    Not None: the hook, which may start the reduction of `main_grad`, runs in the stream in which DDP was built, for
+    Megatron-LM one of its own, and autograd makes that wait for the gradient's stream only if there is a gradient.
+    """
     parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
-    if parameter.grad is None:
-        parameter.grad = _zero(parameter.dtype, parameter.device).expand(parameter.shape)
-
-
-@functools.cache
-def _zero(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return torch.zeros((), dtype=dtype, device=device)
+    return torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device, layout=torch.sparse_coo)
 
 
 class WeightedSwiglu(torch.autograd.Function):

@@ -249,7 +249,7 @@ class _RedundantLinear(torch.autograd.Function):
         if home is not None:
             grad_w = home.add_to(grad_w)
             if ctx.fused is not None:
-                mark_added(ctx.parameter)
+                grad_w = mark_added(ctx.parameter)
         return (
             grad_x,  # x
             grad_w,  # w

@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_ep_v2.experts.gemm import gemm
+from megatron_ep_v2.experts.groups import Groups
+from megatron_ep_v2.experts.mlp import linear
 from megatron_ep_v2.gpus import gpu_ranks
 from megatron_ep_v2.kernels import wgrad
 from tests.helpers.compare import relative_error, worst
@@ -45,6 +48,25 @@ def test_weight_gradients_are_added_in_fp32(sizes: list[int], kind: torch.dtype,
         assert not replaced[[expert for expert, size in enumerate(sizes) if not size]].any()
         error = relative_error(replaced, wanted) if wanted.any() else 0.0
         assert error < {torch.float64: 1e-12, torch.float32: 2e-6}.get(out_kind, 4e-3), error
+
+
+def test_what_a_hook_of_another_stream_reads_is_the_whole_gradient() -> None:
+    """Megatron-LM builds DDP in a stream of its own, in which DDP's hook then scales and reduces `main_grad`. Here the
+    hook copies it, while the stream of the backward is still busy before the gradient's kernel."""
+    weight = torch.nn.Parameter(torch.randn(2, 64, 64, device="cuda").bfloat16())
+    main_grad, copies = torch.zeros(weight.shape, device="cuda"), list[torch.Tensor]()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        node = weight.expand_as(weight).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+    node.register_hook(lambda *_: copies.append(main_grad.clone()))
+    x = torch.randn(128, 64, device="cuda").bfloat16().requires_grad_()
+    groups = Groups.from_counts(torch.tensor([100, 28]), x)
+    for _ in range(2):  # the kernel is compiled in the first
+        y = linear(x, weight, groups, gemm("sequential"), True, None, main_grad.zero_())
+        torch.cuda.synchronize()
+        torch.cuda._sleep(200_000_000)  # a tenth of a second
+        y.backward(torch.ones_like(y))
+        torch.cuda.synchronize()
+    assert main_grad.any() and torch.equal(copies[-1], main_grad)
 
 
 def train(group: Any, experts: str, fusion: bool, state: dict[str, torch.Tensor] | None) -> Any:

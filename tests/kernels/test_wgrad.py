@@ -220,8 +220,8 @@ def megatrons_hook(weight: torch.Tensor, seen: list[Any]) -> Any:
         seen.append(
             {
                 "shape": tuple(grad.shape),
-                "zero": not grad.any(),
-                "bytes": grad.untyped_storage().nbytes() // grad.element_size(),
+                "zero": not grad.to_dense().any(),
+                "elements": grad._values().numel(),
                 "added": weight.grad_added_to_main_grad,  # type: ignore[attr-defined]
             }
         )
@@ -267,7 +267,7 @@ def test_two_micro_batches_are_in_main_grad(
     assert relative_error(weight.main_grad, wanted) <= tolerance  # type: ignore[attr-defined]
     assert (wanted - started.double()).norm() > 1
     assert torch.equal(weight.main_grad[1], started[1]), "the expert without rows"  # type: ignore[attr-defined]
-    expected = {"shape": tuple(weight.shape), "zero": True, "bytes": 1, "added": True}
+    expected = {"shape": tuple(weight.shape), "zero": True, "elements": 0, "added": True}
     assert seen == 2 * ([expected, "rows"] if when == "at once" else ["rows", expected])
     assert weight.grad is None and node is not None
     plain = b.x.clone().requires_grad_()
@@ -293,6 +293,33 @@ def test_of_two_micro_batches_in_flight_only_the_first_gradient_replaces_what_is
         run_delayed(delayed)
     wanted = exact(torch.zeros_like(weight), torch.ones_like(outputs[0]), 3 * b.x, groups.ends)
     assert relative_error(into, wanted) <= 1e-6
+
+
+@pytest.mark.parametrize("when", ["at once", "after the rows", "delayed"])
+def test_the_stream_of_ddps_hook_is_made_to_wait(when: str) -> None:
+    """DDP's hook starts a reduction in the stream in which DDP was built. Autograd makes that wait for the stream in
+    which the gradient was added to `main_grad` only if it is given a gradient."""
+    b, delayed = expert_rows([3, 4]), list[torch.Tensor]()
+    weight, given = torch.nn.Parameter(b.w1.clone()), list[Any]()
+    node = weight.expand_as(weight).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+    node.register_prehook(given.extend)
+    groups, rows = Groups.from_counts(torch.tensor(b.sizes), b.x), from_a_node(b.x.requires_grad_(), [])
+    groups = after(groups, rows) if when == "after the rows" else groups
+    main_grad = torch.zeros_like(weight).detach()
+    y = linear(rows, weight, groups, GEMMS["sequential"], True, None, main_grad, delayed if when == "delayed" else None)
+    y.backward(torch.ones_like(y))
+    run_delayed(delayed)
+    assert len(given) == 1 and given[0] is not None and main_grad.any()
+
+
+def test_a_graph_of_the_backward_may_be_recorded() -> None:
+    """`create_graph=True`, without a gradient of the gradient."""
+    b = expert_rows([3, 4])
+    weight, main_grad = torch.nn.Parameter(b.w1.clone()), torch.zeros_like(b.w1)
+    groups, x = Groups.from_counts(torch.tensor(b.sizes), b.x), b.x.requires_grad_()
+    y = linear(x, weight, groups, GEMMS["sequential"], True, None, main_grad)
+    grads = torch.autograd.grad(y, (x, weight), torch.ones_like(y), create_graph=True)
+    assert grads[0].requires_grad and not grads[1].to_dense().any() and main_grad.any()
 
 
 def test_a_gradient_that_is_there_already_stays() -> None:

@@ -332,7 +332,8 @@ def test_padding_determinism_and_recompute() -> None:
 
 def into(group: Any) -> dict[str, dict[str, float]]:
     """By kind of `main_grad`: the largest differences of what is in it after two micro-batches, to twice autograd's
-    gradient with R = 0, and which autograd gets."""
+    gradient with R = 0; and 0 if autograd was given a gradient each time, without which the stream of DDP's hook does
+    not wait."""
     rank, found = group.rank(), {}
     topk_idx = torch.tensor([[3, 5, 6] if token % 4 == 0 else [0, 1, 2] for token in range(40 - rank)])
     shape = replace(CPU, hidden=16, ffn=8)
@@ -344,17 +345,20 @@ def into(group: Any) -> dict[str, dict[str, float]]:
             for dtype in (torch.float32, torch.bfloat16):
                 for overwrite in (False, True):
                     layer = build(shape, "grouped", topk_idx, 2)
-                    collected = {}
+                    collected, nodes, given = {}, [], list[Any]()
                     for name, linear in (("fc1", layer.experts.linear_fc1), ("fc2", layer.experts.linear_fc2)):
                         linear.fuse_wgrad_accumulation = fused
                         # To be replaced, so it may be anything.
                         start = torch.full(linear.weight.shape, 100.0 if overwrite else 0.0, dtype=dtype)
                         collect_gradient(linear.weight, start)
+                        nodes.append(linear.weight.expand_as(linear.weight).grad_fn.next_functions[0][0])
+                        nodes[-1].register_prehook(given.extend)
                         linear.weight.overwrite_main_grad = overwrite
                         collected[f"experts.linear_{name}.weight"] = start
                     for y in [layer(x)[0] for _ in range(2)]:  # both in flight, as in a pipeline
                         y.backward(grad)
                     errors = {name: difference(g.float(), 2 * wanted[name]) for name, g in collected.items()}
+                    errors["given"] = float(len(given) != 4 or any(gradient is None for gradient in given))
                     found[f"fused={fused}, {dtype}, overwrite={overwrite}"] = errors
     return found
 
