@@ -231,21 +231,25 @@ class _RedundantLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             fetched.begin_again()
         home = None
-        if ctx.needs_input_grad[1]:
-            x = kept[0] if len(kept) == 1 else kernels_for(grad, swiglu, "experts").forward(*kept, None)
-            slot_grads = fetched.slots.grads[rows.number]
-            wgrad.add_(slot_grads, grad[first:], x[first:], rows.replicas.ends, overwrite=True)
-            if ctx.fused is not None:  # before the transfer, which adds to the same numbers
-                wgrad.add_(ctx.fused, grad, x, rows.masters.ends, overwrites(ctx.parameter))
-            home = _Home(fetched, rows.number, ctx.parameter, ctx.fused is not None)
-            if ctx.fused is None:
-                grad_w = ctx.gemm.wgrad(grad, x, rows.masters)
-        if ctx.needs_input_grad[0]:
-            grad_x = ctx.gemm.dgrad(grad, w, rows.masters)
-            fetched.wait()
-            if first < len(grad):
-                weights = fetched.slots.weights[rows.number]
-                grad_x[first:] = ctx.gemm.dgrad(grad[first:], weights, rows.replicas)
+        try:
+            if ctx.needs_input_grad[1]:
+                x = kept[0] if len(kept) == 1 else kernels_for(grad, swiglu, "experts").forward(*kept, None)
+                slot_grads = fetched.slots.grads[rows.number]
+                wgrad.add_(slot_grads, grad[first:], x[first:], rows.replicas.ends, overwrite=True)
+                if ctx.fused is not None:  # before the transfer, which adds to the same numbers
+                    wgrad.add_(ctx.fused, grad, x, rows.masters.ends, overwrites(ctx.parameter))
+                home = _Home(fetched, rows.number, ctx.parameter, ctx.fused is not None)
+                if ctx.fused is None:
+                    grad_w = ctx.gemm.wgrad(grad, x, rows.masters)
+            if ctx.needs_input_grad[0]:
+                grad_x = ctx.gemm.dgrad(grad, w, rows.masters)
+                fetched.wait()
+                if first < len(grad):
+                    weights = fetched.slots.weights[rows.number]
+                    grad_x[first:] = ctx.gemm.dgrad(grad[first:], weights, rows.replicas)
+        finally:
+            if home is not None:
+                home.wait()  # after an error, too: else it adds to gradients that are zeroed for the next step
         if home is not None:
             grad_w = home.add_to(grad_w)
             if ctx.fused is not None:
@@ -284,9 +288,12 @@ class _Home:
             target = self._apart = make(parameter.shape, dtype=slot_grads.dtype, device=slot_grads.device)
         self._transfer = fetched.return_grads(number, target)
 
-    def add_to(self, grad: torch.Tensor | None) -> torch.Tensor | None:
-        """Wait; returns the gradient for autograd, with what has arrived if that is not in `main_grad`."""
+    def wait(self) -> None:
+        """Wait for the transfer."""
         self._transfer.wait()
+
+    def add_to(self, grad: torch.Tensor | None) -> torch.Tensor | None:
+        """The gradient for autograd, with what has arrived if that is not in `main_grad`. After `wait`."""
         if self._apart is None or not self._is_home:
             return grad
         if self._fused_into is not None:

@@ -21,6 +21,7 @@ from megatron_ep_v2.buffers import pool
 from megatron_ep_v2.buffers.redundancy import Moved
 from megatron_ep_v2.buffers.reference import ReferenceBuffer
 from megatron_ep_v2.experts import redundant
+from megatron_ep_v2.experts.gemm import GEMMS
 from megatron_ep_v2.megatron.managers import ExpandedManager
 from megatron_ep_v2.megatron.qwen3_moe.optimizer import collect_gradient
 from megatron_ep_v2.megatron.redundant import RedundantManager
@@ -370,6 +371,41 @@ def test_what_comes_home_is_added_once_wherever_gradients_are_kept() -> None:
         for name, errors in found.items():
             for linear, error in errors.items():
                 assert error < (2e-2 if "bfloat16" in name else 1e-5), (name, linear, error)
+
+
+def failed(group: Any) -> dict[str, list[bool]]:
+    """By what has failed on all ranks in a backward, after replicas' gradients had begun their way home: of each
+    transfer, whether it was waited for."""
+    topk_idx = torch.tensor([[3, 5, 6] if token % 4 == 0 else [0, 1, 2] for token in range(40 - group.rank())])
+    shape = replace(CPU, hidden=16, ffn=8)
+    x, grad = inputs(shape, len(topk_idx))
+    theirs, found = ReferenceBuffer.reduce_grads, {}
+
+    def fail(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no memory")
+
+    with process_groups():
+        for name in ("wgrad", "dgrad"):
+            transfers: list[Any] = []
+
+            def noting(self: Any, *arguments: Any, transfers: list[Any] = transfers) -> Any:
+                transfers.append(theirs(self, *arguments))
+                return transfers[-1]
+
+            layer = build(shape, "sequential", topk_idx, 2)
+            y = layer(x)[0]
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(ReferenceBuffer, "reduce_grads", noting)
+                patch.setattr(type(GEMMS["sequential"]), name, fail)
+                with pytest.raises(torch.OutOfMemoryError):
+                    y.backward(grad)
+            found[name] = [not transfer._works for transfer in transfers]
+    return found
+
+
+def test_a_transfer_home_is_waited_for_after_an_error_in_the_backward() -> None:
+    """DeepEP would add to `main_grad` while it is zeroed for the next step, or after it."""
+    assert run_ranks(2, failed) == [{"wgrad": [True], "dgrad": [True]}] * 2
 
 
 def unaligned(group: Any) -> tuple[float, list[int]]:
