@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -17,6 +18,7 @@ from megatron_ep_v2.bench.entry import noted
 from megatron_ep_v2.buffers.pool import destroy_buffers
 from megatron_ep_v2.errors import CaptureError
 from megatron_ep_v2.megatron.qwen3_moe.step_graph import Capture, StepGraph
+from megatron_ep_v2.megatron.qwen3_moe.trainer import Trainer
 from tests.helpers.graphed_steps import GPU_SHAPE, Place, every_kind
 from tests.helpers.harness import isolated, run_ranks
 
@@ -115,6 +117,23 @@ def test_the_graph_goes_with_the_buffers_that_it_uses(steps: Any) -> None:
     assert graph._graph is graph._result is None
     assert int(graph.run(batch(4))) == int(graph.run(batch(4))) == 4
     assert function.calls == ["eager", "capture", "replay", "replay", "eager", "capture", "replay"]
+
+
+def test_the_callers_stream_waits_for_the_steps_own_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the caller then runs uses the same buffer and the same counters."""
+    waits = list[tuple[Any, Any]]()
+
+    class Stream:
+        def wait_stream(self, other: Any) -> None:
+            waits.append((self, other))
+
+    callers, own = Stream(), Stream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: callers)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    trainer: Any = SimpleNamespace(_stream=own)
+    with pytest.raises(ValueError), Trainer._own_stream(trainer):
+        raise ValueError
+    assert waits == [(own, callers), (callers, own)]
 
 
 SHAPE = replace(GPU_SHAPE, hidden_size=64, kv_channels=16, ffn_hidden_size=128, moe_ffn_hidden_size=32, seq_length=32)

@@ -176,9 +176,11 @@ class Trainer:
             yield
             return
         self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            yield
-        torch.cuda.current_stream().wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            torch.cuda.current_stream().wait_stream(self._stream)
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
