@@ -49,7 +49,7 @@ class DecodeGraphs:
         self, x: torch.Tensor, topk_idx: torch.Tensor, topk_weights: torch.Tensor, *, bucket: int
     ) -> torch.Tensor:
         """Run the layer; captures the bucket first if needed. Arguments as for `prepare_decode`. Returns [T, H], which
-        the next call with this bucket overwrites.
+        the next call overwrites, also one with another bucket: the graphs share memory.
 
         Raises:
             InputError: See `prepare_decode`.
