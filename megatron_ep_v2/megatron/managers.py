@@ -331,7 +331,7 @@ class ExpandedManager(CompactManager):
                 num_experts,
                 self.group,
                 expert_alignment=self._alignment,
-                keep_indices=True,
+                keep_indices=self._keeps_indices(),
                 next_to_experts=overlap != PLAN,
             )
             say_overlap(overlap, self._why_not_started() if started is None else None)
@@ -348,7 +348,7 @@ class ExpandedManager(CompactManager):
             allocate_on_comm_stream=allocate_on_comm_stream,
             do_expand=True,
             expert_alignment=self._alignment,
-            keep_indices=True,  # of `setup_metadata`
+            keep_indices=self._keeps_indices(),
         )
         assert tokens_per_expert is not None  # known, because this dispatch waits
         self._count(tokens_per_expert)
@@ -357,6 +357,12 @@ class ExpandedManager(CompactManager):
     def _in_plan(self) -> bool:
         """Whether Megatron's 1F1B plan runs this layer: dispatch and combine on one stream, the experts on another."""
         return bool(getattr(self.config, PLAN, False))
+
+    def _keeps_indices(self) -> bool:
+        """Whether `token_indices` have not changed when the backward has run. `setup_metadata` makes them for one
+        forward; but those that a CUDA graph of the preprocessing has returned are in memory that Megatron 0.19 leaves
+        to the graphs after it (`make_weakref`, in `--cuda-graph-impl local`)."""
+        return getattr(self.config, "cuda_graph_impl", "none") in ("none", "full_iteration")
 
     def _selections(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, int]:
         """What is dispatched: [T, K] int64 expert ids, and how many experts they are of."""
@@ -476,7 +482,7 @@ class SyncFreeManager(ExpandedManager):
             self.num_experts,
             self.group,
             expert_alignment=self._expert_alignment(),
-            keep_indices=True,
+            keep_indices=self._keeps_indices(),
             load_on=self.expert_load.load_on,
         )
         self.tokens_per_expert, places = counts.as_subclass(CountsOnDevice), self.handle.places

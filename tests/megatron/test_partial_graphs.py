@@ -15,6 +15,7 @@ from megatron.core.transformer.moe import moe_utils
 
 import megatron_ep_v2
 from megatron_ep_v2.device_checks import read_all
+from tests.buffers.test_kept_selections import keeping
 from tests.helpers.harness import run_ranks
 from tests.helpers.megatron_layer import build_layer, hidden_states, make_layer, process_groups, step
 from tests.helpers.shapes import CPU
@@ -42,7 +43,7 @@ def graphed(layer: Any, capturing: bool) -> Iterator[None]:
 
 def in_two_parts(first: Any, second: Any, hidden: torch.Tensor) -> torch.Tensor:
     """The layer's output as Megatron's transformer layer gets it from a replay: the graph has run `first`'s router, and
-    `second` has only been captured, with other values."""
+    `second` has only been captured, with other values. A later graph then writes to the memory of the selections."""
     with graphed(second, True):
         second(hidden_states(CPU, *hidden.shape[:-1], seed=7))
     with graphed(first, True):
@@ -56,12 +57,14 @@ def in_two_parts(first: Any, second: Any, hidden: torch.Tensor) -> torch.Tensor:
         second.cudagraph_tensor_store.set(hidden_states=rows, probs=probs)
         output: torch.Tensor = second(hidden)[0]
         second.cudagraph_tensor_store.clear()
+    attributes[1].fill_(0)
     return output
 
 
 def compare(group: Any, layout: str) -> list[tuple[str, bool]]:
-    """For each output and gradient of two micro-batches, whether it has the bits of a layer without graphs."""
-    with process_groups():
+    """For each output and gradient of two micro-batches, whether it has the bits of a layer without graphs. The
+    buffer's handles keep the selections, as DeepEP 2.5's do."""
+    with process_groups(), keeping():
         first, second = make_layer(CPU, "flex", layout, "grouped"), build_layer(CPU, "flex", "grouped")
         second.load_state_dict(first.state_dict())
         hidden = hidden_states(CPU, 8, 2)
