@@ -2,8 +2,9 @@
 
 A replay of a graph whose buffer was destroyed writes to memory that is another's. And NCCL does not destroy a
 communicator as long as a graph holds one of its collectives: it waits without an end (`commDestroySync` in NCCL 2.30.7,
-src/init.cc). So who keeps such graphs registers here, and `destroy_buffers()` drops them, on `install()` also
-`torch.distributed.destroy_process_group()`.
+src/init.cc). So who keeps such graphs registers here, and `destroy_buffers()` drops them; after `install()`, so does
+`torch.distributed.destroy_process_group()` of the world, or of a group that has a buffer. A group without one may be of
+some ranks only, as the groups by which RL frameworks send weights, and all ranks have to replay alike.
 """
 
 from __future__ import annotations

@@ -48,6 +48,10 @@ def destroy_world(group: Any) -> None:
     dist.destroy_process_group()
 
 
+def destroy_group_without_buffer(group: Any) -> None:
+    dist.destroy_process_group(dist.new_group([0]))
+
+
 def unseen_destroy(group: Any, unseen: Callable[[Any], None]) -> None:
     """A trainer's own reference, of before `install()`: noticed when the next buffer is built."""
     unseen(group)
@@ -79,6 +83,11 @@ def dropped_when(group: Any, destroy: Callable[[Any], None]) -> list[tuple[int, 
 @pytest.mark.parametrize("destroy", [destroy_buffers, destroy_all_buffers, destroy_group, destroy_world])
 def test_graphs_go_before_what_they_use(destroy: Callable[[Any], None]) -> None:
     assert run_ranks(2, dropped_when, destroy) == [[(1, True)]] * 2
+
+
+def test_graphs_outlive_a_group_that_has_no_buffer() -> None:
+    """Which may be of some ranks only."""
+    assert run_ranks(2, dropped_when, destroy_group_without_buffer) == [[]] * 2
 
 
 def test_graphs_of_a_group_whose_end_was_not_seen_go_before_its_buffer() -> None:

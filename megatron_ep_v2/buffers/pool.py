@@ -241,18 +241,20 @@ def buffers() -> list[Buffer]:
 
 
 def destroy_buffers(group: ProcessGroup | None = None) -> None:
-    """Destroy the buffers of a group (None or the world: all), newest first, and before them all captured graphs that
-    this package keeps (see `graphs`). A second call does nothing.
+    """Destroy the buffers of a group (None or the world: all), newest first. Before them captured graphs go that this
+    package keeps (see `graphs`): all of them, if there is a buffer, or for the world. A second call does nothing.
 
     Must run before torch.distributed.destroy_process_group(); `install()` makes that automatic.
 
     Args:
         group: Process group, or one that forwards to it.
     """
-    graphs.drop_all()
     everything = group is None or group is dist.group.WORLD
     meant = (group, group and find_registered(group))
-    for member in reversed([member for member in _pool if everything or any(member is each for each in meant)]):
+    members = [member for member in _pool if everything or any(member is each for each in meant)]
+    if everything or members:  # not for any group of some ranks: a replay is collective, and a capture, too
+        graphs.drop_all()
+    for member in reversed(members):
         _destroy(member)
 
 

@@ -58,7 +58,6 @@ def test_a_poisoned_tail_reaches_no_weight_of_a_replayed_step() -> None:
 @isolated
 def destroy(group: Any) -> bool:
     """A process group whose collective a graph holds, and the graph is kept."""
-    megatron_ep_v2.install(buffer=v2_carrier())
     own, device = dist.new_group(), torch.device("cuda", torch.cuda.current_device())
 
     def add_up(tokens: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -70,13 +69,13 @@ def destroy(group: Any) -> bool:
         graph = StepGraph(add_up, device)
         results = [int(graph.run([torch.tensor(number)])) for number in range(4)]
     assert graph.captures and results == [number * group.size() for number in range(4)]
+    megatron_ep_v2.destroy_buffers()
     dist.destroy_process_group(own)
-    megatron_ep_v2.uninstall()
     return graph._graph is None
 
 
 def test_a_process_group_whose_collectives_were_captured_can_be_destroyed() -> None:
-    """NCCL waits for every graph that holds one of them, without an end."""
+    """Once buffers are destroyed: NCCL waits for every graph that holds one of them, without an end."""
     assert all(run_ranks(RANKS, destroy, backend="nccl"))
 
 
