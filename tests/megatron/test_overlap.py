@@ -29,6 +29,7 @@ from tests.helpers.harness import run_ranks
 from tests.helpers.megatron_layer import installed
 from tests.helpers.one_memory import in_one_memory
 from tests.helpers.shapes import Split
+from tests.helpers.stream_memory import Stream, streams_on_the_cpu
 
 RANKS, LAYERS, MICRO_BATCHES, TOKENS, VOCABULARY = 2, 2, 3, 32, 64
 SHAPE = dataclasses.replace(
@@ -45,17 +46,9 @@ SHAPE = dataclasses.replace(
 RECIPE = dataclasses.replace(PRESETS["tiny"].recipe, aux_loss_coeff=0.0)  # Megatron logs it for the whole process
 
 
-class NoEvent:
-    """In place of a torch.cuda.Event."""
-
-    def record(self, stream: Any) -> None: ...
-
-    def wait(self, stream: Any) -> None: ...
-
-
 @contextlib.contextmanager
 def plan_on_the_cpu() -> Iterator[list[int]]:
-    """What Megatron's plan needs of CUDA, on the CPU: one order of execution, so streams and events do nothing.
+    """What Megatron's plan needs of CUDA, on the CPU: one order of execution, so streams and events only count.
 
     Yields the sizes of the storages that the plan has freed. They keep their memory, full of NaN: whatever still reads
     it shows in the results, and not only where a kernel minds that nothing is there.
@@ -67,16 +60,11 @@ def plan_on_the_cpu() -> Iterator[list[int]]:
         freed.append(storage.nbytes())
         storage.fill_(0xFF)  # of every floating type a NaN
 
-    stream = object()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streams, "_COMP_STREAM", stream)  # of 0.16; later the current one
-        patch.setattr(streams, "_COMM_STREAM", stream)
-        patch.setattr(torch.cuda, "current_stream", lambda *_: stream)
-        patch.setattr(torch.cuda, "stream", contextlib.nullcontext)
-        patch.setattr(torch.cuda, "Event", NoEvent)
+    with streams_on_the_cpu() as compute, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streams, "_COMP_STREAM", compute)  # of 0.16; later the current one
+        patch.setattr(streams, "_COMM_STREAM", Stream(name="communication"))
         for name in ("range_push", "range_pop"):
             patch.setattr(torch.cuda.nvtx, name, lambda *_: None)
-        patch.setattr(torch.Tensor, "record_stream", lambda *_: None)
         patch.setattr(torch.UntypedStorage, "resize_", poison)
         yield freed
 
