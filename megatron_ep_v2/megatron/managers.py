@@ -409,8 +409,8 @@ class ExpandedManager(CompactManager):
         """Return the rows unchanged, once they are there, and their probabilities in the router's dtype."""
         started, self._started = self._started, None
         if started is None and self._in_plan():
-            # Of the communication stream, which may have new rows in their memory before delayed weight gradients have
-            # read them: the plan drops its own references when the backward of the dispatch has been queued.
+            # Of the communication stream, where the next dispatch may be given the memory of `ends` before the experts'
+            # backward has read them. Delayed weight gradients read the rows after the plan has dropped them.
             info = row_info(self.tokens_per_expert)
             streams.record([hidden_states, self.dispatched_probs, self.tokens_per_expert, info.ends])
         if started is not None:
