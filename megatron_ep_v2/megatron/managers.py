@@ -29,6 +29,7 @@ from megatron_ep_v2.gradients import order
 from megatron_ep_v2.kernels.topk import top_k
 from megatron_ep_v2.megatron.copies import deepcopy_sharing_groups, refuse_to_pickle_groups, shallow_copy
 from megatron_ep_v2.megatron.expert_load import ExpertLoad
+from megatron_ep_v2.megatron.overlap import PLAN, SHARED, WGRAD, say_overlap
 from megatron_ep_v2.megatron.symbols import MANAGER
 from megatron_ep_v2.started_a2a import (
     StartedCombine,
@@ -72,40 +73,6 @@ managers: weakref.WeakSet[CompactManager] = weakref.WeakSet()  # of the layers t
 def _warn_of_half_precision(dtype: torch.dtype) -> None:
     """Warn once per dtype."""
     logger.warning("router probabilities are %s; set --moe-router-dtype fp32", dtype)
-
-
-# Megatron's options to run something next to the communication.
-SHARED, PLAN = "moe_shared_expert_overlap", "overlap_moe_expert_parallel_comm"
-WGRAD = "overlap_dispatch_backward_with_experts_wgrad"
-# What is logged: with calls that are started, and without.
-_OVERLAPS = {
-    SHARED: (
-        "dispatches and combines are started; the host launches the shared expert before it waits for the counts",
-        "the host waits for the counts of a dispatch before it launches the shared expert",
-    ),
-    PLAN: (
-        "dispatches are started; the host launches the other micro-batch's work before it waits for the counts",
-        "the host waits for the counts of a dispatch before it launches the other micro-batch's work",
-    ),
-    WGRAD: (
-        "dispatches are started; the weight gradients of megatron_ep_v2's experts run next to the backward of one",
-        "the weight gradients of megatron_ep_v2's experts run before the backward of a dispatch",
-    ),
-}
-
-
-@functools.cache
-def say_overlap(option: str, not_started: str | None, waits: bool = True) -> None:
-    """Log once which kind of overlap is in force.
-
-    Args:
-        option: SHARED, PLAN or WGRAD.
-        not_started: Why a dispatch is not started; None = it is.
-        waits: Whether the host waits in one that is not.
-    """
-    started, before = _OVERLAPS[option]
-    before = before if waits else "dispatches are not started"
-    logger.info("%s: %s", option, started if not_started is None else f"{before}, because {not_started}")
 
 
 def follow_deterministic_mode(config: TransformerConfig, group: ProcessGroup) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from megatron_ep_v2.megatron import managers
 from megatron_ep_v2.megatron.experts import Experts
+from megatron_ep_v2.megatron.overlap import WGRAD
 from megatron_ep_v2.megatron.stacked_linear import StackedLinear
 from tests.helpers.compare import worst
 from tests.helpers.harness import run_ranks
@@ -98,7 +98,7 @@ def of_their_own(group: Any) -> dict[str, bool]:
             for layer in (module for module in job.model.modules() if isinstance(module, MoELayer)):
                 manager: Any = layer.token_dispatcher._comm_manager
                 manager.config = copy.copy(manager.config)
-                setattr(manager.config, managers.WGRAD, way.startswith("next"))
+                setattr(manager.config, WGRAD, way.startswith("next"))
             order.clear()
             with pytest.MonkeyPatch.context() as patch:
                 if way == "delayed":

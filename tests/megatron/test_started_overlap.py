@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ep_v2.buffers.reference import ReferenceBuffer
 from megatron_ep_v2.errors import GroupMismatchError
-from megatron_ep_v2.megatron import managers
+from megatron_ep_v2.megatron import managers, overlap
 from tests.helpers import redundant_layer
 from tests.helpers.harness import run_ranks
 from tests.helpers.megatron_layer import hidden_states, make_layer, process_groups, step
@@ -65,9 +65,9 @@ def overlapped(group: Any, micro_batches: int, more: dict[str, Any], layout: str
     found: dict[str, Any] = {"said": []}
     handler = logging.Handler()
     handler.emit = lambda record: found["said"].append(record.getMessage())  # type: ignore[method-assign]
-    managers.say_overlap.cache_clear()  # an earlier job of this process may have said it
-    managers.logger.addHandler(handler)
-    managers.logger.setLevel(logging.INFO)
+    overlap.say_overlap.cache_clear()  # an earlier job of this process may have said it
+    overlap.logger.addHandler(handler)
+    overlap.logger.setLevel(logging.INFO)
     with process_groups(), shared_expert_on_the_cpu(), in_one_memory() as order:
         hidden = hidden_states(CPU, CPU.tokens - 5 * group.rank(), 1)
         for name, defers in (("started", True), ("waiting", False)):
@@ -77,7 +77,7 @@ def overlapped(group: Any, micro_batches: int, more: dict[str, Any], layout: str
                 note(layer, order)
                 found[name] = as_bytes(step(layer, hidden, micro_batches))
                 found[f"order, {name}"] = list(order)
-    managers.logger.removeHandler(handler)
+    overlap.logger.removeHandler(handler)
     found["said"] = [text for text in found["said"] if "overlap" in text]
     return found
 
