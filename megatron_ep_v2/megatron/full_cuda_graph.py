@@ -42,7 +42,6 @@ def bindings(module: ModuleType) -> list[Binding]:
         module: `megatron.core.full_cuda_graph`.
     """
     wrapper = module.FullCudaGraphWrapper
-    graphs.register(_KEEPER)
     return [(wrapper, "__call__", repeating(wrapper.__call__))]
 
 
@@ -58,6 +57,7 @@ def repeating(theirs: Callable[..., Any]) -> Callable[..., Any]:
     def forward_backward(self: FullCudaGraphWrapper, *args: Any, **call: Any) -> Any:
         if args or not parallel_state.model_parallel_is_initialized():
             return theirs(self, *args, **call)
+        graphs.register(_KEEPER)  # not with the bindings, which a forked rank inherits: it has forgotten all keepers
         stage = "validation" if call.get("forward_only") else "training"
         sizes = tuple(call.get(name) for name in _SIZES)
         if _sizes.setdefault(stage, sizes) != sizes:
@@ -93,6 +93,7 @@ class _Keeper:
     def drop(self) -> None:
         for stage in list(FullCudaGraphWrapper.cuda_graph):
             _drop_graph(stage)
+            FullCudaGraphWrapper.curr_iteration[stage] = 0  # also after the warm-up: the next step builds the buffers
 
 
 _KEEPER = _Keeper()
