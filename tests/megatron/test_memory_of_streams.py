@@ -132,6 +132,7 @@ def in_plan(group: Any, layout: str, experts: str, started: bool, delay: bool, r
         return memory.ours
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("delay", [False, True])
 @pytest.mark.parametrize(
     ("layout", "experts", "started"),
