@@ -375,11 +375,6 @@ class ExpandedManager(CompactManager):
     def get_permuted_hidden_states_by_experts(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the rows unchanged, once they are there, and their probabilities in the router's dtype."""
         started, self._started = self._started, None
-        if started is None and self._in_plan():
-            # Of the communication stream, where the next dispatch may be given the memory of `ends` before the experts'
-            # backward has read them. Delayed weight gradients read the rows after the plan has dropped them.
-            info = row_info(self.tokens_per_expert)
-            streams.record([hidden_states, self.dispatched_probs, self.tokens_per_expert, info.ends])
         if started is not None:
             hidden_states, self.dispatched_probs, counts, self.handle = finish_dispatch(
                 started, hidden_states, self.dispatched_probs
@@ -388,6 +383,11 @@ class ExpandedManager(CompactManager):
             if started.next_to_experts and hidden_states.grad_fn is not None:
                 info = replace(row_info(self.tokens_per_expert), rows_node=hidden_states.grad_fn._sequence_nr())
                 attach(self.tokens_per_expert, info)
+        elif self._in_plan():
+            # Of the communication stream, where the next dispatch may be given the memory of `ends` before the experts'
+            # backward has read them. Delayed weight gradients read the rows after the plan has dropped them.
+            info = row_info(self.tokens_per_expert)
+            streams.record([hidden_states, self.dispatched_probs, self.tokens_per_expert, info.ends])
         probs = self.dispatched_probs
         return hidden_states, probs.double() if self.router_dtype == "fp64" else probs
 
